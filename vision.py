@@ -1,0 +1,270 @@
+"""The eye: a vision transformer (ViT, arXiv:2010.11929), and the geometry that brings a picture into it.
+
+    PIL picture --open_image--> upright RGB --cut_tiles--> tiles (n, 3, S, S) uint8, and how many visual tokens they become
+    tiles --ViT--> features (n, N, D), one row for each patch, taken after an inner block as LLaVA-1.5 does (arXiv:2310.03744)
+
+One class with switches is CLIP, SigLIP, DINOv2 and the plain ImageNet ViT: a class token or not, registers or not, a norm before the
+blocks or not, which GELU, a bias on the patch convolution or not, layer-scale or not, and after which block the features are taken.
+CLIP's quirks that the switches stand for: no patch bias, QuickGELU, and a LayerNorm before the first block, whose public name is
+misspelled (`pre_layrnorm`). LLaVA takes hidden state -2: the last block and the final norm never run, so here they are skipped.
+
+Deviations: pictures with transparency are laid on white (the originals drop the alpha channel and show whatever was under it), EXIF
+rotation is applied (the originals ignore it), and pictures of an extreme shape are scaled before they are padded or cropped.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MODES = ("pad", "letterbox", "crop", "resize")
+
+
+class UserError(ValueError):
+    """What the user gave is wrong: says what was found, where, and what to do. Programs print it as one line and exit with 1."""
+
+
+@dataclass
+class VisionConfig:
+    image_size: int = 336            # S, pixels a side
+    patch_size: int = 14             # P, pixels a side
+    n_embd: int = 1024               # D
+    n_layer: int = 24
+    n_head: int = 16
+    n_hidden: int = 4096             # width of the MLP
+    activation: str = "quick_gelu"   # quick_gelu (CLIP) | gelu (exact) | gelu_tanh
+    norm_eps: float = 1e-5
+    class_token: bool = True
+    n_register: int = 0              # DINOv2's registers, between the class token and the patches; they carry no position
+    pre_norm: bool = True            # a LayerNorm between the position table and the first block (CLIP)
+    patch_bias: bool = False
+    layer_scale: bool = False        # a learned factor per channel on each branch (DINOv2, InternViT)
+    final_norm: bool = True
+    feature_layer: int = -2          # hidden state whose patches the connector reads: 0 = before block 1, -1 = after the last block
+    mean: tuple = CLIP_MEAN
+    std: tuple = CLIP_STD
+
+    @property
+    def grid(self):                  # patches a side; a remainder (SigLIP: 384 = 27*14 + 6) is left unseen, as the convolution does
+        return self.image_size // self.patch_size
+
+    @property
+    def n_token(self):               # visual tokens of one tile
+        return self.grid**2
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def n_prefix(self):              # rows before the first patch
+        return self.class_token + self.n_register
+
+    @property
+    def depth(self):                 # blocks to run for `feature_layer`
+        return self.feature_layer if self.feature_layer >= 0 else self.n_layer + 1 + self.feature_layer
+
+
+class ViT(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, D, P = cfg, cfg.n_embd, cfg.patch_size
+        self.patch = nn.Conv2d(3, D, kernel_size=P, stride=P, bias=cfg.patch_bias)
+        if cfg.class_token:
+            self.class_token = nn.Parameter(torch.randn(D) * D**-0.5)
+        if cfg.n_register:
+            self.registers = nn.Parameter(torch.randn(cfg.n_register, D) * D**-0.5)
+        self.pos = nn.Parameter(torch.randn(cfg.class_token + cfg.n_token, D) * D**-0.5)
+        self.pre_norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
+
+    def forward(self, pixels):
+        """The patches as the connector reads them: (n, 3, S, S) -> (n, N, D). uint8 pixels are normalised here; floats already are."""
+        x = self.embed(pixels)
+        for block in self.blocks[: self.cfg.depth]:
+            x = block(x)
+        return x[:, self.cfg.n_prefix :]                                    # (n, N, D)
+
+    def pooled(self, pixels):
+        """The class token after every block and the final norm, which is what CLIP compares with a text: (n, 3, S, S) -> (n, D)."""
+        x = self.embed(pixels)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, 0])
+
+    def embed(self, pixels):
+        """ViT Eq. 1: (n, 3, S, S) -> (n, prefix + N, D)."""
+        x = normalize(pixels, self.cfg, self.patch.weight.dtype)
+        x = self.patch(x).flatten(2).transpose(1, 2)                        # (n, N, D), row by row
+        if self.cfg.class_token:
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+        x = x + self.pos
+        if self.cfg.n_register:
+            x = torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return self.pre_norm(x)
+
+
+class Block(nn.Module):
+    """ViT Eq. 2 and 3, the norm before each branch."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.norm2 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.mlp = MLP(cfg)
+        self.scale1 = nn.Parameter(torch.ones(cfg.n_embd)) if cfg.layer_scale else 1.0
+        self.scale2 = nn.Parameter(torch.ones(cfg.n_embd)) if cfg.layer_scale else 1.0
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x)) * self.scale1
+        return x + self.mlp(self.norm2(x)) * self.scale2
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(cfg.n_embd, cfg.n_embd) for _ in range(4))
+
+    def forward(self, x):                                                   # (n, T, D)
+        n, T, D = x.shape
+        q, k, v = (proj(x).view(n, T, self.n_head, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(q, k, v)                         # (n, H, T, D/H); every patch sees every patch
+        return self.out_proj(y.transpose(1, 2).reshape(n, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.n_embd, cfg.n_hidden)
+        self.fc2 = nn.Linear(cfg.n_hidden, cfg.n_embd)
+        self.act = ACTIVATIONS[cfg.activation]
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+# Our names -> the public ones of CLIP: (start of a name, or an inner part when it begins with a dot, what it becomes).
+CLIP_NAMES = [
+    ("patch.", "embeddings.patch_embedding."), ("class_token", "embeddings.class_embedding"),
+    ("pos", "embeddings.position_embedding.weight"), ("pre_norm.", "pre_layrnorm."), ("norm.", "post_layernorm."),
+    ("blocks.", "encoder.layers."), (".attn.", ".self_attn."), (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."),
+]
+
+
+def rename(name, table):
+    """Translate one tensor name by a table such as CLIP_NAMES."""
+    for ours, theirs in table:
+        if ours.startswith("."):
+            name = name.replace(ours, theirs)
+        elif name.startswith(ours):
+            return rename(theirs + name[len(ours) :], [row for row in table if row[0].startswith(".")])
+    return name
+
+
+def normalize(pixels, cfg, dtype):
+    """uint8 (n, 3, S, S) -> (x/255 - mean)/std per channel. Done on the tower's device: bytes are a quarter of the floats to move."""
+    if pixels.dtype != torch.uint8:
+        return pixels.to(dtype)
+    mean, std = (torch.tensor(c, device=pixels.device).view(3, 1, 1) for c in (cfg.mean, cfg.std))
+    return ((pixels.float() / 255 - mean) / std).to(dtype)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+MAX_PIXELS = 100_000_000             # a picture of more is refused unread: it may be a decompression bomb
+
+
+def open_image(path):
+    """Any picture file -> upright 8-bit RGB, the first frame of an animation. Raises UserError with the file and what to do."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit speaks below
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                image = ImageOps.exif_transpose(image)
+                image.load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture; check the path and --image-root") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a picture") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down before use") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path}: not a picture that Pillow can read; convert it to JPEG or PNG") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError) as error:  # what broken files make Pillow's decoders raise
+        raise UserError(f"{path}: broken or cut off ({error}); replace the file or drop the record") from None
+    if image.mode.startswith("I"):                                          # 16 bits a pixel: convert() would clip it to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+    elif image.mode == "F":
+        raise UserError(f"{path}: floating-point pixels have no fixed white; save it with 8 or 16 bits")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def cut_tiles(image, cfg, mode):
+    """PIL RGB -> (tiles (n, 3, S, S) uint8, the number of visual tokens they will become). The only place that counts them."""
+    tile = fit(image, cfg, mode)
+    pixels = torch.from_numpy(np.array(tile)).permute(2, 0, 1)[None].contiguous()       # (1, 3, S, S)
+    return pixels, cfg.n_token
+
+
+def fit(image, cfg, mode):
+    """PIL RGB of any size -> S x S. The four ways of LLaVA-1.5 and Prismatic, with Pillow's bicubic filter:
+
+    pad        square canvas in the mean colour, picture in the middle, then scale (LLaVA-1.5, stage 2)
+    letterbox  the same, but both margins are floored, so an odd difference leaves one pixel to the final crop (Prismatic)
+    crop       scale the short side to S, keep the middle of the long one (LLaVA v1, LLaVA-1.5 stage 1)
+    resize     scale both sides to S, whatever the shape (Prismatic's best)
+    """
+    S, (w, h) = cfg.image_size, image.size
+    if mode not in MODES:
+        raise UserError(f"image mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if mode == "resize":
+        return image.resize((S, S), Image.BICUBIC)
+    extreme = max(w, h) ** 2 > MAX_PIXELS
+    if mode == "crop":
+        if extreme:                                                         # 20000 x 10 would become 672000 x 336 on its way
+            side = min(max(w, h), 64 * min(w, h))
+            image = ImageOps.crop(image, ((w - min(w, side)) // 2, (h - min(h, side)) // 2))
+        return center_crop(resize_short(image, S), S)
+    if extreme:
+        scale = math.sqrt(MAX_PIXELS) / 4 / max(w, h)
+        image = image.resize((max(1, round(w * scale)), max(1, round(h * scale))), Image.BICUBIC)
+        w, h = image.size
+    side, fill = max(w, h), tuple(int(255 * m) for m in cfg.mean)
+    left, top = (side - w) // 2, (side - h) // 2
+    size = (side, side) if mode == "pad" else (w + 2 * left, h + 2 * top)
+    canvas = Image.new("RGB", size, fill)
+    canvas.paste(image, (left, top))
+    return center_crop(resize_short(canvas, S), S)
+
+
+def resize_short(image, S):
+    """Short side to S, the long one to int(S * long / short)."""
+    w, h = image.size
+    return image.resize((S, int(S * h / w)) if w <= h else (int(S * w / h), S), Image.BICUBIC)
+
+
+def center_crop(image, S):
+    w, h = image.size
+    left, top = (w - S) // 2, (h - S) // 2
+    return image.crop((left, top, left + S, top + S))
+
