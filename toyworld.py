@@ -1,32 +1,32 @@
 """The toy world: small drawn pictures and every kind of question the papers ask, with nothing to download.
 
-A scene is a soft background, one to four things and sometimes a sign with a word on it. A thing has a kind, a color, a size and
-a place in a 3x3 grid. As the scene is known, so is the right answer to any question about it:
-    picture = draw(scene)                       # any size: all coordinates are fractions of the side
-    caption(scene), describe(scene)             # "A red cat, a blue ball and a sign that says OPEN."
-    questions(scene, rng)                       # [(category, question with its format prompt, answer), ...]
-Eight (kind, color) pairs, UNSEEN, never occur in a training picture, and every validation picture shows at least one: a model
-that only learned whole pairs by heart fails there, one that learned kinds and colors apart does not.
-The categories follow the papers' data: caption, existence (POPE), count (TallyQA), attribute (VQAv2, GQA), spatial (VSR),
-box (RefCOCO), choice (MMBench), reading (TextVQA), unanswerable (VizWiz), reasoning and cot (M3CoT); the format prompts are
-those of LLaVA-1.5 (arXiv:2310.03744v2, Table 7) and of InternVL-2.5-MPO (arXiv:2411.10442). Answers are balanced as far as the world allows.
+A scene is a soft background, one to four things and sometimes a sign with a word on it. A thing has a kind, a color, a size and a
+place in a 3x3 grid. As the scene is known, so is the right answer to any question about it:
+    picture = draw(scene)                        # any size: all coordinates are fractions of the side
+    caption(scene), describe(scene)              # "A red cat, a blue ball and a sign that says OPEN."
+    questions(scene, rng)                        # [(category, question with its format prompt, answer), ...]
+The eight (kind, color) pairs of UNSEEN never occur in training, and every validation picture shows at least one: a model that
+learned the pairs by heart fails there, one that learned kinds and colors apart does not. Each category stands for a benchmark:
+existence POPE, count TallyQA, attribute GQA, spatial VSR, box RefCOCO, choice MMBench, reading TextVQA, unanswerable VizWiz,
+reasoning and cot M3CoT; format prompts are those of LLaVA-1.5 (arXiv:2310.03744v2) and InternVL-2.5-MPO (arXiv:2411.10442).
 
-    python toyworld.py                          # toyworld/: 6000 training and 240 validation pictures, SECONDS s on two cores
-    python toyworld.py --hello cat.jpg          # one large picture to ask about
+    python toyworld.py                           # toyworld/: 6000 training and 240 validation pictures, 6 s on two cores
+    python toyworld.py --hello cat.jpg           # one large picture to ask about
 """
 import argparse
 import difflib
 import functools
 import io
 import json
-import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
+import signal
 import sys
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from collections import defaultdict
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import sentencepiece
@@ -46,13 +46,13 @@ class Config:
     seed: int = arg(0, "another seed, another world")
     hello: str = arg("", "write one 480-pixel picture to this file, and nothing else")
 
-VERSION = 1                                      # of the drawing and the questions; a folder written by another version is another world
+VERSION = 1                                      # of pictures and questions: raise it when either changes
 COLORS = {"red": (216, 40, 42), "orange": (250, 138, 24), "yellow": (250, 222, 50), "green": (44, 158, 68), "blue": (38, 92, 222),
           "purple": (146, 58, 186), "white": (252, 252, 252), "black": (34, 34, 40)}
-SIZES = {"cat": ((4, 4), (6, 6)), "fish": ((4, 3), (7, 5)), "bird": ((4, 4), (6, 6)), "tree": ((3, 4), (5, 7)),  # kind -> small, big:
-         "house": ((4, 4), (6, 6)), "car": ((4, 3), (7, 5)), "ball": ((4, 4), (6, 6)), "star": ((4, 4), (6, 6))}  # width, height
-GRID = 20                                        # in steps of 1/20 of the side, so two decimals say a box exactly
-KINDS = tuple(SIZES)
+GRID = 20                                        # boxes lie on a grid of 1/20 of the side, so two decimals say them exactly; width, height of each kind:
+SIDES = {"cat": ((4, 4), (6, 6)), "fish": ((4, 3), (7, 5)), "bird": ((4, 4), (6, 6)), "tree": ((3, 4), (5, 7)),
+         "house": ((4, 4), (6, 6)), "car": ((4, 3), (7, 5)), "ball": ((4, 4), (6, 6)), "star": ((4, 4), (6, 6))}  # small, big
+KINDS, SIZES = tuple(SIDES), ("small", "big")
 LEGS = {"cat": 4, "bird": 2, "fish": 0}
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 BACKGROUNDS = ("meadow", "beach", "night", "room", "snow")
@@ -60,25 +60,27 @@ WORDS = ("STOP", "OPEN", "TAXI", "CAFE", "PARK", "SALE", "BUS", "ZOO", "INN", "G
 UNSEEN = {("cat", "blue"), ("fish", "red"), ("bird", "white"), ("tree", "orange"), ("house", "purple"), ("car", "green"),
           ("ball", "black"), ("star", "yellow")}
 
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")    # of the template vicuna_v1
 CAPTION = "Provide a one-sentence caption for the provided image."
 BRIEF = ("Provide a brief description of the given image.", "Give a short and clear explanation of the image.",
-         "Describe the image concisely.", "What is in the image?")
+         "Describe the image concisely.", "Write a terse but informative summary of the picture.")
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
-COT = ("Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to answer, "
-       'please use the format "Final answer: .."\n\nQuestion:\n\n')
+COT = ("Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
+       'answer, please use the format "Final answer: .."\n\nQuestion:\n\n')
 
 
-# -- scenes ------------------------------------------------------------------------------------------------------------------------
+# -- scenes ----------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Thing:
     kind: str
     color: str
     size: str                                    # small or big
     place: str
-    box: tuple                                   # x1, y1, x2, y2 as fractions of the side, multiples of 1/20
+    box: tuple                                   # x1, y1, x2, y2 as fractions of the side
 
 @dataclass(frozen=True)
 class Sign:
@@ -94,10 +96,10 @@ class Scene:
 
     @property
     def parts(self):                             # the things and the sign, in reading order
-        return sorted(self.things + ((self.sign,) if self.sign else ()), key=lambda part: PLACES.index(part.place))
+        return reading_order(self.things + ((self.sign,) if self.sign else ()))
 
 def random_scene(rng, held_out=False):
-    """A training scene holds no UNSEEN pair, a held-out one at least one. No scene holds the same (kind, color) twice."""
+    """A training scene holds no UNSEEN pair, a held-out one at least one. No scene holds the same pair twice."""
     pairs = [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
     chosen = [rng.choice(sorted(UNSEEN) if held_out else pairs)]
     alike = rng.choice(("kind", "kind", "color", "neither"))     # left to chance, nearly every count would be 0 or 1
@@ -108,238 +110,448 @@ def random_scene(rng, held_out=False):
             kind, color = chosen[0][0] if alike == "kind" else kind, chosen[0][1] if alike == "color" else color
         if (kind, color) in pairs and (kind, color) not in chosen:
             chosen.append((kind, color))
-    big = [rng.randrange(2) for _ in chosen]
+    sizes = [rng.randrange(2) for _ in chosen]
     word = rng.choice(WORDS) if rng.random() < 0.4 else None
-    sides = [SIZES[kind][b] for (kind, _), b in zip(chosen, big)] + ([(8 if len(word) == 4 else 7, 4)] if word else [])
+    sides = [SIDES[kind][size] for (kind, _), size in zip(chosen, sizes)] + ([(len(word) + 4, 4)] if word else [])
     while True:                                  # throw all boxes again until none overlap
         cells = rng.sample(range(9), len(sides))
-        boxes = [(throw(rng, cell % 3, w), throw(rng, cell // 3, h), w, h) for cell, (w, h) in zip(cells, sides)]
-        boxes = [(x, y, x + w, y + h) for x, y, w, h in boxes]
-        if not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
+        corners = [(throw(rng, cell % 3, w), throw(rng, cell // 3, h)) for cell, (w, h) in zip(cells, sides)]
+        boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(corners, sides)]
+        if not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for i, a in enumerate(boxes) for b in boxes[:i]):
             break
-    boxes = [tuple(v / GRID for v in box) for box in boxes]
-    things = [Thing(kind, color, ("small", "big")[b], PLACES[cell], box) for (kind, color), b, cell, box in zip(chosen, big, cells, boxes)]
-    things.sort(key=lambda thing: PLACES.index(thing.place))
-    return Scene(rng.choice(BACKGROUNDS), tuple(things), Sign(word, PLACES[cells[-1]], boxes[-1]) if word else None)
+    spots = [(PLACES[cell], tuple(v / GRID for v in box)) for cell, box in zip(cells, boxes)]
+    things = [Thing(*pair, SIZES[size], *spot) for pair, size, spot in zip(chosen, sizes, spots)]
+    return Scene(rng.choice(BACKGROUNDS), tuple(reading_order(things)), Sign(word, *spots[-1]) if word else None)
 
 def throw(rng, cell, side):
     """Where a side of that length may begin (in grid steps) so that its middle is well inside cell 0, 1 or 2 of the row."""
     low, high = cell * GRID / 3 + 1, (cell + 1) * GRID / 3 - 1
     return rng.choice([x for x in range(GRID - side + 1) if low <= x + side / 2 <= high])
 
-def overlap(a, b):
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def reading_order(parts):
+    return sorted(parts, key=lambda part: PLACES.index(part.place))
 
 
-# -- drawing -----------------------------------------------------------------------------------------------------------------------
-SUPER = 3                                        # drawn this much larger, then averaged down: PIL draws without antialiasing
+# -- drawing: ART lists paints and the shapes they fill, in percent of a box; four numbers are an oval, more a polygon -----------
+SUPER = 4                                        # drawn this much larger, then averaged down: PIL draws without antialiasing
 OUTLINE = 0.011                                  # of the picture's side
+ART = {
+    "cat": """body: 60 99 74 99 86 94 94 84 97 70 96 60 100 50 98 43 92 42 87 48 85 60 86 70 83 79 76 85 64 88,
+              10 44 72 100, 6 40 2 0 34 14, 72 40 78 0 46 14, 0 8 80 62; shade: 10 22 9 10 20 16, 70 22 71 10 60 16,
+              20 86 38 100, 44 86 62 100; white: 15 24 35 44, 45 24 65 44; #1e1c24: 22 26 31 43, 49 26 58 43;
+              #ec8c96: 35 45 45 45 40 51; line ink: 30 49 4 46, 30 49 4 53, 50 49 76 46, 50 49 76 53""",
+    "fish": """body: 0 12 74 94, 62 53 100 8 92 53 100 100, 28 18 44 0 62 6 60 26; shade: 90 52 72 50 95 22,
+               90 56 72 58 95 84, 40 52 60 42 58 68; line edge: 30 22 34 38 34 66 30 84; white: 10 32 26 54;
+               #1e1c24: 13 37 22 50; line ink: 7 68 14 73 21 70""",
+    "bird": """#966432: 38 82 41 82 41 96 49 96 49 101 38 101, 52 82 55 82 55 96 63 96 63 101 52 101, 82 14 100 27 82 36;
+               #e8a846: 84 18 97 27 84 32; body: 20 44 0 30 2 52 16 70, 8 32 78 88, 46 0 90 50;
+               shade: 18 46 58 42 54 66 36 74; line edge: 18 46 36 74 54 66 58 42; white: 62 12 78 28; #1e1c24: 67 15 76 25""",
+    "tree": """#604634: 38 60 62 60 68 101 32 101; #84644c: 43 60 55 60 58 98 42 98; body: 0 30 56 74, 44 30 100 74,
+               14 0 86 56, 24 40 76 80; light: 26 10 46 20, 10 40 24 47, 60 38 74 45; shade: 54 20 68 27, 30 60 46 67,
+               74 58 88 65, 38 36 50 42""",
+    "house": """body: 72 30 72 6 88 6 88 44, 9 42 91 42 91 100 9 100, 0 50 50 0 100 50; shade: 4 48 50 3 96 48;
+                line edge: 4 50 96 50; edge: 16 58 38 58 38 80 16 80, 62 58 84 58 84 80 62 80;
+                #604634: 42 66 58 66 58 99 42 99; #faf0c4: 19 61 35 61 35 77 19 77, 65 61 81 61 81 77 65 77, 43 22 57 36,
+                52 80 56 85; line edge: 27 60 27 78, 73 60 73 78""",
+    "car": """body: 20 42 30 0 66 0 82 42, 0 52 6 42 90 42 100 56 100 80 0 80; #deecf2: 28 38 35 10 46 10 46 38,
+              51 38 51 10 62 10 72 38; shade: 2 66 98 66 98 78 2 78; line edge: 48.5 10 48.5 66; #fff4be: 91 50 99 62;
+              #28282e: 12 58 37 102, 64 58 89 102; #c4c6ce: 19.5 71 29.5 89, 71.5 71 81.5 89""",
+    "ball": """body: 0 0 100 100; shade: 30 1 70 99; plain: 40 1 60 99; shade: 42 2 58 12; light: 12 20 28 40""",
+    "star": """body: 50 0 64 34 100 38.2 73 62.6 80.9 100 50 81.5 19.1 100 27 62.6 0 38.2 36 34; ink: 36 42 44 55,
+               56 42 64 55; light: 26 52 35 59, 65 52 74 59; line ink: 42 62 46 66 54 66 58 62""",
+    "sign": """#5c4230: 47 50 53 50 53 102 47 102, 3 -2 97 -2 101 4 101 76 97 81 3 81 -1 76 -1 4;
+               #faf0d6: 4 7 96 7 96 72 4 72""",
+    "meadow": """#d0e5f0: -1 -1 101 -1 101 101 -1 101; #deecf2: 10 10 34 20, 20 6 44 19, 62 20 90 29;
+                 #cae0c4: -30 50 80 140, 30 54 150 140; line #b8d2b2: 8 79 10 82 12 78, 28 65 30 68 32 64,
+                 48 87 50 90 52 86, 68 69 70 72 72 68, 88 83 90 86 92 82""",
+    "beach": """#d6e8f0: -1 -1 101 -1 101 50 -1 50; #bad6dc: -1 45 101 45 101 70 -1 70;
+                #eee4cc: -1 66 101 66 101 101 -1 101, -20 61 60 76; line #cce2e6: 9 51 12 50 15 51 18 50 21 51,
+                49 56 52 55 55 56 58 55 61 56, 74 50 77 49 80 50 83 49 86 50""",
+    "night": """#707690: -1 -1 101 -1 101 101 -1 101; #7c829a: 70 6 90 26; #707690: 65 4 84 22; #8e94aa: 8 10 9 11,
+                25 30 26 31, 45 8 46 9, 60 33 61 34, 90 42 91 43, 14 50 15 51, 38 48 39 49; #626a78: -40 66 80 150,
+                20 72 150 150""",
+    "room": """#e6dcd4: -1 -1 101 -1 101 71 -1 71; #d0beac: -1 70 101 70 101 101 -1 101; #dccec2: -1 68 101 68 101 71 -1 71;
+               line #c6b4a2: -1 80 101 80, -1 91 101 91, 20 71 20 80, 60 71 60 80, 40 80 40 91, 85 80 85 91, 25 91 25 101""",
+    "snow": """#ced8e6: -1 -1 101 -1 101 101 -1 101; #e4eaf1: -40 55 90 150, 30 50 160 150, 10 10 12 12, 30 22 32 24,
+               55 7 57 9, 80 16 82 18, 93 36 95 38, 16 40 18 42"""}
+LETTERS = {  # strokes on a grid 4 wide and 6 high, each point two digits x y; drawn here, so that no font file is needed
+    "A": "06 02 20 42 46,04 44", "B": "00 30 41 42 33 03,33 44 45 36 06 00", "C": "41 30 10 01 05 16 36 45",
+    "E": "40 00 06 46,03 33", "F": "40 00 06,03 33", "G": "41 30 10 01 05 16 36 45 43 23", "H": "00 06,40 46,03 43",
+    "I": "10 30,20 26,16 36", "K": "00 06,40 03 46", "L": "00 06 46", "M": "06 00 23 40 46", "N": "06 00 46 40",
+    "O": "10 30 41 45 36 16 05 01 10", "P": "06 00 30 41 43 34 04", "R": "06 00 30 41 42 33 03,23 46",
+    "S": "41 30 10 01 02 13 33 44 45 36 16 05", "T": "00 40,20 26", "U": "00 05 16 36 45 40", "X": "00 46,40 06",
+    "Y": "00 23 40,23 26", "Z": "00 40 06 46"}
 
 def draw(scene, size=96):
-    """The picture, size x size RGB. Nothing random: the same scene always gives the same pixels."""
+    """The picture, size x size RGB. Nothing is random: the same scene always gives the same pixels."""
     px = SUPER * size
     image = background(scene.background, px).copy()
     pen = ImageDraw.Draw(image, "RGBA")          # RGBA only for the soft shadows
     for thing in scene.things:
-        x1, y1, x2, y2 = (v * px for v in thing.box)
-        pen.ellipse((x1 + 0.08 * (x2 - x1), y2 - 0.03 * px, x2 - 0.08 * (x2 - x1), y2 - 1), fill=(40, 40, 60, 70))
+        (x1, y1), (x2, y2) = into(thing.box, px, [(.08, 1), (.92, 1)])
+        pen.ellipse((x1, y1 - 0.025 * px, x2, y2), fill=(40, 40, 60, 70))
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
-        DRAW[thing.kind](Brush(pen, px, thing.box, thing.color))
+        paint(pen, px, thing.box, thing.kind, palette(thing.color))
     if scene.sign:
-        draw_sign(Brush(pen, px, scene.sign.box, "white"), scene.sign.word)
+        paint(pen, px, scene.sign.box, "sign", {})
+        step = 0.82 / (6 * len(scene.sign.word) - 2)                         # letters are 4 steps wide and 2 apart
+        for i, letter in enumerate(scene.sign.word):
+            for line in LETTERS[letter].split(","):
+                points = [(.09 + step * (6 * i + int(x)), .175 + .075 * int(y)) for x, y in line.split()]
+                stroke(pen, into(scene.sign.box, px, points), "#342622", 0.016 * px)
     return image.reduce(SUPER)
-
-class Brush:
-    """Draws in the coordinates of one box: (0, 0) is its top left corner, (1, 1) its bottom right one.
-    A shape is a flat list of numbers: four are an oval x1 y1 x2 y2, more are the corners of a polygon."""
-    def __init__(self, pen, px, box, color):
-        self.pen, self.px = pen, px
-        edge = OUTLINE / 2                       # room for the outer half of the outline
-        self.x, self.y = (box[0] + edge) * px, (box[1] + edge) * px
-        self.w, self.h = (box[2] - box[0] - 2 * edge) * px, (box[3] - box[1] - 2 * edge) * px
-        self.color = COLORS[color]
-        dark = color == "black"
-        self.edge = {"black": (206, 206, 214), "white": (104, 104, 118)}.get(color, mix(self.color, (0, 0, 0), 0.55))
-        self.shade = mix(self.color, (255, 255, 255), 0.2) if dark else mix(self.color, (40, 40, 70), 0.18)
-        self.light = mix(self.color, (255, 255, 255), 0.45)
-        self.ink = (240, 240, 244) if dark else (30, 28, 36)
-
-    def at(self, shape):
-        return [(self.x + self.w * x, self.y + self.h * y) for x, y in zip(shape[::2], shape[1::2])]
-
-    def fill(self, color, *shapes):
-        for shape in shapes:
-            (self.pen.ellipse if len(shape) == 4 else self.pen.polygon)(self.at(shape), fill=color)
-
-    def line(self, color, shape, width=OUTLINE):
-        self.pen.line(self.at(shape), fill=color, width=max(1, round(width * self.px)))
-
-    def body(self, *shapes):
-        """One silhouette out of many shapes: first all edges, then all insides, so no edge is left within."""
-        half = OUTLINE / 2 * self.px
-        for shape in shapes:
-            points = self.at(shape)
-            if len(shape) == 4:
-                (x1, y1), (x2, y2) = points
-                self.pen.ellipse((x1 - half, y1 - half, x2 + half, y2 + half), fill=self.edge)
-            else:
-                self.pen.line(points + points[:1], fill=self.edge, width=round(2 * half))
-                for x, y in points:              # round corners
-                    self.pen.ellipse((x - half, y - half, x + half, y + half), fill=self.edge)
-        self.fill(self.color, *shapes)
-
-def draw_cat(b):
-    b.body((.66, .98, .80, .97, .93, .86, .97, .66, 1, .52, .90, .50, .86, .64, .82, .80, .70, .84),         # tail
-           (.10, .44, .72, 1), (.06, .40, .02, 0, .34, .14), (.72, .40, .78, 0, .46, .14), (0, .08, .80, .62))
-    b.fill(b.shade, (.10, .22, .09, .10, .20, .16), (.70, .22, .71, .10, .60, .16), (.20, .86, .38, 1), (.44, .86, .62, 1))
-    b.fill((255, 255, 255), (.15, .24, .35, .44), (.45, .24, .65, .44))
-    b.fill((30, 28, 36), (.22, .26, .31, .43), (.49, .26, .58, .43))
-    b.fill((236, 140, 150), (.35, .45, .45, .45, .40, .51))
-    for y in (.46, .53):
-        b.line(b.ink, (.30, .49, .04, y), OUTLINE / 2)
-        b.line(b.ink, (.50, .49, .76, y), OUTLINE / 2)
-
-def draw_fish(b):
-    b.body((0, .12, .74, .94), (.62, .53, 1, .08, .92, .53, 1, 1), (.28, .18, .44, 0, .62, .06, .60, .26))
-    b.fill(b.shade, (.90, .52, .72, .50, .95, .22), (.90, .56, .72, .58, .95, .84), (.40, .52, .60, .42, .58, .68))
-    b.line(b.edge, (.30, .22, .34, .38, .34, .66, .30, .84), OUTLINE / 2)
-    b.fill((255, 255, 255), (.10, .32, .26, .54))
-    b.fill((30, 28, 36), (.13, .37, .22, .50))
-    b.line(b.ink, (.07, .68, .14, .73, .21, .70), OUTLINE / 2)
-
-def draw_bird(b):
-    for x in (.38, .52):                         # legs
-        b.line((150, 100, 50), (x, .82, x + .02, .99, x + .12, .99))
-    b.fill((150, 100, 50), (.82, .14, 1, .27, .82, .36))
-    b.fill((232, 168, 70), (.84, .18, .97, .27, .84, .32))
-    b.body((.20, .44, 0, .30, .02, .52, .16, .70), (.08, .32, .78, .88), (.46, 0, .90, .50))
-    b.fill(b.shade, (.18, .46, .58, .42, .54, .66, .36, .74))
-    b.line(b.edge, (.18, .46, .36, .74, .54, .66, .58, .42), OUTLINE / 2)
-    b.fill((255, 255, 255), (.62, .12, .78, .28))
-    b.fill((30, 28, 36), (.67, .15, .76, .25))
-
-def draw_tree(b):
-    b.fill((96, 70, 52), (.38, .60, .62, .60, .68, 1, .32, 1))
-    b.fill((132, 100, 76), (.43, .60, .55, .60, .58, .98, .42, .98))
-    b.body((0, .30, .56, .74), (.44, .30, 1, .74), (.14, 0, .86, .56), (.24, .40, .76, .80))
-    b.fill(b.light, (.26, .10, .46, .20), (.10, .40, .24, .47), (.60, .38, .74, .45))
-    b.fill(b.shade, (.54, .20, .68, .27), (.30, .60, .46, .67), (.74, .58, .88, .65), (.38, .36, .50, .42))
-
-def draw_house(b):
-    b.body((.72, .30, .72, .06, .88, .06, .88, .44), (.09, .42, .91, .42, .91, 1, .09, 1), (0, .50, .50, 0, 1, .50))
-    b.fill(b.shade, (.04, .48, .50, .03, .96, .48))
-    b.line(b.edge, (.04, .50, .96, .50), OUTLINE / 2)
-    for x in (.18, .64):                         # windows
-        b.fill(b.edge, (x - .02, .58, x + .20, .58, x + .20, .80, x - .02, .80))
-        b.fill((250, 240, 196), (x + .01, .61, x + .17, .61, x + .17, .77, x + .01, .77))
-        b.line(b.edge, (x + .09, .60, x + .09, .78), OUTLINE / 2)
-    b.fill((96, 70, 52), (.42, .66, .58, .66, .58, .99, .42, .99))
-    b.fill((250, 240, 196), (.52, .80, .56, .85))
-    b.fill((250, 240, 196), (.43, .22, .57, .36))
-
-def draw_car(b):
-    b.body((.20, .42, .30, 0, .66, 0, .82, .42), (0, .52, .06, .42, .90, .42, 1, .56, 1, .80, 0, .80))
-    b.fill((222, 236, 242), (.28, .38, .35, .10, .46, .10, .46, .38), (.51, .38, .51, .10, .62, .10, .72, .38))
-    b.fill(b.shade, (.02, .66, .98, .66, .98, .78, .02, .78))
-    b.line(b.edge, (.485, .10, .485, .66), OUTLINE / 2)
-    b.fill((255, 244, 190), (.91, .50, .99, .62))
-    for x in (.12, .64):                         # wheels
-        b.fill((40, 40, 46), (x, .58, x + .25, 1.02))
-        b.fill((196, 198, 206), (x + .075, .71, x + .175, .89))
-
-def draw_ball(b):
-    b.body((0, 0, 1, 1))
-    b.fill(b.shade, (.30, .01, .70, .99))
-    b.fill(b.color, (.40, .01, .60, .99))
-    b.fill(b.light, (.12, .20, .28, .40))
-    b.fill(b.shade, (.42, .02, .58, .12))
-
-def draw_star(b):
-    b.body(STAR)
-    b.fill(b.light, [.5 + .55 * (v - .5) for v in STAR])
-    b.fill(b.color, [.5 + .48 * (v - .5) for v in STAR])
-    b.fill(b.ink, (.36, .42, .44, .55), (.56, .42, .64, .55))
-    b.line(b.ink, (.42, .62, .46, .66, .54, .66, .58, .62), OUTLINE / 2)
-
-def star(inner=0.46):
-    """The ten corners of a five-pointed star, stretched to touch all four sides of its box."""
-    radii = [1 if i % 2 == 0 else inner for i in range(10)]
-    xs = [r * math.sin(i * math.pi / 5) for i, r in enumerate(radii)]
-    ys = [-r * math.cos(i * math.pi / 5) for i, r in enumerate(radii)]
-    unit = lambda values: [(v - min(values)) / (max(values) - min(values)) for v in values]
-    return [v for point in zip(unit(xs), unit(ys)) for v in point]
-
-STAR = star()
-DRAW = {"cat": draw_cat, "fish": draw_fish, "bird": draw_bird, "tree": draw_tree, "house": draw_house, "car": draw_car,
-        "ball": draw_ball, "star": draw_star}
-# Capital letters as strokes on a grid 4 wide and 6 high, each point two digits x y; drawn here, so that no font file is needed
-LETTERS = {"A": "06 02 20 42 46,04 44", "B": "00 30 41 42 33 03,33 44 45 36 06 00", "C": "41 30 10 01 05 16 36 45", "E": "40 00 06 46,03 33",
-           "F": "40 00 06,03 33", "G": "41 30 10 01 05 16 36 45 43 23", "H": "00 06,40 46,03 43", "I": "10 30,20 26,16 36", "K": "00 06,40 03 46",
-           "L": "00 06 46", "M": "06 00 23 40 46", "N": "06 00 46 40", "O": "10 30 41 45 36 16 05 01 10", "P": "06 00 30 41 43 34 04",
-           "R": "06 00 30 41 42 33 03,23 46", "S": "41 30 10 01 02 13 33 44 45 36 16 05", "T": "00 40,20 26", "U": "00 05 16 36 45 40",
-           "X": "00 46,40 06", "Y": "00 23 40,23 26", "Z": "00 40 06 46"}
-
-def draw_sign(b, word):
-    border, board, ink = (92, 66, 48), (250, 240, 214), (52, 38, 34)
-    b.fill(border, (.47, .5, .53, .5, .53, 1, .47, 1))
-    b.fill(border, (.03, 0, .97, 0, 1, .05, 1, .75, .97, .80, .03, .80, 0, .75, 0, .05))
-    b.fill(board, (.04, .075, .96, .075, .96, .725, .04, .725))
-    step = 0.86 / (4 * len(word) + 1.5 * (len(word) - 1))                    # letters are 4 wide, 1.5 apart
-    width = 0.17 * step * b.w / b.px * 6
-    for i, letter in enumerate(word):
-        for stroke in LETTERS[letter].split(","):
-            points = [v for p in stroke.split() for v in (.07 + step * (5.5 * i + int(p[0])), .17 + .46 / 6 * int(p[1]))]
-            b.line(ink, points, width)
-            r = width * b.px / 2
-            for x, y in b.at(points):
-                b.pen.ellipse((x - r, y - r, x + r, y + r), fill=ink)
 
 @functools.cache
 def background(name, px):
     """Pale and soft, so that all eight colors stand out. The night is a grey one: a black cat must show, too."""
     image = Image.new("RGB", (px, px))
-    b = Brush(ImageDraw.Draw(image), px, (0, 0, 1, 1), "white")
-    band = lambda color, top, bottom: b.fill(color, (-.1, top, 1.1, top, 1.1, bottom, -.1, bottom))
-    if name == "meadow":
-        band((208, 229, 240), -.1, 1.1)
-        b.fill((222, 236, 242), (.10, .10, .34, .20), (.20, .06, .44, .19), (.62, .20, .90, .29))
-        b.fill((202, 224, 196), (-.3, .50, .8, 1.4), (.3, .54, 1.5, 1.4))
-        for x, y in ((.1, .82), (.3, .68), (.5, .9), (.7, .72), (.9, .86)):
-            b.line((184, 210, 178), (x - .015, y - .03, x, y, x + .012, y - .035), .006)
-    elif name == "beach":
-        band((214, 232, 240), -.1, .45)
-        band((186, 214, 220), .45, .66)
-        band((238, 228, 204), .66, 1.1)
-        b.fill((238, 228, 204), (-.2, .61, .6, .76))
-        for x, y in ((.15, .51), (.55, .56), (.8, .50)):
-            b.line((204, 226, 230), (x - .06, y, x - .03, y - .01, x, y, x + .03, y - .01, x + .06, y), .006)
-    elif name == "night":
-        band((112, 118, 144), -.1, 1.1)
-        b.fill((124, 130, 154), (.70, .06, .90, .26))
-        b.fill((112, 118, 144), (.65, .04, .84, .22))
-        for x, y in ((.08, .1), (.25, .3), (.45, .08), (.6, .33), (.9, .42), (.14, .5), (.38, .48)):
-            b.fill((142, 148, 170), (x, y, x + .012, y + .012))
-        b.fill((98, 106, 120), (-.4, .66, .8, 1.5), (.2, .72, 1.5, 1.5))
-    elif name == "room":
-        band((230, 220, 212), -.1, .70)
-        band((208, 190, 172), .70, 1.1)
-        band((220, 206, 194), .68, .71)
-        for y in (.80, .91):
-            b.line((198, 180, 162), (0, y, 1, y), .005)
-        for x, y in ((.2, .71), (.6, .71), (.4, .80), (.85, .80), (.25, .91), (.65, .91)):
-            b.line((198, 180, 162), (x, y, x, y + .10), .005)
-    else:
-        band((206, 216, 230), -.1, 1.1)
-        b.fill((228, 234, 241), (-.4, .55, .9, 1.5), (.3, .50, 1.6, 1.5))
-        for x, y in ((.1, .1), (.3, .22), (.55, .07), (.8, .16), (.93, .36), (.16, .4), (.45, .38), (.7, .34)):
-            b.fill((224, 231, 240), (x, y, x + .02, y + .02))
+    paint(ImageDraw.Draw(image), px, (0, 0, 1, 1), name, {})
     return image
 
-def mix(a, b, share):
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b))
+def paint(pen, px, box, name, colors):
+    for how, shapes in parsed(ART[name]):
+        color = colors.get(how.split()[-1], how.split()[-1])
+        shapes = [into(box, px, shape) for shape in shapes]
+        if how.startswith("line"):
+            for points in shapes:
+                pen.line(points, color, max(1, round(OUTLINE / 2 * px)))
+            continue
+        if how == "body":                        # first all edges, then all insides: one silhouette without edges within
+            half = OUTLINE / 2 * px
+            for points in shapes:
+                if len(points) == 2:
+                    (x1, y1), (x2, y2) = points
+                    pen.ellipse((x1 - half, y1 - half, x2 + half, y2 + half), colors["edge"])
+                else:
+                    stroke(pen, points + points[:1], colors["edge"], 2 * half)
+        for points in shapes:
+            (pen.ellipse if len(points) == 2 else pen.polygon)(points, color)
+
+def stroke(pen, points, color, width):
+    """A thick line with round ends and corners."""
+    pen.line(points, color, round(width))
+    for x, y in points:
+        pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), color)
+
+def into(box, px, points):
+    """From fractions of the box to pixels of the large picture, leaving room for the outer half of the outline."""
+    x, y, w, h = box[0] + OUTLINE / 2, box[1] + OUTLINE / 2, box[2] - box[0] - OUTLINE, box[3] - box[1] - OUTLINE
+    return [((x + w * u) * px, (y + h * v) * px) for u, v in points]
+
+@functools.cache
+def parsed(art):
+    """[(paint, [[(x, y), ...] of each shape]), ...]"""
+    points = lambda shape: [(float(x) / 100, float(y) / 100) for x, y in zip(shape.split()[::2], shape.split()[1::2])]
+    rows = [row.split(":") for row in art.split(";")]
+    return [(how.strip(), [points(shape) for shape in shapes.split(",")]) for how, shapes in rows]
+
+@functools.cache
+def palette(name):
+    """The paints of a thing: its own color and what goes with it."""
+    color, dark = COLORS[name], name == "black"
+    mix = lambda other, share: tuple(round(a + (b - a) * share) for a, b in zip(color, other))
+    edge = {"black": (206, 206, 214), "white": (104, 104, 118)}.get(name, mix((0, 0, 0), 0.55))
+    shade = mix((255, 255, 255), 0.2) if dark else mix((40, 40, 70), 0.18)
+    ink = "#f0f0f4" if dark else "#1e1c24"
+    return {"body": color, "plain": color, "edge": edge, "shade": shade, "light": mix((255, 255, 255), 0.45), "ink": ink}
 
 def hello_picture():
     """The picture of the README's first question; a scene as in training."""
-    things = (Thing("ball", "blue", "small", "top right", (.70, .10, .90, .30)), Thing("cat", "red", "big", "left", (.10, .35, .40, .65)))
-    return draw(Scene("meadow", things, Sign("OPEN", "bottom right", (.55, .70, .95, .90))), 480)
+    ball = Thing("ball", "blue", "small", "top right", (.70, .10, .90, .30))
+    cat = Thing("cat", "red", "big", "left", (.10, .35, .40, .65))
+    return draw(Scene("meadow", (ball, cat), Sign("OPEN", "bottom right", (.55, .70, .95, .90))), 480)
+
+
+# -- text ------------------------------------------------------------------------------------------------------------------------
+def caption(scene):
+    parts = [f"{article(p.color)} {p.kind}" if isinstance(p, Thing) else f"a sign that says {p.word}" for p in scene.parts]
+    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return text[0].upper() + text[1:] + "."
+
+def describe(scene, boxes=True):
+    """Everything there is to say: text alone, to teach a decoder the words of this world."""
+    say = lambda p: f"a {p.size} {p.color} {p.kind} {at(p)}" if isinstance(p, Thing) else f"a sign {at(p)} that says {p.word}"
+    return "; ".join(say(p) + (f" {coordinates(p.box)}" if boxes else "") for p in scene.parts)
+
+def article(word):
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+def at(part):
+    return f"{'in' if part.place == 'middle' else 'at'} the {part.place}"
+
+def coordinates(box):
+    return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
+
+def several(n, kind):
+    """1 cat, 2 cats, 2 fish; with n = 0 the plural alone."""
+    return (f"{n} " if n else "") + (kind if n == 1 or kind == "fish" else kind + "s")
+
+def there(n, kind):
+    return f"There {'is' if n == 1 else 'are'} {several(n, kind)}"
+
+def the(thing, scene):
+    """The shortest phrase that means this thing only."""
+    return f"the {thing.kind}" if count(scene, kind=thing.kind) == 1 else f"the {thing.color} {thing.kind}"
+
+def count(scene, kind=None, color=None):
+    return sum(kind in (None, thing.kind) and color in (None, thing.color) for thing in scene.things)
+
+
+# -- questions: each function asks one about the scene and answers it, or returns None where the scene allows none ---------------
+def ask_caption(scene, rng):
+    return CAPTION, caption(scene)
+
+def ask_existence(scene, rng):
+    shown = [(thing.kind, thing.color) for thing in scene.things]
+    answer = rng.choice(("yes", "no"))
+    if rng.random() < 0.3:
+        name = rng.choice([kind for kind in KINDS if (count(scene, kind=kind) > 0) == (answer == "yes")])
+    else:
+        absent = [pair for pair in nameable(scene) if pair not in shown]
+        if rng.random() < 0.5:                   # half right is harder
+            absent = [(k, c) for k, c in absent if any(k == kind or c == color for kind, color in shown)]
+        kind, color = rng.choice(shown if answer == "yes" else absent)
+        name = f"{color} {kind}"
+    return f"Is there {article(name)} in the image?\n{SHORT}", answer
+
+def ask_count(scene, rng):
+    found = [(f"How many {several(0, kind)} are there?", count(scene, kind=kind)) for kind in KINDS]
+    found += [(f"How many {color} things are there?", count(scene, color=color)) for color in COLORS]
+    if not scene.sign:                           # is a sign a thing? Better not ask
+        found += [("How many things are there?", len(scene.things))]
+    question, answer = pick(found, rng, {0: 1, 1: 1, 2: 2, 3: 4, 4: 5})
+    return f"{question}\n{SHORT}", str(answer)
+
+def ask_attribute(scene, rng):
+    question, answer, _ = about(rng.choice(scene.things), rng.choice(("kind", "color", "size")), scene)
+    return f"{question}\n{SHORT}", answer
+
+def about(thing, what, scene):
+    """A question about one thing: (question, answer, what else one could answer)."""
+    name = the(thing, scene)
+    if what == "color":                          # must not be told by the question
+        name = name.replace(f"{thing.color} {thing.kind}", f"{thing.kind} {at(thing)}")
+    question = {"kind": f"What is the thing {at(thing)}?", "color": f"What color is {name}?", "size": f"Is {name} small or big?",
+                "place": f"Where is {name}?"}[what]
+    colors = [color for kind, color in nameable(scene) if kind == thing.kind]
+    return question, getattr(thing, what), {"kind": KINDS, "color": colors, "size": SIZES, "place": PLACES}[what]
+
+def ask_spatial(scene, rng):
+    answer, found = rng.choice(("yes", "no")), []
+    for words, axis, sign in (("to the left of", 0, -1), ("to the right of", 0, 1), ("above", 1, -1), ("below", 1, 1)):
+        for a in scene.things:
+            for b in scene.things:
+                gap = sign * (a.box[axis] + a.box[axis + 2] - b.box[axis] - b.box[axis + 2]) / 2
+                if (gap if answer == "yes" else -gap) > 0.19:    # clearly so, or clearly the other way (grid: 0.2 or more)
+                    found.append(f"Is {the(a, scene)} {words} {the(b, scene)}?\n{SHORT}")
+    return (rng.choice(found), answer) if found else None
+
+def ask_box(scene, rng):
+    thing = rng.choice(scene.things)
+    return f"{BOX}{the(thing, scene)}.", coordinates(thing.box)
+
+def ask_choice(scene, rng):
+    what = rng.choice(("kind", "color", "place"))
+    question, right, names = about(rng.choice(scene.things), what, scene)
+    others = [getattr(thing, what) for thing in scene.things]    # what is true of another thing comes first: a harder choice
+    names = [name for name in others if name in names] + rng.sample(names, len(names))
+    choices = rng.sample([name for name in dict.fromkeys(names) if name != right][:3], 3)
+    letter = rng.randrange(4)
+    choices.insert(letter, right)
+    return "\n".join([question, *(f"{'ABCD'[i]}. {choice}" for i, choice in enumerate(choices)), LETTER]), "ABCD"[letter]
+
+def ask_reading(scene, rng):
+    return (f"What word is on the sign?\n{SHORT}", scene.sign.word) if scene.sign else None
+
+def ask_unanswerable(scene, rng):
+    known = rng.random() < 0.5
+    what = rng.choice(("color", "color", "size"))
+    question, answer, _ = about(rng.choice(scene.things), what, scene)
+    if known == bool(scene.sign) and rng.random() < (0.5 if known else 0.33):    # signs are the rarer case
+        question, answer = "What word is on the sign?", scene.sign and scene.sign.word
+    elif not known:
+        absent = rng.choice([kind for kind in KINDS if not count(scene, kind=kind)])
+        question = f"What color is the {absent}?" if what == "color" else f"Is the {absent} small or big?"
+    return f"{question}\n{INSUFFICIENT}\n{SHORT}", answer if known else "Unanswerable"
+
+def ask_reasoning(scene, rng):
+    question, answer, _ = reason(scene, rng)
+    return f"{question}\n{SHORT}", str(answer)
+
+def ask_cot(scene, rng):
+    question, answer, steps = reason(scene, rng)
+    return f"{COT}{question}", f"{steps}\nFinal answer: {answer}"
+
+def reason(scene, rng):
+    """A question that takes two steps: (question, answer, the steps in words)."""
+    found, n = [], len(scene.things)
+    kinds = {kind: count(scene, kind=kind) for kind in KINDS if count(scene, kind=kind)}
+    for a, n_a in kinds.items():
+        for b, n_b in kinds.items():
+            steps, a_s, b_s = f"{there(n_a, a)}. {there(n_b, b)}. {n_a}", several(0, a), several(0, b)
+            if a != b:
+                found.append((f"How many {a_s} and {b_s} are there together?", n_a + n_b, f"{steps} + {n_b} = {n_a + n_b}."))
+            if n_a > n_b:
+                found.append((f"How many more {a_s} than {b_s} are there?", n_a - n_b, f"{steps} - {n_b} = {n_a - n_b}."))
+    legs = {kind: kinds[kind] * LEGS[kind] for kind in LEGS if kind in kinds}
+    if legs:
+        steps = [f"{several(kinds[kind], kind)} {'has' if kinds[kind] == 1 else 'have'} {legs[kind]} legs." for kind in legs]
+        steps += [f"{' + '.join(map(str, legs.values()))} = {sum(legs.values())}."] if len(legs) > 1 else []
+        found.append(("How many legs do the animals have together?", sum(legs.values()), " ".join(steps)))
+    besides = " besides the sign" if scene.sign else ""
+    for color in sorted({thing.color for thing in scene.things}):
+        gone = count(scene, color=color)
+        steps = f"{there(n, 'thing')}{besides}. {several(gone, 'thing')} {'is' if gone == 1 else 'are'} {color}."
+        question = f"How many things{besides} would be left if every {color} thing were taken away?"
+        found.append((question, n - gone, f"{steps} {n} - {gone} = {n - gone}."))
+    return pick(found, rng, {0: 2, 1: 2, 2: 1, 3: 2})
+
+def pick(found, rng, weights):
+    """One of the (question, answer, ...): first the answer, by weight (3 unless told), then a question that has it."""
+    answers = sorted({answer for _, answer, *_ in found})
+    answer = rng.choices(answers, [weights.get(answer, 3) for answer in answers])[0]
+    return rng.choice([item for item in found if item[1] == answer])
+
+def nameable(scene):
+    """The pairs a question may name: all, but a training scene must not teach that UNSEEN ones do not exist."""
+    held_out = any((thing.kind, thing.color) in UNSEEN for thing in scene.things)
+    return [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
+
+ASK = {"caption": ask_caption, "existence": ask_existence, "count": ask_count, "attribute": ask_attribute, "spatial": ask_spatial,
+       "box": ask_box, "choice": ask_choice, "reading": ask_reading, "unanswerable": ask_unanswerable, "reasoning": ask_reasoning,
+       "cot": ask_cot}
+
+def questions(scene, rng):
+    """One (category, question, answer) of each category the scene allows. The question already ends with its format prompt."""
+    asked = [(category, ask(scene, rng)) for category, ask in ASK.items()]
+    return [(category, *pair) for category, pair in asked if pair]
+
+
+# -- files -----------------------------------------------------------------------------------------------------------------------
+def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0):
+    """Write the pictures, train.json and pretrain.json (LLaVA's format), val.jsonl and world.json into the new folder out.
+    All is written into a hidden folder beside it, renamed at the end: a world that can be seen is complete."""
+    out = Path(out).absolute()
+    world = {"version": VERSION, "train": n_train, "val": n_val, "size": size, "seed": seed}
+    if is_world(out, world):
+        print(f"{out} already holds this world")
+        return
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not this world {world}: remove it or give another --out")
+    half = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        (half / "images").mkdir(parents=True)
+        jobs = [(split, i, half, size, seed) for split, n in (("train", n_train), ("val", n_val)) for i in range(n)]
+        with multiprocessing.get_context("fork").Pool(initializer=quiet) as pool:
+            made = pool.imap(make_picture, jobs, chunksize=32)
+            made = list(tqdm(made, f"drawing {out.name}", total=len(jobs), unit=" pictures", leave=False))
+        train, val = made[:n_train], made[n_train:]
+        dump(half / "train.json", [record for record, _ in train])
+        dump(half / "pretrain.json", [record for _, record in train])
+        lines = pick_val(val, max(1, round(0.3 * n_val)))
+        (half / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        dump(half / "world.json", world)
+        print(f"{out}: {n_train} training and {n_val} validation pictures, {len(lines)} validation questions")
+        try:
+            half.rename(out)
+        except OSError:
+            if not is_world(out, world):         # else another process was faster, and ours is the same
+                raise
+    finally:
+        shutil.rmtree(half, ignore_errors=True)  # gone already unless something went wrong, Ctrl-C included
+
+def make_picture(job):
+    """Draw and save picture i and ask about it. All depends on (seed, split, i) only, so any process may do it."""
+    split, i, folder, size, seed = job
+    rng = random.Random(f"{seed} {split} {i}")
+    scene = random_scene(rng, held_out=split == "val")
+    name = f"images/{split}_{i:05d}.png"
+    draw(scene, size).save(folder / name, compress_level=1)
+    asked = questions(scene, rng)
+    if split == "val":
+        return name, asked
+    scarce = [item for item in asked if item[0] == "reading"]                 # few pictures have a sign: always ask what it says
+    turns = scarce + rng.sample([item for item in asked if item not in scarce], 6)
+    rng.shuffle(turns)
+    brief = [(rng.choice(BRIEF), caption(scene))]
+    return record(f"train-{i}", name, [pair for _, *pair in turns]), record(f"pretrain-{i}", name, brief)
+
+def record(id, image, pairs):
+    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
+    turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    return {"id": id, "image": image, "conversations": turns}
+
+def pick_val(made, limit):
+    """Up to that many questions of each category, the answers taken in turn, so that no answer is frequent."""
+    by_answer = {category: defaultdict(list) for category in ASK}
+    for i, (name, asked) in enumerate(made):
+        for k, (category, question, answer) in enumerate(asked):
+            line = {"question_id": f"val-{i}-{k}", "image": name, "text": question, "answer": answer, "category": category}
+            key = answer == "Unanswerable" if category == "unanswerable" else answer.split("Final answer: ")[-1]
+            by_answer[category][key].append((i, k, line))
+    picked = []
+    for groups in by_answer.values():
+        rounds = max((len(lines) for lines in groups.values()), default=0)
+        picked += [lines[r] for r in range(rounds) for lines in groups.values() if r < len(lines)][:limit]
+    return [line for _, _, line in sorted(picked, key=lambda item: item[:2])]
+
+def is_world(out, world):
+    path = out / "world.json"
+    return path.is_file() and json.loads(path.read_text()) == world
+
+def dump(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+def quiet():
+    """In a drawing process: Ctrl-C is for the parent, which cleans up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# -- tokenizer -------------------------------------------------------------------------------------------------------------------
+def train_tokenizer(path, vocab_size=896, n_scenes=2000):
+    """Llama's kind of tokenizer (sentencepiece BPE, unknown characters as bytes) on the words of training scenes. At 896 pieces
+    every word of this world is one piece, and so is every coordinate: a box is always 8."""
+    lines = []
+    for i in range(n_scenes):
+        rng = random.Random(f"tokenizer {i}")
+        scene = random_scene(rng)
+        pairs = [pair for _, *pair in questions(scene, rng)]
+        pairs += [(rng.choice(BRIEF), caption(scene)), ("", describe(scene, boxes=False))]
+        numbers = [f"{x / GRID:.2f}" for x in range(GRID + 1)]               # evenly: in boxes some would be rare
+        texts = [f"{SYSTEM} USER: {question} ASSISTANT: {answer}" for question, answer in pairs] + [f"[{n}, {n}" for n in numbers]
+        # split where a piece must end: newlines are bytes, as in Llama, and "5," glued together would break the numbers up
+        lines += [line.strip() for text in texts for line in re.split(r"[\n,\]]", text)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+        add_dummy_prefix=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
+        required_chars=",]", split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+    Path(path).write_bytes(model.getvalue())
+
+
+def parse(Config):
+    cli = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(Config):
+        cli.add_argument("--" + f.name, type=f.type, default=f.default, help=f.metadata["help"])
+    known, unknown = cli.parse_known_args()
+    for flag in unknown:
+        near = difflib.get_close_matches(flag.split("=")[0], ["--" + f.name for f in fields(Config)], 1)
+        cli.error(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
+    return Config(**vars(known))
+
+def main(cfg):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("toyworld.py: terminated, nothing written"))   # through the clean-up
+    try:
+        if cfg.hello:
+            hello_picture().save(cfg.hello)
+        else:
+            write_world(cfg.out, cfg.train, cfg.val, cfg.size, cfg.seed)
+    except OSError as error:                     # full disk, folder not writable or taken
+        sys.exit(f"toyworld.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("toyworld.py: interrupted, nothing written")
+
+if __name__ == "__main__":
+    main(parse(Config))

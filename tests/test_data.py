@@ -1,0 +1,438 @@
+"""What a record becomes on its way to the model. Every name is a claim."""
+
+import io
+import json
+import random
+import re
+import string
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+
+import data
+from data import IGNORE, Examples, Records, Tokenizer, collate, encode_conversation, encode_prompt
+from vision import UserError, VisionConfig
+
+SHARED = Path(__file__).parents[2] / "shared"
+LLAMA = SHARED / "tokenizers" / "llama2.model"
+PHOTOS = SHARED / "photo_vqa"
+TEXTS = ["Hello world", " two  spaces ", "\n", "", "a\tb\r\n", "</s>", "<image> <pad>", "naïve café", "Straße 12,50 €", "你好，世界",
+         "こんにちは", "مرحبا بالعالم", "Привет, мир!", "🙂👩‍👩‍👧 é", "x = [0.12, 0.98]\n\n  indented", "ASSISTANT: A cat.", "\x00\x07"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model folder with a tokenizer of a few hundred pieces, trained as Llama's was."""
+    folder, model = tmp_path_factory.mktemp("tokenizer"), io.BytesIO()
+    text = f"{data.VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. {' '.join(string.printable[:95])}"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20), model_writer=model, model_type="bpe", vocab_size=600, hard_vocab_limit=False, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tok(folder):
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def llama():
+    if not LLAMA.exists():
+        pytest.skip(f"needs {LLAMA}")
+    return Tokenizer(LLAMA)
+
+
+def supervised(tok, labels):
+    """The supervised stretch as text, with </s> written out."""
+    return "".join("</s>" if i == tok.eos else tok.piece(i) for i in labels if i != IGNORE).replace("▁", " ").replace("<0x0A>", "\n")
+
+
+# ---- which tokens are supervised ------------------------------------------------------------------------------------
+
+def test_vicuna_supervises_the_answer_and_its_end_and_nothing_else(tok):
+    tokens, labels = encode_conversation(tok, [("human", "<image>\nWhat is this?"), ("gpt", "A cat.")], "vicuna_v1", [4])
+    assert supervised(tok, labels) == " A cat.</s>"
+    n = sum(label != IGNORE for label in labels)
+    assert labels[-n:] == tokens[-n:] and set(labels[:-n]) == {IGNORE}                 # one stretch, at the very end
+
+
+def test_vicuna_supervises_every_answer_of_two_turns(llama):
+    turns = [("human", "<image>\nWhat is this?"), ("gpt", "A red bus."), ("human", "Where?"), ("gpt", "Street")]
+    tokens, labels = encode_conversation(llama, turns, "vicuna_v1", [576])
+    assert [llama.piece(i) for i in labels if i != IGNORE] == "▁A ▁red ▁bus . </s> ▁Street </s>".split()
+    assert all(label in (IGNORE, token) for token, label in zip(tokens, labels))       # not shifted
+    assert tokens.count(llama.image) == 576 and tokens[0] == llama.bos and tokens.count(llama.bos) == 1
+
+
+def test_plain_supervises_the_caption_and_the_newline_and_discards_the_question(tok):
+    turns = [("human", "Describe it.\n<image>"), ("gpt", "a red cat")]
+    tokens, labels = encode_conversation(tok, turns, "plain", [3])
+    assert tokens[:4] == [tok.bos, tok.image, tok.image, tok.image] and labels[:4] == [IGNORE] * 4
+    assert supervised(tok, labels) == " a red cat\n" and IGNORE not in labels[4:]      # no </s>
+    assert tokens[4:] == tok.encode("a red cat\n")
+
+
+def test_a_leading_answer_and_a_last_question_without_answer_are_left_out(tok):
+    turns = [("human", "What?"), ("gpt", "A cat.")]
+    whole = encode_conversation(tok, turns, "vicuna_v1", [])
+    assert encode_conversation(tok, [("gpt", "Hi."), *turns, ("human", "Where?")], "vicuna_v1", []) == whole
+
+
+# ---- ids ------------------------------------------------------------------------------------------------------------
+
+def test_ids_around_the_picture_and_after_the_end_token_are_the_originals(llama):
+    turns = [("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Fur")]
+    tokens, _ = encode_conversation(llama, turns, "vicuna_v1", [1])
+    at = tokens.index(llama.image)
+    assert tokens[at - 4 : at + 4] == [3148, 1001, 29901, 29871, 32000, 29871, 13, 5618]  # ▁US ER : ▁ <image> ▁ \n What
+    assert tokens[tokens.index(llama.eos) + 1] == 11889                                # USER
+    assert tokens[-1] == llama.eos == 2 and tokens[0] == llama.bos == 1
+    assert (llama.n_text, llama.image, llama.pad, llama.vocab_size) == (32000, 32000, 32001, 32064)
+
+
+def test_text_of_a_conversation_has_the_ids_of_one_encoding_of_the_whole_string(tok, llama):
+    rng = random.Random(0)
+    for t in (tok, llama):
+        for _ in range(100):
+            question, answer = (" ".join(rng.choices(TEXTS, k=3)) + "?" for _ in range(2))
+            question, answer = question.replace("<image>", ""), answer.replace("<image>", "")
+            tokens, _ = encode_conversation(t, [("human", question), ("gpt", answer)], "vicuna_v1", [])
+            assert tokens == [t.bos] + t.encode(f"{data.VICUNA} USER: {question} ASSISTANT: {answer}") + [t.eos]
+
+
+def test_no_piece_of_llama_reaches_over_a_space(llama):
+    assert not any("▁" in llama.piece(i).lstrip("▁") for i in range(llama.n_text))     # why an answer may be encoded by itself
+
+
+def test_a_prompt_is_the_conversation_up_to_its_last_answer(tok):
+    turns = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Where?"), ("gpt", "Left.")]
+    tokens, labels = encode_conversation(tok, turns, "vicuna_v1", [5])
+    prompt = encode_prompt(tok, turns[:3], "vicuna_v1", [5])
+    assert tokens[: len(prompt)] == prompt and tok.decode(prompt).endswith("ASSISTANT:")
+    assert labels[len(prompt) :] == tokens[len(prompt) :]
+
+
+def test_encoding_equals_the_reference_tokenizer(llama, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes(LLAMA.read_bytes())
+    reference = transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=False)
+    rng = random.Random(0)
+    texts = [t for t in TEXTS if "</s>" not in t]
+    texts += ["".join(rng.choice("aZ09 .,\n\té你🙂я") for _ in range(rng.randrange(1, 40))) for _ in range(200)]
+    for text in texts:
+        text = re.sub(" +", " ", text).lstrip(" ")       # runs of spaces: transformers 5 departs from sentencepiece, which the next test pins
+        assert llama.encode(text) == reference.encode(text, add_special_tokens=False), text
+    turns = [("human", "What is it?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Its fur.")]
+    whole = f"{data.VICUNA} USER: What is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Its fur.</s>"
+    assert encode_conversation(llama, turns, "vicuna_v1", [])[0][1:] == reference.encode(whole, add_special_tokens=False)
+
+
+def test_runs_of_spaces_have_the_ids_that_llama_was_trained_with(llama):
+    assert [llama.encode(text) for text in ("Hello", " Hello", "  Hello", "   Hello")] == [[15043], [29871, 15043], [259, 15043], [1678, 15043]]
+
+
+def test_text_survives_encoding_and_decoding(tok, llama):
+    for t in (tok, llama):
+        for text in TEXTS:
+            assert t.decode([t.bos, *t.encode(text), t.image, t.eos, t.pad, t.vocab_size - 1]) == text
+
+
+def test_control_tokens_typed_by_a_user_stay_text(tok, llama):
+    for t in (tok, llama):
+        tokens, labels = encode_conversation(t, [("human", "a</s>b<s> <pad> <unk> <0x0A>"), ("gpt", "x</s>y")], "vicuna_v1", [])
+        assert tokens.count(t.eos) == 1 and tokens.count(t.bos) == 1 and t.pad not in tokens and t.image not in tokens
+        assert "a</s>b<s> <pad> <unk> <0x0A>" in t.decode(tokens) and supervised(t, labels) == " x</s>y</s>"
+
+
+def test_partial_decoding_never_takes_back_what_it_said(tok):
+    ids, said = tok.encode("né 🙂👩‍👩‍👧 cat 你好"), ""
+    for n in range(len(ids) + 1):
+        text = tok.decode(ids[:n], partial=True)
+        assert text.startswith(said) and "\ufffd" not in text
+        said = text
+    assert said == "né 🙂👩‍👩‍👧 cat 你好"
+
+
+# ---- pictures in the text -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["<image>\nWhat?", "What?\n<image>", "<image>What?", " <image>\nWhat? ", "What?"])
+def test_one_picture_at_either_end_or_without_marker_goes_first(tok, text):
+    turns = [("human", "<image>\nWhat?"), ("gpt", "A cat.")]
+    assert encode_conversation(tok, [("human", text), turns[1]], "vicuna_v1", [2]) == encode_conversation(tok, turns, "vicuna_v1", [2])
+
+
+def test_several_pictures_stay_where_they_were_written_each_with_its_own_length(tok):
+    turns = [("human", "Is <image> left of <image>?"), ("gpt", "A cat."), ("human", "And this: <image> here?"), ("gpt", "Left.")]
+    tokens, labels = encode_conversation(tok, turns, "vicuna_v1", [2, 3, 1])
+    text = "".join("#" if i == tok.image else "</s>" if i == tok.eos else tok.piece(i).replace("▁", " ") for i in tokens[1:])
+    assert text == f" {data.VICUNA} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>USER: And this: #  here? ASSISTANT: Left.</s>"
+    assert all(label == IGNORE for token, label in zip(tokens, labels) if token == tok.image)
+
+
+@pytest.mark.parametrize("turns, n_visual, message", [
+    ([("human", "<image> <image>"), ("gpt", "x")], [4], "2 <image> but 1 picture;"),
+    ([("human", "<image>"), ("gpt", "x")], [], "1 <image> but 0 pictures"),
+    ([("human", "Which?"), ("gpt", "x")], [4, 4], "0 <image> but 2 pictures"),
+    ([("human", "Draw."), ("gpt", "<image>")], [4], "answer in turn 2 holds <image>"),
+    ([("human", "What?"), ("gpt", " \n")], [], "answer in turn 2 is empty"),
+    ([("human", "What?"), ("human", "What?"), ("gpt", "x")], [], "turn 2 is from 'human'"),
+    ([("human", "What?")], [], "no answer to learn from"),
+    ([("gpt", "Hi.")], [], "no answer to learn from"),
+])
+def test_a_conversation_that_does_not_add_up_is_an_error(tok, turns, n_visual, message):
+    with pytest.raises(UserError, match=message):
+        encode_conversation(tok, turns, "vicuna_v1", n_visual)
+
+
+def test_plain_wants_one_picture_and_one_caption(tok):
+    with pytest.raises(UserError, match="needs a picture"):
+        encode_conversation(tok, [("human", "x"), ("gpt", "y")], "plain", [])
+    with pytest.raises(UserError, match="one question and one answer"):
+        encode_conversation(tok, [("human", "x"), ("gpt", "y")] * 2, "plain", [1])
+
+
+def test_an_unknown_template_names_its_nearest_match(tok):
+    with pytest.raises(UserError, match="did you mean 'vicuna_v1'"):
+        encode_conversation(tok, [("human", "x"), ("gpt", "y")], "vicuna-v1", [])
+
+
+def test_a_missing_a_broken_and_a_space_eating_tokenizer_are_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere.*no tokenizer there"):
+        Tokenizer(tmp_path / "nowhere")
+    for raw in (b"", b"hello"):
+        (tmp_path / "tokenizer.model").write_bytes(raw)
+        with pytest.raises(UserError, match="tokenizer.model: not a sentencepiece model"):
+            Tokenizer(tmp_path)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), model_writer=model, vocab_size=30,
+                                             hard_vocab_limit=False, minloglevel=2)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(UserError, match="does not keep spaces"):
+        Tokenizer(tmp_path)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def record(i, question="<image>\nWhat?", answer="A cat.", image="a.png"):
+    return {"id": f"r{i}", "image": image, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def write(path, records):
+    """A .json file gets a list, a .jsonl file lines."""
+    lines = [json.dumps(r, ensure_ascii=False) for r in records]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """An image root with a red and a blue picture, wide and high."""
+    root = tmp_path / "images"
+    root.mkdir()
+    Image.new("RGB", (40, 20), "red").save(root / "a.png")
+    Image.new("RGB", (20, 40), "blue").save(root / "b.png")
+    return root
+
+
+def test_a_list_and_lines_give_the_same_records(tmp_path):
+    records = [record(i, f"<image>\n{TEXTS[i % len(TEXTS)]} [{{\"}}]\u2028") for i in range(40)]
+    a, b = Records(write(tmp_path / "a.json", records)), Records(write(tmp_path / "a.jsonl", records))
+    (tmp_path / "dense.json").write_text("\ufeff" + json.dumps(records))                # one line, escapes, a byte order mark
+    c = Records(tmp_path / "dense.json")
+    assert len(a) == len(b) == len(c) == 40 and list(a) == list(b) == list(c)
+    assert a[7]["turns"] == [("human", records[7]["conversations"][0]["value"]), ("gpt", "A cat.")] and a[7]["images"] == ["a.png"]
+
+
+def test_records_longer_than_the_window_are_found(tmp_path):
+    records = [record(0, "é" * 3_000_000), record(1), record(2, "x" * 1_100_000)]
+    assert [len(r["turns"][0][1]) for r in Records(write(tmp_path / "a.json", records))] == [3_000_000, 13, 1_100_000]
+
+
+def test_a_question_file_becomes_one_pair_of_turns_and_keeps_its_fields(tmp_path):
+    lines = [{"question_id": 7, "image": "a.png", "text": "What?", "answer": "cat", "category": "kind"}, {"question_id": 8, "text": "Why?"}]
+    records = Records(write(tmp_path / "q.jsonl", lines))
+    assert records[0]["turns"] == [("human", "What?"), ("gpt", "cat")] and records[0]["category"] == "kind" and records[0]["id"] == "7"
+    assert records[1]["turns"] == [("human", "Why?")] and records[1]["images"] == []
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("a.json", "", "holds no record"),
+    ("a.json", "[]", "holds no record"),
+    ("a.json", '[{"id": 1}, {"id": 2', "a.json: cut off or not valid JSON .* after 1 whole records"),
+    ("a.json", '[{"id": 1}', "a.json: cut off at byte 10"),
+    ("a.json", '[{"id": 1},]', "instead of a record at byte 11"),
+    ("a.json", '[{"id": 1} {"id": 2}]', "unexpected '{'"),
+    ("a.json", '[{"id": 1}] more', "unexpected 'm'"),
+    ("a.json", '["text"]', "instead of a record"),
+    ("a.json", '{"id": 1, "data": []}', "line 1 .*no conversation"),
+    ("a.json", '{\n"id": 1}', "line 1: not valid JSON"),
+    ("a.jsonl", '\n{"id": "x", "conv', "a.jsonl, line 2: not valid JSON"),
+    ("a.jsonl", "3\n", "line 1: a int, not a record"),
+    ("a.jsonl", '{"id": "x"}', "line 1 .id 'x'.: no conversation"),
+    ("a.jsonl", '{"id": "x", "conversations": [{"from": "human", "value": 3}]}', "id 'x'.: turn 1 is"),
+    ("a.jsonl", '{"id": "x", "conversations": [{"from": "user", "value": "3"}]}', 'turn 1 is .* expected {"from": "human" or "gpt"'),
+    ("a.jsonl", '{"id": "x", "conversations": ["hi"]}', "turn 1 is hi"),
+    ("a.jsonl", '{"id": "x", "image": 3, "text": "hi"}', '"image" is 3'),
+    ("a.jsonl", '{"id": "x", "text": "what", "answer": ["a"]}', "turn 2 is"),
+    ("a.jsonl", "[" * 100_000, "a.jsonl: '\\[' instead of a record"),
+    ("a.jsonl", '{"a":' * 100_000, "not valid JSON"),
+])
+def test_a_broken_file_is_one_error_that_names_the_place(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        list(Records(tmp_path / name))
+
+
+def test_a_missing_file_and_a_missing_image_root_are_errors(tmp_path):
+    with pytest.raises(UserError, match="nowhere.json: cannot be read"):
+        Records(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match="--image-root .*nowhere: no such folder"):
+        Records(write(tmp_path / "a.json", [record(0)]), tmp_path / "nowhere")
+
+
+def test_a_record_costs_a_few_bytes_of_memory(tmp_path):
+    (tmp_path / "a.jsonl").write_text((json.dumps(record(0)) + "\n") * 200_000)
+    (tmp_path / "a.json").write_text("[" + ",".join([json.dumps(record(0))] * 20_000) + "]")
+    for name in ("a.jsonl", "a.json"):
+        tracemalloc.start()
+        records = Records(tmp_path / name)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held / len(records) < 20                                                # bytes; the records are 150 each
+
+
+def test_a_picture_outside_the_image_root_is_never_opened(tmp_path, pictures):
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (pictures / "link.png").symlink_to(tmp_path / "secret.png")
+    records = Records(write(tmp_path / "a.json", [record(0)]), pictures)
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "x/../../secret.png"):
+        with pytest.raises(UserError, match="lies outside --image-root"):
+            records.image_path(name)
+    with pytest.raises(UserError, match="no usable file name"):
+        records.image_path("a\0b")
+    assert records.image_path("b.png") == records.image_path(str(pictures / "b.png")) == pictures.resolve() / "b.png"
+
+
+# ---- examples and batches -------------------------------------------------------------------------------------------
+
+CFG = VisionConfig(image_size=24, patch_size=12)                                       # 4 visual tokens a picture
+
+
+def examples(path, pictures, tok, records, **change):
+    options = {"template": "vicuna_v1", "vision_cfg": CFG, "image_mode": "pad", "max_length": 500, **change}
+    return Examples(Records(write(path, records), pictures), tok, **options)
+
+
+def test_an_example_holds_tokens_labels_and_pixels_that_agree(tmp_path, pictures, tok):
+    e = examples(tmp_path / "a.json", pictures, tok, [record(0, "<image> or <image>?", image=["a.png", "b.png"])])[0]
+    assert e["tokens"].dtype == e["labels"].dtype == torch.int64 and e["tokens"].shape == e["labels"].shape
+    assert e["pixels"].shape == (2, 3, 24, 24) and e["pixels"].dtype == torch.uint8
+    assert (e["tokens"] == tok.image).sum() == 2 * CFG.n_token
+    assert e["pixels"][:, :, 12, 12].tolist() == [[255, 0, 0], [0, 0, 255]] and e["id"] == "r0"
+
+
+def test_a_batch_is_padded_on_the_right_and_its_padding_costs_nothing(tmp_path, pictures, tok):
+    records = [record(0), record(1, "What?", "A red cat on a bus.", image=None), record(2, answer="Left.", image="b.png")]
+    items = examples(tmp_path / "a.json", pictures, tok, records)
+    batch = collate([items[0], items[1], items[2]], tok.pad)
+    B, T = batch["tokens"].shape
+    assert B == 3 and batch["labels"].shape == (B, T) and T == max(batch["lengths"]) and batch["ids"] == ["r0", "r1", "r2"]
+    for row, n in enumerate(batch["lengths"]):
+        assert torch.equal(batch["tokens"][row, :n], items[row]["tokens"]) and torch.equal(batch["labels"][row, :n], items[row]["labels"])
+        assert (batch["tokens"][row, n:] == tok.pad).all() and (batch["labels"][row, n:] == IGNORE).all()
+    assert torch.equal(batch["pixels"], torch.cat([items[0]["pixels"], items[2]["pixels"]]))     # the text row has none
+
+
+def test_a_batch_of_text_alone_has_no_pixels(tmp_path, tok):
+    items = examples(tmp_path / "a.json", None, tok, [record(0, "What?", image=None)])
+    assert collate([items[0]], tok.pad)["pixels"].shape == (0, 3, 24, 24)
+
+
+BAD = [record(0), record(1, image="gone.png"), record(2, "word " * 600), record(3, answer=""), record(4, "<image><image>")]
+WHY = ["gone.png: no such picture.*--image-root", "500 allowed", "answer in turn 2 is empty", "2 <image> but 1 picture"]
+
+
+def test_a_record_that_cannot_be_used_whole_stops_the_program_by_name(tmp_path, pictures, tok):
+    items = examples(tmp_path / "a.json", pictures, tok, BAD)
+    for i, why in enumerate(WHY, 1):
+        with pytest.raises(UserError, match=rf"a.json, record {i} \(id 'r{i}'\): .*{why}"):
+            items[i]
+
+
+def test_or_is_skipped_and_counted_with_its_reason(tmp_path, pictures, tok):
+    items = examples(tmp_path / "a.json", pictures, tok, BAD, bad="skip")
+    batch = collate([items[i] for i in range(5)], tok.pad)
+    assert batch["ids"] == ["r0"] and len(batch["tokens"]) == 1 and len(batch["skipped"]) == 4
+    assert "gone.png" in batch["skipped"][0]
+    assert collate([items[1]], tok.pad)["tokens"].shape == (0, 0)
+
+
+# ---- programs -------------------------------------------------------------------------------------------------------
+
+def program(*argv):
+    done = subprocess.run([sys.executable, data.__file__, *map(str, argv)], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, capsys):
+    file = write(tmp_path / "a.json", [record(0), record(1, "<image> and <image>?", image=["a.png", "b.png"])])
+    out = tmp_path / "show.png"
+    assert data.main(["show", str(file), "--image_root", str(pictures), "--model", str(folder), "--id", "r1", f"--out={out}"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("<image> x 64") == 2 and "128 of them visual" in text and "</s>" in text
+    assert Image.open(out).size == (192, 96)
+
+
+def test_check_of_good_records_exits_with_0(tmp_path, pictures, folder, capsys):
+    file = write(tmp_path / "a.jsonl", [record(0), record(0), record(1, "Hi?", image=None)])
+    assert data.main(["check", str(file), "--image-root", str(pictures), "--model", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "3 records read, 3 good, 0 wrong" in text and "0: 1 records, 1: 2 records" in text and "ids used repeatedly  1" in text
+
+
+def test_check_names_what_is_wrong_and_exits_with_1(tmp_path, pictures, folder):
+    (pictures / "torn.png").write_bytes((pictures / "a.png").read_bytes()[:50])
+    file = write(tmp_path / "a.jsonl", BAD + [record(5, image="torn.png"), 3])
+    code, out, err = program("check", file, "--image-root", pictures, "--model", folder, "--workers", 1)
+    assert code == 1 and "7 records read, 1 good, 6 wrong" in out
+    assert "1 unreadable records, 2 with a missing or broken picture" in out and "(id 'r5')" in out
+
+
+def test_programs_say_what_is_wrong_in_one_line(tmp_path, pictures, folder, capsys):
+    file = write(tmp_path / "a.json", [record(0, image="gone.png")])
+    code, _, err = program("show", file, "--image-root", pictures, "--model", folder)
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "gone.png" in err
+    with pytest.raises(SystemExit):
+        data.main(["check", str(file), "--image_rot", str(pictures)])
+    assert "unknown flag --image-rot; did you mean --image-root?" in capsys.readouterr().err
+
+
+def test_an_error_in_a_loader_process_is_still_one_line(tmp_path, tok, pictures, capsys):
+    items = examples(tmp_path / "a.json", pictures, tok, BAD)
+
+    def program():
+        try:
+            items[1]
+        except UserError:            # what a loader process does with an error: sends it over with its traceback in the text
+            torch._utils.ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+    assert data.run(program) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path / 'a.json'}, record 1 (id 'r1'): ") and err.count("\n") == 1
+
+
+def test_the_photo_questions_are_whole(llama, capsys):
+    if not PHOTOS.exists():
+        pytest.skip(f"needs {PHOTOS}")
+    argv = ["--image-root", str(PHOTOS), "--model", str(LLAMA), "--limit", "20"]
+    assert data.main(["check", str(PHOTOS / "train.json"), *argv]) == 0 and data.main(["check", str(PHOTOS / "val.jsonl"), *argv]) == 0
+    assert "20 good, 0 wrong" in capsys.readouterr().out
