@@ -46,7 +46,7 @@ def main(argv=None):
     cli.add_argument("what", choices=["ingredients"], help="ingredients: make toy-clip and toy-vicuna")
     cli.add_argument("--out", default="assets", help="folder to write them to (default assets)")
     cli.add_argument("--clip-steps", type=int, default=2000, help="steps of 64 pictures (default 2000)")
-    cli.add_argument("--vicuna-steps", type=int, default=2500, help="steps of 16 conversations (default 2500)")
+    cli.add_argument("--vicuna-steps", type=int, default=1600, help="steps of 16 conversations (default 1600)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna"], help="make one of the two")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
     cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
@@ -193,8 +193,9 @@ def make_vicuna(out, cfg, size=16):
         with open(file, "w") as f:
             for i in range(min(cfg.vicuna_steps * size, 40_000)):
                 f.write(json.dumps(text_record(i, cfg.seed)) + "\n")
-        train.main(["--model", "toy", "--from-scratch", "--train", "llm", "--llm-tokenizer", str(out / "toy-vicuna"), "--data", str(file), "--batch-size", str(size), "--lr", "2e-3",
-                    "--max-steps", str(cfg.vicuna_steps), "--out", f"{tmp}/run", "--seed", str(cfg.seed), "--save-every", "0", "--log-every", "100"])
+        train.main(["--model", "toy", "--from-scratch", "--train", "llm", "--tokenizer", str(out / "toy-vicuna"), "--data", str(file),
+                    "--batch-size", str(size), "--lr", "1e-3", "--max-steps", str(cfg.vicuna_steps), "--out", f"{tmp}/run",
+                    "--seed", str(cfg.seed), "--save-every", "0", "--log-every", "100"])
         decoder, tok = VLM.from_pretrained(f"{tmp}/run").decoder, Tokenizer(out / "toy-vicuna")
     tensors = {rename(name, LLAMA_NAMES): p.half().contiguous() for name, p in decoder.state_dict().items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -49,9 +49,10 @@ class Config:
 VERSION = 1                                      # of pictures and questions: raise it when either changes
 COLORS = {"red": (216, 40, 42), "orange": (250, 138, 24), "yellow": (250, 222, 50), "green": (44, 158, 68), "blue": (38, 92, 222),
           "purple": (146, 58, 186), "white": (252, 252, 252), "black": (34, 34, 40)}
-GRID = 20                                        # boxes lie on a grid of 1/20 of the side, so two decimals say them exactly; width, height of each kind:
-SIDES = {"cat": ((4, 4), (6, 6)), "fish": ((4, 3), (7, 5)), "bird": ((4, 4), (6, 6)), "tree": ((3, 4), (5, 7)),
-         "house": ((4, 4), (6, 6)), "car": ((4, 3), (7, 5)), "ball": ((4, 4), (6, 6)), "star": ((4, 4), (6, 6))}  # small, big
+GRID = 20                                        # boxes lie on a grid of 1/20 of the side, so two decimals say them exactly
+SIDES = {                                        # width and height in grid steps, small and big
+    "cat": ((4, 4), (6, 6)), "fish": ((4, 3), (7, 5)), "bird": ((4, 4), (6, 6)), "tree": ((3, 4), (5, 7)),
+    "house": ((4, 4), (6, 6)), "car": ((4, 3), (7, 5)), "ball": ((4, 4), (6, 6)), "star": ((4, 4), (6, 6))}
 KINDS, SIZES = tuple(SIDES), ("small", "big")
 LEGS = {"cat": 4, "bird": 2, "fish": 0}
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
@@ -521,8 +522,8 @@ def train_tokenizer(path, vocab_size=896, n_scenes=2000):
         pairs += [(rng.choice(BRIEF), caption(scene)), ("", describe(scene, boxes=False))]
         numbers = [f"{x / GRID:.2f}" for x in range(GRID + 1)]               # evenly: in boxes some would be rare
         texts = [f"{SYSTEM} USER: {question} ASSISTANT: {answer}" for question, answer in pairs] + [f"[{n}, {n}" for n in numbers]
-        # split where a piece must end: newlines are bytes, as in Llama, and "5," glued together would break the numbers up
-        lines += [line.strip() for text in texts for line in re.split(r"[\n,\]]", text)]
+        # split where a piece must end: newlines are bytes, as in Llama, and "5," or "3." as one piece would break the numbers up
+        lines += [line.strip() for text in texts for line in re.split(r"[\n,\]]|\.(?!\d)", text)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,

@@ -58,6 +58,7 @@ class TrainConfig:
     out: str = arg("", "folder for the run; empty: out/STAGE")
     vision: str = arg("", "CLIP directory for the tower of a preset; empty: the preset's own (toy) or random weights")
     llm: str = arg("", "Llama directory for the decoder and tokenizer of a preset; empty: the preset's own (toy) or random weights")
+    tokenizer: str = arg("", "sentencepiece tokenizer.model, or a directory that holds one; empty: the decoder's own")
     projector: str = arg("", "connector to start from: a model directory that stage 1 wrote, or its model.safetensors")
     from_scratch: bool = arg(False, "start every part from random weights, whatever the preset has")
     train: str = arg("", "parts to train, of connector,llm,vision; empty: as the stage says (from scratch: all)")
@@ -228,7 +229,7 @@ def build(cfg, checkpoint=None):
             raise UserError(f"--model {directory}: neither a preset ({', '.join(PRESETS)}) nor a directory")
         vlm, tok = VLM.from_pretrained(directory), Tokenizer(directory)
     else:
-        tok = Tokenizer(cfg.llm or TOY["llm"])
+        tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
         preset = PRESETS[cfg.model]
         vision = vision_config(read_json(Path(cfg.vision) / "config.json")) if cfg.vision else preset.vision
         decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
