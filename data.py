@@ -11,13 +11,15 @@ marked when its text is appended, so nothing is tokenised twice, compared or gue
 FILE is a LLaVA list [{"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}, ...], the same
 with one record per line (JSONL), or questions {"question_id", "image", "text", "answer"}, one per line.
 
-Where this departs from LLaVA's own code (arXiv:2310.03744):
-  - a conversation that does not fit is an error or a counted skip; the original cuts it, or sets all its labels to IGNORE;
-  - `<image>` is moved to the front of its turn only from the very end of it ("question\\n<image>"); the original moves it from anywhere
-    and merges several into one, here several pictures stay where they were written;
-  - "</s>" or "<s>" typed by a user stays text; the original turns it into the control token;
+Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL (arXiv:2411.10442):
+  - a conversation that does not fit is an error or a counted skip; the originals cut it, or set all its labels to IGNORE;
+  - in LLaVA `<image>` is moved to the front of its turn only from the very end of it ("question\\n<image>"); the original moves it from
+    anywhere and merges several into one, here several pictures stay where they were written;
+  - "</s>", "<|im_end|>" or "<IMG_CONTEXT>" typed by a user stays text; the originals turn it into the control token. ("###", which
+    parts the turns of llava_v0, is no control token: there a user who types it ends his turn, as in the original.)
   - after </s> comes "USER" without a leading space, one id in Llama's vocabulary, which is what `legacy=false` in the public
-    tokenizer configs means today; the weights were probably trained with a version that split it in two.
+    tokenizer configs means today; the weights were probably trained with a version that split it in two. Folders that say
+    `legacy: true` are read the same way.
 
     python data.py show FILE --image-root DIR       # one record as the model meets it, its tiles in show.png
     python data.py check FILE --image-root DIR      # missing and broken pictures, lengths, labels; exit 1 if anything is wrong
@@ -32,6 +34,7 @@ import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from itertools import count, groupby
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +54,13 @@ MAX_RECORD = 64 * 2**20              # bytes; a JSON record of more is taken for
 
 
 class Tokenizer:
-    """A Llama sentencepiece model, with two ids of our own behind its pieces: <image> and <pad> (the llava-hf numbering)."""
+    """A sentencepiece model, and the table of its control tokens, {string: id}: those are never read from a text, only placed.
+
+    Llama: <s> and </s>. InternLM2: also six placeholder pieces of the model, and InternVL's nine tokens behind them. Then whatever
+    added_tokens.json and tokenizer_config.json of the same folder declare. `image` stands for one visual token and `pad` fills up a
+    batch; where no file names them they take the next free ids, 32000 and 32001 in Llama as in llava-hf. Prismatic adds <PAD> as
+    32000 and has no token for a picture: 32001 then, a row that it never uses.
+    """
 
     def __init__(self, path):
         path = Path(path)
@@ -69,14 +78,43 @@ class Tokenizer:
             raise UserError(f"{self.path}: not a sentencepiece model, or cut off ({len(raw):,} bytes); copy the file again") from None
         self.n_text = self.processor.vocab_size()
         self.bos, self.eos = self.processor.bos_id(), self.processor.eos_id()
-        self.image, self.pad = self.n_text, self.n_text + 1
-        self.vocab_size = -(-(self.n_text + 2) // 64) * 64               # rows of the embedding: 32000 -> 32064
-        self.control = {"<s>": self.bos, "</s>": self.eos}
         if min(self.bos, self.eos) < 0:
             raise UserError(f"{self.path}: has no <s> or no </s>; train it with both, as Llama's has")
         if self.bare.decode(self.bare.encode("a  b\n")) != "a  b\n":     # else newlines would vanish and the pieces of a prompt not add up
             raise UserError(f"{self.path}: does not keep spaces and newlines; train it as Llama's was: normalization_rule_name='identity', "
                             "remove_extra_whitespaces=False, byte_fallback=True")
+        self.prefix = " " * (self.processor.encode("a") != self.bare.encode("a"))    # InternLM2 puts no space before a text
+        self.control = self.control_tokens(self.path.parent)
+        free = count(max(self.n_text, *(i + 1 for i in self.control.values())))
+        image, pad = ([self.control[name] for name in names.split() if name in self.control] for names in ("<IMG_CONTEXT> <image>", "<pad> <PAD>"))
+        self.image = image[0] if image else next(free)
+        self.pad = pad[0] if pad else self.eos if "<|im_end|>" in self.control else next(free)       # InternLM2 pads with </s>
+        self.names = {self.image: "<image>", self.pad: "<pad>"} | {i: name for name, i in self.control.items()}
+        self.n_id = max(self.n_text - 1, *self.names) + 1                # every id is below this; rows of a new embedding: 32064, or 92553
+        self.vocab_size = self.n_id if "<IMG_CONTEXT>" in self.control else -(-self.n_id // 64) * 64
+        # A control token that is a piece like others, "[UNUSED_TOKEN_145]", would be found in a text: there the text is cut in two
+        pieces = [self.processor.id_to_piece(i) for i in self.names if i < self.n_text]
+        pieces = [p for p in pieces if self.bare.encode(p) == [self.processor.piece_to_id(p)]]
+        self.typed = re.compile("|".join(f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in pieces) or "(?!)")
+
+    def control_tokens(self, folder):
+        """{string: id} of <s>, </s>, what InternLM2 means by its placeholder pieces, and what the files beside the model declare."""
+        found = {"<s>": self.bos, "</s>": self.eos}
+        placeholders = [self.processor.piece_to_id(f"[UNUSED_TOKEN_{i}]") for i in range(141, 147)]
+        if placeholders[-1] != self.processor.unk_id():
+            found |= zip("<|plugin|> <|interpreter|> <|action_end|> <|action_start|> <|im_end|> <|im_start|>".split(), placeholders)
+            found |= zip("<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split(), count(self.n_text))   # InternVL's
+        config, added, declared = (read_json(folder / f"{name}.json") for name in ("config", "added_tokens", "tokenizer_config"))
+        if prismatic_llm(config):
+            found["<PAD>"] = self.n_text
+        try:
+            found |= {name: int(i) for name, i in added.items()}
+            for i, token in declared.get("added_tokens_decoder", {}).items():
+                if token.get("special") or int(i) >= self.n_text:
+                    found[token["content"]] = int(i)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json do not list tokens and ids ({error!r}); copy both") from None
+        return found
 
     def encode(self, text, dummy_prefix=True):
         """Ids of a text, without <s> and </s>, and never a control token whatever the text says.
@@ -87,41 +125,129 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"text with half a surrogate pair at character {error.start}: {text[:40]!a}; write it as valid Unicode") from None
-        return (self.processor if dummy_prefix else self.bare).encode(text)
+        text, *rest = self.typed.split(text)
+        return (self.processor if dummy_prefix else self.bare).encode(text) + [i for part in rest for i in self.bare.encode(part)]
 
     def decode(self, ids, partial=False):
-        """Text of ids; <s>, </s>, <image>, <pad> and the leading space are dropped.
+        """Text of ids; control tokens, <image>, <pad> and the leading space are dropped.
 
         `partial` is for printing while ids still come in: a character of which only some bytes are there is held back, so that each
         text begins with the one before it.
         """
         ids = [int(i) for i in ids]
-        text = self.bare.decode([i for i in ids if 0 <= i < self.n_text and i not in (self.bos, self.eos)]).removeprefix(" ")
+        text = self.bare.decode([i for i in ids if 0 <= i < self.n_text and i not in self.names]).removeprefix(self.prefix)
         return text.rstrip("\ufffd") if partial else text
 
     def piece(self, i):
         """How one id is written in a table."""
-        names = {self.image: "<image>", self.pad: "<pad>"}
-        return self.processor.id_to_piece(i) if i < self.n_text else names.get(i, "<unused>")
+        return self.names.get(i) or (self.processor.id_to_piece(i) if i < self.n_text else "<unused>")
+
+    def place(self, name):
+        """The id of a control token that a template wants."""
+        if name not in self.control:
+            raise UserError(f"{self.path}: has no token {name}; use another --template, or the tokenizer that belongs to this one")
+        return self.control[name]
+
+
+def read_json(path):
+    """A JSON object, empty where there is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); copy it anew") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a {type(found).__name__}, not a JSON object; copy it anew")
+    return found
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become one text. "{}" is the place of the turn's own text; <s> and </s> are control tokens here and nowhere else."""
+    """How turns become one text. "{}" is the turn's own text, and what stands between « and » is supervised. <s>, </s>, <|im_start|>
+    and <|im_end|> are control tokens here and nowhere else; an <image> is the place of all pictures."""
     first: str                       # the first question and all that stands around it
     human: str | None                # each later question; None: there can be no later one
-    answer: str                      # an answer: the whole of it is supervised
+    answer: str
+    stop: str = "</s>"               # what ends an answer: a control token, or else a string to look for (cut_at_stop)
+    turn: str = "front"              # what is done to a turn: "front" puts its <image> there, "strip" strips it, "" nothing
+    around: tuple = ()               # control tokens before and after each picture
     keep_question: bool = True       # False: of a question only its pictures stay
 
 
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+VICUNA, HUMAN = (f"A chat between a curious {who} and an artificial intelligence assistant. "
+               f"The assistant gives helpful, detailed, and polite answers to the {who}'s questions." for who in ("user", "human"))
+LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+           "and assist the user with a variety of tasks using natural language.")
+INTERNVL2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+INTERNVL2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+ASK, ASK_LINES = (f"<|im_start|>user\n{{}}<|im_end|>{end}<|im_start|>assistant\n" for end in ("", "\n"))
+INTERN = {"stop": "<|im_end|>", "around": ("<img>", "</img>")}
+# Prismatic encodes each turn by itself, with its own dummy prefix: that is the space before a later question, a byte that its strings
+# lack and its ids have. It puts the pictures right after <s>. "<<SYS>" is its own misspelling, which its weights have learned.
 TEMPLATES = {
-    "vicuna_v1": Template(VICUNA + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", " {}</s>"),  # LLaVA-1.5, stage 2
-    "plain": Template("{}", None, "{}\n", keep_question=False),                                # stage 1: picture, caption, newline
+    "vicuna_v1": Template(VICUNA + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),                   # LLaVA-1.5, stage 2
+    "llava_v1": Template(HUMAN + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
+    # llava_v0 is trained here as it is asked; the original trained with "\n\n### Human: q\n### Assistant: a\n### ", same parts supervised
+    "llava_v0": Template(HUMAN + "###Human: {}«###Assistant:»", "Human: {}«###Assistant:»", "« {}###»", stop="###"),
+    "llava_llama_2": Template(f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]", "<s>[INST] {} [/INST]", "« {} </s>»"),
+    "plain": Template("{}", None, "«{}\n»", stop="\n", keep_question=False),                                      # LLaVA, stage 1
+    "prism_plain": Template("{}", None, "«{}</s>»", turn="strip", keep_question=False),                           # Prismatic's align stage
+    "prism_pure": Template("<image>In: {}\nOut:", " In: {}\nOut:", "« {}</s>»", turn="strip"),
+    "prism_vicuna": Template(f"<image>{VICUNA} USER: {{}} ASSISTANT:", " USER: {} ASSISTANT:", "« {}</s>»", turn="strip"),
+    "prism_llama_2": Template(f"<image>[INST] <<SYS>\n{LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]", " [INST] {} [/INST]", "« {}</s>»", turn="strip"),
+    "prism_mistral": Template("<image>[INST] {} [/INST]", " [INST] {} [/INST]", "« {}</s>»", turn="strip"),
+    "internlm2-chat": Template(f"<|im_start|>system\n{INTERNVL2}<|im_end|>{ASK}", ASK, "«{}<|im_end|>»", turn="strip", **INTERN),
+    "internvl2_5": Template(f"<|im_start|>system\n{INTERNVL2_5}<|im_end|>\n{ASK_LINES}", ASK_LINES, "«{}<|im_end|>»\n", turn="", **INTERN),
 }
+
+
+def find_template(name):
+    if name not in TEMPLATES:
+        near = difflib.get_close_matches(str(name), TEMPLATES, n=1, cutoff=0.0)
+        raise UserError(f"template {name!r} is unknown; did you mean {near[0]!r}? Known are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def default_template(config):
+    """The template that a model was trained with, by the fields of its config.json. A language model alone gets vicuna_v1, or InternVL's.
+
+    LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or Llama-2-chat, which need --template.
+    """
+    llm, linear = prismatic_llm(config), config.get("mm_projector_type", "linear") == "linear"
+    if "template" in config:                                               # InternVL writes it down, and so do we
+        name = config["template"]
+    elif llm:                                                              # vicuna-v15-7b, llama2-7b-pure, llama2-13b-chat, ...
+        name = {"pure": "prism_pure", "chat": "prism_llama_2", "instruct": "prism_mistral"}.get(llm.split("-")[-1], llm)
+        name = "prism_vicuna" if llm.startswith("vicuna") else name
+    else:
+        name = ("internvl2_5" if str(config.get("model_type")).startswith("intern") else
+                "llava_v1" if "mm_hidden_size" in config and linear else "vicuna_v1")
+    find_template(name)
+    return name
+
+
+def prismatic_llm(config):
+    """Prismatic's name of its language model, from its native config.json or the one in the HF layout; else None."""
+    model = config.get("model")
+    return (model if isinstance(model, dict) else config).get("llm_backbone_id")
+
+
+def stop_ids(tok, template):
+    """Ids that end an answer: </s>, and the template's own."""
+    stop = find_template(template).stop
+    return [tok.eos, tok.place(stop)] if stop.startswith("<|") else [tok.eos]
+
+
+def cut_at_stop(text, template, partial=False):
+    """The answer in a text, where the stop is no id but a string, ### or a newline. `partial`: what may be its beginning is held back."""
+    stop = find_template(template).stop
+    if stop.startswith("<"):
+        return text
+    text, found, _ = text.partition(stop)
+    return text.rstrip(stop[0]) if partial and not found else text         # both are runs of one character
 
 
 def encode_conversation(tok, turns, template, n_visual):
@@ -141,7 +267,7 @@ def encode_prompt(tok, turns, template, n_visual):
 
 
 def arrange(turns, template, n_image):
-    """Check the turns, and bring every <image> to its place: at the front of its turn if it stood at either end, else where it is."""
+    """Check the turns, and bring every <image> to its place. In a record without pictures "<image>" is a word like any other."""
     form = find_template(template)
     turns = turns[1:] if turns and turns[0][0] == "gpt" else turns
     if not turns:
@@ -151,25 +277,33 @@ def arrange(turns, template, n_image):
             raise UserError(f"turn {k + 1} is from {role!r}; turns must go human, gpt, human, gpt")
         if role == "gpt" and not text.strip():
             raise UserError(f"the answer in turn {k + 1} is empty; write it or drop the record")
-        if role == "gpt" and "<image>" in text:
+        if role == "gpt" and "<image>" in text and n_image:
             raise UserError(f"the answer in turn {k + 1} holds <image>; pictures can only stand in a question")
     if len(turns) > 2 and form.human is None:
         raise UserError(f"template {template} is for one question and one answer, here are {len(turns)} turns; use another --template")
-    n_marker = sum(text.count("<image>") for _, text in turns)
+    if not form.keep_question and not n_image:
+        raise UserError(f"template {template} needs a picture; use another --template for text alone")
+    n_marker = sum(text.count("<image>") for _, text in turns) if n_image else 0
     if (n_marker, n_image) == (0, 1):
         turns, n_marker = [("human", "<image>\n" + turns[0][1]), *turns[1:]], 1
     if n_marker != n_image:
         raise UserError(f"{n_marker} <image> but {n_image} picture{'s' * (n_image != 1)}; write one <image> in the questions for each picture")
-    if not form.keep_question and not n_image:
-        raise UserError(f"template {template} needs a picture; use another --template for text alone")
-    return [(role, to_front(text) if text.count("<image>") == 1 else text) for role, text in turns]
+    return [(role, tidy(text, role, form, n_image)) for role, text in turns]
 
 
-def to_front(text):
+def tidy(text, role, form, n_image):
+    """A turn's text as the original model's data code leaves it. LLaVA's <image> goes to the front if it stood at either end."""
+    if role == "human" and not form.keep_question:
+        return "<image>" * text.count("<image>")
+    if "<image>" in form.first:
+        text = text.replace("<image>", "")
     rest = text.strip()
-    if rest.startswith("<image>") or rest.endswith("\n<image>"):
+    if form.turn == "front" and n_image and text.count("<image>") == 1 and (rest.startswith("<image>") or rest.endswith("\n<image>")):
         return ("<image>\n" + rest.replace("<image>", "").strip()).strip()
-    return text
+    return rest if form.turn == "strip" else text
+
+
+CONTROL = r"(</?s>|<\|im_start\|>|<\|im_end\|>|<image>|[«»])"           # what a template's own strings are cut at
 
 
 def encode_turns(tok, turns, template, n_visual):
@@ -178,40 +312,37 @@ def encode_turns(tok, turns, template, n_visual):
     - before the space that opens an answer: "ASSISTANT:" and " A cat." give the ids of "ASSISTANT: A cat.", since a Llama piece
       has spaces only at its start and none can lie across (a piece in the middle gets no dummy prefix);
     - around a control token, as always;
-    - around a picture the original encodes each side by itself, with its own dummy prefix. So do we: ":", " ", <image>..., " ", "\\n".
+    - around a picture LLaVA encodes each side by itself, with its own dummy prefix. So do we: ":", " ", <image>..., " ", "\\n".
+    Where a span ends elsewhere (before ### in llava_v0, after "assistant\\n" in InternVL) the prompt of generation ends there too.
     """
-    form, spans = find_template(template), []                              # [kind, text, supervised]
+    form, spans, supervised = find_template(template), [], False           # [special, text, supervised]
     for k, (role, text) in enumerate(turns):
-        if role == "human" and not form.keep_question:
-            text = "<image>" * text.count("<image>")
-        before, after = (form.answer if role == "gpt" else form.human if k else form.first).split("{}")
-        for part, special, kind in (before, "(</?s>)", "control"), (text, "(<image>)", "image"), (after, "(</?s>)", "control"):
+        frame = form.answer if role == "gpt" else form.human if k else form.first.replace("<image>", "<image>" * len(n_visual))
+        before, after = frame.split("{}")
+        for part, special in (before, CONTROL), (text, "(<image>)" if n_visual else "((?!))"), (after, CONTROL):
             for j, piece in enumerate(re.split(special, part)):            # text, special, text, special, ..., text
-                if j % 2:
-                    spans.append([kind, piece, role == "gpt"])
-                elif spans and spans[-1][::2] == ["text", role == "gpt"]:
-                    spans[-1][1] += piece
+                if piece in ("«", "»") and j % 2:
+                    supervised = piece == "«"
+                elif j % 2 or piece and (not spans or spans[-1][::2] != [False, supervised]):
+                    spans.append([j % 2 == 1, piece, supervised])
                 elif piece:
-                    spans.append(["text", piece, role == "gpt"])
+                    spans[-1][1] += piece
 
     tokens, labels, n_visual = [tok.bos], [IGNORE], iter(n_visual)
     fresh = True                                                           # the next text opens a stretch: it gets the dummy prefix
-    for kind, text, supervised in spans:
-        if kind == "text":
+    for special, text, supervised in spans:
+        if not special:
             ids = tok.encode(text, dummy_prefix=fresh)
+        elif text == "<image>":
+            ids = [tok.image] * next(n_visual)
+            if form.around:
+                ids = [tok.place(form.around[0]), *ids, tok.place(form.around[1])]
         else:
-            ids = [tok.image] * next(n_visual) if kind == "image" else [tok.control[text]]
+            ids = [tok.place(text)]
         tokens += ids
         labels += ids if supervised else [IGNORE] * len(ids)
-        fresh = kind == "image"
+        fresh = special and text == "<image>" and not form.around
     return tokens, labels
-
-
-def find_template(name):
-    if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
-        raise UserError(f"template {name!r} is unknown; did you mean {near[0]!r}? Known are {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -220,7 +351,7 @@ class Records:
     """The records of a file, each read when it is asked for: in memory there are 8 bytes a record, where it begins in the file."""
 
     def __init__(self, path, image_root=None):
-        self.path, self.image_root = Path(path), image_root and Path(image_root).resolve()
+        self.path, self.image_root = Path(path), image_root and Path(os.path.abspath(image_root))
         if image_root and not self.image_root.is_dir():
             raise UserError(f"--image-root {image_root}: no such folder")
         try:
@@ -269,14 +400,11 @@ class Records:
 
     def where(self, i, id=None):
         """How an error names a record: by its line where the file has one record per line."""
-        place, at = f"record {i}", 0
+        place = f"record {i}"
         if not self.is_list:
             with open(self.path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if at == self.starts[i]:
-                        place = f"line {number}"
-                        break
-                    at += len(line)
+                starts = iter(lambda: file.read(min(2**20, int(self.starts[i]) - file.tell())), b"")
+                place = f"line {1 + sum(chunk.count(10) for chunk in starts)}"
         return f"{self.path}, {place}" + (f" (id {id!r})" if id is not None else "")
 
     def find(self, id):
@@ -287,15 +415,12 @@ class Records:
         raise UserError(f"{self.path}: no record has the id {id!r}; use --index 0 to see the first one and its id")
 
     def image_path(self, name):
-        """Where a picture lies. Nothing outside the image root is ever opened: not by "..", not by a full path, not through a link."""
+        """Where a picture lies: no name may climb out of the image root. A link inside it may lead anywhere, its owner put it there."""
         if self.image_root is None:
             raise UserError(f"picture {name!r}: in which folder? Give --image-root")
-        try:
-            path = (self.image_root / name).resolve()
-        except (OSError, ValueError, RuntimeError) as error:               # too long, a zero byte, links in a circle
-            raise UserError(f"picture {name[:80]!r}: no usable file name ({error}); correct the record") from None
+        path = Path(os.path.normpath(self.image_root / name))              # "a/../b" is "b" here, wherever the link a may lead
         if not path.is_relative_to(self.image_root):
-            raise UserError(f"picture {name!r} lies outside --image-root {self.image_root}; move it there, or give a folder that holds both")
+            raise UserError(f"picture {name!r} lies outside --image-root {self.image_root}; move it there, or link a folder into it")
         return path
 
 
@@ -392,7 +517,8 @@ class Examples(Dataset):
                 raise UserError(reason) from None
             return {"skipped": reason, "stage": stage, "id": record["id"], "index": i}
         return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "pixels": torch.cat(pixels),
-                "n_picture": len(n_visual), "id": record["id"], "index": i}
+                "n_picture": len(n_visual), "marker_is_text": not n_visual and any("<image>" in text for _, text in record["turns"]),
+                "id": record["id"], "index": i}
 
 
 def collate(examples, pad):
@@ -420,16 +546,12 @@ def show(args):
     example, tok, cfg = examples[i], examples.tok, examples.vision_cfg
     tokens, labels = example["tokens"].tolist(), example["labels"].tolist()
     print(records.where(i, example["id"]))
-    print(f"template {args.template}, pictures {cfg.image_size} px in patches of {cfg.patch_size} px, mode {args.image_mode}")
+    print(f"template {examples.template}, pictures {cfg.image_size} px in patches of {cfg.patch_size} px, mode {args.image_mode}")
     print(f"{'position':>11} {'id':>6} {'label':>6}  piece")
-    at = 0
-    while at < len(tokens):
-        end = at + 1
-        while tokens[at] == tok.image and end < len(tokens) and tokens[end] == tok.image:
-            end += 1
-        run, times = (f"{at}..{end - 1}", f" x {end - at}") if end - at > 1 else (at, "")
-        print(f"{run:>11} {tokens[at]:>6} {labels[at] if labels[at] != IGNORE else '.':>6}  {tok.piece(tokens[at])}{times}")
-        at = end
+    for _, run in groupby(range(len(tokens)), lambda k: -1 if tokens[k] == tok.image else k):   # a picture's tokens in one line
+        at, n = next(run), 1 + sum(1 for _ in run)
+        where, times = (f"{at}..{at + n - 1}", f" x {n}") if n > 1 else (at, "")
+        print(f"{where:>11} {tokens[at]:>6} {labels[at] if labels[at] != IGNORE else '.':>6}  {tok.piece(tokens[at])}{times}")
     n_label = sum(label != IGNORE for label in labels)
     print(f"{len(tokens)} tokens, {tokens.count(tok.image)} of them visual, {n_label} supervised (those with a label)")
     if len(example["pixels"]):
@@ -446,7 +568,7 @@ def check(args):
     """Read every record as training would, and say what is in the file and what is wrong with it."""
     records, examples = open_examples(args, bad="skip")
     n = min(args.limit or len(records), len(records))
-    problems, stages, ids, pictures, lengths, n_label = [], Counter(), Counter(), Counter(), [], 0
+    problems, stages, ids, pictures, lengths, n_label, n_word = [], Counter(), Counter(), Counter(), [], 0, 0
     loader = DataLoader(Subset(examples, range(n)), batch_size=None, num_workers=args.workers)
     for example in tqdm(loader, desc="check", unit="record", disable=None):
         if "skipped" in example:
@@ -457,14 +579,16 @@ def check(args):
         pictures[example["n_picture"]] += 1
         lengths.append(len(example["tokens"]))
         n_label += int((example["labels"] != IGNORE).sum())
+        n_word += example["marker_is_text"]
     print(f"{args.file}: {n} records read, {len(lengths)} good, {len(problems)} wrong")
     if lengths:
         low, mid, high, top = np.percentile(lengths, [0, 50, 95, 100], method="higher")
-        print(f"  tokens per record    min {low}, median {mid}, 95% {high}, max {top}; {sum(lengths):,} in all")
-        print(f"  supervised           {n_label:,} tokens, {n_label / sum(lengths):.1%}")
-        print(f"  pictures per record  {', '.join(f'{k}: {pictures[k]} records' for k in sorted(pictures))}")
-    print(f"  ids used repeatedly  {sum(count > 1 for count in ids.values())} (no fault: nothing is looked up by id)")
-    print(f"  wrong                {stages['record']} unreadable records, {stages['picture']} with a missing or broken picture, "
+        print(f"  tokens per record    min {low}, median {mid}, 95% {high}, max {top}; {sum(lengths):,} in all\n"
+              f"  supervised           {n_label:,} tokens, {n_label / sum(lengths):.1%}\n"
+              f"  pictures per record  {', '.join(f'{k}: {pictures[k]} records' for k in sorted(pictures))}")
+    print(f"  ids used repeatedly  {sum(count > 1 for count in ids.values())} (no fault: nothing is looked up by id)\n"
+          f"  <image> as a word    {n_word} records (no fault: they have no picture, so it stands for none)\n"
+          f"  wrong                {stages['record']} unreadable records, {stages['picture']} with a missing or broken picture, "
           f"{stages['conversation']} with a conversation that cannot be used")
     for problem in problems[:20]:
         print(f"wrong: {problem}")
@@ -474,19 +598,12 @@ def check(args):
 
 
 def open_examples(args, bad):
-    records = Records(args.file, args.image_root)
-    return records, Examples(records, Tokenizer(args.model), args.template, vision_of(args.model), args.image_mode, args.max_length, bad)
-
-
-def vision_of(model):
-    """Image and patch size from a model folder's config.json. The toy's where that says nothing of pictures, as a language model's."""
-    try:
-        found = json.loads((Path(model) / "config.json").read_text()).get("vision_config", {})
-    except (FileNotFoundError, NotADirectoryError):
-        found = {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model}/config.json: cannot be read as JSON ({error}); copy it anew") from None
-    return vision.VisionConfig(image_size=found.get("image_size", 96), patch_size=found.get("patch_size", 12))
+    """The file as training with this model would read it. A config.json that says nothing of pictures, as a language model's, means the toy's."""
+    config, records = read_json(Path(args.model) / "config.json"), Records(args.file, args.image_root)
+    tower = config.get("vision_config", {})
+    tower = vision.VisionConfig(image_size=tower.get("image_size", 96), patch_size=tower.get("patch_size", 12))
+    template = args.template or default_template(config)
+    return records, Examples(records, Tokenizer(args.model), template, tower, args.image_mode, args.max_length, bad)
 
 
 def parse_args(parser, argv):
@@ -528,7 +645,7 @@ def main(argv=None):
         sub.add_argument("file", help="JSON list or JSONL of records")
         sub.add_argument("--image-root", help="folder that the picture names in FILE start from")
         sub.add_argument("--model", default=str(Path(__file__).parent / "assets" / "toy-vicuna"), help="folder with tokenizer.model and config.json")
-        sub.add_argument("--template", default="vicuna_v1", choices=TEMPLATES, help="how turns become text")
+        sub.add_argument("--template", default="", help=f"how turns become text: {', '.join(TEMPLATES)}; empty: the model's own")
         sub.add_argument("--image-mode", default="pad", choices=vision.MODES, help="how a picture becomes square")
         sub.add_argument("--max-length", type=int, default=2048, help="tokens; a longer record counts as wrong")
         if program is show:

@@ -25,13 +25,14 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vision import CLIP_NAMES, MODES, UserError, VisionConfig, ViT, rename
+from vision import CLIP_MEAN, CLIP_NAMES, CLIP_STD, MODES, UserError, VisionConfig, ViT, rename
 
 IGNORE = -100                        # the label of a token that is not supervised
 
@@ -49,6 +50,12 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
 
+    def __post_init__(self):
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"{self.n_head} query heads cannot be shared among {self.n_kv_head} key-value heads")
+        if self.head_dim % 2:
+            raise UserError(f"a head of {self.head_dim} channels cannot be turned in pairs; rotary positions need an even number")
+
 
 @dataclass
 class VLMConfig:
@@ -61,6 +68,14 @@ class VLMConfig:
     eos_token: int = 2
     image_mode: str = "pad"          # how a picture becomes square: vision.fit
     template: str = "vicuna_v1"      # how a conversation becomes one text: data.TEMPLATES
+
+    def __post_init__(self):
+        if self.connector not in ("mlp2x_gelu", "linear"):
+            raise UserError(f"connector {self.connector!r} is unknown; choose mlp2x_gelu or linear")
+        if self.image_mode not in MODES:
+            raise UserError(f"image mode {self.image_mode!r} is unknown; choose one of {', '.join(MODES)}")
+        if self.image_token <= max(self.bos_token, self.eos_token):
+            raise UserError(f"image token {self.image_token} lies among the words; ids from it on are never generated, so it must come after them")
 
 
 PRESETS = {
@@ -127,9 +142,14 @@ class VLM(nn.Module):
         """The same, one step at a time: yields (B,) ids until every row has ended."""
         B, T = tokens.shape
         device, longest = tokens.device, T + max_new_tokens
+        for name, value, right, must in (("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+                                         ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+                                         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"), ("top_k", top_k, top_k >= 0, "0 or more")):
+            if not right:
+                raise UserError(f"{name} is {value}; it must be {must}")
         if longest > self.cfg.decoder.block_size:
-            raise ValueError(f"{T} prompt tokens + {max_new_tokens} new ones exceed the decoder's {self.cfg.decoder.block_size}: "
-                             "ask for fewer or shorten the prompt")
+            raise UserError(f"{T} prompt tokens + {max_new_tokens} new ones exceed the decoder's {self.cfg.decoder.block_size}: "
+                            "ask for fewer or shorten the prompt")
         pos = torch.full((B,), T, device=device) if lengths is None else torch.as_tensor(lengths, device=device)    # next free place
         draw = torch.Generator(device).manual_seed(seed) if seed is not None else None
         cache = self.decoder.new_cache(B, longest)
@@ -151,16 +171,16 @@ class VLM(nn.Module):
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
         """Open a LLaVA directory in the llava-hf layout, any of its four families of tensor names. UserError names what does not fit."""
-        cfg = read_config(directory)
         with torch.device("meta"):
-            vlm = cls(cfg)
-        load_strict(vlm, read_tensors(directory), llava_name, directory, device, dtype)
+            vlm = cls(read_config(directory))
+        load_strict(vlm, {family_a(name): t for name, t in read_tensors(directory).items()}, llava_name, directory, device, dtype)
         return vlm.eval()
 
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors in the llava-hf layout (tensor-name family A). Each file replaces the old one whole."""
-        tensors = {public: p.detach().contiguous().cpu() for name, p in self.state_dict().items() for public in [llava_name(name)]}
-        write_model(directory, tensors, llava_config(self.cfg, str(next(iter(tensors.values())).dtype).removeprefix("torch.")))
+        tensors = {llava_name(name): t.contiguous().cpu() for name, t in self.state_dict().items()}
+        dtype = str(self.decoder.lm_head.weight.dtype).removeprefix("torch.")
+        write_model(directory, tensors, llava_config(self.cfg, dtype))
 
 
 class Connector(nn.Module):
@@ -171,8 +191,6 @@ class Connector(nn.Module):
         self.linear_1 = nn.Linear(cfg.vision.n_embd, cfg.decoder.n_embd)
         if cfg.connector == "mlp2x_gelu":
             self.linear_2 = nn.Linear(cfg.decoder.n_embd, cfg.decoder.n_embd)
-        elif cfg.connector != "linear":
-            raise UserError(f"connector {cfg.connector!r} is unknown; choose mlp2x_gelu or linear")
 
     def forward(self, x):
         x = self.linear_1(x)
@@ -283,6 +301,7 @@ def sample(logits, temperature, top_p, top_k, draw):
     """(B, V) -> (B,). Greedy at temperature 0; else draw from the top_k likeliest, then from the smallest set holding top_p."""
     if temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)                         # so that no temperature, however small, overflows
     p, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
     if top_k:
         p[:, top_k:] = 0
@@ -336,54 +355,62 @@ def family_a(name):
 
 def load_vision(vit, directory):
     """A CLIP directory (both towers or vision only, HF names) into a ViT, strictly."""
-    tensors = {k.removeprefix("vision_model."): v for k, v in read_tensors(directory).items()
-               if not k.startswith(("text_model.", "text_projection", "visual_projection", "logit_scale")) and "position_ids" not in k}
+    tensors = {name.removeprefix("vision_model."): t for name, t in read_tensors(directory).items()
+               if not name.startswith(("text_model.", "text_projection", "visual_projection", "logit_scale"))}
     load_strict(vit, tensors, lambda name: rename(name, CLIP_NAMES), directory)
 
 
 def load_decoder(decoder, directory):
     """A Llama directory into a decoder, strictly. Rows that our vocabulary adds (<image>, <pad>) become the mean of the old ones."""
-    tensors = {k: v for k, v in read_tensors(directory).items() if not k.endswith("inv_freq")}
+    tensors, rows = read_tensors(directory), decoder.cfg.vocab_size
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        old, rows = tensors.get(name), decoder.cfg.vocab_size
-        if old is not None and len(old) < rows:
+        old = tensors.get(name)
+        if old is not None and old.dim() == 2 and len(old) < rows:
             tensors[name] = torch.cat([old.float(), old.float().mean(0, keepdim=True).expand(rows - len(old), -1)])
     load_strict(decoder, tensors, lambda name: rename(name, LLAMA_NAMES), directory)
 
 
 def load_strict(module, tensors, public_name, source, device="cpu", dtype=torch.float32):
     """Fill every parameter from `tensors` under its public name; whatever is missing, left over or of another shape is an error."""
-    if isinstance(module, VLM):
-        tensors = {family_a(k): v for k, v in tensors.items()}
-    wanted = {name: public_name(name) for name in module.state_dict()}
-    missing, unused = set(wanted.values()) - set(tensors), set(tensors) - set(wanted.values())
-    if missing or unused:
-        some = "; ".join(f"{len(s)} {what}, such as {sorted(s)[0]}" for what, s in (("missing", missing), ("unused", unused)) if s)
-        raise UserError(f"{source}: its tensors do not fit this architecture: {some}. Check config.json against the weights")
     state = module.state_dict()
-    for name, public in wanted.items():
-        if state[name].shape != tensors[public].shape:
-            raise UserError(f"{source}: tensor {public} has shape {tuple(tensors[public].shape)}, the config asks for {tuple(state[name].shape)}")
-    module.load_state_dict({name: tensors[public].to(device, dtype) for name, public in wanted.items()}, strict=True, assign=True)
-    print(f"loaded {len(wanted)} of {len(tensors)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
+    wanted = {public_name(name): name for name in state}
+    missing, unused = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unused:
+        some = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unused", unused)) if names)
+        raise UserError(f"{source}: its tensors do not fit this architecture: {some}. Check config.json against the weights")
+    for public, name in wanted.items():
+        t = tensors[public]
+        if t.shape != state[name].shape:
+            raise UserError(f"{source}: tensor {public} has shape {tuple(t.shape)}, the config asks for {tuple(state[name].shape)}; "
+                            "config and weights are of different models")
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(f"{source}: tensor {public} is {str(t.dtype).removeprefix('torch.')}; quantised weights cannot be read, get them in float16")
+    module.load_state_dict({name: tensors[public].to(device, dtype) for public, name in wanted.items()}, strict=True, assign=True)
+    print(f"loaded {len(wanted)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
 
 
 def read_json(path):
+    """A JSON file that holds an object -> dict."""
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: not found, so {Path(path).parent} is not a model directory; give one that holds "
                         "config.json and *.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError, IsADirectoryError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); copy it anew") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, not an object in braces; copy it anew")
+    return found
 
 
 def read_tensors(directory):
-    """All tensors of model.safetensors or of the shards its index names, memory-mapped: {public name: tensor}."""
-    directory = Path(directory)
-    files = [directory / "model.safetensors"]
-    if (directory / "model.safetensors.index.json").exists():
-        files = [directory / f for f in sorted(set(read_json(directory / "model.safetensors.index.json")["weight_map"].values()))]
+    """All weights of model.safetensors or of the shards its index names, memory-mapped: {public name: tensor}."""
+    files, index = [Path(directory) / "model.safetensors"], Path(directory) / "model.safetensors.index.json"
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+            raise UserError(f"{index}: has no weight_map from tensors to files; copy it anew")
+        files = [Path(directory) / name for name in sorted(set(shards.values()))]
     tensors = {}
     for file in files:
         try:
@@ -393,46 +420,71 @@ def read_tensors(directory):
             raise UserError(f"{file}: not found; {directory} is no complete model directory, copy the file there") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: truncated or damaged ({error}); copy it anew") from None
-    return tensors
+    return {name: t for name, t in tensors.items() if not name.endswith(("position_ids", "inv_freq"))}      # computed, not learned
 
 
 def read_config(directory):
     """config.json (and preprocessor_config.json) of a llava-hf directory -> VLMConfig. Absent fields mean transformers' defaults."""
-    c = read_json(Path(directory) / "config.json")
-    if c.get("model_type") != "llava":
-        raise UserError(f"{directory}/config.json: model_type is {c.get('model_type')!r}; only 'llava' can be opened")
-    try:
-        vision, text = vision_config(c["vision_config"]), decoder_config(c["text_config"])
-    except KeyError as error:
-        raise UserError(f"{directory}/config.json: the field {error} is missing; copy it anew") from None
-    vision = replace(vision, feature_layer=c.get("vision_feature_layer", -2))
-    prep = Path(directory) / "preprocessor_config.json"
+    file = Path(directory) / "config.json"
+    c, prep = read_json(file), file.with_name("preprocessor_config.json")
     prep = read_json(prep) if prep.exists() else {}
-    mode = c.get("image_aspect_ratio") or ("crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad")
-    if mode not in MODES:
-        raise UserError(f"{directory}/config.json: image_aspect_ratio is {mode!r}; known are {', '.join(MODES)}")
-    vision = replace(vision, mean=tuple(prep.get("image_mean", vision.mean)), std=tuple(prep.get("image_std", vision.std)))
-    image = c.get("image_token_index", c.get("image_token_id", 32000))
-    return VLMConfig(vision, text, c.get("mm_projector_type", "mlp2x_gelu"), image, c.get("pad_token_id") or image + 1,
-                     image_mode=mode, template=c.get("template", "vicuna_v1"))
+    try:
+        if c.get("model_type") != "llava":
+            raise UserError(f"model_type is {c.get('model_type')!r}; only 'llava' can be opened")
+        only(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
+        vision = replace(vision_config(take(c, "vision_config", dict)), feature_layer=take(c, "vision_feature_layer", int, -2),
+                         mean=take(prep, "image_mean", tuple, CLIP_MEAN), std=take(prep, "image_std", tuple, CLIP_STD))
+        image = take(c, "image_token_id" if "image_token_id" in c else "image_token_index", int, 32000)
+        mode = "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad"
+        return VLMConfig(vision, decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
+                         image, take(c, "pad_token_id", int, image + 1), take(c, "bos_token_id", int, 1), take(c, "eos_token_id", int, 2),
+                         take(c, "image_aspect_ratio", str, mode), take(c, "template", str, "vicuna_v1"))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def vision_config(c):
-    """config.json of a CLIP vision tower -> VisionConfig; absent fields are CLIPVisionConfig's defaults."""
-    return VisionConfig(image_size=c.get("image_size", 224), patch_size=c.get("patch_size", 32), n_embd=c.get("hidden_size", 768),
-                        n_layer=c.get("num_hidden_layers", 12), n_head=c.get("num_attention_heads", 12),
-                        n_hidden=c.get("intermediate_size", 3072), activation=c.get("hidden_act", "quick_gelu"),
-                        norm_eps=c.get("layer_norm_eps", 1e-5))
+    """config.json of a CLIP (or of its vision tower) -> VisionConfig; absent fields are CLIPVisionConfig's defaults."""
+    c = take(c, "vision_config", dict, c)
+    only(c, model_type="clip_vision_model")
+    return VisionConfig(image_size=take(c, "image_size", int, 224), patch_size=take(c, "patch_size", int, 32),
+                        n_embd=take(c, "hidden_size", int, 768), n_layer=take(c, "num_hidden_layers", int, 12),
+                        n_head=take(c, "num_attention_heads", int, 12), n_hidden=take(c, "intermediate_size", int, 3072),
+                        activation=take(c, "hidden_act", str, "quick_gelu"), norm_eps=take(c, "layer_norm_eps", float, 1e-5))
 
 
 def decoder_config(c):
     """config.json of a Llama -> DecoderConfig; absent fields are LlamaConfig's defaults."""
-    n_embd, n_head = c.get("hidden_size", 4096), c.get("num_attention_heads", 32)
-    rope = c.get("rope_parameters") or {}
-    return DecoderConfig(vocab_size=c.get("vocab_size", 32000), n_layer=c.get("num_hidden_layers", 32), n_head=n_head,
-                         n_kv_head=c.get("num_key_value_heads") or n_head, n_embd=n_embd, head_dim=c.get("head_dim") or n_embd // n_head,
-                         n_hidden=c.get("intermediate_size", 11008), block_size=c.get("max_position_embeddings", 2048),
-                         norm_eps=c.get("rms_norm_eps", 1e-6), rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)))
+    only(c, model_type="llama", hidden_act="silu")
+    n_embd, n_head = take(c, "hidden_size", int, 4096), take(c, "num_attention_heads", int, 32)
+    rope = take(c, "rope_parameters", dict, {}) | take(c, "rope_scaling", dict, {})
+    only(rope, rope_type="default", type="default")
+    return DecoderConfig(vocab_size=take(c, "vocab_size", int, 32000), n_layer=take(c, "num_hidden_layers", int, 32), n_head=n_head,
+                         n_kv_head=take(c, "num_key_value_heads", int, n_head), n_embd=n_embd, head_dim=take(c, "head_dim", int, n_embd // n_head),
+                         n_hidden=take(c, "intermediate_size", int, 11008), block_size=take(c, "max_position_embeddings", int, 2048),
+                         norm_eps=take(c, "rms_norm_eps", float, 1e-6),
+                         rope_theta=take(rope, "rope_theta", float, take(c, "rope_theta", float, 10000.0)))
+
+
+def take(c, name, kind, default=None):
+    """A field of a config, of the right kind and, where it counts something, above zero. Absent and null both mean the default."""
+    value = default if c.get(name) is None else c[name]
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value) if len(value) == 3 and all(isinstance(v, (int, float)) for v in value) else None
+    right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if right and kind in (int, float) and name != "vision_feature_layer":
+        right = value >= (0 if name.endswith("_id") else 1 if kind is int else 1e-30)
+    if not right:
+        what = {int: "a whole number", float: "a number above 0", dict: "an object", str: "a text", tuple: "three numbers"}[kind]
+        raise UserError(f"{name} is {'missing' if name not in c else repr(c[name])}; it must be {what}. Copy the file anew")
+    return value
+
+
+def only(c, **supported):
+    """Refuse what would be computed wrongly: fields that, where present, have just one value we implement."""
+    for name, value in supported.items():
+        if c.get(name) not in (None, value):
+            raise UserError(f"{name} is {c[name]!r}; only {value!r} is implemented")
 
 
 def clip_json(v):
@@ -459,28 +511,51 @@ def llava_config(cfg, dtype):
 
 def save_processor(directory, tokenizer_file, cfg):
     """What transformers' AutoProcessor wants beside the weights: the tokenizer with its two added tokens, and the picture's way in."""
-    S, extra = cfg.vision.image_size, {cfg.image_token: "<image>", cfg.pad_token: "<pad>"}
-    names = {0: "<unk>", 1: "<s>", 2: "</s>"} | extra
-    added = {str(i): dict(content=s, special=True, lstrip=False, rstrip=False, normalized=False, single_word=False) for i, s in names.items()}
-    crop = {"do_center_crop": True, "do_resize": True, "size": {"shortest_edge": S}}
-    ways = {"pad": crop | {"do_pad": True}, "letterbox": crop | {"do_pad": True}, "crop": crop,
-            "resize": {"do_center_crop": False, "do_resize": True, "size": {"height": S, "width": S}}}
-    kind = {"image_processor_type": "LlavaImageProcessor" if cfg.image_mode in ("pad", "letterbox") else "CLIPImageProcessor"}
+    S = cfg.vision.image_size
+    ways = {"pad": ("LlavaImageProcessor", {"shortest_edge": S}, True), "crop": ("CLIPImageProcessor", {"shortest_edge": S}, True),
+            "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False)}
+    kind, size, crop = ways["pad" if cfg.image_mode == "letterbox" else cfg.image_mode]     # transformers knows no letterbox
     files = {
+        "tokenizer.json": tokenizer_json(tokenizer_file, cfg),
         "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
                                   "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
-                                  "added_tokens_decoder": added, "clean_up_tokenization_spaces": False, "padding_side": "left",
-                                  "extra_special_tokens": {"image_token": "<image>"}, "processor_class": "LlavaProcessor"},
-        "preprocessor_config.json": kind | ways[cfg.image_mode] | {
-            "crop_size": {"height": S, "width": S}, "resample": 3, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
+                                  "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size,
+                                  "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": "LlavaProcessor"},
+        "preprocessor_config.json": {
+            "image_processor_type": kind, "do_pad": kind == "LlavaImageProcessor", "do_resize": True, "size": size, "resample": 3,
+            "do_center_crop": crop, "crop_size": {"height": S, "width": S}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std), "processor_class": "LlavaProcessor"},
         "processor_config.json": {"processor_class": "LlavaProcessor", "patch_size": cfg.vision.patch_size, "image_token": "<image>",
                                   "num_additional_image_tokens": cfg.vision.n_prefix, "vision_feature_select_strategy": "default"},
-        "generation_config.json": {"bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "pad_token_id": cfg.pad_token},
+        "generation_config.json": {"bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "pad_token_id": cfg.pad_token,
+                                   "suppress_tokens": list(range(cfg.image_token, cfg.decoder.vocab_size))},
     }
     for name, content in files.items():
-        write_whole(Path(directory) / name, lambda tmp, content=content: tmp.write_text(json.dumps(content, indent=2)))
+        write_whole(Path(directory) / name, lambda tmp: tmp.write_text(json.dumps(content, indent=2 if name != "tokenizer.json" else None)))
     write_whole(Path(directory) / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
+
+
+def tokenizer_json(file, cfg):
+    """A sentencepiece BPE model in the words of Hugging Face's tokenizers, such that its ids are those of data.encode_prompt.
+
+    A stretch of text gets a space in front, also after <image>, but not after </s>: that one is looked for after the spaces are set.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    ids = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    words = sorted((w for w, i in ids.items() if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))), key=lambda w: -sp.get_score(ids[w]))
+    merges = [[w[:k], w[k:]] for w in words for k in range(1, len(w)) if w[:k] in ids and w[k:] in ids]     # the best word is joined first
+    special = {"<unk>": sp.unk_id(), "<s>": cfg.bos_token, "</s>": cfg.eos_token, "<image>": cfg.image_token, "<pad>": cfg.pad_token}
+    added = [{"id": i, "content": w, "special": True, "normalized": w == "</s>", "lstrip": False, "rstrip": False, "single_word": False}
+             for w, i in special.items()]
+    replace_by = lambda kind, old, new: {"type": "Replace", "pattern": {kind: old}, "content": new}
+    return {"version": "1.0", "added_tokens": added,
+            "normalizer": {"type": "Sequence", "normalizers": [replace_by("Regex", r"\A(?!</s>)", "▁"), replace_by("String", " ", "▁")]},
+            "post_processor": {"type": "TemplateProcessing", "special_tokens": {"<s>": {"id": "<s>", "ids": [cfg.bos_token], "tokens": ["<s>"]}},
+                               "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+                               "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]},
+            "decoder": {"type": "Sequence", "decoders": [replace_by("String", "▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+                                                         {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": ids, "merges": merges}}
 
 
 def write_model(directory, tensors, config):
@@ -495,6 +570,9 @@ def write_whole(path, write):
     tmp = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: this folder cannot be made ({error.strerror}); choose another --out") from None
+    try:
         write(tmp)
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())

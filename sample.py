@@ -16,68 +16,77 @@ import torch
 
 from data import Tokenizer, encode_prompt, parse_args, run
 from model import VLM
-from vision import UserError, cut_tiles, open_image
+from train import one_of, pick_device
+from vision import MODES, UserError, cut_tiles, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
 
 
 def main(argv=None):
     cfg = parse(argv)
+    device, images = pick_device(cfg.device), [open_image(path) for path in cfg.image]           # what is wrong with them is said at once
+    chat = not cfg.prompt and sys.stdin is not None and sys.stdin.isatty()
+    if not (cfg.prompt or images or chat):
+        raise UserError("nothing to answer: give --image, --prompt or both")
     directory = cfg.model or newest_run()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     vlm, tok = VLM.from_pretrained(directory, device, getattr(torch, cfg.dtype)), Tokenizer(directory)
-    tiles, n_visual = [], []
-    for path in cfg.image:
-        pixels, n = cut_tiles(open_image(path), vlm.cfg.vision, cfg.image_mode or vlm.cfg.image_mode)
-        tiles.append(pixels)
-        n_visual.append(n)
+    tiles, n_visual = zip(*(cut_tiles(image, vlm.cfg.vision, cfg.image_mode or vlm.cfg.image_mode) for image in images)) if images else ((), ())
     pixels = torch.cat(tiles).to(device) if tiles else None
 
-    turns, chat = [], not cfg.prompt and sys.stdin.isatty()
-    question = cfg.prompt or (DESCRIBE if tiles else ask() if chat else "")
-    if not question:
-        raise UserError("nothing to answer: give --image, --prompt or both")
-    if not cfg.prompt and tiles:
+    turns, question = [], cfg.prompt or (DESCRIBE if images else ask())
+    if not cfg.prompt and images:
         print(f"> {question}")
     while question:
-        if "<image>" in question:
-            raise UserError("<image> in a question has no picture of its own; name the files with --image, they come first")
-        turns.append(("human", "<image>" * len(tiles) + "\n" + question if tiles and not turns else question))
+        turns.append(("human", "<image>" * len(images) + "\n" + question if images and not turns else question))
         prompt = torch.tensor([encode_prompt(tok, turns, cfg.template or vlm.cfg.template, n_visual)], device=device)
-        turns.append(("gpt", say(vlm, tok, prompt, pixels, cfg)))
+        answer = say(vlm, tok, prompt, pixels, cfg)
+        turns = turns + [("gpt", answer)] if answer else turns[:-1]         # an empty answer is no turn to go on from
         question = ask() if chat else None
+    return 0
 
 
 def say(vlm, tok, prompt, pixels, cfg):
     """Print the answer word by word and return it."""
+    T, longest = prompt.shape[1], vlm.cfg.decoder.block_size
+    if T >= longest:
+        raise UserError(f"question and earlier turns are {T} tokens, the model takes {longest} with its answer; ask less, or begin a new chat")
     ids, shown = [], ""
-    for new in vlm.stream(prompt, pixels, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, seed=cfg.seed):
+    for new in vlm.stream(prompt, pixels, min(cfg.max_new_tokens, longest - T), cfg.temperature, cfg.top_p, cfg.top_k, seed=cfg.seed):
         ids.append(int(new))
         text = tok.decode(ids, partial=True).strip()                        # a space at the end waits for the word after it
         print(text[len(shown) :], end="", flush=True)
         shown = text
     text = tok.decode(ids).strip()
-    print(text[len(shown) :])
-    if ids[-1] != tok.eos:
-        print(f"[cut off after {cfg.max_new_tokens} tokens; raise --max-new-tokens]", file=sys.stderr)
+    print(text[len(shown) :], flush=True)
+    if ids[-1] != vlm.cfg.eos_token:
+        why = "raise --max-new-tokens" if len(ids) == cfg.max_new_tokens else f"with the prompt's {T} these are all {longest} the model takes"
+        print(f"[cut off after {len(ids)} tokens; {why}]", file=sys.stderr)
+    elif not text:
+        print("[the model gave an empty answer]", file=sys.stderr)
     return text
 
 
 def ask():
     """One line from the terminal; None when the user is done."""
     try:
-        return input("\n> ").strip() or None
+        question = input("\n> ").strip()
     except (EOFError, KeyboardInterrupt):
         print()
         return None
+    if "<image>" in question:
+        print("<image> cannot be typed here: pictures come from --image, before the first question")
+        return ask()
+    return question or None
 
 
 def newest_run(root="out"):
     """The model directory under out/ that was finished last: config.json is the last file a run writes."""
-    runs = sorted(Path(root).glob("*/config.json"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune) or give --model DIR")
-    return runs[-1].parent
+    newest = lambda pattern: max(Path(root).glob(pattern), key=lambda p: p.stat().st_mtime, default=None)
+    if found := newest("*/config.json"):
+        return found.parent
+    half = newest("*/checkpoint-*/config.json")
+    raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune) or give --model DIR"
+                    + (f". From an unfinished one there is --model {half.parent}" if half else ""))
 
 
 def parse(argv):
@@ -92,9 +101,18 @@ def parse(argv):
     cli.add_argument("--template", default="", help="conversation template; empty: the model's own")
     cli.add_argument("--image-mode", default="", help="pad, letterbox, crop or resize; empty: the model's own")
     cli.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    cli.add_argument("--device", default="auto", help="cpu, cuda or auto (default auto)")
+    cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default auto)")
     cli.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights (default float32)")
-    return parse_args(cli, sys.argv[1:] if argv is None else argv)
+    cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
+    for flag, value, fits, rule in (("temperature", cfg.temperature, 0 <= cfg.temperature < float("inf"), "0 or more"),
+                                    ("top-p", cfg.top_p, 0 < cfg.top_p <= 1, "above 0 and at most 1"), ("top-k", cfg.top_k, cfg.top_k >= 0, "0 or more"),
+                                    ("max-new-tokens", cfg.max_new_tokens, cfg.max_new_tokens >= 1, "at least 1"), ("seed", cfg.seed, cfg.seed >= 0, "0 or more")):
+        if not fits:
+            raise UserError(f"--{flag} {value}: must be {rule}")
+    one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
+    if "<image>" in cfg.prompt:
+        raise UserError("--prompt: <image> in it has no picture of its own; name the files with --image, they come before the question")
+    return cfg
 
 
 if __name__ == "__main__":

@@ -10,17 +10,21 @@ short answers more. (The original averages the means; so its loss curves differ 
 
     python train.py --stage finetune                                  # the toy: draws its world, trains, and is examined
     python train.py --stage finetune --model photo --data FILE.json --image-root DIR --max-steps 3000
-    torch.manual_seed, the order of the records and everything else follow --seed: the same command gives the same weights.
 
-A run writes to --out: log.jsonl and loss.png while it goes, checkpoint-N/ now and then (--resume goes on from the newest, bit for bit
-on a CPU), and at the end the model itself, with results.json when there were held-out questions.
+Weights, order of the records and all else follow --seed: on a CPU the same command gives the same weights, bit for bit.
+A run writes to --out: log.jsonl and loss.png while it goes, checkpoint-N/ now and then (a whole model directory; --resume goes on
+from the newest, and ends where the uninterrupted run would have, bit for bit on a CPU), and at the end the model itself, with
+results.json when there were held-out questions. Ctrl-C saves a checkpoint first; a second one ends the run at once.
 """
 
 import argparse
 import contextlib
+import difflib
+import functools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -32,14 +36,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import toyworld
-from data import IGNORE, Examples, Records, Tokenizer, collate, encode_prompt, parse_args, run
-from model import PRESETS, VLM, decoder_config, init_weights, load_decoder, load_vision, read_json, save_processor, vision_config, write_whole
-from vision import UserError, cut_tiles, open_image
+from data import IGNORE, Examples, Records, Tokenizer, collate, encode_conversation, encode_prompt, parse_args, run
+from model import (PRESETS, VLM, decoder_config, family_a, init_weights, load_decoder, load_strict, load_vision, read_json, read_tensors,
+                   save_processor, vision_config, write_whole)
+from vision import MODES, UserError, cut_tiles, open_image
 
 HERE = Path(__file__).parent
 
@@ -52,24 +56,24 @@ def arg(default, help):
 class TrainConfig:
     stage: str = arg("finetune", "pretrain (connector only, captions) or finetune (connector and decoder, conversations)")
     model: str = arg("toy", f"a preset ({', '.join(PRESETS)}) or a model directory to go on from")
-    data: str = arg("", "LLaVA-format JSON or JSONL file; empty: the toy world, drawn on first use")
+    data: str = arg("", "LLaVA-format JSON or JSONL file; empty: the toy world, drawn into toyworld/ on first use")
     image_root: str = arg("", "folder that the records' image paths start from; empty: the folder of --data")
     val: str = arg("", "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if it is there")
-    out: str = arg("", "folder for the run; empty: out/STAGE")
-    vision: str = arg("", "CLIP directory for the tower of a preset; empty: the preset's own (toy) or random weights")
-    llm: str = arg("", "Llama directory for the decoder and tokenizer of a preset; empty: the preset's own (toy) or random weights")
-    tokenizer: str = arg("", "sentencepiece tokenizer.model, or a directory that holds one; empty: the decoder's own")
+    out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")
+    vision: str = arg("", "CLIP directory for the tower of a preset; empty: random weights")
+    llm: str = arg("", "Llama directory for the decoder and tokenizer of a preset; empty: random weights")
+    tokenizer: str = arg("", "sentencepiece tokenizer.model of a preset, or a directory that holds one; empty: the decoder's own")
     projector: str = arg("", "connector to start from: a model directory that stage 1 wrote, or its model.safetensors")
-    from_scratch: bool = arg(False, "start every part from random weights, whatever the preset has")
-    train: str = arg("", "parts to train, of connector,llm,vision; empty: as the stage says (from scratch: all)")
+    from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
+    train: str = arg("", "parts to train, of connector,llm,vision; empty: those of the stage, and all that start from random weights")
     template: str = arg("", "conversation template; empty: plain in stage pretrain, the model's own otherwise")
     image_mode: str = arg("", "pad, letterbox, crop or resize; empty: the model's own")
     batch_size: int = arg(16, "records a step")
     micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
     lr: float = arg(1e-3, "peak learning rate, after warmup")
     weight_decay: float = arg(0.0, "AdamW's, on matrices only")
-    warmup: float = arg(0.03, "share of the steps with a rising learning rate")
-    clip: float = arg(1.0, "largest norm of the gradient")
+    warmup: float = arg(0.03, "share of the steps with a rising learning rate, 0 to 1")
+    clip: float = arg(1.0, "largest norm of the gradient; inf: no limit")
     epochs: float = arg(1.0, "passes over the data")
     max_steps: int = arg(0, "steps; 0: as --epochs says")
     max_length: int = arg(0, "longest record in tokens; 0: the decoder's block size")
@@ -78,11 +82,11 @@ class TrainConfig:
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end")
     log_every: int = arg(10, "steps between printed lines")
     final_eval: bool = arg(True, "at the end, answer all held-out questions and print the table")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out")
+    resume: bool = arg(False, "go on from the newest checkpoint in --out; all flags that matter must be as they were")
     workers: int = arg(1, "processes that prepare records; 0: none")
     seed: int = arg(0, "for weights and the order of the records")
-    device: str = arg("auto", "cpu, cuda or auto")
-    dtype: str = arg("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU")
+    device: str = arg("auto", "cpu, cuda, cuda:N or auto")
+    dtype: str = arg("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
 
 
 # What a preset changes, by (model, stage); a flag on the command line still wins. llava-1.5 has the published values.
@@ -99,89 +103,104 @@ FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval
 
 
 def main(argv=None):
-    cfg = parse(argv)
-    out = Path(cfg.out)
-    newest = newest_checkpoint(out) if cfg.resume else None
-    if newest is None:
-        move_aside(out)
-    print(f"config: {json.dumps({k: v for k, v in asdict(cfg).items() if v not in ('', False)})}", flush=True)
+    try:
+        return fit(parse(argv))
+    except BrokenPipeError:
+        raise
+    except (OSError, RuntimeError) as error:                                # not our mistake, nor quite the user's: the machine's
+        last = str(error).strip().splitlines()[-1]                          # a loader process sends its whole traceback
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(f"the GPU's memory is full ({last}); lower --micro-batch-size, and go on with --resume") from None
+        if isinstance(error, OSError) or "DataLoader worker" in last:       # full disk, a file taken away; a loader process killed
+            raise UserError(f"{last}; what was saved before is untouched: put it right and go on with --resume") from None
+        raise
 
+
+def fit(cfg):
     # Data, model, optimizer.
+    print(f"config: {json.dumps({k: v for k, v in asdict(cfg).items() if v not in ('', False)})}", flush=True)
+    out, device = Path(cfg.out), pick_device(cfg.device)
+    checkpoint, state = find_checkpoint(out, cfg) if cfg.resume else (None, {"step": 0, "skipped": 0})
     torch.manual_seed(cfg.seed)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-    vlm, tok = build(cfg, newest)
-    vlm.to(device)
-    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
     records = Records(cfg.data, cfg.image_root)
+    vlm, tok = build(cfg, checkpoint)
+    vlm.to(device)
     template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
     examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, cfg.max_length or vlm.cfg.decoder.block_size, cfg.bad_records)
-    steps = cfg.max_steps or max(1, math.ceil(len(records) * cfg.epochs / cfg.batch_size))
-    held_out = Records(cfg.val, cfg.image_root) if cfg.val else None
+    questions, looks = read_held_out(cfg, vlm, tok) if cfg.val else ([], [])
+    first, steps = state["step"], cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
     params = freeze(vlm, cfg)
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
          {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.999), fused=True)
-    first, skipped = resume(newest, cfg, optimizer, out) if newest else (0, 0)
+    if checkpoint:
+        optimizer.load_state_dict(state["optimizer"])
+        rewind(out, first)
+    else:
+        move_aside(out, cfg)
+    save_processor(out, tok.path, vlm.cfg)
+    tok.path = out / "tokenizer.model"                                      # the checkpoint it may have come from will be deleted
+    order = list(batches(len(records), cfg.batch_size, steps, cfg.seed))[first:]
+    loader = iter(DataLoader(examples, batch_sampler=order, num_workers=cfg.workers, pin_memory=device.type == "cuda",
+                             collate_fn=functools.partial(micro_batches, size=cfg.micro_batch_size, pad=tok.pad)))
+    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
     count = lambda ps: f"{sum(p.numel() for p in ps) / 1e6:.2f}M"
     print(f"{count(params)} of {count(vlm.parameters())} parameters train, on {len(records):,} records, {steps:,} steps of {cfg.batch_size}", flush=True)
 
     # The loop.
-    stop = catch_ctrl_c()
-    log = open(out / "log.jsonl", "a")
-    order = list(batches(len(records), cfg.batch_size, steps, cfg.seed))[first:]
-    loader = iter(DataLoader(examples, batch_sampler=order, collate_fn=list, num_workers=cfg.workers))
-    bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
-    vlm.train()
-    began, seen = time.time(), 0
-    for step in range(first + 1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, steps, cfg)
-        rows = next(loader)
-        micro = [collate(rows[i : i + (cfg.micro_batch_size or len(rows))], tok.pad) for i in range(0, len(rows), cfg.micro_batch_size or len(rows))]
-        n = [int((m["labels"][:, 1:] != IGNORE).sum()) for m in micro]
-        loss = 0.0
-        for m, n_micro in zip(micro, n):
-            if n_micro:
-                with autocast:
-                    part = vlm(m["tokens"].to(device), m["pixels"].to(device), m["labels"].to(device)) * (n_micro / sum(n))
-                part.backward()
-                loss += part.item()
-        skipped += sum(len(m["skipped"]) for m in micro)
-        if not math.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss}; lower --lr, or look at the records {', '.join(i for m in micro for i in m['ids'])}")
-        norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    began, busy, seen, skipped = time.time(), 0.0, 0, state["skipped"]
+    with (catch_ctrl_c() as stop, open(out / "log.jsonl", "a", buffering=1) as log,
+          tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar):
+        for step in range(first + 1, steps + 1):
+            start = time.time()
+            lr = lr_at(step, steps, cfg)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            micro = next(loader)
+            loss, supervised = backward(vlm, micro, device, autocast)
+            norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip).item()
+            if not math.isfinite((loss or 0) + norm):
+                raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; lower --lr, or look at the records "
+                                + ", ".join([i for m in micro for i in m["ids"]][:8]))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        seen += sum(m["tokens"].numel() for m in micro)
-        line = {"step": step, "loss": loss, "lr": lr_at(step, steps, cfg), "grad_norm": norm, "supervised": sum(n), "time": round(time.time() - began, 2)}
-        log.write(json.dumps(line) + "\n")
-        log.flush()
-        rate = f"{seen / (time.time() - began):,.0f} tokens/s"
-        bar.set_postfix_str(f"loss {loss:.3f}, {rate}")
-        bar.update()
-        if step % cfg.log_every == 0 or step == first + 1:
-            bar.write(f"step {step:5d}/{steps}  loss {loss:.4f}  lr {line['lr']:.2e}  {rate}")
+            for reason in (reason for m in micro for reason in m["skipped"]):
+                skipped += 1
+                if skipped <= 5:
+                    bar.write(f"skipped: {reason}" + ("; from here on they are only counted" if skipped == 5 else ""))
+            seen, busy = seen + sum(int(m["lengths"].sum()) for m in micro), busy + time.time() - start
+            left = (time.time() - began) / (step - first) * (steps - step)
+            log.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "supervised": supervised, "time": round(time.time() - began, 2)}) + "\n")
+            said, rate = "no usable record" if loss is None else f"loss {loss:.4f}", f"{seen / busy:,.0f} tokens/s"
+            bar.set_postfix_str(f"{said}, {rate}")
+            bar.update()
+            if step % cfg.log_every == 0 or step in (first + 1, steps):
+                bar.write(f"step {step:5d}/{steps}  {said}  lr {lr:.2e}  {rate}  {bar.format_interval(left)} left")
+            if looks and cfg.eval_every and (step % cfg.eval_every == 0 or step == steps):
+                val_loss = held_out_loss(vlm, looks, device)
+                log.write(json.dumps({"step": step, "val_loss": val_loss}) + "\n")
+                bar.write(f"held-out loss {val_loss:.4f}\n" + sample_answers(vlm, tok, questions, step, device))
+            if step % 50 == 0 or step == steps or stop:
+                draw_curve(out / "loss.png", out / "log.jsonl")
             sys.stdout.flush()
-        if held_out and cfg.eval_every and (step % cfg.eval_every == 0 or step == steps):
-            line = {"step": step, "val_loss": held_out_loss(vlm, tok, held_out, device)}
-            log.write(json.dumps(line) + "\n")
-            bar.write(f"held-out loss {line['val_loss']:.4f}\n" + sample_answers(vlm, tok, held_out, step, device))
-        if step % 50 == 0 or step == steps:
-            draw_curve(out / "loss.png", out / "log.jsonl")
-        if stop.is_set or step == steps or cfg.save_every and step % cfg.save_every == 0:
-            save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped)
-        if stop.is_set:
-            bar.close()
-            print(f"interrupted: step {step} is saved; go on with the same command and --resume")
-            return 130
-    bar.close()
-    print(f"trained {steps - first} steps in {time.time() - began:.0f} s; {skipped} records skipped")
+            if stop or step == steps or cfg.save_every and step % cfg.save_every == 0:
+                save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped)
+            if stop:
+                bar.write(f"interrupted: step {step} is saved; go on with the same command and --resume")
+                return 130
+    shown = steps * cfg.batch_size
+    if skipped == shown:
+        raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: python data.py check {cfg.data} --image-root {cfg.image_root}")
+    still = [name for name, p in vlm.named_parameters() if p.requires_grad and p not in optimizer.state]
+    print(f"trained {steps - first} steps in {time.time() - began:.0f} s; {skipped} of {shown} records skipped"
+          + (f"; {len(still)} trainable tensors never got a gradient, such as {still[0]}" if still else ""))
     save_model(out, vlm, tok)
-    if held_out and cfg.final_eval:
-        examine(vlm, tok, held_out, out, device)
+    if questions and cfg.final_eval:
+        examine(vlm, tok, questions, out, device)
     print(f"the model is in {out}; ask it: python sample.py --model {out} --image FILE --prompt TEXT")
+    return 0
 
 
 # ---- the parts, in the order of their use ------------------------------------------------------------------------------
@@ -189,85 +208,108 @@ def main(argv=None):
 
 def parse(argv=None):
     """One flag per field of TrainConfig; the recipe of (--model, --stage) replaces defaults, the command line replaces both."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    argv = sys.argv[1:] if argv is None else argv
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                  usage="python train.py [--stage {pretrain,finetune}] [--model PRESET|DIR] [--data FILE] [any flag below]")
+    peek = argparse.ArgumentParser(add_help=False)                          # the flags that decide on the defaults of others
+    peek.add_argument("--model", default="toy")
+    peek.add_argument("--stage", default="finetune")
+    peek.add_argument("--epochs")
+    peek.add_argument("--from-scratch", "--from_scratch", action="store_true")
+    choice, _ = peek.parse_known_args(argv)
+    recipe = RECIPES.get((choice.model, choice.stage), {})
+    recipe = recipe | (dict(vision="", llm="") if choice.from_scratch else {}) | (dict(max_steps=0) if choice.epochs else {})
     for f in fields(TrainConfig):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        cli.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
-    known = argparse.ArgumentParser(add_help=False)
-    known.add_argument("--model", default="toy")
-    known.add_argument("--stage", default="finetune")
-    choice, _ = known.parse_known_args(argv)
-    cli.set_defaults(**RECIPES.get((choice.model, choice.stage), {}))
-    cfg = TrainConfig(**vars(parse_args(cli, sys.argv[1:] if argv is None else argv)))
-    if cfg.stage not in ("pretrain", "finetune"):
-        raise UserError(f"--stage {cfg.stage}: choose pretrain or finetune")
-    if cfg.bad_records not in ("stop", "skip"):
-        raise UserError(f"--bad-records {cfg.bad_records}: choose stop or skip")
-    for name in ("batch_size", "log_every"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-    if cfg.from_scratch:
-        cfg = replace(cfg, vision="", llm="")
+        default = recipe.get(f.name, f.default)
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}[f.type])
+        said = "" if default == "" else f" (default {('no', 'yes')[default] if f.type is bool else default})"
+        cli.add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"] + said, **kind)
+    cfg = TrainConfig(**vars(parse_args(cli, argv)))
+    one_of("--stage", cfg.stage, ["pretrain", "finetune"])
+    one_of("--bad-records", cfg.bad_records, ["stop", "skip"])
+    one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
+    one_of("--dtype", cfg.dtype, ["float32", "bfloat16", "auto"])
+    for names, fits, rule in ((("batch_size", "log_every"), lambda x: x >= 1, "at least 1"), (("lr", "clip", "epochs"), lambda x: x > 0, "above 0"),
+                              (("warmup",), lambda x: 0 <= x <= 1, "from 0 to 1"), (("seed",), lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
+                              (("micro_batch_size", "weight_decay", "max_steps", "max_length", "eval_every", "save_every", "workers"), lambda x: x >= 0, "0 or more")):
+        for name in names:
+            if not fits(asdict(cfg)[name]):
+                raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]}: must be {rule}")
     if not cfg.data:
-        toyworld.write_world("toyworld")
+        try:
+            toyworld.write_world("toyworld")
+        except OSError as error:
+            raise UserError(f"the toy world could not be drawn: {error}; or give your own --data") from None
         cfg = replace(cfg, data="toyworld/pretrain.json" if cfg.stage == "pretrain" else "toyworld/train.json")
-    cfg = replace(cfg, image_root=cfg.image_root or str(Path(cfg.data).parent), out=cfg.out or f"out/{cfg.stage}")
-    if not cfg.val and (Path(cfg.data).parent / "val.jsonl").exists():
-        cfg = replace(cfg, val=str(Path(cfg.data).parent / "val.jsonl"))
+    beside = Path(cfg.data).parent
+    cfg = replace(cfg, image_root=cfg.image_root or str(beside), out=cfg.out or f"out/{cfg.stage}",
+                  val=cfg.val or (str(beside / "val.jsonl") if (beside / "val.jsonl").exists() else ""))
+    for flag, file in (("--data", cfg.data), ("--val", cfg.val)):
+        if file and not Path(file).is_file():
+            raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
     return cfg
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+def one_of(flag, value, known):
+    if value not in known:
+        raise UserError(f"{flag} {value}: did you mean {difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]}? Known are {', '.join(known)}")
+
+
+def pick_device(name):
+    """cpu, cuda, cuda:N or auto -> torch.device, one that is there."""
+    n = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if n else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: choose cpu, cuda, cuda:N or auto")
+    if name != "cpu" and int(name[5:] or 0) >= n:
+        raise UserError(f"--device {name}: PyTorch sees {n} GPUs here; choose cpu or auto" + (f", or cuda:0 to cuda:{n - 1}" if n else ""))
+    return torch.device(name)
 
 
 def build(cfg, checkpoint=None):
     """The model to train and its tokenizer: from a checkpoint, a model directory, or a preset with its ingredients."""
-    directory = checkpoint or cfg.model
     if checkpoint or cfg.model not in PRESETS:
+        directory = checkpoint or cfg.model
         if not Path(directory).is_dir():
-            raise UserError(f"--model {directory}: neither a preset ({', '.join(PRESETS)}) nor a directory")
+            one_of("--model", cfg.model, [*PRESETS, "a model directory"])
+        if not checkpoint and (cfg.vision or cfg.llm or cfg.tokenizer or cfg.from_scratch):
+            raise UserError(f"--model {cfg.model} is a whole model; --vision, --llm, --tokenizer and --from-scratch are for presets ({', '.join(PRESETS)})")
         vlm, tok = VLM.from_pretrained(directory), Tokenizer(directory)
     else:
-        tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
-        preset = PRESETS[cfg.model]
+        tok, preset = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"]), PRESETS[cfg.model]
         vision = vision_config(read_json(Path(cfg.vision) / "config.json")) if cfg.vision else preset.vision
         decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
         vlm = VLM(replace(preset, vision=vision, decoder=replace(decoder, vocab_size=tok.vocab_size),
                           image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos))
-        init_weights(vlm.vision)
-        init_weights(vlm.decoder)
-        if cfg.vision:
-            load_vision(vlm.vision, cfg.vision)
-        if cfg.llm:
-            load_decoder(vlm.decoder, cfg.llm)
+        load_vision(vlm.vision, cfg.vision) if cfg.vision else init_weights(vlm.vision)
+        load_decoder(vlm.decoder, cfg.llm) if cfg.llm else init_weights(vlm.decoder)
     if cfg.projector and not checkpoint:
-        load_projector(vlm, cfg.projector)
+        load_projector(vlm, Path(cfg.projector))
+    for p in vlm.parameters():                   # out of the mapped file: there a tensor may begin at any byte, and how it is aligned
+        p.data = p.data.clone()                  # can change the last bit of a product; then a resumed run would not be the same
     vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode
+    vlm.cfg.template = cfg.template or vlm.cfg.template
     return vlm, tok
 
 
 def load_projector(vlm, path):
     """The connector of a model that stage 1 wrote into `vlm`."""
-    file = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    if not file.exists():
-        raise UserError(f"--projector {path}: no such file; give a directory that --stage pretrain wrote")
-    found = {k.removeprefix("multi_modal_projector."): v.float() for k, v in load_file(file).items() if k.startswith("multi_modal_projector.")}
-    try:
-        vlm.connector.load_state_dict(found, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{file}: its connector does not fit this tower and decoder: {' '.join(str(error).split())}") from None
+    if not path.is_dir() and not (path.name == "model.safetensors" and path.exists()):
+        raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, or its model.safetensors")
+    tensors = {family_a(k): v for k, v in read_tensors(path if path.is_dir() else path.parent).items()}
+    prefix = "multi_modal_projector."
+    load_strict(vlm.connector, {k: v for k, v in tensors.items() if k.startswith(prefix)}, lambda name: prefix + name, f"--projector {path}")
 
 
 def freeze(vlm, cfg):
     """Only the parts of --train get gradients; returns their parameters."""
     parts = {"connector": vlm.connector, "llm": vlm.decoder, "vision": vlm.vision}
-    default = "connector,llm,vision" if cfg.from_scratch or not cfg.vision and cfg.model in PRESETS else "connector,llm"
-    chosen = (cfg.train or ("connector" if cfg.stage == "pretrain" else default)).split(",")
-    if set(chosen) - set(parts):
-        raise UserError(f"--train {cfg.train}: {sorted(set(chosen) - set(parts))[0]!r} is none of {', '.join(parts)}")
+    fresh = [name for name, source in (("llm", cfg.llm), ("vision", cfg.vision)) if cfg.model in PRESETS and not source]
+    chosen = cfg.train.split(",") if cfg.train else ["connector", *fresh, *(["llm"] if cfg.stage == "finetune" else [])]
     vlm.requires_grad_(False)
     for name in chosen:
+        one_of("--train", name, list(parts))
         parts[name].requires_grad_(True)
     return [p for p in vlm.parameters() if p.requires_grad]
 
@@ -282,95 +324,149 @@ def batches(n, size, steps, seed):
         queue = queue[size:]
 
 
+def micro_batches(rows, size, pad):
+    """The examples of a step -> batches of at most `size` of them (0: one batch). Done in the loader process."""
+    size = size or len(rows)
+    return [collate(rows[i : i + size], pad) for i in range(0, len(rows), size)]
+
+
 def lr_at(step, steps, cfg):
-    """Linear warmup to --lr, then cosine to 0. `step` counts from 1."""
+    """Linear warmup to --lr, then half a cosine, which would reach 0 one step after the last. `step` counts from 1."""
     warmup = max(1, int(cfg.warmup * steps))
     if step <= warmup:
         return cfg.lr * step / warmup
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
 
 
-class catch_ctrl_c:
-    """The first Ctrl-C lets the step end and saves; the second ends the program at once."""
+def backward(vlm, micro, device, autocast=contextlib.nullcontext()):
+    """Add the gradient of L over all micro-batches of a step; -> L (None if nothing could be used), number of supervised tokens."""
+    n = [n_supervised(m) for m in micro]
+    loss = torch.zeros((), device=device)
+    for m, n_micro in zip(micro, n):
+        if n_micro:                                                         # else all its records were skipped
+            with autocast:
+                part = loss_of(vlm, m, device) * (n_micro / sum(n))         # the model's mean, back to a share of the step's
+            part.backward()
+            loss += part.detach()
+    return loss.item() if sum(n) else None, sum(n)
 
-    def __init__(self):
-        self.is_set = False
-        signal.signal(signal.SIGINT, self.set)
 
-    def set(self, *_):
-        self.is_set = True
+def n_supervised(batch):
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def loss_of(vlm, batch, device):
+    return vlm(*(batch[k].to(device, non_blocking=True) for k in ("tokens", "pixels", "labels")))
+
+
+@contextlib.contextmanager
+def catch_ctrl_c():
+    """Yields a list that is empty until the first Ctrl-C, which lets the step end and saves; the second ends the program at once."""
+    pressed = []
+
+    def press(*_):
+        pressed.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")     # print is not safe in a handler
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- held-out questions ------------------------------------------------------------------------------------------------
 
 
+def read_held_out(cfg, vlm, tok, n=128, size=32):
+    """-> all questions [{"id", "paths", "text", "answer", "category"}]; and up to n of them, evenly spread, in batches for the loss.
+
+    What is wrong with them is said here, before the training and not after it.
+    """
+    records, questions = Records(cfg.val, cfg.image_root), []
+    for i in range(len(records)):
+        r = records[i]
+        try:
+            if len(r["turns"]) < 2:
+                raise UserError('no answer; a held-out question needs "text" and "answer"')
+            encode_conversation(tok, r["turns"][:2], vlm.cfg.template, [1] * len(r["images"]))
+            paths = [records.image_path(name) for name in r["images"]]
+            if missing := [path for path in paths if not path.exists()]:
+                raise UserError(f"{missing[0]}: no such picture; check the path and --image-root")
+        except UserError as error:
+            raise UserError(f"{records.where(i, r['id'])}: {error}") from None
+        (_, text), (_, truth) = r["turns"][:2]
+        questions.append({"id": r["id"], "paths": paths, "text": text, "answer": truth, "category": str(r.get("category", "all"))})
+    examples = Examples(records, tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size, "stop")
+    some = [examples[i] for i in range(0, len(records), math.ceil(len(records) / n))]
+    return questions, micro_batches(some, size, tok.pad)
+
+
 @torch.no_grad()
-def held_out_loss(vlm, tok, held_out, device, n=128, size=32):
-    """Mean loss per supervised token on up to n held-out questions, evenly spread over the file."""
-    every = range(0, len(held_out), max(1, len(held_out) // n))
-    examples = Examples(held_out, tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size, "stop")
-    loss = total = 0
-    for i in range(0, len(every), size):
-        batch = collate([examples[j] for j in every[i : i + size]], tok.pad)
-        count = int((batch["labels"][:, 1:] != IGNORE).sum())
-        loss += vlm(batch["tokens"].to(device), batch["pixels"].to(device), batch["labels"].to(device)).item() * count
-        total += count
-    return loss / total
+def held_out_loss(vlm, looks, device):
+    """Mean loss per supervised token."""
+    return sum(loss_of(vlm, batch, device).item() * n_supervised(batch) for batch in looks) / sum(map(n_supervised, looks))
 
 
 def answer(vlm, tok, questions, device, max_new_tokens=96, size=48):
-    """Greedy answers to [(picture or None, text)], picture an uint8 tile stack (n, 3, S, S). Batches of similar length, original order."""
-    prompts = []
-    for pixels, text in questions:
-        turn = [("human", "<image>\n" + text if pixels is not None else text)]
-        prompts.append(encode_prompt(tok, turn, vlm.cfg.template, [] if pixels is None else [len(pixels) * vlm.cfg.vision.n_token]))
-    answers, by_length = [None] * len(prompts), sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), size):
-        rows = by_length[start : start + size]
-        lengths = [len(prompts[i]) for i in rows]
-        tokens = torch.tensor([prompts[i] + [tok.pad] * (max(lengths) - len(prompts[i])) for i in rows], device=device)
-        pixels = [questions[i][0] for i in rows if questions[i][0] is not None]
-        new = vlm.generate(tokens, torch.cat(pixels).to(device) if pixels else None, max_new_tokens, lengths=lengths)
+    """Greedy answers to [([picture file, ...], text), ...] -> [(answer, whole), ...]; `whole` is False where the tokens ran out."""
+    answers, by_length = [None] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
+    for start in range(0, len(questions), size):
+        rows, prompts, pixels = by_length[start : start + size], [], []
+        for paths, text in (questions[i] for i in rows):
+            tiles, n_visual = zip(*(cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths)) if paths else ((), ())
+            text = text if "<image>" in text or not paths else "<image>" * len(paths) + "\n" + text
+            prompts.append(encode_prompt(tok, [("human", text)], vlm.cfg.template, n_visual))
+            pixels += tiles
+        lengths = [len(p) for p in prompts]
+        room = min(max_new_tokens, vlm.cfg.decoder.block_size - max(lengths))
+        if room < 1:
+            raise UserError(f"a question of {max(lengths)} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
+        tokens = torch.tensor([p + [tok.pad] * (max(lengths) - len(p)) for p in prompts], device=device)
+        new = vlm.generate(tokens, torch.cat(pixels).to(device) if pixels else None, room, lengths=lengths)
         for i, ids in zip(rows, new.tolist()):
-            answers[i] = tok.decode(ids[: ids.index(tok.eos)] if tok.eos in ids else ids).strip()
+            end = vlm.cfg.eos_token
+            answers[i] = tok.decode(ids[: ids.index(end)] if end in ids else ids).strip(), end in ids
     return answers
 
 
-def sample_answers(vlm, tok, held_out, step, device, n=3):
+def sample_answers(vlm, tok, questions, step, device, n=3):
     """A few held-out questions, other ones at each look, with the model's answer and the truth."""
-    chosen = [held_out[(step * 7 + i * len(held_out) // n) % len(held_out)] for i in range(n)]
-    said = answer(vlm, tok, [(picture(vlm, held_out, r), r["text"]) for r in chosen], device)
-    return "\n".join(f"  Q: {r['text'].splitlines()[0]}\n  A: {a!r}   truth: {r['answer']!r}" for r, a in zip(chosen, said))
+    chosen = [questions[(step * 7 + i * len(questions) // n) % len(questions)] for i in range(n)]
+    said = answer(vlm, tok, [(q["paths"], q["text"]) for q in chosen], device)
+    lines = [q["text"].replace("<image>", "").strip().split("\n") for q in chosen]
+    asked = [next((line for line in some if "?" in line), some[0]) for some in lines]            # the question, without its format prompt
+    return "\n".join(f"  Q: {text}\n  A: {a!r}   truth: {q['answer']!r}" for q, text, (a, _) in zip(chosen, asked, said))
 
 
-def picture(vlm, records, record):
-    return cut_tiles(open_image(records.image_path(record["images"][0])), vlm.cfg.vision, vlm.cfg.image_mode)[0]
-
-
-def examine(vlm, tok, held_out, out, device):
+def examine(vlm, tok, questions, out, device):
     """Answer every held-out question, print accuracy by category beside two baselines, and write results.json."""
-    vlm.eval()
-    began, records = time.time(), [held_out[i] for i in range(len(held_out))]
-    pixels = {r["image"]: picture(vlm, held_out, r) for r in records}
-    names = list(pixels)
+    began = time.time()
+    names = list(dict.fromkeys(path for q in questions for path in q["paths"]))
     other = {name: names[(i + len(names) // 2) % len(names)] for i, name in enumerate(names)}      # each question meets another picture
-    said = answer(vlm, tok, [(pixels[r["image"]], r["text"]) for r in records], device)
-    blind = answer(vlm, tok, [(pixels[other[r["image"]]], r["text"]) for r in records], device)
+    said = answer(vlm, tok, [(q["paths"], q["text"]) for q in questions], device)
+    blind = answer(vlm, tok, [([other[p] for p in q["paths"]], q["text"]) for q in questions], device)
+    commonest = {}                                                          # by category, of what is compared: of a worked answer its end
+    for c in {q["category"] for q in questions}:
+        truths = [q["answer"] for q in questions if q["category"] == c]
+        top = Counter(map(final, truths)).most_common(1)[0][0]
+        commonest[c] = next(t for t in truths if final(t) == top)
+    right = [{"accuracy": is_right(a, q["answer"]), "most_frequent": is_right(commonest[q["category"]], q["answer"]), "shuffled": is_right(b, q["answer"])}
+             for q, (a, _), (b, _) in zip(questions, said, blind)]
     table = {}
-    for category in list(dict.fromkeys(r["category"] for r in records)) + ["all"]:
-        rows = [i for i, r in enumerate(records) if category in (r["category"], "all")]
-        commonest = {c: Counter(r["answer"] for r in records if r["category"] == c).most_common(1)[0][0] for c in {records[i]["category"] for i in rows}}
-        share = lambda given: sum(is_right(given(i), records[i]["answer"]) for i in rows) / len(rows)
-        table[category] = {"n": len(rows), "accuracy": share(lambda i: said[i]), "shuffled": share(lambda i: blind[i]),
-                           "most_frequent": share(lambda i: commonest[records[i]["category"]])}
-    print(f"\nheld-out accuracy, {len(records)} questions in {time.time() - began:.0f} s"
+    for category in [*dict.fromkeys(q["category"] for q in questions), "all"]:
+        rows = [r for q, r in zip(questions, right) if category in (q["category"], "all")]
+        table[category] = {"n": len(rows)} | {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
+    print(f"\nheld-out accuracy, {len(questions)} questions in {time.time() - began:.0f} s"
           f"\n{'':14s}{'n':>6s}{'accuracy':>10s}{'most frequent answer':>22s}{'shuffled pictures':>19s}")
     for name, row in table.items():
         print(f"{name:14s}{row['n']:6d}{row['accuracy']:10.1%}{row['most_frequent']:22.1%}{row['shuffled']:19.1%}")
-    answers = [{"question_id": r["id"], "category": r["category"], "prompt": r["text"], "text": a, "truth": r["answer"], "right": is_right(a, r["answer"])}
-               for r, a in zip(records, said)]
-    write_whole(out / "results.json", lambda tmp: tmp.write_text(json.dumps({"table": table, "records": answers}, indent=1)))
+    n_cut = sum(not whole for _, whole in said)
+    print(f"{n_cut} of {len(said)} answers were cut off for being too long")
+    answers = [{"question_id": q["id"], "category": q["category"], "prompt": q["text"], "text": a, "truth": q["answer"], "right": r["accuracy"], "cut_off": not whole}
+               for q, (a, whole), r in zip(questions, said, right)]
+    write_whole(out / "results.json", lambda tmp: tmp.write_text(json.dumps({"table": table, "cut_off": n_cut, "records": answers}, indent=1)))
 
 
 def is_right(said, truth):
@@ -379,8 +475,11 @@ def is_right(said, truth):
     if box.fullmatch(truth):
         found = box.search(said)
         return bool(found) and iou(*([float(x) for x in m.groups()] for m in (found, box.fullmatch(truth)))) >= 0.5
-    plain = lambda s: s.rsplit("Final answer:", 1)[-1].strip().rstrip(".").lower()
-    return ("Final answer:" in said) == ("Final answer:" in truth) and plain(said) == plain(truth)
+    return ("Final answer:" in said) == ("Final answer:" in truth) and final(said) == final(truth)
+
+
+def final(text):
+    return text.rsplit("Final answer:", 1)[-1].strip().rstrip(".").lower()
 
 
 def iou(a, b):
@@ -400,82 +499,106 @@ def save_model(directory, vlm, tok):
 
 
 def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped):
-    """out/checkpoint-N, built under another name and renamed when it is on the disk; older ones go only after that."""
+    """out/checkpoint-N, built under a hidden name and renamed when it is on the disk; only then does the older one go, hidden first:
+    whatever is called checkpoint-N is whole, at any moment."""
     final = out / f"checkpoint-{step:06d}"
-    tmp = out / f".{final.name}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
+    hidden = out / f".{final.name}.tmp"
     try:
-        save_model(tmp, vlm, tok)
+        save_model(hidden, vlm, tok)
         state = {"optimizer": optimizer.state_dict(), "step": step, "config": asdict(cfg), "skipped": skipped}
-        write_whole(tmp / "trainer.pt", lambda path: torch.save(state, path))
-        os.replace(tmp, final)
+        write_whole(hidden / "trainer.pt", lambda path: torch.save(state, path))
+        os.replace(hidden, final)
+        for old in checkpoints(out)[:-1]:
+            os.replace(old, hidden)
+            shutil.rmtree(hidden)
     except (UserError, OSError) as error:
-        raise UserError(f"checkpoint of step {step} could not be saved ({error}); the one before it is untouched: free some space and --resume") from None
+        raise UserError(f"the checkpoint of step {step} could not be saved: {error}. Then go on with --resume, from the one before if there is one") from None
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    for old in checkpoints(out)[:-1]:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def checkpoints(out):
-    return sorted(p for p in Path(out).glob("checkpoint-*") if (p / "trainer.pt").exists())
+    return sorted((p for p in out.glob("checkpoint-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def newest_checkpoint(out):
-    found = checkpoints(out)
-    if not found:
-        print(f"--resume: no checkpoint in {out}; starting from the beginning")
-    return found[-1] if found else None
-
-
-def resume(checkpoint, cfg, optimizer, out):
-    """Put optimizer and log back to where the checkpoint was taken; refuse flags that would make it another run."""
-    state = torch.load(checkpoint / "trainer.pt", weights_only=True)
-    changed = [k for k, v in asdict(cfg).items() if k not in FREE_TO_CHANGE and state["config"].get(k) != v]
-    if changed:
-        name = changed[0]
-        raise UserError(f"--resume: {checkpoint} was trained with --{name.replace('_', '-')} {state['config'].get(name)!r}, now it is "
-                        f"{getattr(cfg, name)!r}; give the same flags, or start a new run in another --out")
-    optimizer.load_state_dict(state["optimizer"])
-    lines = [line for line in (out / "log.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-    write_whole(out / "log.jsonl", lambda tmp: tmp.write_text("".join(lines)))
+def find_checkpoint(out, cfg):
+    """For --resume: the newest checkpoint and its training state. Refuses flags that would make it another run."""
+    if not checkpoints(out):
+        if not (out / "log.jsonl").exists():
+            raise UserError(f"--resume: there is no run in {out}; check --out, or leave out --resume")
+        print(f"--resume: no checkpoint in {out} yet; starting from the beginning")
+        return None, {"step": 0, "skipped": 0}
+    newest = checkpoints(out)[-1]
+    try:
+        state = torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{newest}/trainer.pt: damaged ({str(error).splitlines()[0]}); remove {newest} and start anew") from None
+    for name, now in asdict(cfg).items():
+        if name not in FREE_TO_CHANGE and state["config"].get(name) != now:
+            raise UserError(f"--resume: {newest} was trained with --{name.replace('_', '-')} {state['config'].get(name)!r}, now it is {now!r}; "
+                            "give the same flags, or start a new run in another --out")
     print(f"resuming after step {state['step']}")
-    return state["step"], state["skipped"]
+    return newest, state
 
 
-def move_aside(out):
+def rewind(out, step):
+    """Bring the folder back to where the checkpoint was taken: drop later log lines, a torn last one, and what a kill left half-written."""
+    log = out / "log.jsonl"
+    log.touch()
+    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_whole(log, lambda tmp: tmp.write_text("".join(lines)))
+    for left in out.glob(".*.tmp"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def move_aside(out, cfg):
     """A new run never overwrites an old one: out/finetune becomes out/finetune.1, .2, ..."""
-    if out.exists() and any(out.iterdir()):
-        free = next(i for i in range(1, 10**6) if not out.with_name(f"{out.name}.{i}").exists())
-        out.rename(out.with_name(f"{out.name}.{free}"))
-        print(f"{out} held an earlier run; it is now {out}.{free}")
-    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob("checkpoint-*")) or any((out / name).exists() for name in ("log.jsonl", "config.json", "tokenizer.model")):
+        for name in ("model", "data", "image_root", "val", "vision", "llm", "tokenizer", "projector"):
+            if (asdict(cfg)[name] and Path(asdict(cfg)[name]).resolve().is_relative_to(out.resolve())):
+                raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]} is in --out {out}, which would be moved aside; give another --out")
+        free = next(f for f in (out.with_name(f"{out.name}.{i}") for i in range(1, 10**6)) if not f.exists())
+        out.rename(free)
+        print(f"{out} held an earlier run; it is now {free}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror}); choose another") from None
 
 
-def draw_curve(path, log, width=720, height=400):
-    """loss.png: the loss of each step, its running mean, and the held-out loss as dots, on a logarithmic axis."""
+def draw_curve(path, log, width=800, height=460):
+    """loss.png: the loss of each step, the mean of the steps around it, and the held-out loss as dots, on a logarithmic axis."""
     lines = [json.loads(line) for line in open(log)]
-    train, val = ([(r["step"], r[key]) for r in lines if key in r] for key in ("loss", "val_loss"))
-    values = [v for _, v in train + val]
-    low, high, last = math.log(max(min(values), 1e-4)) - 0.1, math.log(max(values)) + 0.1, max(train[-1][0], 2)
-    at = lambda s, v: (50 + (width - 70) * (s - 1) / (last - 1), 20 + (height - 60) * (high - math.log(max(v, 1e-4))) / (high - low))
+    train, val = ([(r["step"], max(r[key], 1e-4)) for r in lines if r.get(key) is not None] for key in ("loss", "val_loss"))
+    if not train:
+        return
+    losses, w = [loss for _, loss in train], len(train) // 50 + 1
+    mean = [sum(near) / len(near) for near in (losses[max(0, i - w) : i + w + 1] for i in range(len(losses)))]
+    left, right, top, bottom = 64, width - 24, 44, height - 52              # the frame, in pixels
+    values, last = [v for _, v in train + val], max(train[-1][0], 2)
+    low, high = math.log(min(values)) - 0.1, math.log(max(values)) + 0.1
+    x = lambda step: left + (right - left) * (step - 1) / (last - 1)
+    y = lambda loss: top + (bottom - top) * (high - math.log(loss)) / (high - low)
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    for tick in (t * 10.0**e for e in range(-4, 3) for t in (1, 2, 5)):
-        if low < math.log(tick) < high:
-            draw.line([(50, at(1, tick)[1]), (width - 20, at(1, tick)[1])], fill="#e4e4e4")
-            draw.text((8, at(1, tick)[1] - 6), f"{tick:g}", fill="#666666")
-    smooth, mean = [], train[0][1]
-    for s, v in train:
-        mean += 0.1 * (v - mean)
-        smooth.append(at(s, mean))
-    if len(train) > 1:
-        draw.line([at(s, v) for s, v in train], fill="#b9d2ea")
-        draw.line(smooth, fill="#1f6fb5", width=2)
+    write = lambda at, text, anchor, fill="#555555": draw.text(at, text, fill=fill, anchor=anchor, font_size=14)
+    for tick in (t for t in (t * 10.0**e for e in range(-4, 4) for t in (1, 1.5, 2, 3, 4, 5, 7)) if low < math.log(t) < high):
+        draw.line([(left, y(tick)), (right, y(tick))], fill="#e6e6e6")
+        write((left - 8, y(tick)), f"{tick:g}", "rm")
+    apart = next(a for a in (t * 10**e for e in range(9) for t in (1, 2, 5)) if last / a <= 8)
+    for tick in range(apart, last + 1, apart):
+        draw.line([(x(tick), bottom), (x(tick), bottom + 5)], fill="#999999")
+        write((x(tick), bottom + 8), f"{tick:,}", "mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill="#999999")
+    draw.line([(x(s), y(v)) for s, v in train], fill="#b9d2ea")
+    draw.line([(x(s), y(v)) for (s, _), v in zip(train, mean)], fill="#1f6fb5", width=2)
     for s, v in val:
-        x, y = at(s, v)
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill="#d6502b")
-    draw.text((50, height - 30), f"step 1 to {last}    loss {train[-1][1]:.3f}" + (f"    held-out {val[-1][1]:.3f} (dots)" if val else ""), fill="#333333")
+        draw.ellipse([x(s) - 4, y(v) - 4, x(s) + 4, y(v) + 4], fill="#d6502b")
+    write((left, 14), "loss per supervised token", "lt", "#222222")
+    write((right, height - 12), "step", "rb")
+    write((right, 14), f"step {train[-1][0]:,}: training {mean[-1]:.3f} (mean of the last steps)", "rt", "#1f6fb5")
+    if val:
+        write((right, 32), f"held-out {val[-1][1]:.3f}", "rt", "#d6502b")
     write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
 
 

@@ -9,7 +9,8 @@ CLIP's quirks that the switches stand for: no patch bias, QuickGELU, and a Layer
 misspelled (`pre_layrnorm`). LLaVA takes hidden state -2: the last block and the final norm never run, so here they are skipped.
 
 Deviations: pictures with transparency are laid on white (the originals drop the alpha channel and show whatever was under it), EXIF
-rotation is applied (the originals ignore it), and pictures of an extreme shape are scaled before they are padded or cropped.
+rotation is applied (the originals ignore it), and of an extreme shape the far ends are cut before the crop (beyond 64:1), or the whole
+is scaled before the padding (beyond 10,000 px).
 """
 
 import math
@@ -49,6 +50,16 @@ class VisionConfig:
     feature_layer: int = -2          # hidden state whose patches the connector reads: 0 = before block 1, -1 = after the last block
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise UserError(f"a tower {self.n_embd} channels wide cannot share them among {self.n_head} heads")
+        if self.image_size < self.patch_size:
+            raise UserError(f"an image size of {self.image_size} px holds no patch of {self.patch_size} px")
+        if not 0 <= self.depth <= self.n_layer:
+            raise UserError(f"feature layer {self.feature_layer} does not exist in a tower of {self.n_layer} layers")
+        if self.activation not in ACTIVATIONS:
+            raise UserError(f"activation {self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}")
 
     @property
     def grid(self):                  # patches a side; a remainder (SigLIP: 384 = 27*14 + 6) is left unseen, as the convolution does
@@ -203,27 +214,34 @@ def open_image(path):
     """Any picture file -> upright 8-bit RGB, the first frame of an animation. Raises UserError with the file and what to do."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit speaks below
+            warnings.simplefilter("ignore")                                 # our own limit speaks below; odd EXIF is no news
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
-                image = ImageOps.exif_transpose(image)
-                image.load()
-    except FileNotFoundError:
+                return to_rgb(ImageOps.exif_transpose(image))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such picture; check the path and --image-root") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a picture") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; check its permissions") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down before use") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{path}: not a picture that Pillow can read; convert it to JPEG or PNG") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, MemoryError) as error:  # what broken files make Pillow's decoders raise
+    except Exception as error:                                              # broken files make Pillow's decoders raise anything
         raise UserError(f"{path}: broken or cut off ({error}); replace the file or drop the record") from None
-    if image.mode.startswith("I"):                                          # 16 bits a pixel: convert() would clip it to white
+
+
+def to_rgb(image):
+    """Pillow's own convert("RGB") clips 16 bits to white and forgets transparency."""
+    if image.mode.startswith("I"):                                          # 16 bits a pixel
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
     elif image.mode == "F":
-        raise UserError(f"{path}: floating-point pixels have no fixed white; save it with 8 or 16 bits")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        raise UserError("floating-point pixels have no fixed white; save it with 8 or 16 bits")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -249,22 +267,18 @@ def fit(image, cfg, mode):
         raise UserError(f"image mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     if mode == "resize":
         return image.resize((S, S), Image.BICUBIC)
-    extreme = max(w, h) ** 2 > MAX_PIXELS
     if mode == "crop":
-        if extreme:                                                         # 20000 x 10 would become 672000 x 336 on its way
-            side = min(max(w, h), 64 * min(w, h))
-            image = ImageOps.crop(image, ((w - min(w, side)) // 2, (h - min(h, side)) // 2))
-        return center_crop(resize_short(image, S), S)
-    if extreme:
-        scale = math.sqrt(MAX_PIXELS) / 4 / max(w, h)
+        middle = center_crop(image, min(w, 64 * h), min(h, 64 * w))         # else 20000 x 10 would become 672000 x 336 on its way
+        return center_crop(resize_short(middle, S), S, S)
+    if max(w, h) > 10_000:                                                  # the square around 20000 x 10 would take 1.2 GB
+        scale = 2500 / max(w, h)
         image = image.resize((max(1, round(w * scale)), max(1, round(h * scale))), Image.BICUBIC)
         w, h = image.size
     side, fill = max(w, h), tuple(int(255 * m) for m in cfg.mean)
     left, top = (side - w) // 2, (side - h) // 2
-    size = (side, side) if mode == "pad" else (w + 2 * left, h + 2 * top)
-    canvas = Image.new("RGB", size, fill)
+    canvas = Image.new("RGB", (side, side) if mode == "pad" else (w + 2 * left, h + 2 * top), fill)
     canvas.paste(image, (left, top))
-    return center_crop(resize_short(canvas, S), S)
+    return center_crop(resize_short(canvas, S), S, S)
 
 
 def resize_short(image, S):
@@ -273,8 +287,6 @@ def resize_short(image, S):
     return image.resize((S, int(S * h / w)) if w <= h else (int(S * w / h), S), Image.BICUBIC)
 
 
-def center_crop(image, S):
-    w, h = image.size
-    left, top = (w - S) // 2, (h - S) // 2
-    return image.crop((left, top, left + S, top + S))
-
+def center_crop(image, w, h):
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h))

@@ -16,31 +16,47 @@ import torch
 from PIL import Image
 
 import data
-from data import IGNORE, Examples, Records, Tokenizer, collate, encode_conversation, encode_prompt
-from vision import UserError, VisionConfig
+from data import (IGNORE, TEMPLATES, Examples, Records, Tokenizer, collate, cut_at_stop, default_template, encode_conversation,
+                  encode_prompt, stop_ids)
+from vision import UserError, VisionConfig, open_image
 
 SHARED = Path(__file__).parents[2] / "shared"
 LLAMA = SHARED / "tokenizers" / "llama2.model"
 PHOTOS = SHARED / "photo_vqa"
+CONTROLS = ["<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "<box>",
+            "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<0x0A>", "«", "»", "{}"]
 TEXTS = ["Hello world", " two  spaces ", "\n", "", "a\tb\r\n", "</s>", "<image> <pad>", "naïve café", "Straße 12,50 €", "你好，世界",
          "こんにちは", "مرحبا بالعالم", "Привет, мир!", "🙂👩‍👩‍👧 é", "x = [0.12, 0.98]\n\n  indented", "ASSISTANT: A cat.", "\x00\x07"]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A model folder with a tokenizer of a few hundred pieces, trained as Llama's was."""
-    folder, model = tmp_path_factory.mktemp("tokenizer"), io.BytesIO()
+def train(folder, **change):
+    """A sentencepiece model of a few hundred pieces, as Llama's was trained."""
+    model = io.BytesIO()
     text = f"{data.VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. {' '.join(string.printable[:95])}"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text] * 20), model_writer=model, model_type="bpe", vocab_size=600, hard_vocab_limit=False, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(**{
+        "sentence_iterator": iter([text] * 20), "model_writer": model, "model_type": "bpe", "vocab_size": 600, "hard_vocab_limit": False,
+        "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "split_digits": True,
+        "minloglevel": 2, **change})
+    folder.mkdir()
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
 
 
 @pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
 def tok(folder):
     return Tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def intern(tmp_path_factory):
+    """A tokenizer made like InternLM2's: placeholder pieces that stand for its control tokens, and no space before a text."""
+    placeholders = [f"[UNUSED_TOKEN_{i}]" for i in range(141, 147)]
+    return Tokenizer(train(tmp_path_factory.mktemp("intern") / "model", user_defined_symbols=placeholders, add_dummy_prefix=False))
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +102,139 @@ def test_a_leading_answer_and_a_last_question_without_answer_are_left_out(tok):
     assert encode_conversation(tok, [("gpt", "Hi."), *turns, ("human", "Where?")], "vicuna_v1", []) == whole
 
 
+# ---- templates ------------------------------------------------------------------------------------------------------
+
+USER = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+        "answers to the user's questions.")
+HUMAN = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+         "answers to the human's questions.")
+HELPFUL = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and "
+           "assist the user with a variety of tasks using natural language.")
+# Two questions about one picture, written out from the facts sheets; « » around what is supervised. Prismatic's later questions begin
+# with the space that encoding each turn by itself puts into the ids.
+EXPECTED = {
+    "vicuna_v1": "<s>" + USER + " USER: <image>\nWhat? ASSISTANT:« A cat.</s>»USER: Why? ASSISTANT:« Fur.</s>»",
+    "llava_v1": "<s>" + HUMAN + " USER: <image>\nWhat? ASSISTANT:« A cat.</s>»USER: Why? ASSISTANT:« Fur.</s>»",
+    "llava_v0": "<s>" + HUMAN + "###Human: <image>\nWhat?«###Assistant: A cat.###»Human: Why?«###Assistant: Fur.###»",
+    "llava_llama_2": "<s>[INST] <<SYS>>\n" + HELPFUL + "\n<</SYS>>\n\n<image>\nWhat? [/INST]« A cat. </s>»<s>[INST] Why? [/INST]« Fur. </s>»",
+    "plain": "<s><image>«A cat.\n»",
+    "prism_plain": "<s><image>«A cat.</s>»",
+    "prism_pure": "<s><image>In: What?\nOut:« A cat.</s>» In: Why?\nOut:« Fur.</s>»",
+    "prism_vicuna": "<s><image>" + USER + " USER: What? ASSISTANT:« A cat.</s>» USER: Why? ASSISTANT:« Fur.</s>»",
+    "prism_llama_2": "<s><image>[INST] <<SYS>\n" + HELPFUL + "\n<</SYS>>\n\nWhat? [/INST]« A cat.</s>» [INST] Why? [/INST]« Fur.</s>»",
+    "prism_mistral": "<s><image>[INST] What? [/INST]« A cat.</s>» [INST] Why? [/INST]« Fur.</s>»",
+    "internlm2-chat": "<s><|im_start|>system\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+                      "<|im_end|><|im_start|>user\n<img><image></img>\nWhat?<|im_end|><|im_start|>assistant\n«A cat.<|im_end|>»"
+                      "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n«Fur.<|im_end|>»",
+    "internvl2_5": "<s><|im_start|>system\n你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+                   "<|im_end|>\n<|im_start|>user\n<img><image></img>\nWhat?<|im_end|>\n<|im_start|>assistant\n«A cat.<|im_end|>»\n"
+                   "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«Fur.<|im_end|>»\n",
+}
+CAT = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Fur.")]
+
+
+def written_out(tok, tokens, labels):
+    """Tokens as the string that they encode: a picture is one <image>, a dummy prefix (after the first <s> or a picture) is left out."""
+    runs, text = [], ""                                                                # [kind, supervised, ids]
+    for i, label in zip(tokens, labels):
+        kind = "<image>" if i == tok.image else tok.names.get(i, "text")
+        if runs and runs[-1][:2] == [kind, label != IGNORE] and kind in ("<image>", "text"):
+            runs[-1][2].append(i)
+        else:
+            runs.append([kind, label != IGNORE, [i]])
+        assert label in (IGNORE, i)                                                    # labels are not shifted
+    for k, (kind, supervised, ids) in enumerate(runs):
+        piece = tok.bare.decode(ids) if kind == "text" else kind
+        if kind == "text" and tok.prefix and (k == 1 or runs[k - 1][0] == "<image>"):
+            piece = piece.removeprefix(" ")
+        text += f"«{piece}»" if supervised else piece
+    return text.replace("»«", "")
+
+
+def tokenizers(name, tok, llama, intern):
+    return [intern] if name.startswith("intern") else [tok, llama]
+
+
+def test_every_template_is_written_out_here():
+    assert list(EXPECTED) == list(TEMPLATES)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_template_gives_this_string_and_supervises_this_part_of_it(name, tok, llama, intern):
+    turns = CAT if TEMPLATES[name].human else CAT[:2]
+    for t in tokenizers(name, tok, llama, intern):
+        assert written_out(t, *encode_conversation(t, turns, name, [3])) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_training_continues_the_ids_that_generation_begins_with(name, tok, llama, intern):
+    rng = random.Random(1)
+    for t in tokenizers(name, tok, llama, intern):
+        for _ in range(40):
+            n = rng.choice((1, 2, 3)) if TEMPLATES[name].human else 1
+            texts = [" ".join(rng.choices(TEXTS + CONTROLS, k=3)).replace("<image>", "") + rng.choice(("x", "#", " ", "\n")) for _ in range(2 * n)]
+            n_visual = [2] if rng.random() < 0.5 or not TEMPLATES[name].keep_question else []
+            turns = [(("human", "gpt")[k % 2], text + "a" * (k % 2)) for k, text in enumerate(texts)]
+            tokens, labels = encode_conversation(t, turns, name, n_visual)
+            prompt = encode_prompt(t, turns[:-1], name, n_visual)
+            assert tokens[: len(prompt)] == prompt and labels[len(prompt)] == tokens[len(prompt)]
+            assert stop_ids(t, name)[-1] in labels or TEMPLATES[name].stop in ("###", "\n")
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_whatever_a_user_types_no_control_token_comes_of_it(name, tok, llama, intern):
+    for t in tokenizers(name, tok, llama, intern):
+        n_visual, form = ([] if TEMPLATES[name].keep_question else [1]), TEMPLATES[name]
+        plain, _ = encode_conversation(t, [("human", "x"), ("gpt", "y")], name, n_visual)
+        said = " ".join(CONTROLS + ["<image>"] * (not n_visual))
+        typed, _ = encode_conversation(t, [("human", said), ("gpt", said)], name, n_visual)
+        control = {*t.control.values(), t.image, t.pad}
+        assert [i for i in typed if i in control] == [i for i in plain if i in control]
+        stays = said.replace(" <image>", "") if "prism" in name else said                 # Prismatic removes <image> from every text
+        assert t.decode(typed).count(stays) == 1 + form.keep_question                     # question and answer
+
+
+def test_hash_signs_part_the_turns_of_llava_v0_and_are_text_to_every_other(tok):
+    tokens, labels = encode_conversation(tok, [("human", "a ### b"), ("gpt", "c")], "llava_v0", [])
+    assert "Human: a ### b«###Assistant: c###»" in written_out(tok, tokens, labels)         # cannot be told from a user's own
+
+
+def test_each_template_says_where_its_answers_end(tok, intern):
+    assert stop_ids(tok, "vicuna_v1") == stop_ids(tok, "llava_v0") == [tok.eos]
+    assert stop_ids(intern, "internvl2_5") == [intern.eos, intern.control["<|im_end|>"]]
+    assert cut_at_stop(" A cat.###Human: no", "llava_v0") == " A cat." and cut_at_stop("a</s> #### b", "vicuna_v1") == "a</s> #### b"
+    assert cut_at_stop("a red cat\nmore", "plain") == "a red cat"
+    said = [cut_at_stop("C# is ##nice###Human"[:n], "llava_v0", partial=True) for n in range(21)]
+    assert all(b.startswith(a) for a, b in zip(said, said[1:])) and said[-1] == "C# is ##nice"
+
+
+def test_a_template_that_wants_tokens_the_tokenizer_has_not_is_an_error(tok):
+    with pytest.raises(UserError, match=r"tokenizer.model: has no token <\|im_start\|>; use another --template"):
+        encode_prompt(tok, [("human", "x")], "internvl2_5", [])
+
+
+@pytest.mark.parametrize("config, name", [
+    ({}, "vicuna_v1"), ({"model_type": "llama"}, "vicuna_v1"), ({"model_type": "llava", "vision_config": {}}, "vicuna_v1"),
+    ({"model_type": "llava_llama", "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu"}, "vicuna_v1"),
+    ({"model_type": "llava", "mm_hidden_size": 1024}, "llava_v1"),
+    ({"model_type": "llava", "template": "llava_llama_2"}, "llava_llama_2"),
+    ({"model_type": "internvl_chat", "template": "internvl2_5"}, "internvl2_5"),
+    ({"model_type": "internvl_chat", "template": "internlm2-chat"}, "internlm2-chat"),
+    ({"model_type": "internlm2"}, "internvl2_5"), ({"model_type": "internvl_chat"}, "internvl2_5"),
+    ({"model": {"llm_backbone_id": "vicuna-v15-13b"}}, "prism_vicuna"), ({"model": {"llm_backbone_id": "llama2-7b-pure"}}, "prism_pure"),
+    ({"model": {"llm_backbone_id": "llama2-13b-chat"}}, "prism_llama_2"), ({"llm_backbone_id": "mistral-v0.1-7b-pure"}, "prism_pure"),
+    ({"llm_backbone_id": "mistral-v0.1-7b-instruct"}, "prism_mistral"),
+])
+def test_a_config_names_its_template(config, name):
+    assert default_template(config) == name
+
+
+@pytest.mark.parametrize("config", [{"template": "Hermes-2"}, {"model": {"llm_backbone_id": "phi-2-3b"}}])
+def test_a_config_whose_template_is_not_here_is_an_error(config):
+    with pytest.raises(UserError, match="template '(Hermes-2|phi-2-3b)' is unknown; did you mean"):
+        default_template(config)
+
+
 # ---- ids ------------------------------------------------------------------------------------------------------------
 
 def test_ids_around_the_picture_and_after_the_end_token_are_the_originals(llama):
@@ -96,6 +245,39 @@ def test_ids_around_the_picture_and_after_the_end_token_are_the_originals(llama)
     assert tokens[tokens.index(llama.eos) + 1] == 11889                                # USER
     assert tokens[-1] == llama.eos == 2 and tokens[0] == llama.bos == 1
     assert (llama.n_text, llama.image, llama.pad, llama.vocab_size) == (32000, 32000, 32001, 32064)
+
+
+@pytest.mark.parametrize("question, ids", [
+    ("What is this?", [512, 29901, 1724, 338, 445, 29973, 13, 3744, 29901]),
+    ("What is this?\nAnswer the question using a single word or phrase.",
+     [512, 29901, 1724, 338, 445, 29973, 13, 22550, 278, 1139, 773, 263, 2323, 1734, 470, 16549, 29889, 13, 3744, 29901]),
+])
+def test_prismatics_base_prompt_has_its_golden_ids_with_the_patches_after_bos(llama, question, ids):
+    assert encode_prompt(llama, [("human", question)], "prism_pure", []) == [1, *ids]
+    assert encode_prompt(llama, [("human", f"{question}\n<image>")], "prism_pure", [5]) == [1, *[llama.image] * 5, *ids]
+
+
+def test_prismatics_ids_are_those_of_each_turn_by_itself(llama):
+    turns = [("human", " Is it <image> red? "), ("gpt", "Yes,\n\nit is. "), ("human", "Why?"), ("gpt", "  Paint ")]
+    strings = {"prism_pure": ["In: Is it  red?\nOut:", "Yes,\n\nit is.", "In: Why?\nOut:", "Paint"],
+               "prism_vicuna": [USER + " USER: Is it  red? ASSISTANT:", "Yes,\n\nit is.", "USER: Why? ASSISTANT:", "Paint"],
+               "prism_mistral": ["[INST] Is it  red? [/INST]", "Yes,\n\nit is.", "[INST] Why? [/INST]", "Paint"],
+               "prism_llama_2": ["[INST] <<SYS>\n" + HELPFUL + "\n<</SYS>>\n\nIs it  red? [/INST]", "Yes,\n\nit is.", "[INST] Why? [/INST]", "Paint"]}
+    for name, parts in strings.items():
+        ids = [llama.encode(part) + [llama.eos] * (k % 2) for k, part in enumerate(parts)]
+        tokens, labels = encode_conversation(llama, turns, name, [2])
+        assert tokens == [1, llama.image, llama.image, *sum(ids, [])]
+        assert labels == [IGNORE] * (3 + len(ids[0])) + ids[1] + [IGNORE] * len(ids[2]) + ids[3]
+
+
+def test_llava_v0_and_llama_2_have_the_ids_of_one_encoding_of_the_whole_string(llama):
+    turns = [("human", "What: is it?"), ("gpt", "A cat."), ("human", "Why so?"), ("gpt", "Fur.")]
+    assert encode_conversation(llama, turns, "llava_v0", [])[0] == [1] + llama.encode(
+        HUMAN + "###Human: What: is it?###Assistant: A cat.###Human: Why so?###Assistant: Fur.###")
+    first, second = f"[INST] <<SYS>>\n{HELPFUL}\n<</SYS>>\n\nWhat: is it? [/INST] A cat. ", "[INST] Why so? [/INST] Fur. "
+    tokens, labels = encode_conversation(llama, turns, "llava_llama_2", [])
+    assert tokens == [1, *llama.encode(first), 2, 1, *llama.encode(second, dummy_prefix=False), 2]
+    assert [llama.piece(i) for i in labels if i != IGNORE] == "▁A ▁cat . ▁ </s> ▁Fur . ▁ </s>".split()
 
 
 def test_text_of_a_conversation_has_the_ids_of_one_encoding_of_the_whole_string(tok, llama):
@@ -120,13 +302,18 @@ def test_a_prompt_is_the_conversation_up_to_its_last_answer(tok):
     assert labels[len(prompt) :] == tokens[len(prompt) :]
 
 
-def test_encoding_equals_the_reference_tokenizer(llama, tmp_path):
+ALPHABETS = ["etaoinshrdlu ETA. ,?", "áçèñöüßøÅ ñ", "привет мир Ж", "αβγδ εζη", "你好世界，图片 。", "こんにちは カタカナ", "안녕하세요 세계", "مرحبا بالعالم",
+             "שלום עולם", "नमस्ते दुनिया", "สวัสดี ชาว", "🙂👩‍👧🏽🇫🇷é",
+             "0123456789 +-=%€", "(){}[]<>/\\_#@\n\t\"'"]
+
+
+def test_encoding_equals_the_reference_tokenizer_on_1000_strings(llama, tmp_path):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "tokenizer.model").write_bytes(LLAMA.read_bytes())
     reference = transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=False)
     rng = random.Random(0)
     texts = [t for t in TEXTS if "</s>" not in t]
-    texts += ["".join(rng.choice("aZ09 .,\n\té你🙂я") for _ in range(rng.randrange(1, 40))) for _ in range(200)]
+    texts += ["".join(rng.choice(rng.choice(rng.choices(ALPHABETS, k=2))) for _ in range(rng.randrange(1, 50))) for _ in range(1000)]
     for text in texts:
         text = re.sub(" +", " ", text).lstrip(" ")       # runs of spaces: transformers 5 departs from sentencepiece, which the next test pins
         assert llama.encode(text) == reference.encode(text, add_special_tokens=False), text
@@ -137,6 +324,76 @@ def test_encoding_equals_the_reference_tokenizer(llama, tmp_path):
 
 def test_runs_of_spaces_have_the_ids_that_llama_was_trained_with(llama):
     assert [llama.encode(text) for text in ("Hello", " Hello", "  Hello", "   Hello")] == [[15043], [29871, 15043], [259, 15043], [1678, 15043]]
+    rng, itself = random.Random(0), sentencepiece.SentencePieceProcessor(model_file=str(LLAMA))
+    for _ in range(200):
+        text = "".join(rng.choice(["  ", " ", "\n", rng.choice(rng.choice(ALPHABETS))]) for _ in range(20))
+        assert llama.encode(text) == itself.encode(text)
+
+
+# ---- control tokens -------------------------------------------------------------------------------------------------
+
+ADDED = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
+
+
+def test_internvls_tokens_stand_on_placeholder_pieces_and_behind_them(intern):
+    n = intern.n_text                                                                  # 92,544 in the real one
+    assert [intern.control[name] for name in ADDED] == list(range(n, n + 9)) and intern.image == n + 2 and intern.vocab_size == intern.n_id == n + 9
+    assert intern.processor.id_to_piece(intern.control["<|im_end|>"]) == "[UNUSED_TOKEN_145]"
+    assert intern.processor.id_to_piece(intern.control["<|im_start|>"]) == "[UNUSED_TOKEN_146]"
+    assert intern.pad == intern.eos and intern.piece(n + 2) == "<IMG_CONTEXT>" and intern.piece(intern.control["<|im_end|>"]) == "<|im_end|>"
+    for text in TEXTS + CONTROLS + ["a[UNUSED_TOKEN_145][[UNUSED_TOKEN_146]b"]:
+        ids = intern.encode(text)
+        assert ids == intern.encode(text, dummy_prefix=False) and not {*ids} & {*intern.control.values()}
+        assert intern.decode([intern.bos, *ids, intern.control["<|im_end|>"], n + 2]) == text
+
+
+def with_files(folder, tmp_path, **files):
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return Tokenizer(tmp_path)
+
+
+def test_the_files_beside_a_tokenizer_name_its_control_tokens(folder, tmp_path):
+    n = Tokenizer(folder).n_text
+    decoder = {str(n + 4): {"content": "<|im_end|>", "special": True}, "7": {"content": "hello", "special": False},
+               "1": {"content": "<s>", "special": True}}
+    tok = with_files(folder, tmp_path, added_tokens={"<IMG_CONTEXT>": n + 6, "<|im_start|>": n + 3},
+                     tokenizer_config={"added_tokens_decoder": decoder})
+    assert tok.control == {"<s>": 1, "</s>": 2, "<IMG_CONTEXT>": n + 6, "<|im_start|>": n + 3, "<|im_end|>": n + 4}
+    assert tok.image == n + 6 and tok.n_id == n + 7
+
+
+def test_llama_hf_llava_and_prismatic_number_their_tokens_each_in_its_way(llama, tmp_path):
+    assert (llama.image, llama.pad, llama.n_id, llama.vocab_size) == (32000, 32001, 32002, 32064)
+    decoder = {str(i): {"content": content, "special": True} for i, content in enumerate(("<unk>", "<s>", "</s>"))}
+    for name, files, image, pad in [
+        ("bare", {"tokenizer_config": {"legacy": True, "added_tokens_decoder": decoder}}, 32000, 32001),
+        ("llava-hf", {"added_tokens": {"<image>": 32000, "<pad>": 32001}}, 32000, 32001),
+        ("prismatic", {"config": {"model": {"llm_backbone_id": "vicuna-v15-7b"}}}, 32001, 32000),
+        ("prismatic-hf", {"added_tokens": {"<PAD>": 32000}}, 32001, 32000),
+    ]:
+        (tmp_path / name).mkdir()
+        (tmp_path / "tokenizer.model").write_bytes(LLAMA.read_bytes())
+        tok = with_files(tmp_path, tmp_path / name, **files)
+        assert (tok.image, tok.pad, tok.n_text, tok.vocab_size) == (image, pad, 32000, 32064)
+        assert tok.encode("<unk><s> USER: x") == llama.encode("<unk><s> USER: x")      # the files change no id of a text
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"added_tokens": "{"}, "added_tokens.json: cannot be read as JSON"),
+    ({"added_tokens": []}, "added_tokens.json: a list, not a JSON object"),
+    ({"added_tokens": {"<x>": "y"}}, "do not list tokens and ids"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"9": "<x>"}}}, "do not list tokens and ids"),
+    ({"tokenizer_config": {"added_tokens_decoder": {"9": {"special": True}}}}, "do not list tokens and ids"),
+])
+def test_broken_files_beside_a_tokenizer_are_named(folder, tmp_path, files, message):
+    with pytest.raises(UserError, match=message):
+        with_files(folder, tmp_path, **files)
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
 
 
 def test_text_survives_encoding_and_decoding(tok, llama):
@@ -177,9 +434,24 @@ def test_several_pictures_stay_where_they_were_written_each_with_its_own_length(
     assert all(label == IGNORE for token, label in zip(tokens, labels) if token == tok.image)
 
 
+def test_without_a_picture_the_word_image_in_brackets_is_text(tok):
+    turns = [("human", "What does <image> mean?"), ("gpt", "In HTML <image> is no tag.")]
+    tokens, labels = encode_conversation(tok, turns, "vicuna_v1", [])
+    assert written_out(tok, tokens, labels).endswith(" USER: What does <image> mean? ASSISTANT:« In HTML <image> is no tag.</s>»")
+    assert tok.image not in tokens
+
+
+def test_internvl_leaves_a_picture_where_it_was_written_and_only_its_older_template_strips(intern):
+    turns = [("human", "And <image> \n"), ("gpt", " x ")]
+    assert "user\nAnd <img><image></img> \n<|im_end|>" in written_out(intern, *encode_conversation(intern, turns, "internvl2_5", [2]))
+    assert "user\nAnd <img><image></img><|im_end|><|im_start|>assistant\n«x<|im_end|>»" in written_out(
+        intern, *encode_conversation(intern, turns, "internlm2-chat", [2]))
+    turns = [("human", "What?"), turns[1]]
+    assert "user\n<img><image></img>\nWhat?<|im_end|>" in written_out(intern, *encode_conversation(intern, turns, "internvl2_5", [1]))
+
+
 @pytest.mark.parametrize("turns, n_visual, message", [
     ([("human", "<image> <image>"), ("gpt", "x")], [4], "2 <image> but 1 picture;"),
-    ([("human", "<image>"), ("gpt", "x")], [], "1 <image> but 0 pictures"),
     ([("human", "Which?"), ("gpt", "x")], [4, 4], "0 <image> but 2 pictures"),
     ([("human", "Draw."), ("gpt", "<image>")], [4], "answer in turn 2 holds <image>"),
     ([("human", "What?"), ("gpt", " \n")], [], "answer in turn 2 is empty"),
@@ -309,16 +581,22 @@ def test_a_record_costs_a_few_bytes_of_memory(tmp_path):
         assert held / len(records) < 20                                                # bytes; the records are 150 each
 
 
-def test_a_picture_outside_the_image_root_is_never_opened(tmp_path, pictures):
+def test_no_name_climbs_out_of_the_image_root_but_a_link_in_it_may_lead_anywhere(tmp_path, pictures):
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
-    (pictures / "link.png").symlink_to(tmp_path / "secret.png")
-    records = Records(write(tmp_path / "a.json", [record(0)]), pictures)
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "x/../../secret.png"):
+    (tmp_path / "coco").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "coco" / "c.png")
+    (pictures / "coco").symlink_to(tmp_path / "coco")
+    (tmp_path / "linked").symlink_to(pictures)
+    records = Records(write(tmp_path / "a.json", [record(0)]), tmp_path / "linked")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "x/../../secret.png", "coco/../../secret.png", ".."):
         with pytest.raises(UserError, match="lies outside --image-root"):
             records.image_path(name)
-    with pytest.raises(UserError, match="no usable file name"):
-        records.image_path("a\0b")
-    assert records.image_path("b.png") == records.image_path(str(pictures / "b.png")) == pictures.resolve() / "b.png"
+    assert records.image_path("b.png") == records.image_path(str(tmp_path / "linked" / "b.png")) == records.image_path("coco/../b.png")
+    for name in ("b.png", "coco/c.png", "coco/../b.png"):
+        assert open_image(records.image_path(name)).mode == "RGB"
+    for name in ("a\0b", "x" * 5000, "."):
+        with pytest.raises(UserError):
+            open_image(records.image_path(name))
 
 
 # ---- examples and batches -------------------------------------------------------------------------------------------
@@ -392,11 +670,26 @@ def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, 
     assert Image.open(out).size == (192, 96)
 
 
+def test_show_takes_the_template_from_the_model_or_from_the_flag(tmp_path, pictures, folder, capsys):
+    file = write(tmp_path / "a.json", [record(0)])
+    argv = ["show", str(file), "--image-root", str(pictures), f"--out={tmp_path / 'show.png'}"]
+    tok = with_files(folder, tmp_path, config={"template": "llava_v0"})
+    assert data.main([*argv, "--model", str(tok.path.parent)]) == 0 and data.main([*argv, "--model", str(folder), "--template", "plain"]) == 0
+    text = capsys.readouterr().out
+    assert "template llava_v0, pictures 96 px" in text and "template plain" in text
+    assert data.run(lambda: data.main([*argv, "--model", str(folder), "--template", "internvl2.5"])) == 1
+    assert "did you mean 'internvl2_5'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        data.main(["show", "--help"])
+    assert "internlm2-chat" in capsys.readouterr().out
+
+
 def test_check_of_good_records_exits_with_0(tmp_path, pictures, folder, capsys):
-    file = write(tmp_path / "a.jsonl", [record(0), record(0), record(1, "Hi?", image=None)])
+    file = write(tmp_path / "a.jsonl", [record(0), record(0), record(1, "<image>?", image=None)])
     assert data.main(["check", str(file), "--image-root", str(pictures), "--model", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "3 records read, 3 good, 0 wrong" in text and "0: 1 records, 1: 2 records" in text and "ids used repeatedly  1" in text
+    assert "<image> as a word    1 records" in text
 
 
 def test_check_names_what_is_wrong_and_exits_with_1(tmp_path, pictures, folder):

@@ -1,0 +1,496 @@
+"""The decoder and the whole model against transformers', generation against itself, and model directories, good and damaged."""
+
+import io
+import json
+import math
+import os
+import string
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import model
+from data import Tokenizer, encode_prompt
+from model import (PRESETS, VLM, Connector, Decoder, DecoderConfig, RMSNorm, VLMConfig, clip_json, decoder_config, init_weights, llama_json, llava_name,
+                   load_decoder, load_vision, rotary, rotate, sample, save_processor, write_whole)
+from vision import CLIP_NAMES, UserError, VisionConfig, ViT, cut_tiles, rename
+
+transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[1]
+LLAMA = ROOT.parent / "shared" / "tokenizers" / "llama2.model"
+IMAGE, PAD, EOS, IGNORE = 80, 81, 2, -100
+TINY = VLMConfig(VisionConfig(image_size=28, patch_size=14, n_embd=32, n_layer=3, n_head=2, n_hidden=64),             # 4 visual tokens
+                 DecoderConfig(vocab_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=48, block_size=64, rope_theta=500.0),
+                 image_token=IMAGE, pad_token=PAD)
+
+
+def lively(module):
+    """Random weights large enough that a wrong mask, angle or order changes every number."""
+    torch.manual_seed(0)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return lively(VLM(TINY))
+
+
+def pictures(n):
+    return torch.randint(0, 256, (n, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+
+
+def prompt(length, n_picture=0):
+    """<s>, then the pictures' image tokens, each picture after one word, then words."""
+    words = torch.randint(3, IMAGE, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    return [1] + [i for word in words[:n_picture] for i in [word] + [IMAGE] * 4] + words[n_picture:]
+
+
+# ---- the decoder ----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_kv_head, head_dim", [(4, 8), (2, 8), (1, 16)])  # 4 heads, 32 channels: 16 is not 32 / 4
+def test_the_decoder_equals_llama_with_few_or_many_key_value_heads(n_kv_head, head_dim):
+    cfg = replace(TINY.decoder, n_kv_head=n_kv_head, head_dim=head_dim)
+    ours, tokens = lively(Decoder(cfg)), torch.tensor([prompt(20), prompt(21)[:21]])
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_json(cfg))).eval()
+    theirs.load_state_dict({rename(name, model.LLAMA_NAMES): p for name, p in ours.state_dict().items()}, strict=True)
+    assert theirs.config.rope_parameters["rope_theta"] == 500
+    assert_close(ours.lm_head(ours(ours.embed_tokens(tokens))), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_is_the_sum_one_can_read():
+    cfg = TINY.decoder
+    attn, x = lively(model.CausalAttention(cfg)), torch.randn(1, 6, 32)
+    rope = rotary(torch.arange(6)[None], cfg)
+    q, k, v = (proj(x)[0].view(6, -1, 16) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))              # (T, H, d)
+    heads = torch.zeros(6, 4, 16)
+    for h in range(4):
+        for t in range(6):
+            turn = lambda z, at: rotate(z, *(r[0, 0, at] for r in rope))
+            score = torch.stack([turn(q[t, h], t) @ turn(k[s, h // 2], s) / math.sqrt(16) for s in range(t + 1)])
+            heads[t, h] = score.softmax(0) @ v[: t + 1, h // 2]
+    assert_close(attn(x, rope, None, None, None)[0], attn.o_proj(heads.flatten(1)))
+
+
+def test_rotary_positions_turn_pairs_so_that_only_the_distance_counts():
+    cfg, (a, b) = replace(TINY.decoder, head_dim=4, rope_theta=100.0), torch.randn(2, 4)
+    cos, sin = (r[0, 0] for r in rotary(torch.arange(9)[None], cfg))
+    dot = lambda m, n: rotate(a, cos[m], sin[m]) @ rotate(b, cos[n], sin[n])
+    assert_close(dot(2, 5), dot(5, 8))
+    pair = complex(a[0], a[2]) * complex(math.cos(3), math.sin(3)), complex(a[1], a[3]) * complex(math.cos(0.3), math.sin(0.3))   # 100^(-2/4) = 0.1
+    assert_close(rotate(a, cos[3], sin[3]), torch.tensor([pair[0].real, pair[1].real, pair[0].imag, pair[1].imag]))
+
+
+def test_rms_norm_divides_by_the_root_of_the_mean_square():
+    norm = RMSNorm(2, eps=0.0)
+    assert_close(norm(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]) / math.sqrt(12.5))
+    assert norm(torch.tensor([300.0, 400.0], dtype=torch.float16)).isfinite().all()         # the square of 300 is none in float16
+
+
+def test_the_published_models_have_their_published_numbers_of_parameters():
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    with torch.device("meta"):
+        for name, decoder, connector in ("llava-1.5-7b", 6_738_415_616, 20_979_712), ("llava-1.5-13b", 13_015_864_320, 31_467_520):
+            cfg = PRESETS[name]
+            assert size(Decoder(replace(cfg.decoder, vocab_size=32000))) == decoder
+            assert size(Connector(cfg)) == connector
+        assert size(VLM(PRESETS["llava-1.5-7b"])) == 6_738_415_616 + 2 * 64 * 4096 + 20_979_712 + 303_507_456
+
+
+@pytest.mark.parametrize("change", [dict(n_kv_head=3), dict(head_dim=7)])
+def test_an_impossible_decoder_is_refused(change):
+    with pytest.raises(UserError):
+        replace(TINY.decoder, **change)
+
+
+# ---- the whole model ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def llava(vlm):
+    """transformers' LLaVA with the weights of `vlm`."""
+    with torch.random.fork_rng():
+        theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**model.llava_config(TINY, "float32"))).eval()
+    theirs.load_state_dict({family(llava_name(name), "D"): p for name, p in vlm.state_dict().items()}, strict=True)
+    return theirs
+
+
+def family(name, to):
+    """A public tensor name of family A -> B, C or D, by the table in transformers' history."""
+    if to in "BD":
+        name = name.replace("vision_tower.vision_model.", "vision_tower.")
+    if to in "CD":
+        name = name.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "language_model.")
+        name = name if name.startswith("lm_head") else "model." + name
+    return name
+
+
+@torch.no_grad()
+def test_logits_and_loss_equal_transformers_llava(vlm, llava):
+    tokens = torch.tensor([prompt(12, 1), prompt(8, 2)])                    # 17 tokens each
+    labels = tokens.masked_fill(tokens == IMAGE, IGNORE)
+    labels[:, :7] = IGNORE
+    pixels = (pictures(3) / 255 - torch.tensor(TINY.vision.mean)[:, None, None]) / torch.tensor(TINY.vision.std)[:, None, None]
+    theirs = llava(input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens), labels=labels)
+    assert_close(vlm(tokens, pictures(3)), theirs.logits, rtol=1e-4, atol=1e-4)
+    assert_close(vlm(tokens, pictures(3), labels), theirs.loss, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_mean_over_supervised_tokens_and_padding_costs_nothing(vlm):
+    rows = [prompt(6, 1), prompt(9, 0), prompt(3, 2)]
+    logp = [vlm(torch.tensor([row]), pictures(3)[[[0], [], [1, 2]][i]]).log_softmax(-1)[0] for i, row in enumerate(rows)]
+    costs = [-logp[i][t - 1, rows[i][t]] for i, t in ((0, 8), (0, 10), (1, 1), (2, len(rows[2]) - 1))]       # token t is predicted at t - 1
+    tokens, labels = torch.full((3, 16), PAD), torch.full((3, 16), IGNORE)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    for i, t in ((0, 8), (0, 10), (1, 1), (2, len(rows[2]) - 1)):
+        labels[i, t] = tokens[i, t]
+    assert_close(vlm(tokens, pictures(3), labels), torch.stack(costs).mean())
+
+
+def test_a_batch_with_nothing_supervised_is_an_error(vlm):
+    tokens = torch.tensor([prompt(5)])
+    labels = torch.full_like(tokens, IGNORE)
+    labels[0, 0] = 1                                                        # the first token has no one before it to predict it
+    with pytest.raises(ValueError, match="no supervised token"):
+        vlm(tokens, None, labels)
+
+
+@pytest.mark.parametrize("n, says", [(0, "4 image tokens in the batch, 0 visual tokens"), (2, "4 image tokens in the batch, 8 visual tokens")])
+def test_pictures_that_do_not_match_their_tokens_are_counted_in_the_error(vlm, n, says):
+    with pytest.raises(ValueError, match=says):
+        vlm(torch.tensor([prompt(5, 1)]), pictures(n))
+
+
+def test_gradients_reach_every_part_but_the_layers_that_are_never_run():
+    vlm = lively(VLM(TINY)).train()
+    vlm(torch.tensor([prompt(9, 1)]), pictures(1), torch.tensor([prompt(9, 1)])).backward()
+    still = {name for name, p in vlm.named_parameters() if p.grad is None}
+    unused = {"vision.norm.weight", "vision.norm.bias"} | {f"vision.blocks.2.{name}" for name, _ in vlm.vision.blocks[2].named_parameters()}
+    assert still == unused
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def uncached(vlm, row, pixels, n):
+    """Greedy decoding that computes the whole sequence anew for each token."""
+    new = []
+    while len(new) < n and EOS not in new:
+        new.append(int(vlm(torch.tensor([row + new]), pixels)[0, -1, :IMAGE].argmax()))
+    return new
+
+
+def test_cached_decoding_equals_uncached(vlm):
+    row = prompt(6, 1)
+    new = vlm.generate(torch.tensor([row]), pictures(1), max_new_tokens=12)[0].tolist()
+    assert new == uncached(vlm, row, pictures(1), 12)
+    assert len(set(new)) > 3                                                # a model that repeats itself would prove little
+
+
+def test_a_batch_of_unequal_prompts_and_pictures_gives_what_single_calls_give(vlm):
+    rows, which = [prompt(6, 1), prompt(11, 0), prompt(3, 2), prompt(1, 0)], [[0], [], [1, 2], []]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+    batch = vlm.generate(tokens, pictures(3), max_new_tokens=10, lengths=[len(row) for row in rows])
+    for row, own, new in zip(rows, which, batch):
+        alone = vlm.generate(torch.tensor([row]), pictures(3)[own], max_new_tokens=10)[0]
+        assert new.tolist()[: len(alone)] == alone.tolist()
+
+
+def test_a_row_stops_at_the_end_token_and_is_padded_while_others_go_on(vlm, monkeypatch):
+    said = [[5, EOS, 7, 7], [5, 6, 7, EOS]]
+    steps = iter(torch.tensor(said).T)
+    monkeypatch.setattr(model, "sample", lambda *_: next(steps))
+    tokens = torch.tensor([prompt(5), prompt(5)])
+    assert vlm.generate(tokens, max_new_tokens=9).tolist() == [[5, EOS, PAD, PAD], [5, 6, 7, EOS]]
+
+
+def test_image_tokens_and_padding_are_never_said(vlm):
+    loud = lively(VLM(TINY))
+    with torch.no_grad():
+        loud.decoder.lm_head.weight[IMAGE:] *= 100
+    ids = torch.cat([loud.generate(torch.tensor([prompt(n)]), max_new_tokens=8, temperature=2.0, seed=n)[0] for n in range(4, 9)])
+    assert ids.max() < IMAGE
+
+
+def draws(n=2000, **limits):
+    logits = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.1])).expand(n, -1)
+    options = dict(temperature=1.0, top_p=1.0, top_k=0) | limits
+    return torch.bincount(sample(logits, draw=torch.Generator().manual_seed(0), **options), minlength=4) / n
+
+
+def test_sampling_keeps_its_limits():
+    assert_close(draws(), torch.tensor([0.5, 0.25, 0.15, 0.1]), rtol=0, atol=0.04)
+    assert_close(draws(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04)
+    assert_close(draws(top_p=0.74), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04)   # 0.5 is not yet 0.74, 0.75 is
+    assert_close(draws(top_p=0.76), torch.tensor([5 / 9, 2.5 / 9, 1.5 / 9, 0]), rtol=0, atol=0.04)
+    assert_close(draws(top_p=0.01), torch.tensor([1.0, 0, 0, 0]))          # the likeliest always stays
+    assert_close(draws(temperature=0.5), torch.tensor([0.25, 0.0625, 0.0225, 0.01]) / 0.345, rtol=0, atol=0.04)
+    assert_close(draws(temperature=0.0), torch.tensor([1.0, 0, 0, 0]))
+    assert_close(draws(temperature=1e-40), torch.tensor([1.0, 0, 0, 0]))
+
+
+def test_the_seed_settles_the_draws(vlm):
+    say = lambda seed: vlm.generate(torch.tensor([prompt(6, 1)]), pictures(1), max_new_tokens=12, temperature=1.5, seed=seed).tolist()
+    assert say(3) == say(3) != say(4)
+
+
+@pytest.mark.parametrize("wrong", [dict(max_new_tokens=0), dict(max_new_tokens=60), dict(temperature=-1.0), dict(temperature=math.nan),
+                                   dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1)])
+def test_impossible_wishes_for_generation_are_refused(vlm, wrong):
+    with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
+        vlm.generate(torch.tensor([prompt(6)]), **wrong)
+
+
+# ---- model directories ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def saved(vlm, tmp_path):
+    vlm.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_is_saved_is_what_is_opened(vlm, saved):
+    again = VLM.from_pretrained(saved)
+    assert again.cfg == vlm.cfg and same(again, vlm)
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert VLM.from_pretrained(saved, dtype=torch.bfloat16).decoder.lm_head.weight.dtype == torch.bfloat16
+    again.to(torch.bfloat16).save_pretrained(saved)                         # over the file it was read from
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
+    assert same(VLM.from_pretrained(saved, dtype=torch.bfloat16), again)
+
+
+def test_the_linear_connector_of_llava_v1_survives_too(tmp_path):
+    linear = lively(VLM(replace(TINY, connector="linear", image_mode="crop", template="plain")))
+    linear.save_pretrained(tmp_path)
+    assert VLM.from_pretrained(tmp_path).cfg == linear.cfg and same(VLM.from_pretrained(tmp_path), linear)
+
+
+@pytest.mark.parametrize("to", "ABCD")
+def test_all_four_families_of_tensor_names_open(vlm, saved, to):
+    tensors = {family(name, to): t for name, t in load_file(saved / "model.safetensors").items()}
+    assert to == "A" or tensors.keys() != load_file(saved / "model.safetensors").keys()
+    save_file(tensors, saved / "model.safetensors")
+    assert same(VLM.from_pretrained(saved), vlm)
+
+
+def test_shards_and_leftover_buffers_open(vlm, saved):
+    names = sorted(tensors := load_file(saved / "model.safetensors"))
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, saved / file)
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (saved / "model.safetensors").unlink()
+    assert same(VLM.from_pretrained(saved), vlm)
+    (saved / files[names[0]]).unlink()
+    with pytest.raises(UserError, match=f"{files[names[0]]}: not found"):
+        VLM.from_pretrained(saved)
+
+
+def test_a_directory_that_transformers_wrote_opens(vlm, llava, tmp_path):
+    llava.save_pretrained(tmp_path)
+    assert same(VLM.from_pretrained(tmp_path), vlm)
+    assert VLM.from_pretrained(tmp_path).cfg.decoder == TINY.decoder
+
+
+def test_a_clip_and_a_llama_directory_open_as_tower_and_decoder(tmp_path):
+    clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=clip_json(TINY.vision), text_config=dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=9)))
+    clip.save_pretrained(tmp_path / "clip")
+    vision = ViT(model.vision_config(model.read_json(tmp_path / "clip" / "config.json")))
+    load_vision(vision, tmp_path / "clip")
+    assert vision.cfg == TINY.vision
+    assert torch.equal(vision.patch.weight, clip.vision_model.embeddings.patch_embedding.weight)
+
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_json(replace(TINY.decoder, vocab_size=80))))
+    llama.save_pretrained(tmp_path / "llama")
+    cfg = decoder_config(model.read_json(tmp_path / "llama" / "config.json"))
+    decoder = Decoder(replace(cfg, vocab_size=96))                          # 16 new rows for <image> and <pad>
+    load_decoder(decoder, tmp_path / "llama")
+    assert_close(decoder.lm_head.weight[:80], llama.lm_head.weight)
+    assert_close(decoder.lm_head.weight[80:], llama.lm_head.weight.mean(0).expand(16, -1))
+
+
+# ---- what transformers makes of our directories ---------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer(tmp_path_factory):
+    file, raw = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", io.BytesIO()
+    text = f"A chat between USER: and ASSISTANT: What is this? A red cat on a bus, two  spaces. {' '.join(string.printable[:95])}"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text] * 20), model_writer=raw, model_type="bpe", vocab_size=500, hard_vocab_limit=False, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2)
+    file.write_bytes(raw.getvalue())
+    return file
+
+
+def with_tokenizer(tok, **changes):
+    decoder = replace(TINY.decoder, vocab_size=tok.vocab_size, block_size=512)
+    return replace(TINY, decoder=decoder, image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos, **changes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["pad", "crop", "resize"])
+def test_transformers_opens_what_we_save_and_says_the_same(tmp_path, tiny_tokenizer, mode):
+    tok = Tokenizer(tiny_tokenizer)
+    ours = lively(VLM(with_tokenizer(tok, image_mode=mode)))
+    save_processor(tmp_path, tok.path, ours.cfg)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    question = "<image>\nWhat is this?  Is it 12,50 €, naïve or a cat?"
+    text = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+            f"answers to the user's questions. USER: {question} ASSISTANT:")
+    for size in (28, 28), (60, 31), (31, 60):
+        picture = Image.effect_noise(size, 90).convert("RGB")
+        pixels, n_visual = cut_tiles(picture, ours.cfg.vision, mode)
+        tokens = torch.tensor([encode_prompt(tok, [("human", question)], "vicuna_v1", [n_visual])])
+        inputs = processor(images=picture, text=text, return_tensors="pt")
+        assert inputs["input_ids"].tolist() == tokens.tolist()
+        assert_close(ours(tokens, pixels), theirs(**inputs).logits, rtol=1e-4, atol=1e-4)
+        answer = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[:, tokens.shape[1] :]
+        assert ours.generate(tokens, pixels, max_new_tokens=8).tolist() == answer.tolist()
+
+
+@pytest.mark.parametrize("file", ["tiny", "llama"])
+def test_transformers_tokenizer_gives_our_ids_for_any_text_and_later_turns(tmp_path, tiny_tokenizer, file):
+    if file == "llama" and not LLAMA.exists():
+        pytest.skip(f"needs {LLAMA}")
+    tok = Tokenizer(tiny_tokenizer if file == "tiny" else LLAMA)
+    save_processor(tmp_path, tok.path, with_tokenizer(tok))
+    (tmp_path / "config.json").write_text(json.dumps(model.llava_config(with_tokenizer(tok), "float32")))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ["", " ", "  two  spaces ", "a\n\n b\n  c", "naïve café 你好 🙂👩‍👩‍👧", "x = [0.12, 0.98]\t####", "    code(){}  aaaa", "12,345.67 € 1999"]:
+        assert theirs(text)["input_ids"] == [tok.bos] + (tok.encode(text) if text else []), text
+        assert theirs.decode(tok.encode(text)) == text
+    turns = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Where is it?")]
+    text = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers "
+            "to the user's questions. USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where is it? ASSISTANT:")
+    assert theirs(text.replace("<image>", "<image>" * 4))["input_ids"] == encode_prompt(tok, turns, "vicuna_v1", [4])
+    assert theirs.convert_tokens_to_ids(["<s>", "</s>", "<image>", "<pad>"]) == [tok.bos, tok.eos, tok.image, tok.pad]
+
+
+# ---- damaged directories --------------------------------------------------------------------------------------------
+
+def change_config(directory, part=None, **changes):
+    config = json.loads((directory / "config.json").read_text())
+    (config[part] if part else config).update(changes)
+    (directory / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+
+
+def change_tensors(directory, **changes):
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name: t for name, t in (tensors | changes).items() if t is not None}
+    save_file(tensors, directory / "model.safetensors")
+
+
+NORM = "language_model.model.norm.weight"
+DAMAGES = {
+    "a folder that is no model": (lambda d: [f.unlink() for f in d.iterdir()], "config.json: not found, so .* is not a model directory"),
+    "a config that is a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json: holds a list"),
+    "a config that is no JSON": (lambda d: (d / "config.json").write_text('{"a":'), "config.json: cannot be read as JSON"),
+    "a config that is no text": (lambda d: (d / "config.json").write_bytes(b"\xff\x00"), "config.json: cannot be read as JSON"),
+    "a config in a folder": (lambda d: [(d / "config.json").unlink(), (d / "config.json").mkdir()], "config.json: cannot be read"),
+    "another architecture": (lambda d: change_config(d, model_type="qwen2_vl"), "model_type is 'qwen2_vl'; only 'llava'"),
+    "another language model": (lambda d: change_config(d, "text_config", model_type="mistral"), "model_type is 'mistral'; only 'llama'"),
+    "another tower": (lambda d: change_config(d, "vision_config", model_type="siglip_vision_model"), "only 'clip_vision_model'"),
+    "stretched positions": (lambda d: change_config(d, "text_config", rope_scaling={"type": "linear", "factor": 4.0}), "type is 'linear'"),
+    "new stretched positions": (lambda d: change_config(d, "text_config", rope_parameters={"rope_type": "llama3"}), "rope_type is 'llama3'"),
+    "class token wanted": (lambda d: change_config(d, vision_feature_select_strategy="full"), "'full'; only 'default'"),
+    "no vision_config": (lambda d: change_config(d, vision_config="absent"), "config.json: vision_config is missing"),
+    "a text_config of text": (lambda d: change_config(d, text_config="llama"), "text_config is 'llama'; it must be an object"),
+    "a size in words": (lambda d: change_config(d, "text_config", hidden_size="big"), "hidden_size is 'big'; it must be a whole number"),
+    "a size of zero": (lambda d: change_config(d, "vision_config", num_attention_heads=0), "num_attention_heads is 0; it must be"),
+    "half a layer": (lambda d: change_config(d, "text_config", num_hidden_layers=1.5), "num_hidden_layers is 1.5"),
+    "several layers": (lambda d: change_config(d, vision_feature_layer=[-2, -5]), r"vision_feature_layer is \[-2, -5\]"),
+    "a layer that is not there": (lambda d: change_config(d, vision_feature_layer=9), "feature layer 9 does not exist"),
+    "heads that do not divide": (lambda d: change_config(d, "vision_config", num_attention_heads=5), "5 heads"),
+    "an unknown activation": (lambda d: change_config(d, "vision_config", hidden_act="relu"), "'relu' is unknown"),
+    "an image token among words": (lambda d: change_config(d, image_token_index=-200), "image_token_index is -200"),
+    "an image token before </s>": (lambda d: change_config(d, image_token_index=1), "image token 1 lies among the words"),
+    "an unknown image mode": (lambda d: change_config(d, image_aspect_ratio="anyres"), "'anyres' is unknown"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: not found"),
+    "cut weights": (lambda d: os.truncate(d / "model.safetensors", 5000), "model.safetensors: truncated or damaged"),
+    "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: truncated or damaged"),
+    "an index without a map": (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": [1]}'), "has no weight_map"),
+    "a missing tensor": (lambda d: change_tensors(d, **{NORM: None}), f"1 missing, such as {NORM}"),
+    "an unused tensor": (lambda d: change_tensors(d, image_newline=torch.zeros(3)), "1 unused, such as image_newline"),
+    "a wrong shape": (lambda d: change_tensors(d, **{NORM: torch.zeros(31)}), rf"{NORM} has shape \(31,\), the config asks for \(32,\)"),
+    "quantised weights": (lambda d: change_tensors(d, **{NORM: torch.zeros(32, dtype=torch.int8)}), f"{NORM} is int8"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_directory_is_one_clear_error(saved, damage):
+    spoil, says = DAMAGES[damage]
+    spoil(saved)
+    with pytest.raises(UserError, match=f"{saved}.*{says}"):
+        VLM.from_pretrained(saved)
+
+
+def test_absent_fields_of_the_public_config_mean_vicuna_7b_and_clip(saved):
+    """llava-hf/llava-1.5-7b-hf lists only what deviates from the defaults."""
+    config = {"model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
+              "text_config": {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+              "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                                "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}}
+    (saved / "config.json").write_text(json.dumps(config))
+    assert model.read_config(saved) == PRESETS["llava-1.5-7b"]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(vlm, saved, monkeypatch, fails):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    monkeypatch.setattr(os, fails, full_disk)
+    with pytest.raises(UserError, match="model.safetensors: could not be written .*No space left"):
+        vlm.save_pretrained(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_a_file_limit_of_the_system_leaves_the_old_file_and_nothing_else(saved):
+    """The real thing, in a process of its own that may write 20 kB a file."""
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    code = ("import resource, signal, sys; from model import VLM; vlm = VLM.from_pretrained(sys.argv[1]); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); vlm.save_pretrained(sys.argv[1])")
+    run = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, cwd=ROOT)
+    assert "UserError" in run.stderr and "model.safetensors: could not be written" in run.stderr
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_a_place_where_no_folder_can_be_is_named(vlm, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file"):
+        vlm.save_pretrained(tmp_path / "file")
+    with pytest.raises(UserError, match="file"):
+        write_whole(tmp_path / "file" / "deeper" / "a", lambda tmp: tmp.write_text("x"))
+
+
+def test_fresh_weights_keep_the_scale_of_what_passes_through_them():
+    torch.manual_seed(0)
+    linear = init_weights(torch.nn.Sequential(torch.nn.Linear(256, 512)))[0]
+    assert F.linear(torch.randn(64, 256), linear.weight).std().item() == pytest.approx(1, abs=0.05) and not linear.bias.any()
