@@ -384,7 +384,8 @@ def load_strict(module, tensors, public_name, source, device="cpu", dtype=torch.
             raise UserError(f"{source}: tensor {public} has shape {tuple(t.shape)}, the config asks for {tuple(state[name].shape)}; "
                             "config and weights are of different models")
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise UserError(f"{source}: tensor {public} is {str(t.dtype).removeprefix('torch.')}; quantised weights cannot be read, get them in float16")
+            raise UserError(f"{source}: tensor {public} is {str(t.dtype).removeprefix('torch.')}; quantised weights cannot be read, "
+                            "get them in float16")
     module.load_state_dict({name: tensors[public].to(device, dtype) for public, name in wanted.items()}, strict=True, assign=True)
     print(f"loaded {len(wanted)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
 

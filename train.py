@@ -111,7 +111,9 @@ def main(argv=None):
         last = str(error).strip().splitlines()[-1]                          # a loader process sends its whole traceback
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(f"the GPU's memory is full ({last}); lower --micro-batch-size, and go on with --resume") from None
-        if isinstance(error, OSError) or "DataLoader worker" in last:       # full disk, a file taken away; a loader process killed
+        if last.startswith("DataLoader worker"):
+            raise UserError(f"{last}: most often memory is short; try --workers 0, and go on with --resume") from None
+        if isinstance(error, OSError):                                      # full disk, a file taken away
             raise UserError(f"{last}; what was saved before is untouched: put it right and go on with --resume") from None
         raise
 
@@ -209,8 +211,8 @@ def fit(cfg):
 def parse(argv=None):
     """One flag per field of TrainConfig; the recipe of (--model, --stage) replaces defaults, the command line replaces both."""
     argv = sys.argv[1:] if argv is None else argv
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  usage="python train.py [--stage {pretrain,finetune}] [--model PRESET|DIR] [--data FILE] [any flag below]")
+    cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                usage="python train.py [--stage {pretrain,finetune}] [--model PRESET|DIR] [--data FILE] [any flag below]")
     peek = argparse.ArgumentParser(add_help=False)                          # the flags that decide on the defaults of others
     peek.add_argument("--model", default="toy")
     peek.add_argument("--stage", default="finetune")
@@ -248,6 +250,11 @@ def parse(argv=None):
         if file and not Path(file).is_file():
             raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
     return cfg
+
+
+class Flags(argparse.ArgumentParser):
+    def error(self, message):                    # argparse's own way: forty lines of usage and exit code 2
+        raise UserError(f"{message}; see --help")
 
 
 def one_of(flag, value, known):
@@ -512,7 +519,7 @@ def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped):
             os.replace(old, hidden)
             shutil.rmtree(hidden)
     except (UserError, OSError) as error:
-        raise UserError(f"the checkpoint of step {step} could not be saved: {error}. Then go on with --resume, from the one before if there is one") from None
+        raise UserError(f"the checkpoint of step {step} could not be saved: {error}; --resume goes on from the one before it") from None
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 

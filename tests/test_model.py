@@ -29,8 +29,8 @@ ROOT = Path(__file__).parents[1]
 LLAMA = ROOT.parent / "shared" / "tokenizers" / "llama2.model"
 IMAGE, PAD, EOS, IGNORE = 80, 81, 2, -100
 TINY = VLMConfig(VisionConfig(image_size=28, patch_size=14, n_embd=32, n_layer=3, n_head=2, n_hidden=64),             # 4 visual tokens
-                 DecoderConfig(vocab_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=48, block_size=64, rope_theta=500.0),
-                 image_token=IMAGE, pad_token=PAD)
+                 DecoderConfig(vocab_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=48, block_size=64,
+                               rope_theta=500.0), image_token=IMAGE, pad_token=PAD)
 
 
 def lively(module):
@@ -145,6 +145,8 @@ def test_logits_and_loss_equal_transformers_llava(vlm, llava):
     theirs = llava(input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens), labels=labels)
     assert_close(vlm(tokens, pictures(3)), theirs.logits, rtol=1e-4, atol=1e-4)
     assert_close(vlm(tokens, pictures(3), labels), theirs.loss, rtol=1e-4, atol=1e-4)
+    features = 10 * torch.randn(2, 4, 32)                                   # large enough to tell the exact GELU from the approximate
+    assert_close(vlm.connector(features), llava.model.multi_modal_projector(features))
 
 
 @torch.no_grad()
@@ -198,6 +200,18 @@ def test_cached_decoding_equals_uncached(vlm):
     new = vlm.generate(torch.tensor([row]), pictures(1), max_new_tokens=12)[0].tolist()
     assert new == uncached(vlm, row, pictures(1), 12)
     assert len(set(new)) > 3                                                # a model that repeats itself would prove little
+
+
+@torch.no_grad()
+def test_a_cached_step_computes_what_the_whole_sequence_would_in_rows_of_unequal_length(vlm):
+    decoder, x, lengths = vlm.decoder, 3 * torch.randn(3, 9, 32), torch.tensor([7, 2, 5])
+    cache = decoder.new_cache(3, 12)
+    decoder(x[:, :7], cache=cache)                                          # rows 1 and 2 leave keys of padding behind
+    for step in range(2):
+        new = torch.stack([x[i, n + step] for i, n in enumerate(lengths)])[:, None]
+        h = decoder(new, cache=cache, pos=lengths + step, end=8 + step)
+        for i, n in enumerate(lengths):
+            assert_close(h[i, 0], decoder(x[i : i + 1, : n + step + 1])[0, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_of_unequal_prompts_and_pictures_gives_what_single_calls_give(vlm):
@@ -379,7 +393,8 @@ def test_transformers_tokenizer_gives_our_ids_for_any_text_and_later_turns(tmp_p
     save_processor(tmp_path, tok.path, with_tokenizer(tok))
     (tmp_path / "config.json").write_text(json.dumps(model.llava_config(with_tokenizer(tok), "float32")))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in ["", " ", "  two  spaces ", "a\n\n b\n  c", "naïve café 你好 🙂👩‍👩‍👧", "x = [0.12, 0.98]\t####", "    code(){}  aaaa", "12,345.67 € 1999"]:
+    for text in ("", " ", "  two  spaces ", "a\n\n b\n  c", "naïve café 你好 🙂👩‍👩‍👧", "x = [0.12, 0.98]\t####", "    code(){}  aaaa",
+                 "12,345.67 € 1999"):
         assert theirs(text)["input_ids"] == [tok.bos] + (tok.encode(text) if text else []), text
         assert theirs.decode(tok.encode(text)) == text
     turns = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Where is it?")]
@@ -475,8 +490,8 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(vlm, saved, monkeypatc
 def test_a_file_limit_of_the_system_leaves_the_old_file_and_nothing_else(saved):
     """The real thing, in a process of its own that may write 20 kB a file."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
-    code = ("import resource, signal, sys; from model import VLM; vlm = VLM.from_pretrained(sys.argv[1]); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); vlm.save_pretrained(sys.argv[1])")
+    code = ("import resource, signal, sys; from model import VLM; vlm = VLM.from_pretrained(sys.argv[1]); "
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); vlm.save_pretrained(sys.argv[1])")
     run = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, cwd=ROOT)
     assert "UserError" in run.stderr and "model.safetensors: could not be written" in run.stderr
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before

@@ -47,7 +47,8 @@ def test_siglip_is_the_same_tower_without_class_token_and_pre_norm():
     table = [("patch.", "embeddings.patch_embedding."), ("pos", "embeddings.position_embedding.weight"), ("norm.", "post_layernorm."),
              ("blocks.", "encoder.layers."), (".attn.", ".self_attn."), (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2.")]
     theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TINY | dict(image_size=31)))
-    ours, theirs, unused = twin(theirs, table, image_size=31, class_token=False, pre_norm=False, patch_bias=True, activation="gelu_tanh", norm_eps=1e-6)
+    ours, theirs, unused = twin(theirs, table, image_size=31, class_token=False, pre_norm=False, patch_bias=True, activation="gelu_tanh",
+                                norm_eps=1e-6)
     pixels = torch.randn(2, 3, 31, 31)                                      # 31 = 2 * 14 + 3: a remainder that no patch sees
     assert all(name.startswith("head.") for name in unused)
     assert_close(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2])
@@ -56,13 +57,15 @@ def test_siglip_is_the_same_tower_without_class_token_and_pre_norm():
 @torch.no_grad()
 @pytest.mark.parametrize("n_register", [0, 4])
 def test_dinov2_is_the_same_tower_with_layer_scale_with_and_without_registers(n_register):
-    table = [("patch.", "embeddings.patch_embeddings.projection."), ("class_token", "embeddings.cls_token"), ("pos", "embeddings.position_embeddings"),
-             ("registers", "embeddings.register_tokens"), ("norm.", "layernorm."), ("blocks.", "encoder.layer."), (".scale1", ".layer_scale1.lambda1"),
-             (".scale2", ".layer_scale2.lambda1"), (".attn.out_proj.", ".attention.o_proj."), (".attn.", ".attention.")]
+    table = [("patch.", "embeddings.patch_embeddings.projection."), ("class_token", "embeddings.cls_token"), ("norm.", "layernorm."),
+             ("pos", "embeddings.position_embeddings"), ("registers", "embeddings.register_tokens"), ("blocks.", "encoder.layer."),
+             (".scale1", ".layer_scale1.lambda1"), (".scale2", ".layer_scale2.lambda1"),
+             (".attn.out_proj.", ".attention.o_proj."), (".attn.", ".attention.")]
     size = {k: v for k, v in TINY.items() if k != "intermediate_size"} | {"mlp_ratio": 2}
     theirs = (transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**size, num_register_tokens=n_register)) if n_register
               else transformers.Dinov2Model(transformers.Dinov2Config(**size)))
-    ours, theirs, unused = twin(theirs, table, n_register=n_register, pre_norm=False, patch_bias=True, layer_scale=True, activation="gelu", norm_eps=1e-6)
+    ours, theirs, unused = twin(theirs, table, n_register=n_register, pre_norm=False, patch_bias=True, layer_scale=True, activation="gelu",
+                                norm_eps=1e-6)
     out = theirs(PIXELS, output_hidden_states=True)
     assert unused == {"embeddings.mask_token"}
     assert_close(ours(PIXELS), out.hidden_states[-2][:, 1 + n_register :], rtol=1e-4, atol=1e-4)
@@ -71,9 +74,9 @@ def test_dinov2_is_the_same_tower_with_layer_scale_with_and_without_registers(n_
 
 @torch.no_grad()
 def test_the_plain_vit_is_the_same_tower():
-    table = [("patch.", "embeddings.patch_embeddings.projection."), ("class_token", "embeddings.cls_token"), ("pos", "embeddings.position_embeddings"),
-             ("norm.", "layernorm."), ("blocks.", "layers."), (".attn.out_proj.", ".attention.o_proj."), (".attn.", ".attention."),
-             (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after.")]
+    table = [("patch.", "embeddings.patch_embeddings.projection."), ("class_token", "embeddings.cls_token"), ("norm.", "layernorm."),
+             ("pos", "embeddings.position_embeddings"), ("blocks.", "layers."), (".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."),
+             (".attn.out_proj.", ".attention.o_proj."), (".attn.", ".attention.")]
     theirs = transformers.ViTModel(transformers.ViTConfig(**TINY), add_pooling_layer=False)
     ours, theirs, unused = twin(theirs, table, pre_norm=False, patch_bias=True, activation="gelu", norm_eps=1e-12)
     out = theirs(PIXELS, output_hidden_states=True)
@@ -94,8 +97,9 @@ def test_bytes_and_normalised_floats_give_the_same_features():
     assert_close(tower(tiles), tower((tiles / 255 - mean) / std))
 
 
-@pytest.mark.parametrize("wrong, says", [(dict(n_head=3), "3 heads"), (dict(feature_layer=-5), "feature layer -5"), (dict(feature_layer=4), "3 layers"),
-                                         (dict(patch_size=29), "no patch of 29"), (dict(activation="relu"), "'relu'")])
+@pytest.mark.parametrize("wrong, says", [(dict(n_head=3), "3 heads"), (dict(feature_layer=-5), "feature layer -5"),
+                                         (dict(feature_layer=4), "3 layers"), (dict(patch_size=29), "no patch of 29"),
+                                         (dict(activation="relu"), "'relu'")])
 def test_an_impossible_tower_is_refused(wrong, says):
     with pytest.raises(UserError, match=says):
         VisionConfig(**OURS | wrong)
@@ -173,8 +177,8 @@ def test_a_photo_that_lies_on_its_side_is_set_upright(saved):
 
 
 def test_sixteen_bits_keep_their_grey(saved):
-    grey = saved(Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)), "deep.png")
-    assert grey.mode == "RGB" and grey.getpixel((0, 0)) == (128, 128, 128)
+    for deep, grey in (0, 0), (0x8000, 128), (0xFFFF, 255):
+        assert saved(Image.fromarray(np.full((4, 4), deep, dtype=np.uint16)), "deep.png").getpixel((0, 0)) == (grey,) * 3
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -224,7 +228,8 @@ def test_a_file_that_is_no_good_picture_is_named(tmp_path, name, content, says):
 
 def test_a_missing_file_a_folder_and_an_impossible_name_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    for path, says in (tmp_path / "none.jpg", "no such picture"), (tmp_path, "is a folder"), (tmp_path / "file" / "a.jpg", "no such picture"), ("a\0b", "broken"):
+    for path, says in ((tmp_path / "none.jpg", "no such picture"), (tmp_path, "is a folder"), (tmp_path / "file" / "a.jpg", "no such picture"),
+                       ("a\0b", "broken")):
         with pytest.raises(UserError, match=says):
             open_image(path)
 

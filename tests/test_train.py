@@ -1,0 +1,628 @@
+"""What a training run promises. Every name is a claim; models are tiny and random, pictures 32 pixels wide."""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import pty
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+import toyworld
+import train
+from data import IGNORE, Examples, Records, Tokenizer, collate, run
+from model import VLM, DecoderConfig, VLMConfig, clip_json, llama_json, save_processor, write_model
+from vision import UserError, VisionConfig
+
+ROOT = Path(train.__file__).parent
+fork = multiprocessing.get_context("fork").Process
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)                     # children of a fork must not wait for threads that they do not have
+
+
+@pytest.fixture(scope="session")
+def tok():
+    return Tokenizer(ROOT / "assets/toy-vicuna")
+
+
+def tiny_config(tok):
+    return VLMConfig(VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
+                     DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=64, block_size=512),
+                     image_token=tok.image, pad_token=tok.pad)
+
+
+@pytest.fixture(scope="session")
+def tiny(tok, tmp_path_factory):
+    torch.manual_seed(0)
+    vlm, directory = VLM(tiny_config(tok)), tmp_path_factory.mktemp("models") / "tiny"
+    save_processor(directory, tok.path, vlm.cfg)
+    vlm.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "world"
+    toyworld.write_world(out, 24, 6, 32)
+    return out
+
+
+@pytest.fixture
+def go(tiny, world, tmp_path, monkeypatch):
+    """go("--lr", 1, out="a") trains in tmp_path and returns the exit code; no evaluation unless asked for."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--model", tiny, "--data", world / "train.json", "--batch-size", 4, "--max-steps", 8, "--save-every", 2, "--lr", "3e-3",
+            "--eval-every", 0, "--no-final-eval", "--workers", 0]
+    return lambda *flags, out="run": run(lambda: train.main([str(word) for word in [*base, "--out", out, *flags]]))
+
+
+def losses(out):
+    return [line["loss"] for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
+
+
+def weights(out):
+    return load_file(Path(out) / "model.safetensors")
+
+
+def same(a, b):
+    return losses(a) == losses(b) and all(torch.equal(p, weights(b)[name]) for name, p in weights(a).items())
+
+
+def leftovers(out):
+    return [p.name for p in Path(out).rglob(".*")]
+
+
+def errors(capfd):
+    return [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("loaded")]
+
+
+def in_child(function):
+    """Run it in a forked process and wait; -> its exit code, minus the signal that killed it."""
+    child = fork(target=lambda: os._exit(function() or 0))
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, do): call do() in the middle of the n-th step from now."""
+    def at_step(n, do):
+        calls, original = [], train.backward
+        def backward(*args):
+            calls.append(None)
+            if len(calls) == n:
+                do()
+            return original(*args)
+        monkeypatch.setattr(train, "backward", backward)
+    return at_step
+
+
+# ---- the loss, the schedule, the order ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tok, tmp_path):
+    """Six records: one, two or no pictures, answers of very different length."""
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (20, 40), "blue").save(tmp_path / "b.png")
+    turns = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    records = [{"id": "one", "image": "a.png", "conversations": turns("<image>\nWhat color?", "red")},
+               {"id": "two", "image": ["a.png", "b.png"], "conversations": turns("<image> and <image>\nBoth?", "A red one and a blue one. " * 6)},
+               {"id": "text", "conversations": turns("How many cats are there?", "2")},
+               {"id": "long", "image": "b.png", "conversations": turns("<image>\nSay it.", "There are 3 things. " * 12) + turns("Yes?", "yes")},
+               {"id": "text2", "conversations": turns("Is there a cat?", "no, there is a big dog")},
+               {"id": "last", "image": "b.png", "conversations": turns("<image>\nIs it blue?", "yes")}]
+    (tmp_path / "mixed.json").write_text(json.dumps(records))
+    cfg = tiny_config(tok)
+    examples = Examples(Records(tmp_path / "mixed.json", tmp_path), tok, "vicuna_v1", cfg.vision, "pad", 512)
+    return [examples[i] for i in range(len(examples))]
+
+
+def gradients(tiny, rows, size, pad):
+    vlm = VLM.from_pretrained(tiny)
+    loss, n = train.backward(vlm, train.micro_batches(rows, size, pad), torch.device("cpu"))
+    return loss, n, {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_micro_batches_of_any_size_give_the_loss_and_gradient_of_the_whole_batch(tiny, tok, mixed, size):
+    whole, n, expected = gradients(tiny, mixed, 0, tok.pad)
+    loss, m, found = gradients(tiny, mixed, size, tok.pad)
+    assert m == n and math.isclose(loss, whole, rel_tol=1e-5)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_loss_is_the_sum_over_supervised_tokens_divided_once(tiny, tok, mixed):
+    vlm, total, n = VLM.from_pretrained(tiny), 0.0, 0
+    for row in mixed:                            # the oracle: one record at a time, all logits, by hand
+        b = collate([row], tok.pad)
+        with torch.no_grad():
+            log_p = vlm(b["tokens"], b["pixels"])[0].log_softmax(-1)
+        for t, label in enumerate(b["labels"][0].tolist()):
+            if label != IGNORE:
+                total, n = total - log_p[t - 1, label].item(), n + 1
+    loss, m, _ = gradients(tiny, mixed, 2, tok.pad)
+    assert m == n and math.isclose(loss, total / n, rel_tol=1e-5)
+
+
+def test_a_step_without_a_usable_record_has_no_loss_and_no_gradient(tiny, tok):
+    assert gradients(tiny, [{"skipped": "broken"}] * 3, 2, tok.pad) == (None, 0, {})
+
+
+def test_the_learning_rate_rises_for_the_warmup_and_falls_to_nearly_zero():
+    cfg = train.TrainConfig(lr=1.0, warmup=0.1)
+    lr = [train.lr_at(step, 100, cfg) for step in range(1, 101)]
+    assert lr[0] == 0.1 and lr[9] == lr[10] == 1.0 and math.isclose(lr[55], 0.5) and 0 < lr[99] < 1e-3
+    assert all(train.lr_at(step, steps, cfg) > 0 for steps in (1, 2, 3) for step in range(1, steps + 1))       # no step is wasted
+
+
+def test_every_epoch_shows_each_record_once_in_an_order_of_the_seed():
+    order = [i for batch in train.batches(10, 4, 5, seed=1) for i in batch]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
+    assert order != [i for batch in train.batches(10, 4, 5, seed=2) for i in batch]
+    assert list(train.batches(3, 8, 2, seed=0))[0][:3] != [] and len(list(train.batches(3, 8, 2, seed=0))[0]) == 8
+
+
+def test_accumulation_and_the_full_batch_train_the_same_model(go):
+    assert go(out="full") == 0 and go("--micro-batch-size", 3, out="micro") == 0
+    torch.testing.assert_close(losses("micro"), losses("full"), rtol=1e-4, atol=1e-4)
+
+
+# ---- what trains -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, moving", [
+    (["--stage", "pretrain", "--data", "pretrain.json"], {"multi_modal_projector"}),
+    ([], {"multi_modal_projector", "language_model"}),
+    (["--train", "llm"], {"language_model"}),
+    (["--train", "connector,vision"], {"multi_modal_projector", "vision_tower"})])
+def test_each_stage_moves_its_own_parts_and_no_other(go, tiny, world, flags, moving):
+    assert go("--max-steps", 2, *[world / f if f.endswith("json") else f for f in flags]) == 0
+    assert {name.split(".")[0] for name, p in weights("run").items() if not torch.equal(p, weights(tiny)[name])} == moving
+
+
+@pytest.mark.parametrize("flags, parts", [
+    (dict(stage="pretrain", vision="clip", llm="vicuna"), {"connector"}),
+    (dict(stage="finetune", vision="clip", llm="vicuna"), {"connector", "decoder"}),
+    (dict(stage="finetune", llm="vicuna"), {"vision", "connector", "decoder"}),
+    (dict(stage="pretrain"), {"vision", "connector", "decoder"})])
+def test_what_starts_from_random_weights_trains_in_either_stage(tok, flags, parts):
+    vlm = VLM(tiny_config(tok))
+    train.freeze(vlm, train.TrainConfig(model="toy", **flags))
+    assert {name.split(".")[0] for name, p in vlm.named_parameters() if p.requires_grad} == parts
+
+
+def test_a_preset_reads_its_ingredients_and_from_scratch_does_not(go, tok, tiny, world, monkeypatch, tmp_path):
+    parts = {name: {k.removeprefix(name + "."): v for k, v in weights(tiny).items() if k.startswith(name)} for name in ("vision_tower", "language_model")}
+    write_model(tmp_path / "clip", parts["vision_tower"], clip_json(tiny_config(tok).vision))
+    write_model(tmp_path / "vicuna", parts["language_model"], llama_json(tiny_config(tok).decoder))
+    shutil.copy(tok.path, tmp_path / "vicuna")
+    monkeypatch.setitem(train.PRESETS, "tiny", tiny_config(tok))
+    monkeypatch.setitem(train.RECIPES, ("tiny", "pretrain"), dict(vision="clip", llm="vicuna", lr=0.5))
+    assert train.parse(["--model", "tiny", "--stage", "pretrain", "--data", str(tmp_path / "vicuna/config.json")]).lr == 0.5
+    flags = ["--model", "tiny", "--stage", "pretrain", "--data", world / "pretrain.json", "--max-steps", 1]
+    assert go(*flags, out="warm") == go(*flags, "--from-scratch", out="cold") == 0
+    for name, p in weights(tiny).items():
+        if "projector" not in name:
+            assert torch.equal(p, weights("warm")[name]) and (p.ndim < 2 or not torch.equal(p, weights("cold")[name]))
+
+
+def test_epochs_on_the_command_line_win_over_the_steps_of_a_recipe(world):
+    assert train.parse(["--data", str(world / "train.json")]).max_steps == 500
+    assert train.parse(["--data", str(world / "train.json"), "--epochs", "2"]).max_steps == 0
+
+
+def test_stage_2_starts_from_the_connector_of_stage_1(go, tiny, world):
+    assert go("--stage", "pretrain", "--data", world / "pretrain.json", out="one") == 0
+    vlm, _ = train.build(train.TrainConfig(model=str(tiny), projector="one"))
+    name = "multi_modal_projector.linear_1.weight"
+    assert torch.equal(vlm.connector.linear_1.weight, weights("one")[name]) and not torch.equal(weights("one")[name], weights(tiny)[name])
+    assert torch.equal(train.build(train.TrainConfig(model=str(tiny), projector="one/model.safetensors"))[0].connector.linear_1.weight, weights("one")[name])
+
+
+# ---- the same run again ------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_weights_whoever_prepares_the_records(go):
+    assert go(out="a") == go("--workers", 1, out="b") == go("--workers", 2, out="c") == go("--seed", 1, out="d") == 0
+    assert same("a", "b") and same("a", "c") and not same("a", "d")
+
+
+@pytest.mark.parametrize("kill_at", [2, 4, 5, 8])          # before the first checkpoint, in the step after one, between two, at the end
+def test_a_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(go, at_step, kill_at):
+    assert go("--save-every", 3, out="whole") == 0
+
+    def killed():
+        at_step(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        go("--save-every", 3)
+    assert in_child(killed) == -signal.SIGKILL
+    with open("run/log.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')                       # a torn last line
+    assert go("--save-every", 3, "--resume", "--workers", 1) == 0
+    assert same("whole", "run") and leftovers("run") == []
+    assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))] == list(range(1, 9))
+
+
+def test_a_run_killed_twice_still_has_its_tokenizer(go, at_step):     # the checkpoint that it came from is gone by then
+    def killed(*flags):
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        go("--save-every", 1, *flags)
+    assert go(out="whole") == 0
+    assert [in_child(lambda: killed()), in_child(lambda: killed("--resume")), in_child(lambda: killed("--resume"))] == [-9] * 3
+    assert go("--resume", "--save-every", 1) == 0 and same("whole", "run")
+
+
+def test_no_kill_leaves_a_checkpoint_that_does_not_load(go):
+    assert go("--max-steps", 40, "--save-every", 0, out="whole") == 0
+    rng, flags, code = random.Random(0), ["--max-steps", 40, "--save-every", 1], None
+    for _ in range(30):
+        child = fork(target=lambda: os._exit(go(*flags)))
+        child.start()
+        child.join(0.05 + 0.5 * rng.random())
+        child.kill()
+        child.join()
+        for checkpoint in Path("run").glob("checkpoint-*"):
+            VLM.from_pretrained(checkpoint), Tokenizer(checkpoint), torch.load(checkpoint / "trainer.pt", weights_only=True)
+        if (code := child.exitcode) == 0:
+            break
+        flags = flags[:4] + ["--resume"] * Path("run/log.jsonl").exists()
+    assert code == 0 or go(*flags) == 0
+    assert same("whole", "run") and leftovers("run") == []
+
+
+def test_a_save_that_dies_at_any_point_leaves_the_old_checkpoint_or_the_new_one(tiny, tmp_path, monkeypatch):
+    cfg = train.TrainConfig(model=str(tiny))
+    vlm, tok = train.build(cfg)
+    optimizer, out, deaths = torch.optim.AdamW(vlm.parameters()), tmp_path / "run", 0
+    save = lambda step: train.save_checkpoint(out, step, vlm, tok, optimizer, cfg, 0)
+
+    def die_at(k):
+        calls = []
+        for name in ("fsync", "replace", "unlink", "rmdir"):
+            def call(*args, original=getattr(os, name), **flags):
+                calls.append(name)
+                if len(calls) == k:
+                    os._exit(9)
+                return original(*args, **flags)
+            monkeypatch.setattr(os, name, call)
+        save(2)
+    while True:
+        shutil.rmtree(out, ignore_errors=True)
+        save(1)
+        code = in_child(lambda: die_at(deaths + 1))
+        names = [p.name for p in out.glob("checkpoint-*")]
+        assert names and set(names) <= {"checkpoint-000001", "checkpoint-000002"}
+        for name in names:
+            VLM.from_pretrained(out / name), Tokenizer(out / name), torch.load(out / name / "trainer.pt", weights_only=True)
+        if code == 0:
+            break
+        deaths += 1
+    assert deaths > 15 and names == ["checkpoint-000002"] and leftovers(out) == []
+
+
+def test_ctrl_c_saves_the_step_and_a_second_one_ends_at_once(go, at_step, capfd):
+    assert go(out="whole") == 0
+    at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert go() == 130 and [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-000003"] and not Path("run/config.json").exists()
+    assert "step 3 is saved" in capfd.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    at_step(2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    assert go("--resume") == 130 and [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-000004"]
+    at_step(99, None)
+    assert go("--resume") == 0 and same("whole", "run")
+
+
+def test_resuming_a_finished_run_changes_nothing(go):
+    assert go() == 0
+    shutil.copytree("run", "before")
+    assert go("--resume") == 0 and same("before", "run")
+
+
+# ---- a full disk -------------------------------------------------------------------------------------------------------
+
+
+def small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))            # larger writes fail, as on a full disk
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(go, at_step, capfd):
+    assert go(out="whole") == 0
+    capfd.readouterr()
+
+    def full():
+        at_step(3, small_files)
+        return go()
+    assert in_child(full) == 1
+    error = errors(capfd)
+    assert len(error) == 1 and "checkpoint of step 4 could not be saved" in error[0] and "--resume" in error[0]
+    assert [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-000002"] and leftovers("run") == []
+    assert go("--resume") == 0 and same("whole", "run")
+
+
+def test_a_full_disk_at_the_final_model_leaves_the_last_checkpoint(go, monkeypatch, capfd):
+    def full():
+        original = train.save_model
+        monkeypatch.setattr(train, "save_model", lambda directory, *rest: (small_files() if directory == Path("run") else None, original(directory, *rest)))
+        return go()
+    assert in_child(full) == 1
+    error = errors(capfd)
+    assert error[-1].startswith("error: run/model.safetensors: could not be written") and "Traceback" not in "".join(error)
+    assert leftovers("run") == [] and not Path("run/config.json").exists()
+    assert go("--resume") == 0 and go(out="whole") == 0 and same("whole", "run")
+
+
+def test_a_full_disk_while_logging_is_one_line_too(go, at_step, capfd):
+    def full():
+        at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+        return go()
+    assert in_child(full) == 1
+    error = errors(capfd)
+    assert len(error) == 1 and "--resume" in error[0]
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--out", "file"], "--out file: cannot be made a folder"),
+    (["--out", "file/run"], "--out file/run: cannot be made a folder"),
+    (["--out", "/proc/no/run"], "--out /proc/no/run: cannot be made a folder"),
+    (["--data", "none.json"], "--data none.json: no such file"),
+    (["--val", "none.jsonl"], "--val none.jsonl: no such file"),
+    (["--image-root", "none"], "--image-root none: no such folder"),
+    (["--projector", "none"], "--projector none: no such model"),
+    (["--projector", "narrow"], "--projector narrow: tensor"),
+    (["--model", "toy", "--vision", "folder"], "folder/config.json: not found"),
+    (["--model", "toy", "--llm", "folder"], "folder/tokenizer.model: no tokenizer there"),
+    (["--vision", "folder"], "are for presets"),
+    (["--model", "photto"], "did you mean photo?"),
+    (["--model", "folder"], "folder/config.json: not found"),
+    (["--stage", "pretrian"], "did you mean pretrain?"),
+    (["--train", "llm,conector"], "--train conector: did you mean connector?"),
+    (["--image-mode", "padd"], "did you mean pad?"),
+    (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
+    (["--bad-records", "drop"], "Known are stop, skip"),
+    (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["--micro-batch-size", "-1"], "--micro-batch-size -1: must be 0 or more"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"),
+    (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--max-steps", "-3"], "--max-steps -3: must be 0 or more"),
+    (["--epochs", "0"], "--epochs 0.0: must be above 0"),
+    (["--log-every", "0"], "--log-every 0: must be at least 1"),
+    (["--seed", "-1"], "--seed -1: must be from 0"),
+    (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
+    (["--device", "foo"], "--device foo: choose cpu"),
+    (["--dtype", "foo"], "Known are float32, bfloat16, auto"),
+    (["--resume"], "--resume: there is no run in run"),
+    (["--lr", "abc"], "argument --lr: invalid float value: 'abc'"),
+    (["--batchsize", "3"], "did you mean --batch-size?")])
+def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(go, capfd, tok, flags, words):
+    Path("file").write_text("")
+    Path("folder").mkdir()
+    cfg = tiny_config(tok)
+    vlm = VLM(replace(cfg, vision=replace(cfg.vision, n_embd=16)))
+    save_processor("narrow", tok.path, cfg)
+    vlm.save_pretrained("narrow")
+    capfd.readouterr()
+    assert go(*flags) == 1
+    error = errors(capfd)
+    assert len(error) == 1 and error[0].startswith("error: ") and words in error[0], error
+    assert not Path("run").exists()
+
+
+def write_records(world, path, bad, n=8):
+    records = json.loads((world / "train.json").read_text())[:n]
+    for i in bad:
+        records[i]["image"] = f"images/gone_{i}.png"
+    Path(path).write_text(json.dumps(records))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_record_stops_the_run_and_is_named(go, world, capfd, workers):
+    write_records(world, "bad.json", [5])
+    began = time.time()
+    assert go("--data", "bad.json", "--image-root", world, "--workers", workers) == 1 and time.time() - began < 10
+    error = errors(capfd)
+    assert len(error) == 1 and "record 5 (id 'train-5')" in error[0] and "gone_5.png: no such picture" in error[0]
+
+
+def test_bad_records_are_skipped_and_counted_even_where_a_whole_step_is_bad(go, world, capfd):
+    write_records(world, "bad.json", [0, 1, 2, 3, 4, 5], n=8)
+    assert go("--data", "bad.json", "--image-root", world, "--bad-records", "skip", "--batch-size", 2, "--max-steps", 8) == 0
+    out = capfd.readouterr().out
+    assert "12 of 16 records skipped" in out and "gone_" in out and "no usable record" in out
+    assert None in losses("run") and any(losses("run")) and Path("run/loss.png").exists()
+
+
+def test_a_file_without_any_usable_record_is_an_error(go, world, capfd):
+    write_records(world, "bad.json", range(8))
+    assert go("--data", "bad.json", "--image-root", world, "--bad-records", "skip") == 1
+    assert "not one record could be used" in errors(capfd)[-1]
+
+
+def test_a_record_without_an_answer_is_named(go, capfd, tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps([{"id": "lonely", "conversations": [{"from": "human", "value": "Why?"}]}]))
+    assert go("--data", tmp_path / "q.json") == 1 and "(id 'lonely')" in errors(capfd)[-1]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(go, capfd):
+    assert go("--lr", "1e30") == 1
+    assert "lower --lr" in errors(capfd)[-1]
+
+
+def test_a_loader_process_that_is_killed_is_one_line(go, monkeypatch, capfd):
+    monkeypatch.setattr(train, "micro_batches", lambda *args, **flags: os.kill(os.getpid(), signal.SIGKILL))
+    assert go("--workers", 1) == 1
+    error = errors(capfd)[-1]
+    assert error.startswith("error: DataLoader worker") and "--workers 0" in error
+
+
+def test_resuming_with_other_flags_names_the_flag(go, capfd):
+    assert go("--max-steps", 2) == 0
+    assert go("--max-steps", 2, "--lr", "0.5", "--resume") == 1
+    assert "--lr 0.003, now it is 0.5" in errors(capfd)[-1]
+    torch.save({}, "run/checkpoint-000002/trainer.pt")
+    Path("run/checkpoint-000002/trainer.pt").write_bytes(b"PK\x03\x04 cut")
+    assert go("--max-steps", 2, "--resume") == 1 and "trainer.pt: damaged" in errors(capfd)[-1]
+
+
+def test_an_earlier_run_is_moved_aside_whole_and_only_when_the_new_one_can_begin(go, capfd, tiny):
+    assert go(out="out/x") == 0
+    before = {p.relative_to("out/x"): p.read_bytes() for p in Path("out/x").rglob("*") if p.is_file()}
+    assert go("--projector", "none", out="out/x") == 1 and go("--model", "out/x", out="out/x") == 1
+    assert "--model out/x is in --out out/x" in errors(capfd)[-1] and not Path("out/x.1").exists()
+    assert go("--seed", 1, out="out/x") == 0 and go("--seed", 2, out="out/x") == 0
+    assert {p.relative_to("out/x.1"): p.read_bytes() for p in Path("out/x.1").rglob("*") if p.is_file()} == before
+    assert not same("out/x.1", "out/x.2") and not same("out/x", "out/x.2")
+
+
+def test_a_folder_of_other_things_is_not_moved(go):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("keep")
+    assert go("--max-steps", 1, out="mine") == 0 and Path("mine/notes.txt").read_text() == "keep"
+
+
+# ---- held-out questions ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_table_beside_two_baselines(go, world, capfd):
+    assert go("--final-eval", "--eval-every", 4) == 0
+    out = capfd.readouterr().out
+    assert "held-out loss" in out and "  Q: " in out and "truth: " in out and "answers were cut off" in out
+    assert all(word in out for word in ("accuracy", "most frequent answer", "shuffled pictures", "existence", "reading"))
+    results, questions = json.loads(Path("run/results.json").read_text()), (world / "val.jsonl").read_text().splitlines()
+    assert results["table"]["all"]["n"] == len(results["records"]) == len(questions)
+    assert [line["step"] for line in map(json.loads, open("run/log.jsonl")) if "val_loss" in line] == [4, 8]
+
+
+def test_looking_at_held_out_questions_does_not_change_the_run(go):
+    assert go(out="a") == go("--eval-every", 1, out="b") == 0 and same("a", "b")
+
+
+def write_val(world, lines):
+    Path("val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ["--val", "val.jsonl", "--image-root", str(world), "--final-eval", "--max-steps", 1]
+
+
+PICTURE, OTHER = "images/val_00000.png", "images/val_00001.png"
+
+
+def test_held_out_questions_may_have_no_category_no_picture_or_several_and_one_id_for_all(go, world, capfd):
+    flags = write_val(world, [{"question_id": 1, "image": PICTURE, "text": "What?", "answer": "a cat"},
+                              {"question_id": 1, "text": "How many?", "answer": "2"},
+                              {"question_id": 1, "image": [PICTURE, OTHER], "text": "<image> or <image>\nWhich?", "answer": "the first"},
+                              {"id": "c", "image": OTHER, "conversations": [{"from": "human", "value": "<image>\nYes?"}, {"from": "gpt", "value": "yes"}]}])
+    assert go(*flags, "--eval-every", 1) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    assert list(results["table"]) == ["all"] and results["table"]["all"]["n"] == 4 and len(results["records"]) == 4
+
+
+@pytest.mark.parametrize("line, words", [
+    ({"image": PICTURE, "text": "What?"}, 'needs "text" and "answer"'), ({"image": PICTURE, "text": "What?", "answer": " "}, "is empty"),
+    ({"image": "images/gone.png", "text": "What?", "answer": "x"}, "gone.png: no such picture"),
+    ({"image": [PICTURE, OTHER], "text": "What?", "answer": "x"}, "2 pictures")])
+def test_a_bad_held_out_question_is_named_before_the_training(go, world, capfd, line, words):
+    flags = write_val(world, [{"image": PICTURE, "text": "What?", "answer": "a cat"}, {"question_id": "q", **line}])
+    assert go(*flags) == 1
+    error = errors(capfd)[-1]
+    assert "val.jsonl, line 2 (id 'q')" in error and words in error and not Path("run").exists()
+
+
+def test_data_without_a_val_file_trains_without_a_table(go, world, capfd):
+    write_records(world, "own.json", [])
+    assert go("--data", "own.json", "--image-root", world, "--final-eval", "--eval-every", 1) == 0
+    assert not Path("run/results.json").exists() and "accuracy" not in capfd.readouterr().out
+
+
+def test_the_table_to_the_number(tmp_path, monkeypatch, capsys):
+    asked = [("count", "2"), ("count", "2"), ("count", "1"), ("cot", "One.\nFinal answer: 3"), ("cot", "Another.\nFinal answer: 3")]
+    questions = [{"id": "q", "paths": [f"{i}.png"], "text": "?", "answer": a, "category": c} for i, (c, a) in enumerate(asked)]
+    said = [("2.", True), ("1", True), ("1", False), ("So.\nFinal answer: 3", True), ("3", True)]
+    blind = [("2", True), ("2", True), ("2", True), ("no", True), ("no", True)]
+    seen = []
+    monkeypatch.setattr(train, "answer", lambda vlm, tok, asked, device: seen.append(asked) or (said, blind)[len(seen) - 1])
+    train.examine(None, None, questions, tmp_path, None)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["table"] == {"count": {"n": 3, "accuracy": 2 / 3, "most_frequent": 2 / 3, "shuffled": 2 / 3},
+                                "cot": {"n": 2, "accuracy": 1 / 2, "most_frequent": 1, "shuffled": 0},
+                                "all": {"n": 5, "accuracy": 3 / 5, "most_frequent": 4 / 5, "shuffled": 2 / 5}}
+    assert results["cut_off"] == 1 and "1 of 5 answers were cut off" in capsys.readouterr().out
+    assert all(a != b for (a, _), (b, _) in zip(*seen)) and {p for ps, _ in seen[1] for p in ps} == {f"{i}.png" for i in range(5)}
+
+
+@pytest.mark.parametrize("said, truth, right", [
+    ("Yes.", "yes", True), ("no", "yes", False), ("a red cat", "A red cat.", True), ("a red cat.\n", "A blue cat.", False),
+    ("1 + 1 = 2.\nFinal answer: 2", "Two things.\nFinal answer: 2", True), ("2", "Two things.\nFinal answer: 2", False),
+    ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.60]", True), ("[0.10, 0.10, 0.30, 0.30]", "[0.10, 0.10, 0.50, 0.50]", False),
+    ("at the top", "[0.10, 0.10, 0.50, 0.50]", False)])
+def test_what_counts_as_right(said, truth, right):
+    assert train.is_right(said, truth) is right
+
+
+def test_answers_in_batches_are_those_of_each_question_alone_in_their_order(tiny, tok, world):
+    vlm, pictures = VLM.from_pretrained(tiny), [world / PICTURE, world / OTHER]
+    questions = [(pictures[:1], "What is in the image, on the left or on the right of it?"), ([], "How many?"), (pictures, "Which?"), (pictures[1:], "What?")]
+    together = train.answer(vlm, tok, questions, "cpu", max_new_tokens=12)
+    assert together == [train.answer(vlm, tok, [q], "cpu", max_new_tokens=12)[0] for q in questions]
+    assert together == train.answer(vlm, tok, questions, "cpu", max_new_tokens=12, size=2)
+    assert len({a for a, _ in together}) > 1 and not all(whole for _, whole in together)
+
+
+def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
+    vlm = VLM.from_pretrained(tiny)
+    assert train.answer(vlm, tok, [([], "How many things are there? " * 50)], "cpu", max_new_tokens=10_000)[0][1] is False
+    with pytest.raises(UserError, match="leaves no room for an answer in 512"):
+        train.answer(vlm, tok, [([], "How many things are there? " * 100)], "cpu")
+
+
+# ---- what one sees -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [[2.0], [None, 3.0, 1.0], [7.0, 0.0, 1e4], [1.0] * 60])
+def test_the_curve_is_drawn_whatever_the_values(tmp_path, values):
+    (tmp_path / "log").write_text("".join(json.dumps({"step": i, "loss": v}) + "\n" for i, v in enumerate(values, 1)) + '{"step": 1, "val_loss": 2.5}\n')
+    train.draw_curve(tmp_path / "loss.png", tmp_path / "log")
+    image = Image.open(tmp_path / "loss.png")
+    assert image.size == (800, 460) and len(image.getcolors(10_000)) > 3
+
+
+def test_help_gives_every_flag_with_its_default():
+    shown = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True).stdout
+    flat = " ".join(shown.split())
+    for f in train.fields(train.TrainConfig):
+        assert f"--{f.name.replace('_', '-')}" in shown
+        assert f.default == "" or "(default" in flat.split(f" --{f.name.replace('_', '-')}", 1)[1].split(" --", 2)[0 if f.type is not bool else 1] or f.type is bool
+    assert "(default 16)" in flat and "None" not in shown
+
+
+def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(tiny, world, tmp_path):
+    reader, terminal = pty.openpty()
+    flags = ["--model", tiny, "--data", world / "train.json", "--max-steps", "30", "--eval-every", "0", "--no-final-eval", "--out", tmp_path / "run"]
+    child = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, stderr=terminal, text=True, cwd=tmp_path)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):           # the end of a terminal is an error
+        while part := os.read(reader, 4096):
+            shown += part
+    lines = child.communicate()[0]
+    assert child.returncode == 0 and "step    10/30  loss " in lines and "left" in lines
+    assert b"30/30" in shown and b"loss" in shown and b"tokens/s" in shown
