@@ -16,7 +16,7 @@ import torch
 
 from data import Tokenizer, encode_prompt, parse_args, run
 from model import VLM
-from train import one_of, pick_device
+from train import Flags, one_of, pick_device
 from vision import MODES, UserError, cut_tiles, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
@@ -90,7 +90,7 @@ def newest_run(root="out"):
 
 
 def parse(argv):
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the order the question speaks of them")
     cli.add_argument("--prompt", default="", help="one question; empty: describe the picture, then chat if this is a terminal")
     cli.add_argument("--model", default="", metavar="DIR", help="model directory; empty: the newest finished run under out/")

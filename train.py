@@ -63,7 +63,7 @@ class TrainConfig:
     vision: str = arg("", "CLIP directory for the tower of a preset; empty: random weights")
     llm: str = arg("", "Llama directory for the decoder and tokenizer of a preset; empty: random weights")
     tokenizer: str = arg("", "sentencepiece tokenizer.model of a preset, or a directory that holds one; empty: the decoder's own")
-    projector: str = arg("", "connector to start from: a model directory that stage 1 wrote, or its model.safetensors")
+    projector: str = arg("", "connector to start from: a model directory that stage 1 wrote, or its model.safetensors; empty: the model's own")
     from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
     train: str = arg("", "parts to train, of connector,llm,vision; empty: those of the stage, and all that start from random weights")
     template: str = arg("", "conversation template; empty: plain in stage pretrain, the model's own otherwise")
@@ -212,7 +212,8 @@ def parse(argv=None):
     """One flag per field of TrainConfig; the recipe of (--model, --stage) replaces defaults, the command line replaces both."""
     argv = sys.argv[1:] if argv is None else argv
     cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                usage="python train.py [--stage {pretrain,finetune}] [--model PRESET|DIR] [--data FILE] [any flag below]")
+                usage="python train.py [--stage {pretrain,finetune}] [--model PRESET|DIR] [--data FILE] [any flag below]",
+                epilog="The defaults shown are those of the --model and --stage given beside --help.")
     peek = argparse.ArgumentParser(add_help=False)                          # the flags that decide on the defaults of others
     peek.add_argument("--model", default="toy")
     peek.add_argument("--stage", default="finetune")
@@ -296,7 +297,8 @@ def build(cfg, checkpoint=None):
     for p in vlm.parameters():                   # out of the mapped file: there a tensor may begin at any byte, and how it is aligned
         p.data = p.data.clone()                  # can change the last bit of a product; then a resumed run would not be the same
     vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode
-    vlm.cfg.template = cfg.template or vlm.cfg.template
+    if cfg.stage == "finetune":                  # what a model is asked with later is the template of its conversations, not of its captions
+        vlm.cfg.template = cfg.template or vlm.cfg.template
     return vlm, tok
 
 
@@ -525,7 +527,7 @@ def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped):
 
 
 def checkpoints(out):
-    return sorted((p for p in out.glob("checkpoint-*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    return sorted((p for p in out.glob("checkpoint-[0-9]*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def find_checkpoint(out, cfg):

@@ -1,24 +1,27 @@
 """What a training run promises. Every name is a claim; models are tiny and random, pictures 32 pixels wide."""
 
 import contextlib
+import fcntl
 import json
 import math
 import multiprocessing
 import os
 import pty
 import random
+import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -187,6 +190,12 @@ def test_accumulation_and_the_full_batch_train_the_same_model(go):
     torch.testing.assert_close(losses("micro"), losses("full"), rtol=1e-4, atol=1e-4)
 
 
+def test_bfloat16_trains_the_same_within_its_precision(go):
+    assert go(out="full") == 0 and go("--dtype", "bfloat16", out="half") == 0
+    assert losses("full") != losses("half") and all(p.dtype == torch.float32 for p in weights("half").values())
+    torch.testing.assert_close(losses("half"), losses("full"), rtol=0.02, atol=0.02)
+
+
 # ---- what trains -------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +207,12 @@ def test_accumulation_and_the_full_batch_train_the_same_model(go):
 def test_each_stage_moves_its_own_parts_and_no_other(go, tiny, world, flags, moving):
     assert go("--max-steps", 2, *[world / f if f.endswith("json") else f for f in flags]) == 0
     assert {name.split(".")[0] for name, p in weights("run").items() if not torch.equal(p, weights(tiny)[name])} == moving
+
+
+def test_the_template_of_stage_2_is_saved_with_the_model_that_of_stage_1_is_not(go, world):
+    assert go("--stage", "pretrain", "--template", "plain", "--data", world / "pretrain.json", "--max-steps", 1, out="one") == 0
+    assert go("--template", "llava_v1", "--max-steps", 1, out="two") == 0
+    assert VLM.from_pretrained("one").cfg.template == "vicuna_v1" and VLM.from_pretrained("two").cfg.template == "llava_v1"
 
 
 @pytest.mark.parametrize("flags, parts", [
@@ -372,7 +387,7 @@ def test_a_full_disk_at_the_final_model_leaves_the_last_checkpoint(go, monkeypat
 
 def test_a_full_disk_while_logging_is_one_line_too(go, at_step, capfd):
     def full():
-        at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+        at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400)))
         return go()
     assert in_child(full) == 1
     error = errors(capfd)
@@ -470,7 +485,8 @@ def test_a_loss_that_is_no_number_stops_the_run(go, capfd):
 
 
 def test_a_loader_process_that_is_killed_is_one_line(go, monkeypatch, capfd):
-    monkeypatch.setattr(train, "micro_batches", lambda *args, **flags: os.kill(os.getpid(), signal.SIGKILL))
+    me, original = os.getpid(), train.micro_batches
+    monkeypatch.setattr(train, "micro_batches", lambda *args, **flags: original(*args, **flags) if os.getpid() == me else os.kill(os.getpid(), signal.SIGKILL))
     assert go("--workers", 1) == 1
     error = errors(capfd)[-1]
     assert error.startswith("error: DataLoader worker") and "--workers 0" in error
@@ -607,15 +623,17 @@ def test_the_curve_is_drawn_whatever_the_values(tmp_path, values):
 
 def test_help_gives_every_flag_with_its_default():
     shown = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True).stdout
-    flat = " ".join(shown.split())
+    entries = {line.split()[0].rstrip(","): line for line in re.split(r"\n(?=  -)", shown.split("options:")[1]) if line.strip()}
     for f in train.fields(train.TrainConfig):
-        assert f"--{f.name.replace('_', '-')}" in shown
-        assert f.default == "" or "(default" in flat.split(f" --{f.name.replace('_', '-')}", 1)[1].split(" --", 2)[0 if f.type is not bool else 1] or f.type is bool
-    assert "(default 16)" in flat and "None" not in shown
+        entry = " ".join(entries["--" + f.name.replace("_", "-")].split())
+        assert ("empty: " if f.type is str and f.default == "" else "(default ") in entry, entry
+        assert {str: " TEXT ", int: " N ", float: " X ", bool: "--no-"}[f.type] in entry, entry
+    assert "(default 0.001)" in entries["--lr"] and "assets/toy-clip)" in "".join(entries["--vision"].split())
 
 
 def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(tiny, world, tmp_path):
     reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     flags = ["--model", tiny, "--data", world / "train.json", "--max-steps", "30", "--eval-every", "0", "--no-final-eval", "--out", tmp_path / "run"]
     child = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, stderr=terminal, text=True, cwd=tmp_path)
     os.close(terminal)

@@ -1,0 +1,210 @@
+"""What sample.py says, to whom and how it ends. Every name is a claim; the model is tiny and random, and talks accordingly."""
+
+import contextlib
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from data import encode_prompt, run
+from model import VLM
+from test_train import ROOT, errors, one_thread, tiny, tok, world  # noqa: F401 (fixtures)
+from vision import cut_tiles, open_image
+
+NO_IMAGE = "nothing to answer: give --image, --prompt or both"
+
+
+@pytest.fixture
+def ask(tiny, world, tmp_path, monkeypatch):
+    """ask("--prompt", "What?") in a folder with a.png, b.png and the model in out/tiny -> exit code."""
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out/tiny").symlink_to(tiny)
+    for name, i in ("a.png", 0), ("b.png", 1):
+        Path(name).symlink_to(world / f"images/val_{i:05d}.png")
+    return lambda *flags: run(lambda: sample.main([str(word) for word in flags]))
+
+
+@pytest.fixture
+def chat(ask, monkeypatch):
+    """chat([question, ...], *flags): the user types these on a terminal, then Ctrl-D."""
+    def chat(typed, *flags):
+        typed = iter(typed)
+        def type_line(prompt):
+            print(prompt, end="")
+            line = next(typed, None)
+            if line is None:
+                raise EOFError
+            return line
+        monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+        monkeypatch.setattr("builtins.input", type_line)
+        return ask(*flags)
+    return chat
+
+
+def expected(model, tok, turns, pictures, n):
+    """The oracle: generate, all at once."""
+    vlm = VLM.from_pretrained(model)
+    tiles = [cut_tiles(open_image(p), vlm.cfg.vision, "pad") for p in pictures]
+    tokens = torch.tensor([encode_prompt(tok, turns, "vicuna_v1", [k for _, k in tiles])])
+    ids = vlm.generate(tokens, torch.cat([t for t, _ in tiles]) if tiles else None, n)[0].tolist()
+    return tok.decode(ids[: ids.index(tok.eos)] if tok.eos in ids else ids).strip()
+
+
+@pytest.fixture
+def talkative(tiny, monkeypatch):
+    """Every sequence ends after 6 tokens at most: the random model seldom ends by itself."""
+    original = VLM.stream
+    def stream(self, tokens, pixels, n, *rest, **flags):
+        stream.seen.append((tokens, pixels, n))
+        for step, new in enumerate(original(self, tokens, pixels, n, *rest, **flags)):
+            yield new if step < 6 else torch.tensor([self.cfg.eos_token])
+            if step == 6:
+                return
+    stream.seen = []
+    monkeypatch.setattr(VLM, "stream", stream)
+    return stream.seen
+
+
+def test_one_question_gets_the_greedy_answer_of_the_newest_run(ask, tiny, tok, capfd):
+    assert ask("--image", "a.png", "--prompt", "What color?", "--max-new-tokens", 20) == 0
+    assert capfd.readouterr().out == expected(tiny, tok, [("human", "<image>\nWhat color?")], ["a.png"], 20) + "\n"
+
+
+def test_several_pictures_are_given_in_their_order(ask, tiny, tok, capfd):
+    answers = []
+    for names in (["a.png", "b.png"], ["b.png", "a.png"]):
+        assert ask("--image", *names, "--prompt", "What differs?", "--max-new-tokens", 20) == 0
+        answers.append(capfd.readouterr().out)
+        assert answers[-1] == expected(tiny, tok, [("human", "<image><image>\nWhat differs?")], names, 20) + "\n"
+    assert answers[0] != answers[1]
+
+
+def test_a_question_needs_no_picture(ask, tiny, tok, capfd):
+    assert ask("--prompt", "How many?", "--max-new-tokens", 8) == 0
+    assert capfd.readouterr().out == expected(tiny, tok, [("human", "How many?")], [], 8) + "\n"
+
+
+def test_the_answer_is_printed_while_it_is_written(ask, monkeypatch, capfd):
+    shown, original = [], VLM.stream
+    def stream(*args, **flags):
+        for new in original(*args, **flags):
+            shown.append(capfd.readouterr().out)
+            yield new
+    monkeypatch.setattr(VLM, "stream", stream)
+    assert ask("--prompt", "How many?", "--max-new-tokens", 10, "--temperature", 3) == 0
+    assert sum(map(bool, shown)) > 3
+
+
+def test_temperature_draws_by_seed(ask, capfd):
+    said = []
+    for flags in ([], ["--temperature", 2], ["--temperature", 2], ["--temperature", 2, "--seed", 1], ["--temperature", 2, "--top-k", 1]):
+        assert ask("--prompt", "How many?", "--max-new-tokens", 12, *flags) == 0
+        said.append(capfd.readouterr().out)
+    assert said[1] == said[2] and len({said[0], said[1], said[3]}) == 3 and said[4] == said[0]
+
+
+def test_an_answer_that_is_cut_off_says_so(ask, talkative, capfd):
+    assert ask("--prompt", "How many?", "--max-new-tokens", 3) == 0
+    assert "[cut off after 3 tokens; raise --max-new-tokens]" in capfd.readouterr().err
+    assert ask("--prompt", "How many?", "--max-new-tokens", 30) == 0
+    assert "cut off" not in capfd.readouterr().err
+
+
+def test_an_answer_that_fills_the_models_context_says_so(ask, capfd):
+    assert ask("--prompt", "How many things are there? " * 50, "--max-new-tokens", 5000) == 0
+    assert "these are all 512 the model takes" in capfd.readouterr().err
+
+
+def test_without_a_prompt_and_a_terminal_the_picture_is_described(ask, tiny):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--image", "a.png", "--max-new-tokens", "5"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"> {sample.DESCRIBE}\n") and len(done.stdout.splitlines()) == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_on_a_terminal_one_can_go_on_asking(ask):
+    keyboard, terminal = pty.openpty()
+    child = subprocess.Popen([sys.executable, ROOT / "sample.py", "--image", "a.png", "--max-new-tokens", "5"], stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    def until(text, times):
+        nonlocal shown
+        while shown.count(text) < times:
+            shown += os.read(keyboard, 4096)
+    until(b"\n> ", 1)                            # after the description
+    os.write(keyboard, b"What color is it?\n")
+    until(b"\n> ", 2)
+    os.write(keyboard, b"\x04")                  # Ctrl-D
+    with contextlib.suppress(OSError):
+        until(b"never", 1)
+    assert child.wait() == 0 and b"Traceback" not in shown and b"> Provide" in shown
+
+
+def test_a_chat_asks_with_all_earlier_turns_and_one_picture(chat, talkative, tok, capfd):
+    assert chat(["What color?", ""], "--image", "a.png") == 0
+    (first, pixels, _), (second, again, _) = talkative
+    said = capfd.readouterr().out.splitlines()[1]
+    turns = [("human", f"<image>\n{sample.DESCRIBE}"), ("gpt", said), ("human", "What color?")]
+    assert second[0].tolist() == encode_prompt(tok, turns, "vicuna_v1", [16]) and torch.equal(pixels, again) and len(pixels) == 1
+    assert first[0].tolist() == encode_prompt(tok, turns[:1], "vicuna_v1", [16])
+
+
+def test_a_chat_without_a_picture_begins_with_a_question(chat, talkative):
+    assert chat(["Hello?", "Who?"]) == 0 and len(talkative) == 2 and talkative[0][1] is None
+    assert chat([]) == 0 and len(talkative) == 2
+
+
+def test_a_chat_survives_an_empty_answer_and_a_typed_image_marker(chat, tok, monkeypatch, capfd):
+    prompts = []
+    def stream(self, tokens, *rest, **flags):
+        prompts.append(tokens[0].tolist())
+        yield torch.tensor([tok.eos])
+    monkeypatch.setattr(VLM, "stream", stream)
+    assert chat(["One?", "an <image> here", "Two?"]) == 0
+    said = capfd.readouterr()
+    assert "empty answer" in said.err and "<image> cannot be typed" in said.out
+    assert prompts == [encode_prompt(tok, [("human", q)], "vicuna_v1", []) for q in ("One?", "Two?")]
+
+
+def test_a_chat_that_grows_too_long_ends_with_one_line(chat, talkative, capfd):
+    assert chat(["How many things are there? " * 30] * 5) == 1
+    assert "tokens, the model takes 512 with its answer" in errors(capfd)[-1] and len(talkative) >= 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--temperature", -1], "--temperature -1.0: must be 0 or more"), (["--temperature", "nan"], "--temperature nan: must be 0 or more"),
+    (["--top-p", 0], "--top-p 0.0: must be above 0"), (["--top-p", 1.5], "--top-p 1.5: must be above 0"), (["--top-k", -1], "--top-k -1: must be 0 or more"),
+    (["--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"), (["--image", "none.png"], "none.png: no such picture"),
+    (["--image", "text.png"], "text.png: not a picture"), (["--model", "none"], "none/config.json: not found"), (["--device", "foo"], "--device foo: choose"),
+    (["--image-mode", "padd"], "did you mean pad?"), (["--template", "vicuna"], "did you mean 'vicuna_v1'"), (["--prompt", "<image>"], "--prompt: <image>"),
+    (["--prompt", "many words " * 400], "the model takes 512"), (["--prompt", ""], NO_IMAGE), (["--top-p", "high"], "argument --top-p: invalid float"), (["--imgae", "a.png"], "did you mean --image?")])
+def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeypatch, flags, words):
+    Path("text.png").write_text("no picture")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert ask("--prompt", "What?", *flags) == 1
+    error = errors(capfd)
+    assert len(error) == 1 and error[0].startswith("error: ") and words in error[0], error
+
+
+def test_the_newest_finished_run_answers_and_an_unfinished_one_is_pointed_to(tmp_path):
+    make = lambda name, age: [(tmp_path / name).mkdir(parents=True), (tmp_path / name / "config.json").write_text("{}"), os.utime(tmp_path / name / "config.json", (age, age))]
+    with pytest.raises(ValueError, match="no finished run under .*train one") as error:
+        sample.newest_run(tmp_path)
+    assert "unfinished" not in str(error.value)
+    make("b/checkpoint-000100", 5)
+    with pytest.raises(ValueError, match="From an unfinished one there is --model .*b/checkpoint-000100"):
+        sample.newest_run(tmp_path)
+    make("old", 1), make("new", 2)
+    assert sample.newest_run(tmp_path) == tmp_path / "new"
+
+
+def test_help_gives_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        sample.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"(default {value})" in shown for value in ("0", "1", "256", "auto", "float32"))
