@@ -9,18 +9,16 @@ toy-clip    A tower of CLIP's architecture, trained to match pictures with phras
                 L = - mean over true (i, q) of log e^s_iq / (e^s_iq + sum of e^s over what is false), once for the phrases q' that are
                     false of picture i, once for the pictures i' that phrase q is false of (CLIP's two directions, arXiv:2103.00020).
             Half of the phrases are a true one with one word changed: else colors and places suffice, and kinds are never learned.
-toy-vicuna  A Llama trained by train.py on conversations in which words stand where the picture will be ("a big red cat at the top
-            left [0.05, 0.10, 0.35, 0.40]; ..."): it knows the questions and how to reason about things, and has never seen one.
+toy-vicuna  A Llama trained on texts in which words stand where the picture will be ("a big red cat at the top left [0.05, 0.10,
+            0.35, 0.40]; ..."): it knows the questions and how to reason about things, and has never seen one.
 
 Both see training scenes only: no (kind, color) pair of toyworld.UNSEEN is ever drawn or named.
 """
 
 import argparse
-import json
 import math
 import random
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +30,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import toyworld
-import train
-from data import Tokenizer, parse_args, run
-from model import PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, rename, LLAMA_NAMES, write_model, write_whole
+from data import IGNORE, Tokenizer, encode_conversation, parse_args, run
+from model import PRESETS, Decoder, clip_json, init_weights, llama_json, rename, LLAMA_NAMES, write_model
 from vision import CLIP_NAMES, ViT
 
 ATTRIBUTES = ("size", "color", "kind", "place", "word")
@@ -46,7 +43,7 @@ def main(argv=None):
     cli.add_argument("what", choices=["ingredients"], help="ingredients: make toy-clip and toy-vicuna")
     cli.add_argument("--out", default="assets", help="folder to write them to (default assets)")
     cli.add_argument("--clip-steps", type=int, default=2000, help="steps of 64 pictures (default 2000)")
-    cli.add_argument("--vicuna-steps", type=int, default=1600, help="steps of 16 conversations (default 1600)")
+    cli.add_argument("--vicuna-steps", type=int, default=3000, help="steps of 32 texts (default 3000)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna"], help="make one of the two")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
     cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
@@ -186,35 +183,97 @@ def told_apart(clip, tok, n=128):
 # ---- toy-vicuna --------------------------------------------------------------------------------------------------------
 
 
-def make_vicuna(out, cfg, size=16):
-    began = time.time()
-    with tempfile.TemporaryDirectory() as tmp:
-        file = Path(tmp) / "text.jsonl"
-        with open(file, "w") as f:
-            for i in range(min(cfg.vicuna_steps * size, 40_000)):
-                f.write(json.dumps(text_record(i, cfg.seed)) + "\n")
-        train.main(["--model", "toy", "--from-scratch", "--train", "llm", "--tokenizer", str(out / "toy-vicuna"), "--data", str(file),
-                    "--batch-size", str(size), "--lr", "1e-3", "--max-steps", str(cfg.vicuna_steps), "--out", f"{tmp}/run",
-                    "--seed", str(cfg.seed), "--save-every", "0", "--log-every", "100"])
-        decoder, tok = VLM.from_pretrained(f"{tmp}/run").decoder, Tokenizer(out / "toy-vicuna")
-    tensors = {rename(name, LLAMA_NAMES): p.half().contiguous() for name, p in decoder.state_dict().items()}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = tensors[name][: tok.n_text].clone()                 # the rows of <image> and <pad> are the VLM's business
-    write_model(out / "toy-vicuna", tensors, llama_json(replace(decoder.cfg, vocab_size=tok.n_text)) | {"architectures": ["LlamaForCausalLM"]})
-    print(f"toy-vicuna: {cfg.vicuna_steps} steps in {(time.time() - began) / 60:.1f} minutes, {len(tensors)} tensors in {out / 'toy-vicuna'}")
+def make_vicuna(out, cfg, lr=1e-3):
+    torch.manual_seed(cfg.seed)
+    tok, began, n = Tokenizer(out / "toy-vicuna"), time.time(), cfg.vicuna_steps
+    decoder = init_weights(Decoder(replace(PRESETS["toy"].decoder, vocab_size=tok.n_text)))
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    bar = tqdm(range(1, n + 1), desc="toy-vicuna", dynamic_ncols=True)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = lr * min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * max(0, 2 * step - n) / n))
+        loss, _ = text_loss(decoder, tok, [lesson(tok, random.Random(f"{cfg.seed} text {step} {i}"), step / n) for i in range(32)])
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if step % 200 == 0 or step == n:
+            bar.write(f"step {step}  loss {loss.item():.3f}  told, unseen pairs: " + "  ".join(f"{k} {v:.0%}" for k, v in told(decoder, tok).items()))
+            sys.stdout.flush()
+    tensors = {rename(name, LLAMA_NAMES): p.half() for name, p in decoder.state_dict().items()}
+    write_model(out / "toy-vicuna", tensors, llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]})
+    print(f"toy-vicuna: {n} steps in {(time.time() - began) / 60:.1f} minutes, {len(tensors)} tensors in {out / 'toy-vicuna'}")
 
 
-def text_record(i, seed):
-    """A conversation about a scene that is told, not shown."""
-    rng = random.Random(f"{seed} text {i}")
+def text_loss(decoder, tok, lessons):
+    """Mean loss over the answers' tokens, and which of them are right: one list of bool per lesson."""
+    T = max(len(tokens) for tokens, _ in lessons)
+    tokens = torch.tensor([t + [tok.pad] * (T - len(t)) for t, _ in lessons]).clamp(max=tok.n_text - 1)
+    labels = torch.tensor([l + [IGNORE] * (T - len(l)) for _, l in lessons])[:, 1:]
+    h, keep = decoder(decoder.embed_tokens(tokens))[:, :-1], labels != IGNORE
+    logits = decoder.lm_head(h[keep])
+    right = (logits.argmax(-1) == labels[keep]).split(keep.sum(1).tolist())
+    return F.cross_entropy(logits, labels[keep]), [r.tolist() for r in right]
+
+
+def lesson(tok, rng, progress):
+    """A scene in words, then what there is to say of it -> tokens, labels. First words ("color cat": "red"), then bare questions,
+    then whole conversations: where the answer follows the word it depends on, finding it is learned within 300 steps; with a format
+    prompt between them, not within 1,500."""
     scene = toyworld.random_scene(rng)
-    asked = toyworld.questions(scene, rng)
-    turns = rng.sample(asked, min(7, len(asked)))
-    record = toyworld.record(f"text-{i}", None, [pair for _, *pair in turns])
-    del record["image"]
-    first = record["conversations"][0]
-    first["value"] = first["value"].replace("<image>\n", toyworld.describe(scene) + "\n")
-    return record
+    shares = (1, 0, 0) if progress < 0.2 else (0.4, 0.6, 0) if progress < 0.5 else (0.1, 0.2, 0.7)
+    form = rng.choices(("words", "questions", "conversation"), shares)[0]
+    asked = [q for _ in range(3 if form == "questions" else 1) for q in toyworld.questions(scene, rng)]
+    if form == "conversation":
+        asked = rng.sample(asked, min(4, len(asked)))
+        turns = [turn for _, question, answer in asked for turn in (("human", question), ("gpt", answer))]
+        turns[0] = ("human", toyworld.describe(scene) + "\n" + turns[0][1])
+        return encode_conversation(tok, turns, "vicuna_v1", [])
+    pairs = terse(scene, rng) if form == "words" else [(bare(q), a) for c, q, a in dict.fromkeys(asked) if c not in ("caption", "cot")]
+    rng.shuffle(pairs)
+    tokens = [tok.bos, *tok.encode(toyworld.describe(scene, boxes=form == "questions" or rng.random() < 0.3))]
+    labels = [IGNORE] * len(tokens)
+    for question, answer in pairs[:16]:
+        q, a = tok.encode("\n" + question, dummy_prefix=False), tok.encode(" " + answer, dummy_prefix=False)
+        tokens, labels = tokens + q + a, labels + [IGNORE] * len(q) + a
+    return tokens, labels
+
+
+def terse(scene, rng):
+    """Questions of two or three words, the last one the thing asked about."""
+    kinds = [t.kind for t in scene.things]
+    pairs = [("how many " + k, str(toyworld.count(scene, kind=k))) for k in rng.sample(toyworld.KINDS, 2) + kinds[:1]]
+    pairs += [("how many " + c, str(toyworld.count(scene, color=c))) for c in rng.sample(list(toyworld.COLORS), 1) + [scene.things[0].color]]
+    for t in scene.things:
+        name = t.kind if kinds.count(t.kind) == 1 else f"{t.color} {t.kind}"
+        pairs += [("color " + t.kind, t.color)] * (name == t.kind) + [("size " + name, t.size), ("place " + name, t.place), ("thing " + t.place, t.kind)]
+        pairs += [(f"any {t.color} {t.kind}", "yes")]
+        other, near = (rng.choice(toyworld.KINDS), rng.choice(list(toyworld.COLORS))), rng.choice([(t.kind, c) for c in toyworld.COLORS] + [(k, t.color) for k in toyworld.KINDS])
+        pairs += [(f"any {c} {k}", "no") for k, c in [rng.choice((other, near))] if not toyworld.count(scene, k, c) and (k, c) not in toyworld.UNSEEN]
+    return pairs + ([("sign", scene.sign.word)] if scene.sign else [])
+
+
+def bare(question):
+    """A question without its format prompt."""
+    for prompt in (toyworld.SHORT, toyworld.LETTER, toyworld.INSUFFICIENT):
+        question = question.replace("\n" + prompt, "")
+    return question
+
+
+@torch.no_grad()
+def told(decoder, tok, n=48):
+    """Share of questions answered right (every token, given those before it) about held-out scenes that are told, not shown."""
+    wins = {}
+    for category in toyworld.ASK:
+        lessons = []
+        for i in range(n):
+            rng = random.Random(f"told {i}")
+            scene = toyworld.random_scene(rng, held_out=True)
+            lessons += [encode_conversation(tok, [("human", toyworld.describe(scene) + "\n" + q), ("gpt", a)], "vicuna_v1", [])
+                        for c, q, a in toyworld.questions(scene, rng) if c == category]
+        right = text_loss(decoder, tok, lessons)[1]
+        wins[category] = sum(map(all, right)) / len(right)
+    return wins
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ PRESETS = {
     # The toy: its tower and decoder are in assets/, made by lab.py. 64 visual tokens a picture.
     "toy": VLMConfig(
         VisionConfig(image_size=96, patch_size=12, n_embd=128, n_layer=5, n_head=4, n_hidden=512),
-        DecoderConfig(vocab_size=960, n_layer=6, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024)),
+        DecoderConfig(vocab_size=960, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024)),
     # For small real photos, from random weights: patches of 8 px because the photos have only 64 a side.
     "photo": VLMConfig(
         VisionConfig(image_size=64, patch_size=8, n_embd=192, n_layer=5, n_head=6, n_hidden=768, feature_layer=-1),

@@ -81,7 +81,8 @@ class TrainConfig:
     eval_every: int = arg(100, "steps between looks at held-out loss and sample answers; 0: never")
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end")
     log_every: int = arg(10, "steps between printed lines")
-    final_eval: bool = arg(True, "at the end, answer all held-out questions and print the table")
+    final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
+    eval_limit: int = arg(0, "answer only this many of them, evenly spread over the file; 0: all")
     resume: bool = arg(False, "go on from the newest checkpoint in --out; all flags that matter must be as they were")
     workers: int = arg(1, "processes that prepare records; 0: none")
     seed: int = arg(0, "for weights and the order of the records")
@@ -99,7 +100,7 @@ RECIPES = {
     ("llava-1.5-7b", "finetune"): dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048),
 }
 RECIPES |= {("llava-1.5-13b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}
-FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "save_every", "eval_every"}   # on --resume
+FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "eval_limit", "save_every", "eval_every"}   # on --resume
 
 
 def main(argv=None):
@@ -200,7 +201,8 @@ def fit(cfg):
           + (f"; {len(still)} trainable tensors never got a gradient, such as {still[0]}" if still else ""))
     save_model(out, vlm, tok)
     if questions and cfg.final_eval:
-        examine(vlm, tok, questions, out, device)
+        every = math.ceil(len(questions) / cfg.eval_limit) if cfg.eval_limit > 0 else 1
+        examine(vlm, tok, questions[::every], out, device)
     print(f"the model is in {out}; ask it: python sample.py --model {out} --image FILE --prompt TEXT")
     return 0
 
