@@ -43,7 +43,7 @@ def main(argv=None):
     cli.add_argument("what", choices=["ingredients"], help="ingredients: make toy-clip and toy-vicuna")
     cli.add_argument("--out", default="assets", help="folder to write them to (default assets)")
     cli.add_argument("--clip-steps", type=int, default=2000, help="steps of 64 pictures (default 2000)")
-    cli.add_argument("--vicuna-steps", type=int, default=3000, help="steps of 32 texts (default 3000)")
+    cli.add_argument("--vicuna-steps", type=int, default=1500, help="steps of 32 texts (default 1500)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna"], help="make one of the two")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
     cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
@@ -197,7 +197,7 @@ def make_vicuna(out, cfg, lr=1e-3):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bar.set_postfix_str(f"loss {loss.item():.3f}")
-        if step % 200 == 0 or step == n:
+        if step % 250 == 0 or step == n:
             bar.write(f"step {step}  loss {loss.item():.3f}  told, unseen pairs: " + "  ".join(f"{k} {v:.0%}" for k, v in told(decoder, tok).items()))
             sys.stdout.flush()
     tensors = {rename(name, LLAMA_NAMES): p.half() for name, p in decoder.state_dict().items()}
@@ -221,7 +221,7 @@ def lesson(tok, rng, progress):
     then whole conversations: where the answer follows the word it depends on, finding it is learned within 300 steps; with a format
     prompt between them, not within 1,500."""
     scene = toyworld.random_scene(rng)
-    shares = (1, 0, 0) if progress < 0.2 else (0.4, 0.6, 0) if progress < 0.5 else (0.1, 0.2, 0.7)
+    shares = (1, 0, 0) if progress < 0.35 else (0.3, 0.7, 0) if progress < 0.6 else (0, 0.2, 0.8)
     form = rng.choices(("words", "questions", "conversation"), shares)[0]
     asked = [q for _ in range(3 if form == "questions" else 1) for q in toyworld.questions(scene, rng)]
     if form == "conversation":
@@ -261,7 +261,7 @@ def bare(question):
 
 
 @torch.no_grad()
-def told(decoder, tok, n=48):
+def told(decoder, tok, n=32):
     """Share of questions answered right (every token, given those before it) about held-out scenes that are told, not shown."""
     wins = {}
     for category in toyworld.ASK:
