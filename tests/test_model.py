@@ -426,7 +426,7 @@ DAMAGES = {
     "a config that is no text": (lambda d: (d / "config.json").write_bytes(b"\xff\x00"), "config.json: cannot be read as JSON"),
     "a config in a folder": (lambda d: [(d / "config.json").unlink(), (d / "config.json").mkdir()], "config.json: cannot be read"),
     "another architecture": (lambda d: change_config(d, model_type="qwen2_vl"), "model_type is 'qwen2_vl'; only 'llava'"),
-    "another language model": (lambda d: change_config(d, "text_config", model_type="mistral"), "model_type is 'mistral'; only 'llama'"),
+    "another language model": (lambda d: change_config(d, "text_config", model_type="qwen2"), "model_type is 'qwen2'; only 'llama'"),
     "another tower": (lambda d: change_config(d, "vision_config", model_type="siglip_vision_model"), "only 'clip_vision_model'"),
     "stretched positions": (lambda d: change_config(d, "text_config", rope_scaling={"type": "linear", "factor": 4.0}), "type is 'linear'"),
     "new stretched positions": (lambda d: change_config(d, "text_config", rope_parameters={"rope_type": "llama3"}), "rope_type is 'llama3'"),
