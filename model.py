@@ -21,6 +21,7 @@ the longest sequence is one window (inside it nothing slides); nor are InternLM2
     python model.py info DIR|PRESET             # parts, parameters, visual tokens, memory; reads no weights
 """
 
+import argparse
 import json
 import math
 import os
@@ -484,7 +485,7 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     file, n_read, weights = None, 0, {}
     for name in sorted(state, key=lambda name: str(found[name].file)):
         t = found[name]
-        if t.file != file or n_read > 2**29:                                # open anew now and then: pages once read count as ours till then
+        if t.file != file or n_read > 2**27:                                # open anew now and then: pages once read count as ours till then
             opened, file, n_read = None, t.file, 0
             opened = open_weights(file)
         weights[name] = t.of(opened).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
@@ -853,10 +854,13 @@ def save_processor(directory, tokenizer_file, cfg):
     ways = {"pad": ("LlavaImageProcessor", {"shortest_edge": S}, True), "crop": ("CLIPImageProcessor", {"shortest_edge": S}, True),
             "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False)}
     kind, size, crop = ways["pad" if cfg.image_mode == "letterbox" else cfg.image_mode]     # transformers knows no letterbox
+    names = {cfg.image_token: "<image>"} | ({cfg.pad_token: "<pad>"} if cfg.pad_token != cfg.eos_token else {})
     files = {
         "tokenizer.json": tokenizer_json(tokenizer_file, cfg),
         "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
                                   "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+                                  "added_tokens_decoder": {str(i): {"content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+                                                                    "single_word": False} for i, name in names.items()},
                                   "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size,
                                   "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": "LlavaProcessor"},
         "preprocessor_config.json": {
@@ -919,3 +923,96 @@ def write_whole(path, write):
         raise UserError(f"{path}: could not be written ({error}); free some space or choose another --out. What was there is untouched") from None
     finally:
         tmp.unlink(missing_ok=True)
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    cli = argparse.ArgumentParser(description="Turn public weights into safetensors, or say what a model is made of.")
+    commands = cli.add_subparsers(dest="command", required=True)
+    convert_cli = commands.add_parser("convert", help=".bin and .pt to safetensors; a whole model to the llava-hf layout where that can hold it")
+    convert_cli.add_argument("src", help="directory or file to read")
+    convert_cli.add_argument("out", metavar="DIR", help="directory to write")
+    convert_cli.add_argument("--vision", metavar="DIR[,DIR]", help="tower of a model published without")
+    convert_cli.add_argument("--llm", metavar="DIR", help="base of a LoRA; its tokenizer.model is taken where SRC has none")
+    commands.add_parser("info", help="parts, parameters, visual tokens, memory; reads no weights").add_argument("model", metavar="DIR|PRESET")
+    args = cli.parse_args(argv)
+    try:
+        info(args.model) if args.command == "info" else convert(Path(args.src), Path(args.out), args.vision, args.llm)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def whole(directory):
+    """Whether a directory holds a vision-language model, and no tower or decoder alone."""
+    c = read_json(Path(directory) / "config.json") if Path(directory).is_dir() else {}
+    return (Path(directory) / "adapter_config.json").exists() or "mm_hidden_size" in c or "llm_backbone_id" in c or "model" in c or (
+        c.get("model_type") in ("llava", "internvl_chat", "plainvlm"))
+
+
+def convert(src, out, vision=None, llm=None):
+    if out.exists() and out.resolve() == (src if src.is_dir() else src.parent).resolve():
+        raise UserError(f"{out}: is where the weights are read from; choose another directory to write")
+    if not whole(src):                                                      # its names stay, only the files change
+        tensors = {name: t.of(opened) for opened, group in by_file(read_tensors(src)) for name, t in group.items() if not name.endswith("inv_freq")}
+        for file in src.glob("*") if src.is_dir() else ():
+            if file.suffix == ".json" and ".index." not in file.name and file.name != "config.json" or file.name == "tokenizer.model":
+                write_whole(out / file.name, lambda tmp: shutil.copyfile(file, tmp))
+        tensors = {name: t.contiguous().clone() for name, t in tensors.items()}
+        write_model(out, tensors, read_json(src / "config.json") if (src / "config.json").exists() else {})
+        print(f"{out}: {len(tensors)} tensors under their own names")
+        return
+    lora = (src / "adapter_config.json").exists()
+    cfg, found, tensors, public = read_model(src, vision, llm if lora else None)
+    table, rows = found["decoder.embed_tokens.weight"], max(cfg.image_token, cfg.pad_token) + 1
+    if cfg.decoder.vocab_size < rows:                                       # llava-hf has rows for <image> and <pad>, the original has none
+        cfg.decoder.vocab_size = -(-rows // 64) * 64
+        found |= {name: grow(found[name], cfg.decoder.vocab_size) for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight")}
+    with torch.device("meta"):
+        vlm = VLM(cfg)
+    load_strict(vlm, found, src, tensors, dtype=table.meta.dtype if table.meta.dtype != torch.float64 else torch.float32, public=public)
+    tokenizer = next((Path(d) / "tokenizer.model" for d in (src, llm) if d and (Path(d) / "tokenizer.model").exists()), None)
+    if tokenizer:
+        save_processor(out, tokenizer, cfg)
+    vlm.save_pretrained(out)
+    print(f"{out}: in {'the llava-hf layout' if fits_llava(cfg) else 'our own layout, since no public one of ours holds this model'}"
+          + ("" if tokenizer else f"; {src} has no tokenizer.model, put one beside it"))
+
+
+def by_file(tensors):
+    """{name: Stored} -> for each file its opened tensors and the part of the dict that lies there."""
+    for file in {t.file for t in tensors.values()}:
+        yield open_weights(file), {name: t for name, t in tensors.items() if t.file == file}
+
+
+def info(name):
+    if name in PRESETS:
+        cfg = PRESETS[name]
+    elif not Path(name).is_dir():
+        raise UserError(f"{name}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+    elif whole(name):
+        cfg = read_config(name, our_names(read_tensors(name)) if any((Path(name) / f"{f}{end}").exists() for f in FILES for end in ("", ".index.json")) else {})
+    else:
+        c = read_json(Path(name) / "config.json")
+        cfg = decoder_config(c) if c.get("model_type") in ("llama", "mistral", "internlm2") else read_tower(name)
+    with torch.device("meta"):
+        parts = {"decoder": Decoder(cfg)} if isinstance(cfg, DecoderConfig) else {"vision": ViT(cfg)} if isinstance(cfg, VisionConfig) else dict(
+            VLM(cfg).named_children())
+    count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
+    for part, n in count.items():
+        c = getattr(cfg, part, cfg)                                         # a tower or decoder alone is its own part
+        print(f"{part:10} {n:>16,} parameters   " + (c if isinstance(c, str) else ", ".join(
+            f"{key} {value}" for key, value in asdict(c).items() if key not in ("mean", "std"))))
+    total, trained = sum(count.values()), sum(n for part, n in count.items() if not part.startswith("vision"))
+    print(f"{'total':10} {total:>16,} parameters")
+    if "connector" in count:
+        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}, template {cfg.template}")
+    GB = 1e9                                                                # training: float32 weight, gradient and two Adam moments
+    print(f"memory     {2 * total / GB:.2f} GB in bfloat16; to train all but the towers {(16 * trained + 4 * (total - trained)) / GB:.2f} GB "
+          "(float32, Adam), and activations")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
