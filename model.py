@@ -580,7 +580,7 @@ def read_model(directory, vision=None, llm=None):
     tensors = read_lora(directory, llm) if (directory / "adapter_config.json").exists() else None
     if llm and tensors is None:
         raise UserError(f"{directory}: is a whole model; --llm is for presets, and for the base of a LoRA")
-    read_json(directory / "config.json")                                    # if there is none, that is what is wrong
+    config_reader(directory / "config.json")                                # an unknown architecture is said before anything about its weights
     tensors = tensors or read_tensors(directory)
     own = our_names(tensors)
     if lacks := not any(name.startswith("vision.") for name in own) and any(name.startswith("decoder.") for name in own):
@@ -657,19 +657,26 @@ def read_config(directory, own={}, towers=()):
     c, prep = read_json(file), file.with_name("preprocessor_config.json")
     prep = read_json(prep) if prep.exists() else {}
     try:
-        if isinstance(c.get("model"), dict) or c.get("model_type") in ("prismatic", "openvla"):
-            return prismatic_config(c if "llm_backbone_id" in c else c["model"], own, towers)
-        if "mm_hidden_size" in c or "mm_vision_tower" in c:
-            return original_llava_config(c, own, towers)
-        readers = {"llava": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
-        if c.get("model_type") not in readers:
-            raise UserError(f"model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can be opened")
-        return readers[c["model_type"]](c, prep)
+        return config_reader(file)(c, prep, own, towers)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise error if str(error).startswith(str(file)) else UserError(f"{file}: {error}") from None
 
 
-def llava_hf_config(c, prep):
+def config_reader(file):
+    """Which layout a config.json is of -> the function that reads it."""
+    c = read_json(file)
+    if isinstance(c.get("model"), dict) or c.get("model_type") in ("prismatic", "openvla"):
+        return prismatic_config
+    if "mm_hidden_size" in c or "mm_vision_tower" in c:
+        return original_llava_config
+    readers = {"llava": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
+    if c.get("model_type") not in readers:
+        raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can be "
+                        "opened. A language model alone goes to --llm, a tower to --vision")
+    return readers[c["model_type"]]
+
+
+def llava_hf_config(c, prep, own, towers):
     only(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     only(take(c, "vision_config", dict), model_type="clip_vision_model")
     tower = vision_config(c)
@@ -682,7 +689,7 @@ def llava_hf_config(c, prep):
                      take(c, "image_aspect_ratio", str, mode), take({"template": default_template(c | {"mm_projector_type": "mlp"})}, "template", str))
 
 
-def original_llava_config(c, own, towers):
+def original_llava_config(c, prep, own, towers):
     """liuhaotian/llava-*: a Llama's config with the fields mm_*. Its table may end before <image>, which the code puts behind it."""
     only(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     tower = towers[0] if towers else tower_by_shapes(part_of(own, "vision")) if own else VisionConfig()
@@ -691,8 +698,9 @@ def original_llava_config(c, own, towers):
                      take(c, "mm_projector_type", str, "linear"), image_mode="crop" if mode == "square" else mode, template=default_template(c))
 
 
-def prismatic_config(c, own, towers):
+def prismatic_config(c, prep, own, towers):
     """TRI-ML/prismatic-vlms name their parts; the sizes are in the tensors. Every tower runs with the exact GELU except CLIP alone."""
+    c = c if "llm_backbone_id" in c else take(c, "model", dict)
     tower_id, arch, llm = (take(c, name, str) for name in ("vision_backbone_id", "arch_specifier", "llm_backbone_id"))
     if not llm.startswith(("vicuna", "llama2", "mistral")):
         raise UserError(f"llm_backbone_id is {llm!r}; only vicuna, llama2 and mistral are implemented")
@@ -720,7 +728,7 @@ def prismatic_config(c, own, towers):
                      vision2=towers[1] if fused else None)
 
 
-def internvl_config(c, prep=None):
+def internvl_config(c, prep, own, towers):
     """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table; one tile, squashed to a square."""
     only(c, ps_version="v2", downsample_ratio=0.5)
     decoder = decoder_config(take(c, "llm_config", dict))
@@ -729,7 +737,7 @@ def internvl_config(c, prep=None):
                      pad_token=2, image_mode="resize", template=default_template(c))
 
 
-def own_config(c, prep=None):
+def own_config(c, prep, own, towers):
     try:
         towers = {part: VisionConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c[part].items()}) for part in ("vision", "vision2") if c[part]}
         rest = {k: v for k, v in c.items() if k not in ("model_type", "dtype", "vision", "vision2", "decoder")}
@@ -770,7 +778,7 @@ def vision_config(c):
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(map(repr, TOWERS))} are implemented")
     base, intern = TOWERS[kind], kind == "intern_vit_6b"
-    only(inner, use_swiglu_ffn=False, qkv_bias=not intern or inner.get("norm_type") == "layer_norm", use_mask_token=inner.get("use_mask_token"))
+    only(inner, use_swiglu_ffn=False, qkv_bias=not intern or inner.get("norm_type") == "layer_norm")
     rms = intern and inner.get("norm_type", "rms_norm") == "rms_norm"
     if intern and inner.get("qk_normalization", True) != rms:
         raise UserError(f"qk_normalization is {not rms} with norm_type {inner.get('norm_type')!r}; only 300M (neither) and 6B (both) are implemented")
@@ -846,6 +854,13 @@ def llava_config(cfg, dtype):
             "ignore_index": IGNORE, "image_seq_length": cfg.vision.n_token, "projector_hidden_act": "gelu",
             "vision_feature_layer": cfg.vision.feature_layer, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
             "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template}
+
+
+def check_tokenizer(vlm, tok):
+    """A tokenizer and a model that do not belong together would fail deep inside, or not at all."""
+    if tok.n_text > vlm.cfg.decoder.vocab_size or tok.image != vlm.cfg.image_token:
+        raise UserError(f"{tok.path}: has {tok.n_text:,} pieces and <image> at {tok.image:,}, the model an embedding of {vlm.cfg.decoder.vocab_size:,} rows "
+                        f"and <image> at {vlm.cfg.image_token:,}; they are of different models")
 
 
 def save_processor(directory, tokenizer_file, cfg):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data import Tokenizer, cut_at_stop, encode_prompt, parse_args, run, stop_ids
-from model import VLM
+from model import VLM, check_tokenizer
 from train import Flags, one_of, pick_device
 from vision import MODES, UserError, cut_tiles, open_image
 
@@ -30,6 +30,7 @@ def main(argv=None):
         raise UserError("nothing to answer: give --image, --prompt or both")
     directory = cfg.model or newest_run()
     vlm, tok = VLM.from_pretrained(directory, device, getattr(torch, cfg.dtype), cfg.vision, cfg.llm), Tokenizer(directory)
+    check_tokenizer(vlm, tok)
     tiles, n_visual = zip(*(cut_tiles(image, vlm.cfg.vision, cfg.image_mode or vlm.cfg.image_mode) for image in images)) if images else ((), ())
     pixels = torch.cat(tiles).to(device) if tiles else None
 

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 import toyworld
 from data import IGNORE, Examples, Records, Tokenizer, collate, cut_at_stop, encode_conversation, encode_prompt, parse_args, run, stop_ids
-from model import (PRESETS, VLM, decoder_config, init_weights, load_connector, load_decoder, load_vision, read_json, read_tower, save_processor,
-                   write_whole)
+from model import (PRESETS, VLM, check_tokenizer, decoder_config, init_weights, load_connector, load_decoder, load_vision, read_json, read_tower,
+                   save_processor, write_whole)
 from vision import MODES, UserError, cut_tiles, open_image
 
 HERE = Path(__file__).parent
@@ -301,6 +301,7 @@ def build(cfg, checkpoint=None):
         if not paths:
             init_weights(vlm.vision)
         load_decoder(vlm.decoder, cfg.llm) if cfg.llm else init_weights(vlm.decoder)
+    check_tokenizer(vlm, tok)
     if cfg.projector and not checkpoint:
         load_connector(vlm.connector, cfg.projector)
     vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode

@@ -4,18 +4,18 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import model
 from data import Tokenizer
-from model import PRESETS, VLM, Connector, Decoder, DecoderConfig, VLMConfig, clip_json, decoder_config, llama_json, load_connector, load_decoder, \
-    load_vision, read_json, read_tower
+from model import (VLM, Connector, Decoder, DecoderConfig, VLMConfig, check_tokenizer, clip_json, decoder_config, llama_json, load_connector,
+                   load_decoder, load_vision, read_json, read_tower)
 from vision import IMAGENET_MEAN, IMAGENET_STD, UserError, VisionConfig, ViT, resize_positions
 
 transformers = pytest.importorskip("transformers")
@@ -330,6 +330,11 @@ def test_prismatic_is_two_reference_towers_a_connector_and_a_llama(tmp_path):
                                 | {f"siglip_featurizer.{k}": t for k, t in timm_names(vlm.vision2).items()})
     torch.save({"model": state}, folder / "checkpoints/latest-checkpoint.pt")              # a full finetune holds the towers, as timm names them
     close(VLM.from_pretrained(folder)(tokens, raw), vlm(tokens, raw))
+    fc = {"0": "fc1", "2": "fc2", "4": "fc3"}                               # and the layout in which OpenVLA wrote the same
+    names = ({f"projector.{fc[k[0]]}{k[1:]}": t for k, t in fused.state_dict().items()} | {f"language_model.{k}": t for k, t in llama.state_dict().items()}
+             | {f"vision_backbone.featurizer.{k.replace('gamma', 'scale_factor')}": t for k, t in timm_names(vlm.vision, True).items()}
+             | {f"vision_backbone.fused_featurizer.{k}": t for k, t in timm_names(vlm.vision2).items()})
+    close(VLM.from_pretrained(write(tmp_path / "hf", {"model_type": "prismatic", **config["model"]}, names))(tokens, raw), vlm(tokens, raw))
 
 
 # ---- InternVL -------------------------------------------------------------------------------------------------------
@@ -455,6 +460,7 @@ DAMAGES = {
     "ghost": (spoil_index, "names model.ghost, but pytorch_model.bin does not hold it"),
     "none": (lambda d: (d / "pytorch_model.bin").unlink(), "model.safetensors: not found, nor pytorch_model.bin"),
     "start-end tokens": (lambda d: original(d, narrow(), True, mm_use_im_start_end=True), "mm_use_im_start_end is True; only False"),
+    "a tower alone": (lambda d: write(d, clip_json(TINY.vision), {}), "model_type is 'clip_vision_model'; only 'llava'"),
     "tiles": (lambda d: original(d, narrow(), True, image_aspect_ratio="anyres"), "'anyres' is unknown"),
     "biases": (lambda d: original(d, narrow(), True, attention_bias=True), "attention_bias is True"),
 }
@@ -468,3 +474,11 @@ def test_a_damaged_directory_is_one_clear_error(tmp_path, damage):
     spoil(folder)
     with pytest.raises(UserError, match=f"{folder}.*{says}"):
         VLM.from_pretrained(folder)
+
+
+def test_a_tokenizer_of_another_model_is_one_clear_error():
+    tok = SimpleNamespace(path="t", n_text=320, image=32000)
+    check_tokenizer(narrow(), tok)
+    for wrong in dict(n_text=321), dict(image=320):
+        with pytest.raises(UserError, match="t: has .* pieces .* of different models"):
+            check_tokenizer(narrow(), SimpleNamespace(**vars(tok) | wrong))
