@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import model
+import train
 from data import Tokenizer
 from model import (VLM, Connector, Decoder, DecoderConfig, VLMConfig, check_tokenizer, clip_json, decoder_config, llama_json, load_connector,
                    load_decoder, load_vision, read_json, read_tower)
@@ -482,3 +483,17 @@ def test_a_tokenizer_of_another_model_is_one_clear_error():
     for wrong in dict(n_text=321), dict(image=320):
         with pytest.raises(UserError, match="t: has .* pieces .* of different models"):
             check_tokenizer(narrow(), SimpleNamespace(**vars(tok) | wrong))
+
+
+@torch.no_grad()
+def test_a_preset_is_built_from_two_towers_of_other_families_trains_and_is_saved(tmp_path):
+    for kind in "registers", "siglip vision":
+        lively(clip_and_siglip()[kind]).save_pretrained(tmp_path / kind.split()[0])
+    cfg = train.TrainConfig(model="toy", vision=f"{tmp_path / 'registers'},{tmp_path / 'siglip'}", llm=train.TOY["llm"], image_size=84, stage="pretrain")
+    vlm, tok = train.build(cfg)
+    assert (vlm.cfg.vision.n_token, vlm.cfg.n_feature, vlm.cfg.connector) == (36, 128, "fused_gelu")        # 6 x 6 patches, tables resized from 4 x 4
+    assert {n.split(".")[0] for n, p in vlm.named_parameters() if p in set(train.freeze(vlm, replace(cfg, train="connector,vision")))} == {
+        "connector", "vision", "vision2"}
+    train.save_model(tmp_path / "m", vlm, tok)
+    again, same_tok = train.build(train.TrainConfig(model=str(tmp_path / "m")))
+    assert again.cfg == vlm.cfg and same(again, vlm) and same_tok.image == tok.image
