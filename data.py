@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import vision
-from vision import UserError
+from vision import UserError, default_template, prismatic_llm
 
 IGNORE = -100                        # label of a position that costs nothing; what F.cross_entropy ignores by default
 TURN = '{"from": "human" or "gpt", "value": text}'
@@ -209,30 +209,6 @@ def find_template(name):
         near = difflib.get_close_matches(str(name), TEMPLATES, n=1, cutoff=0.0)
         raise UserError(f"template {name!r} is unknown; did you mean {near[0]!r}? Known are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
-
-
-def default_template(config):
-    """The template that a model was trained with, by the fields of its config.json. A language model alone gets vicuna_v1, or InternVL's.
-
-    LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or Llama-2-chat, which need --template.
-    """
-    llm, linear = prismatic_llm(config), config.get("mm_projector_type", "linear") == "linear"
-    if "template" in config:                                               # InternVL writes it down, and so do we
-        name = config["template"]
-    elif llm:                                                              # vicuna-v15-7b, llama2-7b-pure, llama2-13b-chat, ...
-        name = {"pure": "prism_pure", "chat": "prism_llama_2", "instruct": "prism_mistral"}.get(llm.split("-")[-1], llm)
-        name = "prism_vicuna" if llm.startswith("vicuna") else name
-    else:
-        name = ("internvl2_5" if str(config.get("model_type")).startswith("intern") else
-                "llava_v1" if "mm_hidden_size" in config and linear else "vicuna_v1")
-    find_template(name)
-    return name
-
-
-def prismatic_llm(config):
-    """Prismatic's name of its language model, from its native config.json or the one in the HF layout; else None."""
-    model = config.get("model")
-    return (model if isinstance(model, dict) else config).get("llm_backbone_id")
 
 
 def stop_ids(tok, template):

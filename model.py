@@ -6,23 +6,32 @@
     h   = x + Attention(RMSNorm(x))             the decoder of Llama (arXiv:2302.13971): pre-norm, rotary positions, no biases
     out = h + SwiGLU(RMSNorm(h))                SwiGLU(x) = W_down (silu(W_gate x) * W_up x)
 
-    vlm    = VLM.from_pretrained(DIR)           # a directory in the llava-hf layout
+    vlm    = VLM.from_pretrained(DIR)           # LLaVA in both its layouts and as LoRA, Prismatic, InternVL2.5: see "reading"
     logits = vlm(tokens, pixels)                # (B, T) int64, (n, 3, S, S) -> (B, T, V)
     loss   = vlm(tokens, pixels, labels)        # mean over the supervised tokens
     ids    = vlm.generate(tokens, pixels, max_new_tokens=64)
-    vlm.save_pretrained(DIR)                    # transformers opens it as LlavaForConditionalGeneration
+    vlm.save_pretrained(DIR)                    # transformers opens it as LlavaForConditionalGeneration, if its tower is a CLIP
 
 Rows of a batch are padded on the right, in training and in generation alike: under a causal mask no valid position ever sees the
-padding, so no attention mask is needed. Deviation from the original: the unused last block of the tower is not run.
+padding, so no attention mask is needed. Deviations from the originals: the unused last block of the tower is not run; a head that
+shares its table with the embedding is a copy of it from the moment it is loaded; Mistral's sliding window is not implemented, instead
+the longest sequence is one window (inside it nothing slides); nor are InternLM2's positions stretched beyond its own longest sequence.
+
+    python model.py convert SRC DIR             # weights to safetensors, whole models to the llava-hf layout where it can hold them
+    python model.py info DIR|PRESET             # parts, parameters, visual tokens, memory; reads no weights
 """
 
+import argparse
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
-from dataclasses import dataclass, field, replace
+import zipfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import sentencepiece
@@ -32,7 +41,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vision import CLIP_MEAN, CLIP_NAMES, CLIP_STD, MODES, UserError, VisionConfig, ViT, rename
+from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, UserError, VisionConfig, ViT, default_template, rename,
+                    tower_by_shapes, tower_tensors)
 
 IGNORE = -100                        # the label of a token that is not supervised
 
@@ -49,6 +59,7 @@ class DecoderConfig:
     block_size: int = 4096           # longest sequence
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    tied: bool = False               # the file has no head of its own: it starts as a copy of the embedding
 
     def __post_init__(self):
         if self.n_head % self.n_kv_head:
@@ -61,23 +72,36 @@ class DecoderConfig:
 class VLMConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    connector: str = "mlp2x_gelu"    # or "linear" (LLaVA v1)
+    connector: str = "mlp2x_gelu"    # or "linear" (LLaVA v1), "fused_gelu" (Prismatic), "norm_gelu" (InternVL)
     image_token: int = 32000         # id that stands for one visual token; ids from here on are never generated
     pad_token: int = 32001
     bos_token: int = 1
     eos_token: int = 2
     image_mode: str = "pad"          # how a picture becomes square: vision.fit
     template: str = "vicuna_v1"      # how a conversation becomes one text: data.TEMPLATES
+    vision2: VisionConfig | None = None      # a second tower on the same tile, its features beside the first one's (Prismatic)
 
     def __post_init__(self):
-        if self.connector not in ("mlp2x_gelu", "linear"):
-            raise UserError(f"connector {self.connector!r} is unknown; choose mlp2x_gelu or linear")
+        if self.connector not in CONNECTORS:
+            raise UserError(f"connector {self.connector!r} is unknown; choose one of {', '.join(CONNECTORS)}")
+        if self.vision2 and (self.vision2.image_size, self.vision2.n_token) != (self.vision.image_size, self.vision.n_token):
+            raise UserError(f"two towers need the same tile and grid, here are {self.vision.image_size} px with {self.vision.n_token} visual tokens "
+                            f"and {self.vision2.image_size} px with {self.vision2.n_token}")
         if self.image_mode not in MODES:
             raise UserError(f"image mode {self.image_mode!r} is unknown; choose one of {', '.join(MODES)}")
         if self.image_token <= max(self.bos_token, self.eos_token):
             raise UserError(f"image token {self.image_token} lies among the words; ids from it on are never generated, so it must come after them")
 
+    @property
+    def unsaid(self):                # ids that are never generated: <image>, <pad> and the rest of the table. InternVL has words behind <image>
+        return slice(self.image_token, self.image_token + 1) if self.pad_token == self.eos_token else slice(min(self.image_token, self.pad_token), None)
 
+    @property
+    def n_feature(self):             # width of a visual token before the connector
+        return self.vision.n_feature + (self.vision2.n_feature if self.vision2 else 0)
+
+
+CONNECTORS = ("mlp2x_gelu", "linear", "fused_gelu", "norm_gelu")
 PRESETS = {
     # The toy: its tower and decoder are in assets/, made by lab.py. 64 visual tokens a picture.
     "toy": VLMConfig(
@@ -97,6 +121,8 @@ class VLM(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.vision = ViT(cfg.vision)
+        if cfg.vision2:
+            self.vision2 = ViT(cfg.vision2)
         self.connector = Connector(cfg)
         self.decoder = Decoder(cfg.decoder)
 
@@ -119,26 +145,30 @@ class VLM(nn.Module):
     def embed(self, tokens, pixels):
         """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S) -> (B, T, D)."""
         here = tokens == self.cfg.image_token                               # (B, T)
-        x = self.decoder.embed_tokens(tokens.masked_fill(here, 0))          # the id may lie beyond the table: LLaVA's own has 32000 rows
+        beyond = tokens == max(self.cfg.pad_token, self.cfg.decoder.vocab_size)             # <pad>, where it lies beyond the table as
+        x = self.decoder.embed_tokens(tokens.masked_fill(here | beyond, 0))                 # <image> may too: LLaVA's own has 32000 rows
         n_slot, n_visual = int(here.sum()), 0 if pixels is None else len(pixels) * self.cfg.vision.n_token
         if n_slot != n_visual:
             raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: "
                              f"each picture needs a run of {self.cfg.vision.n_token} (data.encode_conversation makes it)")
         if n_visual:
-            visual = self.connector(self.vision(pixels))                    # (n, N, D)
+            visual = self.vision(pixels)                                    # (n, N, D_vision)
+            if self.cfg.vision2:
+                visual = torch.cat([visual, self.vision2(pixels)], dim=-1)
+            visual = self.connector(visual)                                 # (n, N, D)
             x = x.masked_scatter(here[:, :, None], visual.flatten(0, 1).to(x.dtype))
         return x
 
-    def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None):
+    def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
 
-        A row whose n ids hold no end token was cut off by max_new_tokens. `lengths` (B,) says how many tokens of each row are
+        A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,) says how many tokens of each row are
         prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p (nucleus) limit the choice.
         """
-        return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, temperature, top_p, top_k, lengths, seed)), dim=1)
+        return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, temperature, top_p, top_k, lengths, seed, stop)), dim=1)
 
     @torch.no_grad()
-    def stream(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None):
+    def stream(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
         """The same, one step at a time: yields (B,) ids until every row has ended."""
         B, T = tokens.shape
         device, longest = tokens.device, T + max_new_tokens
@@ -151,6 +181,7 @@ class VLM(nn.Module):
             raise UserError(f"{T} prompt tokens + {max_new_tokens} new ones exceed the decoder's {self.cfg.decoder.block_size}: "
                             "ask for fewer or shorten the prompt")
         pos = torch.full((B,), T, device=device) if lengths is None else torch.as_tensor(lengths, device=device)    # next free place
+        stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
         draw = torch.Generator(device).manual_seed(seed) if seed is not None else None
         cache = self.decoder.new_cache(B, longest)
         h = self.decoder(self.embed(tokens, pixels), cache=cache)           # prefill; padding writes rows that are overwritten unseen
@@ -158,10 +189,10 @@ class VLM(nn.Module):
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             logits = self.decoder.lm_head(h).float()                        # (B, V)
-            logits[:, self.cfg.image_token :] = -math.inf                   # <image>, <pad> and unused rows are not words
+            logits[:, self.cfg.unsaid] = -math.inf
             new = sample(logits, temperature, top_p, top_k, draw).masked_fill(ended, self.cfg.pad_token)
             yield new
-            ended = ended | (new == self.cfg.eos_token)
+            ended = ended | torch.isin(new, stop)
             if ended.all() or step + 1 == max_new_tokens:
                 return
             x = self.decoder.embed_tokens(new.masked_fill(ended, 0))[:, None]
@@ -169,18 +200,24 @@ class VLM(nn.Module):
             pos = pos + 1
 
     @classmethod
-    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
-        """Open a LLaVA directory in the llava-hf layout, any of its four families of tensor names. UserError names what does not fit."""
+    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
+        """Open a model directory of any layout told apart below. UserError names what does not fit.
+
+        `vision` (DIR or DIR,DIR) and `llm`: the towers of a model that was published without, and what a LoRA was trained over.
+        """
+        cfg, found, tensors, public = read_model(directory, vision, llm)
         with torch.device("meta"):
-            vlm = cls(read_config(directory))
-        load_strict(vlm, {family_a(name): t for name, t in read_tensors(directory).items()}, llava_name, directory, device, dtype)
+            vlm = cls(cfg)
+        load_strict(vlm, found, directory, tensors, device, dtype, public)
         return vlm.eval()
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors in the llava-hf layout (tensor-name family A). Each file replaces the old one whole."""
-        tensors = {llava_name(name): t.contiguous().cpu() for name, t in self.state_dict().items()}
+        """Write config.json and model.safetensors, each file replacing the old one whole: in the llava-hf layout (tensor-name family A) where
+        it can hold the model, else under our own names, with model_type "plainvlm"."""
         dtype = str(self.decoder.lm_head.weight.dtype).removeprefix("torch.")
-        write_model(directory, tensors, llava_config(self.cfg, dtype))
+        public, config = (llava_name, llava_config(self.cfg, dtype)) if fits_llava(self.cfg) else (
+            str, {"model_type": "plainvlm", "dtype": dtype, **asdict(self.cfg)})
+        write_model(directory, {public(name): t.contiguous().cpu() for name, t in self.state_dict().items()}, config)
 
 
 class Connector(nn.Module):
@@ -188,13 +225,20 @@ class Connector(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.linear_1 = nn.Linear(cfg.vision.n_embd, cfg.decoder.n_embd)
-        if cfg.connector == "mlp2x_gelu":
-            self.linear_2 = nn.Linear(cfg.decoder.n_embd, cfg.decoder.n_embd)
+        n_in, D = cfg.n_feature, cfg.decoder.n_embd
+        wide = 4 * n_in if cfg.connector == "fused_gelu" else D
+        self.norm = nn.LayerNorm(n_in) if cfg.connector == "norm_gelu" else nn.Identity()
+        self.linear_1 = nn.Linear(n_in, wide)
+        if cfg.connector != "linear":
+            self.linear_2 = nn.Linear(wide, D)
+        if cfg.connector == "fused_gelu":
+            self.linear_3 = nn.Linear(D, D)
 
     def forward(self, x):
-        x = self.linear_1(x)
-        return self.linear_2(F.gelu(x)) if hasattr(self, "linear_2") else x
+        x = self.linear_1(self.norm(x))
+        for name in "linear_2", "linear_3":
+            x = getattr(self, name)(F.gelu(x)) if hasattr(self, name) else x
+        return x
 
 
 class Decoder(nn.Module):
@@ -333,11 +377,27 @@ LLAVA_NAMES = [
     ("decoder.lm_head.", "language_model.lm_head."), ("decoder.", "language_model.model."),
 ]
 LLAMA_NAMES = [("lm_head.", "lm_head."), ("", "model.")]                    # and of a language model alone: Vicuna, Llama-2
-# Families B, C and D of the same layout, brought back to A.
-TO_FAMILY_A = [
-    (r"^model\.(?=language_model|vision_tower|multi_modal_projector)", ""), (r"^lm_head", "language_model.lm_head"),
-    (r"^language_model\.(?!model\.|lm_head)", "language_model.model."), (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+
+# Reading goes the other way. Public names -> our parts, of every layout: the first row that matches counts.
+PART_NAMES = [
+    # llava-hf in its four families, the original LLaVA, InternVL | Prismatic, native and in the HF layout
+    (r"^((model\.)?vision_tower\.(vision_tower\.)?|vision_model\.|(model\.)?vision_backbone\.(dino_)?featurizer\.)", "vision."),
+    (r"^(model\.)?vision_backbone\.(siglip_|clip_|fused_)featurizer\.", "vision2."),
+    (r"^(model\.)?multi_modal_projector\.", "connector."),
+    (r"^mlp1\.0\.", "connector.norm."), (r"^mlp1\.1\.", "connector.linear_1."), (r"^mlp1\.3\.", "connector.linear_2."),
+    (r"^([\w.]+\.)?(mm_)?projector\.(0\.|fc1\.|(?=weight|bias))", "connector.linear_1."),
+    (r"^([\w.]+\.)?(mm_)?projector\.(2|fc2)\.", "connector.linear_2."), (r"^([\w.]+\.)?(mm_)?projector\.(4|fc3)\.", "connector.linear_3."),
+    (r"^((model\.)?language_model\.|model\.llm_backbone\.llm\.)(model\.)?", "decoder."),
+    (r"^model\.(?=embed_tokens|tok_embeddings|layers|norm)|^(?=lm_head|output\.weight)", "decoder."),
 ]
+# InternLM2 -> Llama; its wqkv is taken apart in decoder_tensors.
+INTERNLM2_NAMES = [
+    ("tok_embeddings.", "embed_tokens."), ("output.", "lm_head."), (".attention.wo.", ".self_attn.o_proj."), (".feed_forward.w1.", ".mlp.gate_proj."),
+    (".feed_forward.w3.", ".mlp.up_proj."), (".feed_forward.w2.", ".mlp.down_proj."), (".attention_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+]
+FILES = ("model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+         "mm_projector.bin")
 
 
 def llava_name(name):
@@ -347,47 +407,157 @@ def llava_name(name):
     return rename(name, LLAVA_NAMES)
 
 
-def family_a(name):
-    for pattern, new in TO_FAMILY_A:
-        name = re.sub(pattern, new, name)
-    return name
+class Stored:
+    """A tensor that still lies in its file. Its shape is known; cut(f) lets f be done to the numbers when they are read."""
+
+    def __init__(self, file, name, meta, cuts=()):
+        self.file, self.name, self.meta, self.cuts, self.shape = file, name, meta, cuts, meta.shape
+
+    def cut(self, f):
+        return Stored(self.file, self.name, f(self.meta), (*self.cuts, f))
+
+    def of(self, tensors):
+        t = tensors[self.name]
+        for f in self.cuts:
+            t = f(t)
+        return t
 
 
-def load_vision(vit, directory):
-    """A CLIP directory (both towers or vision only, HF names) into a ViT, strictly."""
-    tensors = {name.removeprefix("vision_model."): t for name, t in read_tensors(directory).items()
-               if not name.startswith(("text_model.", "text_projection", "visual_projection", "logit_scale"))}
-    load_strict(vit, tensors, lambda name: rename(name, CLIP_NAMES), directory)
+def read_tensors(path):
+    """All weights of a file, or of a directory in one file or in the shards that an index names: {public name: Stored}."""
+    path = Path(path)
+    file = path if path.is_file() else next((path / f for f in FILES if (path / f).exists() or (path / f"{f}.index.json").exists()), None)
+    if file is None:
+        raise UserError(f"{path / FILES[0]}: not found, nor {', '.join(FILES[1:])}; {path} is no complete model directory, copy the weights there")
+    index, named = file.with_name(f"{file.name}.index.json"), {}
+    if not path.is_file() and index.exists():
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+            raise UserError(f"{index}: has no weight_map from tensors to files; copy it anew")
+    tensors = {}
+    for file in sorted({file.with_name(name) for name in named.values()} or [file]):
+        tensors |= {name: Stored(file, name, t.to("meta")) for name, t in open_weights(file).items()}
+    if lost := sorted(named.keys() - tensors.keys()):
+        raise UserError(f"{index}: names {lost[0]}, but {named[lost[0]]} does not hold it; index and weights are of different models")
+    return tensors
 
 
-def load_decoder(decoder, directory):
-    """A Llama directory into a decoder, strictly. Rows that our vocabulary adds (<image>, <pad>) become the mean of the old ones."""
-    tensors, rows = read_tensors(directory), decoder.cfg.vocab_size
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        old = tensors.get(name)
-        if old is not None and old.dim() == 2 and len(old) < rows:
-            tensors[name] = torch.cat([old.float(), old.float().mean(0, keepdim=True).expand(rows - len(old), -1)])
-    load_strict(decoder, tensors, lambda name: rename(name, LLAMA_NAMES), directory)
+def open_weights(file):
+    """{public name: tensor} of a .safetensors, .bin or .pt file, memory-mapped: nothing is read before it is touched."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as f:
+                return {name: f.get_tensor(name) for name in f.keys()}
+        return flatten(torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)))
+    except FileNotFoundError:
+        raise UserError(f"{file}: not found; {file.parent} is no complete model directory, copy the file there") from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{file}: truncated or damaged, or holds more than tensors ({str(error).splitlines()[0] if str(error) else error!r}); "
+                        "copy it anew") from None
 
 
-def load_strict(module, tensors, public_name, source, device="cpu", dtype=torch.float32):
-    """Fill every parameter from `tensors` under its public name; whatever is missing, left over or of another shape is an error."""
+def flatten(content, prefix=""):
+    """Dicts in dicts, as torch.save wrote them -> {"outer.inner.name": tensor}. What is no tensor (a step counter) is left out."""
+    if isinstance(content, torch.Tensor):
+        return {prefix[:-1]: content.detach()}
+    items = content.items() if isinstance(content, dict) else ()
+    return {name: t for key, value in items for name, t in flatten(value, f"{prefix}{key}.").items()}
+
+
+def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float32, public=str):
+    """Fill every parameter from `found` {our name: Stored}; whatever is missing, left over or of another shape is an error.
+
+    `tensors` is all that lies in the files; what `found` leaves out of it is known to be of no use. `public` is how a missing one is called.
+    Each tensor is copied out of its mapped file once, straight to its device and dtype.
+    """
     state = module.state_dict()
-    wanted = {public_name(name): name for name in state}
-    missing, unused = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, unused = sorted(public(name) for name in state.keys() - found.keys()), sorted(found[name].name for name in found.keys() - state.keys())
     if missing or unused:
         some = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unused", unused)) if names)
         raise UserError(f"{source}: its tensors do not fit this architecture: {some}. Check config.json against the weights")
-    for public, name in wanted.items():
-        t = tensors[public]
+    for name, t in ((name, found[name]) for name in state):
         if t.shape != state[name].shape:
-            raise UserError(f"{source}: tensor {public} has shape {tuple(t.shape)}, the config asks for {tuple(state[name].shape)}; "
-                            "config and weights are of different models")
-        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise UserError(f"{source}: tensor {public} is {str(t.dtype).removeprefix('torch.')}; quantised weights cannot be read, "
+            raise UserError(f"{source}: tensor {t.name} has shape {tuple(t.shape)}, the config asks for {tuple(state[name].shape)} "
+                            f"({t.file.name}, here {name}); config and weights are of different models")
+        if not t.meta.is_floating_point() or t.meta.element_size() < 2:
+            raise UserError(f"{source}: tensor {t.name} is {str(t.meta.dtype).removeprefix('torch.')}; quantised weights cannot be read, "
                             "get them in float16")
-    module.load_state_dict({name: tensors[public].to(device, dtype) for public, name in wanted.items()}, strict=True, assign=True)
-    print(f"loaded {len(wanted)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
+    file, n_read, weights = None, 0, {}
+    for name in sorted(state, key=lambda name: str(found[name].file)):
+        t = found[name]
+        if t.file != file or n_read > 2**27:                                # open anew now and then: pages once read count as ours till then
+            opened, file, n_read = None, t.file, 0
+            opened = open_weights(file)
+        weights[name] = t.of(opened).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        n_read += t.meta.numel() * t.meta.element_size()
+    module.load_state_dict(weights, strict=True, assign=True)
+    used = {(t.file, t.name) for t in found.values()}
+    rest = [t.name for t in tensors.values() if (t.file, t.name) not in used]
+    kinds = Counter((re.search(r"inv_freq|position_ids|mask_token|\bhead\b|attn_pool|pooler|classifier", name) or [name.split(".")[0]])[0] for name in rest)
+    print(f"loaded {len(tensors) - len(rest)} of {len(tensors)} tensors from {source}, 0 missing, 0 unused"
+          + (f", {len(rest)} of no use here ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if rest else ""), file=sys.stderr)
+
+
+def load_vision(vit, path):
+    """A tower's directory or file, of any family in vision.TOWER_NAMES, into a ViT, strictly; its positions are resized to the ViT's grid."""
+    tensors = read_tensors(path)
+    load_strict(vit, tower_tensors(tensors, vit.cfg), path, tensors)
+
+
+def load_decoder(decoder, directory):
+    """A Llama, Mistral or InternLM2 directory into a decoder, strictly. Rows that our vocabulary adds (<image>, <pad>) become the mean of the old."""
+    tensors, rows = read_tensors(directory), decoder.cfg.vocab_size
+    found = our_names(tensors, replace(PRESETS["toy"], decoder=decoder.cfg))
+    found = {name.removeprefix("decoder."): grow(t, rows) if name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight") else t
+             for name, t in found.items()}
+    load_strict(decoder, found, directory, tensors)
+
+
+def grow(t, rows):
+    """A table of word embeddings with more rows, the new ones the mean of the old."""
+    if len(t.shape) != 2 or t.shape[0] >= rows:
+        return t
+    return t.cut(lambda x: torch.cat([x.float(), x.float().mean(0, keepdim=True).expand(rows - len(x), -1)]))
+
+
+def load_connector(connector, path):
+    """The connector in a whole model, in the model.safetensors or mm_projector.bin that stage 1 wrote, here or in the original code."""
+    if not Path(path).exists():
+        raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, or a mm_projector.bin")
+    tensors = read_tensors(path)
+    found = {name.removeprefix("connector."): t for name, t in our_names(tensors).items() if name.startswith("connector.")}
+    load_strict(connector, found, f"--projector {path}", tensors)
+
+
+def our_names(tensors, cfg=None):
+    """{public name: Stored} of a whole model -> {our name: Stored cut to our shapes}. With no cfg nothing is resized or taken apart."""
+    parts = {"vision": {}, "vision2": {}, "decoder": {}}
+    found = {}
+    for name, t in tensors.items():
+        if name.endswith(("inv_freq", "position_ids")):                     # computed, not learned
+            continue
+        ours = next((re.sub(pattern, part, name) for pattern, part in PART_NAMES if re.search(pattern, name)), name)
+        part, _, inner = ours.partition(".")
+        parts.get(part, found)[inner if part in parts else ours] = t
+    for part in "vision", "vision2":
+        found |= {f"{part}.{name}": t for name, t in tower_tensors(parts[part], cfg and getattr(cfg, part)).items()}
+    return found | {f"decoder.{name}": t for name, t in decoder_tensors(parts["decoder"], cfg and cfg.decoder).items()}
+
+
+def decoder_tensors(tensors, cfg=None):
+    """Names of Llama, Mistral and InternLM2 without "model." -> ours. InternLM2's wqkv goes by key-value head: its queries, its key, its value."""
+    found = {}
+    for name, t in tensors.items():
+        if ".attention.wqkv." in name and cfg and t.shape[0] == (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim:
+            g = cfg.n_head // cfg.n_kv_head                                 # (H_kv, g + 2, head_dim, D): g queries, a key, a value
+            for one, rows in ("q_proj", slice(g)), ("k_proj", slice(g, g + 1)), ("v_proj", slice(g + 1, None)):
+                found[name.replace("attention.wqkv", f"self_attn.{one}")] = t.cut(
+                    lambda x, rows=rows: x.view(cfg.n_kv_head, g + 2, cfg.head_dim, -1)[:, rows].flatten(0, 2))
+        else:
+            found[rename(name, INTERNLM2_NAMES)] = t
+    if cfg and cfg.tied and "embed_tokens.weight" in found:
+        found.setdefault("lm_head.weight", found["embed_tokens.weight"])
+    return found
 
 
 def read_json(path):
@@ -404,67 +574,243 @@ def read_json(path):
     return found
 
 
-def read_tensors(directory):
-    """All weights of model.safetensors or of the shards its index names, memory-mapped: {public name: tensor}."""
-    files, index = [Path(directory) / "model.safetensors"], Path(directory) / "model.safetensors.index.json"
-    if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-            raise UserError(f"{index}: has no weight_map from tensors to files; copy it anew")
-        files = [Path(directory) / name for name in sorted(set(shards.values()))]
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}
-        except FileNotFoundError:
-            raise UserError(f"{file}: not found; {directory} is no complete model directory, copy the file there") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: truncated or damaged ({error}); copy it anew") from None
-    return {name: t for name, t in tensors.items() if not name.endswith(("position_ids", "inv_freq"))}      # computed, not learned
+def read_model(directory, vision=None, llm=None):
+    """A directory of any layout -> VLMConfig, {our name: Stored}, {public name: Stored}, and how our names are called there."""
+    directory = Path(directory)
+    tensors = read_lora(directory, llm) if (directory / "adapter_config.json").exists() else None
+    if llm and tensors is None:
+        raise UserError(f"{directory}: is a whole model; --llm is for presets, and for the base of a LoRA")
+    config_reader(directory / "config.json")                                # an unknown architecture is said before anything about its weights
+    tensors = tensors or read_tensors(directory)
+    own = our_names(tensors)
+    if lacks := not any(name.startswith("vision.") for name in own) and any(name.startswith("decoder.") for name in own):
+        if not vision:
+            raise UserError(f"{directory}: holds no vision tower{wanted_tower(directory)}; give the directory of that tower by --vision DIR, "
+                            "two of them by --vision DIR,DIR")
+    elif vision:
+        raise UserError(f"{directory}: has its own vision tower; --vision is for presets ({', '.join(PRESETS)}) and for models published without")
+    towers = {part: read_tensors(path) for part, path in zip(("vision", "vision2"), vision.split(","))} if lacks else {}
+    cfg = read_config(directory, own, [read_tower(path) for path in vision.split(",")] if lacks else [])
+    found = our_names(tensors, cfg)
+    for part, stored in towers.items():
+        found |= {f"{part}.{name}": t for name, t in tower_tensors(stored, getattr(cfg, part)).items()}
+        tensors = tensors | {f"{part}: {name}": t for name, t in stored.items()}
+    return cfg, found, tensors, llava_name if fits_llava(cfg) else str
 
 
-def read_config(directory):
-    """config.json (and preprocessor_config.json) of a llava-hf directory -> VLMConfig. Absent fields mean transformers' defaults."""
+def wanted_tower(directory):
+    c = read_json(Path(directory) / "config.json")
+    c = c.get("model") if isinstance(c.get("model"), dict) else c
+    name = c.get("mm_vision_tower") or c.get("vision_backbone_id")
+    return f" (its config names {name})" if name else ""
+
+
+def read_lora(directory, llm=None):
+    """What LLaVA's LoRA training writes, over its base: {public name: Stored} with W + alpha/r B A where W is read."""
+    c = read_json(directory / "adapter_config.json")
+    base = Path(llm or take(c, "base_model_name_or_path", str, ""))
+    if not base.is_dir():
+        raise UserError(f"{directory}: is a LoRA over {str(base)!r}, which is no directory here; give that model's by --llm DIR")
+    only(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False)
+    scale = take(c, "lora_alpha", float) / take(c, "r", int)
+    file = next((directory / f for f in ("adapter_model.safetensors", "adapter_model.bin") if (directory / f).exists()), None)
+    rest = directory / "non_lora_trainables.bin"
+    if file is None:
+        raise UserError(f"{directory / 'adapter_model.safetensors'}: not found, nor adapter_model.bin; copy the LoRA anew")
+    short = lambda name: re.sub(r"^base_model\.(model\.(?=model\.|lm_head))?", "", name)
+    tensors = read_tensors(base) | ({short(name): t for name, t in read_tensors(rest).items()} if rest.exists() else {})
+    lora, used = {short(name): t for name, t in open_weights(file).items()}, 0
+    for name in [name for name in tensors if name.endswith(".weight")]:
+        a, b = (lora.get(name.replace(".weight", f".lora_{x}.weight")) for x in "AB")
+        if a is not None and b is not None:
+            if (len(b), a.shape[1]) != tuple(tensors[name].shape) or len(a) != b.shape[1]:
+                raise UserError(f"{file}: the LoRA of {name} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base's tensor is "
+                                f"{tuple(tensors[name].shape)}; it was trained over another model")
+            tensors[name] = tensors[name].cut(lambda w, a=a, b=b: w if w.is_meta else w.float() + scale * b.float() @ a.float())
+            used += 2
+    if used != len(lora):
+        raise UserError(f"{file}: {len(lora) - used} of its {len(lora)} tensors belong to nothing in {base}; it was trained over another model")
+    return tensors
+
+
+def read_tower(path):
+    """A tower's directory or file -> VisionConfig: from its config.json, or from the shapes if it is timm's, open_clip's or OpenAI's."""
+    path = Path(path)
+    clip = read_json(path / "open_clip_config.json") if (path / "open_clip_config.json").exists() else {}
+    c = {} if path.is_file() or clip and not (path / "config.json").exists() else read_json(path / "config.json")
+    try:
+        if "model_type" not in c and "vision_config" not in c:
+            return tower_by_shapes(tower_tensors(read_tensors(path)), quick_gelu=clip.get("model_cfg", {}).get("quick_gelu", True))
+        prep = read_json(path / "preprocessor_config.json") if (path / "preprocessor_config.json").exists() else {}
+        cfg = vision_config(c)
+        return replace(cfg, mean=take(prep, "image_mean", tuple, cfg.mean), std=take(prep, "image_std", tuple, cfg.std))
+    except UserError as error:
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from None
+
+
+def read_config(directory, own={}, towers=()):
+    """config.json (and preprocessor_config.json) of any layout -> VLMConfig. Absent fields mean the defaults of the code it was written by.
+
+    `own`: the model's tensors under our names, whose shapes say what some layouts leave unsaid; `towers`: VisionConfigs given from outside.
+    """
     file = Path(directory) / "config.json"
     c, prep = read_json(file), file.with_name("preprocessor_config.json")
     prep = read_json(prep) if prep.exists() else {}
     try:
-        if c.get("model_type") != "llava":
-            raise UserError(f"model_type is {c.get('model_type')!r}; only 'llava' can be opened")
-        only(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
-        vision = replace(vision_config(take(c, "vision_config", dict)), feature_layer=take(c, "vision_feature_layer", int, -2),
-                         mean=take(prep, "image_mean", tuple, CLIP_MEAN), std=take(prep, "image_std", tuple, CLIP_STD))
-        image = take(c, "image_token_id" if "image_token_id" in c else "image_token_index", int, 32000)
-        mode = "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad"
-        return VLMConfig(vision, decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
-                         image, take(c, "pad_token_id", int, image + 1), take(c, "bos_token_id", int, 1), take(c, "eos_token_id", int, 2),
-                         take(c, "image_aspect_ratio", str, mode), take(c, "template", str, "vicuna_v1"))
+        return config_reader(file)(c, prep, own, towers)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise error if str(error).startswith(str(file)) else UserError(f"{file}: {error}") from None
+
+
+def config_reader(file):
+    """Which layout a config.json is of -> the function that reads it."""
+    c = read_json(file)
+    if isinstance(c.get("model"), dict) or c.get("model_type") in ("prismatic", "openvla"):
+        return prismatic_config
+    if "mm_hidden_size" in c or "mm_vision_tower" in c:
+        return original_llava_config
+    readers = {"llava": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
+    if c.get("model_type") not in readers:
+        raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can be "
+                        "opened. A language model alone goes to --llm, a tower to --vision")
+    return readers[c["model_type"]]
+
+
+def llava_hf_config(c, prep, own, towers):
+    only(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
+    only(take(c, "vision_config", dict), model_type="clip_vision_model")
+    tower = vision_config(c)
+    vision = replace(tower, feature_layer=take(c, "vision_feature_layer", int, -2),
+                     mean=take(prep, "image_mean", tuple, tower.mean), std=take(prep, "image_std", tuple, tower.std))
+    image = take(c, "image_token_id" if "image_token_id" in c else "image_token_index", int, 32000)
+    mode = "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad"
+    return VLMConfig(vision, decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
+                     image, take(c, "pad_token_id", int, image + 1), take(c, "bos_token_id", int, 1), take(c, "eos_token_id", int, 2),
+                     take(c, "image_aspect_ratio", str, mode), take({"template": default_template(c | {"mm_projector_type": "mlp"})}, "template", str))
+
+
+def original_llava_config(c, prep, own, towers):
+    """liuhaotian/llava-*: a Llama's config with the fields mm_*. Its table may end before <image>, which the code puts behind it."""
+    only(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
+    tower = towers[0] if towers else tower_by_shapes(part_of(own, "vision")) if own else VisionConfig()
+    mode = take(c, "image_aspect_ratio", str, "square")
+    return VLMConfig(replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2)), decoder_config(c | {"model_type": "llama"}),
+                     take(c, "mm_projector_type", str, "linear"), image_mode="crop" if mode == "square" else mode, template=default_template(c))
+
+
+def prismatic_config(c, prep, own, towers):
+    """TRI-ML/prismatic-vlms name their parts; the sizes are in the tensors. Every tower runs with the exact GELU except CLIP alone."""
+    c = c if "llm_backbone_id" in c else take(c, "model", dict)
+    tower_id, arch, llm = (take(c, name, str) for name in ("vision_backbone_id", "arch_specifier", "llm_backbone_id"))
+    if not llm.startswith(("vicuna", "llama2", "mistral")):
+        raise UserError(f"llm_backbone_id is {llm!r}; only vicuna, llama2 and mistral are implemented")
+    if not own:
+        raise UserError("its sizes are in its weights, which are not here")
+    px = re.search(r"(\d+)px", tower_id)
+    towers = list(towers) or [tower_by_shapes(part_of(own, part)) for part in ("vision", "vision2") if part_of(own, part)]
+    fused = "dinosiglip" in tower_id or "dinoclip" in tower_id
+    if len(towers) != 1 + fused:
+        raise UserError(f"vision_backbone_id {tower_id!r} takes {'two towers, DINOv2 first: --vision DIR,DIR' if fused else 'one tower: --vision DIR'}")
+    towers = [replace(t, image_size=int(px[1]) if px else 224, feature_layer=-2, activation="quick_gelu" if t.pre_norm and not fused else "gelu")
+              for t in towers]
+    connector = "linear" if arch == "linear" else "fused_gelu" if arch.endswith("fused-gelu-mlp") else "mlp2x_gelu"
+    modes = {"letterbox": "letterbox", "resize-naive": "resize", "resize-crop": "crop"}
+    mode = take(c, "image_resize_strategy", str)
+    if mode not in modes:
+        raise UserError(f"image_resize_strategy is {mode!r}; known are {', '.join(modes)}")
+    t = {name: tensor.shape for name, tensor in part_of(own, "decoder").items()}
+    if not {"embed_tokens.weight", "layers.0.self_attn.k_proj.weight", "layers.0.mlp.gate_proj.weight"} <= t.keys():
+        raise UserError("its checkpoint holds no language model; after the align stage it has only a connector, which goes to --projector")
+    V, D = t["embed_tokens.weight"]
+    decoder = DecoderConfig(V, 1 + max(int(name.split(".")[1]) for name in t if name.startswith("layers.")), D // 128,
+                            t["layers.0.self_attn.k_proj.weight"][0] // 128, D, 128, t["layers.0.mlp.gate_proj.weight"][0])
+    return VLMConfig(towers[0], decoder, connector, image_token=32001, pad_token=32000, image_mode=modes[mode], template=default_template(c),
+                     vision2=towers[1] if fused else None)
+
+
+def internvl_config(c, prep, own, towers):
+    """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table; one tile, squashed to a square."""
+    only(c, ps_version="v2", downsample_ratio=0.5)
+    decoder = decoder_config(take(c, "llm_config", dict))
+    tower = replace(vision_config(c), feature_layer=take(c, "select_layer", int, -1), merge=2)
+    return VLMConfig(replace(tower, image_size=take(c, "force_image_size", int, tower.image_size)), decoder, "norm_gelu", decoder.vocab_size - 7,
+                     pad_token=2, image_mode="resize", template=default_template(c))
+
+
+def own_config(c, prep, own, towers):
+    try:
+        towers = {part: VisionConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c[part].items()}) for part in ("vision", "vision2") if c[part]}
+        rest = {k: v for k, v in c.items() if k not in ("model_type", "dtype", "vision", "vision2", "decoder")}
+        return VLMConfig(**towers, decoder=DecoderConfig(**c["decoder"]), **rest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"is not what save_pretrained writes ({error}); copy it anew") from None
+
+
+def part_of(own, part):
+    return {name.removeprefix(part + "."): t for name, t in own.items() if name.startswith(part + ".")}
+
+
+def fits_llava(cfg):
+    """Whether the llava-hf layout can hold the model: a CLIP, a Llama, and one of LLaVA's two connectors."""
+    v, clip = cfg.vision, TOWERS["clip_vision_model"]
+    return (not cfg.vision2 and cfg.connector in ("linear", "mlp2x_gelu")
+            and all(getattr(v, name) == getattr(clip, name) for name in ("class_token", "n_register", "pre_norm", "patch_bias", "layer_scale",
+                                                                         "final_norm", "rms_norm", "merge")))
+
+
+# Absent fields of a tower's config mean these: the defaults of its class in transformers, InternViT's in its own code.
+TOWERS = {
+    "clip_vision_model": VisionConfig(224, 32, 768, 12, 12, 3072),
+    "siglip_vision_model": VisionConfig(224, 16, 768, 12, 12, 3072, "gelu_tanh", 1e-6, False, 0, False, True, mean=HALF, std=HALF),
+    "dinov2": VisionConfig(224, 14, 768, 12, 12, 3072, "gelu", 1e-6, True, 0, False, True, True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "dinov2_with_registers": VisionConfig(224, 14, 768, 12, 12, 3072, "gelu", 1e-6, True, 4, False, True, True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "vit": VisionConfig(224, 16, 768, 12, 12, 3072, "gelu", 1e-12, True, 0, False, True, mean=HALF, std=HALF),
+    "intern_vit_6b": VisionConfig(224, 14, 3200, 48, 25, 12800, "gelu", 1e-6, True, 0, False, True, True, False, True, feature_layer=-1,
+                                  mean=IMAGENET_MEAN, std=IMAGENET_STD),
+}
 
 
 def vision_config(c):
-    """config.json of a CLIP (or of its vision tower) -> VisionConfig; absent fields are CLIPVisionConfig's defaults."""
-    c = take(c, "vision_config", dict, c)
-    only(c, model_type="clip_vision_model")
-    return VisionConfig(image_size=take(c, "image_size", int, 224), patch_size=take(c, "patch_size", int, 32),
-                        n_embd=take(c, "hidden_size", int, 768), n_layer=take(c, "num_hidden_layers", int, 12),
-                        n_head=take(c, "num_attention_heads", int, 12), n_hidden=take(c, "intermediate_size", int, 3072),
-                        activation=take(c, "hidden_act", str, "quick_gelu"), norm_eps=take(c, "layer_norm_eps", float, 1e-5))
+    """config.json of a tower, alone or inside that of a larger model -> VisionConfig."""
+    inner = take(c, "vision_config", dict, c)
+    kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
+    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model"}.get(kind, kind)
+    if kind not in TOWERS:
+        raise UserError(f"model_type is {kind!r}; only {', '.join(map(repr, TOWERS))} are implemented")
+    base, intern = TOWERS[kind], kind == "intern_vit_6b"
+    only(inner, use_swiglu_ffn=False, qkv_bias=not intern or inner.get("norm_type") == "layer_norm")
+    rms = intern and inner.get("norm_type", "rms_norm") == "rms_norm"
+    if intern and inner.get("qk_normalization", True) != rms:
+        raise UserError(f"qk_normalization is {not rms} with norm_type {inner.get('norm_type')!r}; only 300M (neither) and 6B (both) are implemented")
+    n_embd = take(inner, "hidden_size", int, base.n_embd)
+    act = take(inner, "hidden_act", str, base.activation)
+    return replace(base, image_size=take(inner, "image_size", int, base.image_size), patch_size=take(inner, "patch_size", int, base.patch_size),
+                   n_embd=n_embd, n_layer=take(inner, "num_hidden_layers", int, base.n_layer), n_head=take(inner, "num_attention_heads", int, base.n_head),
+                   n_hidden=n_embd * take(inner, "mlp_ratio", int, 4) if kind.startswith("dinov2") else take(inner, "intermediate_size", int, base.n_hidden),
+                   n_register=take(inner, "num_register_tokens", int, base.n_register) if base.n_register else 0, rms_norm=rms,
+                   activation="gelu_tanh" if act == "gelu_pytorch_tanh" else act, norm_eps=take(inner, "layer_norm_eps", float, base.norm_eps))
 
 
 def decoder_config(c):
-    """config.json of a Llama -> DecoderConfig; absent fields are LlamaConfig's defaults."""
-    only(c, model_type="llama", hidden_act="silu")
+    """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig; absent fields are the defaults of their classes."""
+    kind = c.get("model_type", "llama")
+    if kind not in ("llama", "mistral", "internlm2"):
+        raise UserError(f"model_type is {kind!r}; only 'llama', 'mistral' and 'internlm2' are implemented")
+    mistral = kind == "mistral"
+    only(c, hidden_act="silu", attention_bias=False, mlp_bias=False, bias=False)
     n_embd, n_head = take(c, "hidden_size", int, 4096), take(c, "num_attention_heads", int, 32)
     rope = take(c, "rope_parameters", dict, {}) | take(c, "rope_scaling", dict, {})
-    only(rope, rope_type="default", type="default")
-    return DecoderConfig(vocab_size=take(c, "vocab_size", int, 32000), n_layer=take(c, "num_hidden_layers", int, 32), n_head=n_head,
-                         n_kv_head=take(c, "num_key_value_heads", int, n_head), n_embd=n_embd, head_dim=take(c, "head_dim", int, n_embd // n_head),
-                         n_hidden=take(c, "intermediate_size", int, 11008), block_size=take(c, "max_position_embeddings", int, 2048),
-                         norm_eps=take(c, "rms_norm_eps", float, 1e-6),
-                         rope_theta=take(rope, "rope_theta", float, take(c, "rope_theta", float, 10000.0)))
+    if "dynamic" not in rope.values():                                      # which changes nothing up to max_position_embeddings
+        only(rope, rope_type="default", type="default")
+    longest = take(c, "max_position_embeddings", int, 4096 * 32 if mistral else 2048)
+    window = c.get("sliding_window", 4096) if mistral else None             # null: none, as in Mistral v0.2
+    return DecoderConfig(vocab_size=take(c, "vocab_size", int, 103168 if kind == "internlm2" else 32000),
+                         n_layer=take(c, "num_hidden_layers", int, 32), n_head=n_head,
+                         n_kv_head=take(c, "num_key_value_heads", int, 8 if mistral else n_head), n_embd=n_embd,
+                         head_dim=take(c, "head_dim", int, n_embd // n_head),
+                         n_hidden=take(c, "intermediate_size", int, 14336 if mistral else 11008), block_size=min(longest, window or longest),
+                         norm_eps=take(c, "rms_norm_eps", float, 1e-6), rope_theta=take(rope, "rope_theta", float, take(c, "rope_theta", float, 10000.0)),
+                         tied=c.get("tie_word_embeddings") is True)
 
 
 def take(c, name, kind, default=None):
@@ -473,7 +819,7 @@ def take(c, name, kind, default=None):
     if kind is tuple and isinstance(value, list):
         value = tuple(value) if len(value) == 3 and all(isinstance(v, (int, float)) for v in value) else None
     right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-    if right and kind in (int, float) and name != "vision_feature_layer":
+    if right and kind in (int, float) and name not in ("vision_feature_layer", "mm_vision_select_layer", "select_layer"):
         right = value >= (0 if name.endswith("_id") else 1 if kind is int else 1e-30)
     if not right:
         what = {int: "a whole number", float: "a number above 0", dict: "an object", str: "a text", tuple: "three numbers"}[kind]
@@ -510,16 +856,26 @@ def llava_config(cfg, dtype):
             "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template}
 
 
+def check_tokenizer(vlm, tok):
+    """A tokenizer and a model that do not belong together would fail deep inside, or not at all."""
+    if tok.n_text > vlm.cfg.decoder.vocab_size or tok.image != vlm.cfg.image_token:
+        raise UserError(f"{tok.path}: has {tok.n_text:,} pieces and <image> at {tok.image:,}, the model an embedding of {vlm.cfg.decoder.vocab_size:,} rows "
+                        f"and <image> at {vlm.cfg.image_token:,}; they are of different models")
+
+
 def save_processor(directory, tokenizer_file, cfg):
     """What transformers' AutoProcessor wants beside the weights: the tokenizer with its two added tokens, and the picture's way in."""
     S = cfg.vision.image_size
     ways = {"pad": ("LlavaImageProcessor", {"shortest_edge": S}, True), "crop": ("CLIPImageProcessor", {"shortest_edge": S}, True),
             "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False)}
     kind, size, crop = ways["pad" if cfg.image_mode == "letterbox" else cfg.image_mode]     # transformers knows no letterbox
+    names = {cfg.image_token: "<image>"} | ({cfg.pad_token: "<pad>"} if cfg.pad_token != cfg.eos_token else {})
     files = {
         "tokenizer.json": tokenizer_json(tokenizer_file, cfg),
         "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
                                   "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
+                                  "added_tokens_decoder": {str(i): {"content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
+                                                                    "single_word": False} for i, name in names.items()},
                                   "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size,
                                   "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": "LlavaProcessor"},
         "preprocessor_config.json": {
@@ -582,3 +938,96 @@ def write_whole(path, write):
         raise UserError(f"{path}: could not be written ({error}); free some space or choose another --out. What was there is untouched") from None
     finally:
         tmp.unlink(missing_ok=True)
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    cli = argparse.ArgumentParser(description="Turn public weights into safetensors, or say what a model is made of.")
+    commands = cli.add_subparsers(dest="command", required=True)
+    convert_cli = commands.add_parser("convert", help=".bin and .pt to safetensors; a whole model to the llava-hf layout where that can hold it")
+    convert_cli.add_argument("src", help="directory or file to read")
+    convert_cli.add_argument("out", metavar="DIR", help="directory to write")
+    convert_cli.add_argument("--vision", metavar="DIR[,DIR]", help="tower of a model published without")
+    convert_cli.add_argument("--llm", metavar="DIR", help="base of a LoRA; its tokenizer.model is taken where SRC has none")
+    commands.add_parser("info", help="parts, parameters, visual tokens, memory; reads no weights").add_argument("model", metavar="DIR|PRESET")
+    args = cli.parse_args(argv)
+    try:
+        info(args.model) if args.command == "info" else convert(Path(args.src), Path(args.out), args.vision, args.llm)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def whole(directory):
+    """Whether a directory holds a vision-language model, and no tower or decoder alone."""
+    c = read_json(Path(directory) / "config.json") if Path(directory).is_dir() else {}
+    return (Path(directory) / "adapter_config.json").exists() or "mm_hidden_size" in c or "llm_backbone_id" in c or "model" in c or (
+        c.get("model_type") in ("llava", "internvl_chat", "plainvlm"))
+
+
+def convert(src, out, vision=None, llm=None):
+    if out.exists() and out.resolve() == (src if src.is_dir() else src.parent).resolve():
+        raise UserError(f"{out}: is where the weights are read from; choose another directory to write")
+    if not whole(src):                                                      # its names stay, only the files change
+        tensors = {name: t.of(opened) for opened, group in by_file(read_tensors(src)) for name, t in group.items() if not name.endswith("inv_freq")}
+        for file in src.glob("*") if src.is_dir() else ():
+            if file.suffix == ".json" and ".index." not in file.name and file.name != "config.json" or file.name == "tokenizer.model":
+                write_whole(out / file.name, lambda tmp: shutil.copyfile(file, tmp))
+        tensors = {name: t.contiguous().clone() for name, t in tensors.items()}
+        write_model(out, tensors, read_json(src / "config.json") if (src / "config.json").exists() else {})
+        print(f"{out}: {len(tensors)} tensors under their own names")
+        return
+    lora = (src / "adapter_config.json").exists()
+    cfg, found, tensors, public = read_model(src, vision, llm if lora else None)
+    table, rows = found["decoder.embed_tokens.weight"], max(cfg.image_token, cfg.pad_token) + 1
+    if cfg.decoder.vocab_size < rows:                                       # llava-hf has rows for <image> and <pad>, the original has none
+        cfg.decoder.vocab_size = -(-rows // 64) * 64
+        found |= {name: grow(found[name], cfg.decoder.vocab_size) for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight")}
+    with torch.device("meta"):
+        vlm = VLM(cfg)
+    load_strict(vlm, found, src, tensors, dtype=table.meta.dtype if table.meta.dtype != torch.float64 else torch.float32, public=public)
+    tokenizer = next((Path(d) / "tokenizer.model" for d in (src, llm) if d and (Path(d) / "tokenizer.model").exists()), None)
+    if tokenizer:
+        save_processor(out, tokenizer, cfg)
+    vlm.save_pretrained(out)
+    print(f"{out}: in {'the llava-hf layout' if fits_llava(cfg) else 'our own layout, since no public one of ours holds this model'}"
+          + ("" if tokenizer else f"; {src} has no tokenizer.model, put one beside it"))
+
+
+def by_file(tensors):
+    """{name: Stored} -> for each file its opened tensors and the part of the dict that lies there."""
+    for file in {t.file for t in tensors.values()}:
+        yield open_weights(file), {name: t for name, t in tensors.items() if t.file == file}
+
+
+def info(name):
+    if name in PRESETS:
+        cfg = PRESETS[name]
+    elif not Path(name).is_dir():
+        raise UserError(f"{name}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+    elif whole(name):
+        cfg = read_config(name, our_names(read_tensors(name)) if any((Path(name) / f"{f}{end}").exists() for f in FILES for end in ("", ".index.json")) else {})
+    else:
+        c = read_json(Path(name) / "config.json")
+        cfg = decoder_config(c) if c.get("model_type") in ("llama", "mistral", "internlm2") else read_tower(name)
+    with torch.device("meta"):
+        parts = {"decoder": Decoder(cfg)} if isinstance(cfg, DecoderConfig) else {"vision": ViT(cfg)} if isinstance(cfg, VisionConfig) else dict(
+            VLM(cfg).named_children())
+    count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
+    for part, n in count.items():
+        c = getattr(cfg, part, cfg)                                         # a tower or decoder alone is its own part
+        print(f"{part:10} {n:>16,} parameters   " + (c if isinstance(c, str) else ", ".join(
+            f"{key} {value}" for key, value in asdict(c).items() if key not in ("mean", "std"))))
+    total, trained = sum(count.values()), sum(n for part, n in count.items() if not part.startswith("vision"))
+    print(f"{'total':10} {total:>16,} parameters")
+    if "connector" in count:
+        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}, template {cfg.template}")
+    GB = 1e9                                                                # training: float32 weight, gradient and two Adam moments
+    print(f"memory     {2 * total / GB:.2f} GB in bfloat16; to train all but the towers {(16 * trained + 4 * (total - trained)) / GB:.2f} GB "
+          "(float32, Adam), and activations")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from data import Tokenizer, encode_prompt, parse_args, run
-from model import VLM
+from data import Tokenizer, cut_at_stop, encode_prompt, parse_args, run, stop_ids
+from model import VLM, check_tokenizer
 from train import Flags, one_of, pick_device
 from vision import MODES, UserError, cut_tiles, open_image
 
@@ -29,7 +29,8 @@ def main(argv=None):
     if not (cfg.prompt or images or chat):
         raise UserError("nothing to answer: give --image, --prompt or both")
     directory = cfg.model or newest_run()
-    vlm, tok = VLM.from_pretrained(directory, device, getattr(torch, cfg.dtype)), Tokenizer(directory)
+    vlm, tok = VLM.from_pretrained(directory, device, getattr(torch, cfg.dtype), cfg.vision, cfg.llm), Tokenizer(directory)
+    check_tokenizer(vlm, tok)
     tiles, n_visual = zip(*(cut_tiles(image, vlm.cfg.vision, cfg.image_mode or vlm.cfg.image_mode) for image in images)) if images else ((), ())
     pixels = torch.cat(tiles).to(device) if tiles else None
 
@@ -38,27 +39,33 @@ def main(argv=None):
         print(f"> {question}")
     while question:
         turns.append(("human", "<image>" * len(images) + "\n" + question if images and not turns else question))
-        prompt = torch.tensor([encode_prompt(tok, turns, cfg.template or vlm.cfg.template, n_visual)], device=device)
-        answer = say(vlm, tok, prompt, pixels, cfg)
+        template = cfg.template or vlm.cfg.template
+        prompt = torch.tensor([encode_prompt(tok, turns, template, n_visual)], device=device)
+        answer = say(vlm, tok, prompt, pixels, template, cfg)
         turns = turns + [("gpt", answer)] if answer else turns[:-1]         # an empty answer is no turn to go on from
         question = ask() if chat else None
     return 0
 
 
-def say(vlm, tok, prompt, pixels, cfg):
+def say(vlm, tok, prompt, pixels, template, cfg):
     """Print the answer word by word and return it."""
     T, longest = prompt.shape[1], vlm.cfg.decoder.block_size
     if T >= longest:
         raise UserError(f"question and earlier turns are {T} tokens, the model takes {longest} with its answer; ask less, or begin a new chat")
-    ids, shown = [], ""
-    for new in vlm.stream(prompt, pixels, min(cfg.max_new_tokens, longest - T), cfg.temperature, cfg.top_p, cfg.top_k, seed=cfg.seed):
+    ids, shown, stop = [], "", stop_ids(tok, template)
+    for new in vlm.stream(prompt, pixels, min(cfg.max_new_tokens, longest - T), cfg.temperature, cfg.top_p, cfg.top_k, seed=cfg.seed, stop=stop):
         ids.append(int(new))
-        text = tok.decode(ids, partial=True).strip()                        # a space at the end waits for the word after it
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    text = tok.decode(ids).strip()
+        text = tok.decode(ids, partial=True)
+        said = cut_at_stop(text, template, partial=True).strip()            # a space at the end waits for the word after it
+        print(said[len(shown) :], end="", flush=True)
+        shown = said
+        if cut_at_stop(text, template) != text:                             # a stop that is no token: ### or a newline
+            break
+    whole = tok.decode(ids)
+    text = cut_at_stop(whole, template)
+    ended, text = ids[-1] in stop or text != whole, text.strip()
     print(text[len(shown) :], flush=True)
-    if ids[-1] != vlm.cfg.eos_token:
+    if not ended:
         why = "raise --max-new-tokens" if len(ids) == cfg.max_new_tokens else f"with the prompt's {T} these are all {longest} the model takes"
         print(f"[cut off after {len(ids)} tokens; {why}]", file=sys.stderr)
     elif not text:
@@ -94,6 +101,8 @@ def parse(argv):
     cli.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the order the question speaks of them")
     cli.add_argument("--prompt", default="", help="one question; empty: describe the picture, then chat if this is a terminal")
     cli.add_argument("--model", default="", metavar="DIR", help="model directory; empty: the newest finished run under out/")
+    cli.add_argument("--vision", metavar="DIR[,DIR]", help="tower of a model that was published without (python model.py convert puts it in)")
+    cli.add_argument("--llm", metavar="DIR", help="base of a LoRA")
     cli.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word, more draws at random (default 0)")
     cli.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set of words holding this probability (default 1)")
     cli.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest words; 0: all (default 0)")

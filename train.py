@@ -40,9 +40,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import toyworld
-from data import IGNORE, Examples, Records, Tokenizer, collate, encode_conversation, encode_prompt, parse_args, run
-from model import (PRESETS, VLM, decoder_config, family_a, init_weights, load_decoder, load_strict, load_vision, read_json, read_tensors,
-                   save_processor, vision_config, write_whole)
+from data import IGNORE, Examples, Records, Tokenizer, collate, cut_at_stop, encode_conversation, encode_prompt, parse_args, run, stop_ids
+from model import (PRESETS, VLM, check_tokenizer, decoder_config, init_weights, load_connector, load_decoder, load_vision, read_json, read_tower,
+                   save_processor, write_whole)
 from vision import MODES, UserError, cut_tiles, open_image
 
 HERE = Path(__file__).parent
@@ -60,13 +60,15 @@ class TrainConfig:
     image_root: str = arg("", "folder that the records' image paths start from; empty: the folder of --data")
     val: str = arg("", "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if it is there")
     out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")
-    vision: str = arg("", "CLIP directory for the tower of a preset; empty: random weights")
-    llm: str = arg("", "Llama directory for the decoder and tokenizer of a preset; empty: random weights")
+    vision: str = arg("", "directory or file of the tower (CLIP, SigLIP, DINOv2, ViT) of a preset or of a model published without; "
+                           "DIR,DIR: two towers; empty: random weights")
+    llm: str = arg("", "Llama, Mistral or InternLM2 directory for decoder and tokenizer of a preset, or the base of a LoRA; empty: random weights")
     tokenizer: str = arg("", "sentencepiece tokenizer.model of a preset, or a directory that holds one; empty: the decoder's own")
-    projector: str = arg("", "connector to start from: a model directory that stage 1 wrote, or its model.safetensors; empty: the model's own")
+    projector: str = arg("", "connector to start from: a model directory that stage 1 wrote, its model.safetensors, or a mm_projector.bin; empty: the model's own")
     from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
     train: str = arg("", "parts to train, of connector,llm,vision; empty: those of the stage, and all that start from random weights")
     template: str = arg("", "conversation template; empty: plain in stage pretrain, the model's own otherwise")
+    image_size: int = arg(0, "pixels a side of the tile that a preset's --vision looks at; 0: the tower's own, of two the second one's")
     image_mode: str = arg("", "pad, letterbox, crop or resize; empty: the model's own")
     batch_size: int = arg(16, "records a step")
     micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
@@ -283,39 +285,36 @@ def build(cfg, checkpoint=None):
         directory = checkpoint or cfg.model
         if not Path(directory).is_dir():
             one_of("--model", cfg.model, [*PRESETS, "a model directory"])
-        if not checkpoint and (cfg.vision or cfg.llm or cfg.tokenizer or cfg.from_scratch):
-            raise UserError(f"--model {cfg.model} is a whole model; --vision, --llm, --tokenizer and --from-scratch are for presets ({', '.join(PRESETS)})")
-        vlm, tok = VLM.from_pretrained(directory), Tokenizer(directory)
+        if not checkpoint and (cfg.tokenizer or cfg.from_scratch):
+            raise UserError(f"--model {cfg.model} is a whole model; --tokenizer and --from-scratch are for presets ({', '.join(PRESETS)})")
+        given = (None, None) if checkpoint else (cfg.vision or None, cfg.llm or None)
+        vlm, tok = VLM.from_pretrained(directory, vision=given[0], llm=given[1]), Tokenizer(directory)
     else:
         tok, preset = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"]), PRESETS[cfg.model]
-        vision = vision_config(read_json(Path(cfg.vision) / "config.json")) if cfg.vision else preset.vision
+        paths = cfg.vision.split(",") if cfg.vision else []
+        towers = [read_tower(path) for path in paths] or [preset.vision]
+        towers = [replace(t, image_size=cfg.image_size or towers[-1].image_size) for t in towers]
         decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
-        vlm = VLM(replace(preset, vision=vision, decoder=replace(decoder, vocab_size=tok.vocab_size),
+        vlm = VLM(replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector="fused_gelu" if towers[1:] else preset.connector,
+                          decoder=replace(decoder, vocab_size=tok.vocab_size),
                           image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos))
-        load_vision(vlm.vision, cfg.vision) if cfg.vision else init_weights(vlm.vision)
+        for tower, path in zip((vlm.vision, *([vlm.vision2] if towers[1:] else [])), paths):
+            load_vision(tower, path)
+        if not paths:
+            init_weights(vlm.vision)
         load_decoder(vlm.decoder, cfg.llm) if cfg.llm else init_weights(vlm.decoder)
+    check_tokenizer(vlm, tok)
     if cfg.projector and not checkpoint:
-        load_projector(vlm, Path(cfg.projector))
-    for p in vlm.parameters():                   # out of the mapped file: there a tensor may begin at any byte, and how it is aligned
-        p.data = p.data.clone()                  # can change the last bit of a product; then a resumed run would not be the same
+        load_connector(vlm.connector, cfg.projector)
     vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode
     if cfg.stage == "finetune":                  # what a model is asked with later is the template of its conversations, not of its captions
         vlm.cfg.template = cfg.template or vlm.cfg.template
     return vlm, tok
 
 
-def load_projector(vlm, path):
-    """The connector of a model that stage 1 wrote into `vlm`."""
-    if not path.is_dir() and not (path.name == "model.safetensors" and path.exists()):
-        raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, or its model.safetensors")
-    tensors = {family_a(k): v for k, v in read_tensors(path if path.is_dir() else path.parent).items()}
-    prefix = "multi_modal_projector."
-    load_strict(vlm.connector, {k: v for k, v in tensors.items() if k.startswith(prefix)}, lambda name: prefix + name, f"--projector {path}")
-
-
 def freeze(vlm, cfg):
     """Only the parts of --train get gradients; returns their parameters."""
-    parts = {"connector": vlm.connector, "llm": vlm.decoder, "vision": vlm.vision}
+    parts = {"connector": vlm.connector, "llm": vlm.decoder, "vision": torch.nn.ModuleList([vlm.vision, *([vlm.vision2] if vlm.cfg.vision2 else [])])}
     fresh = [name for name, source in (("llm", cfg.llm), ("vision", cfg.vision)) if cfg.model in PRESETS and not source]
     chosen = cfg.train.split(",") if cfg.train else ["connector", *fresh, *(["llm"] if cfg.stage == "finetune" else [])]
     vlm.requires_grad_(False)
@@ -435,10 +434,13 @@ def answer(vlm, tok, questions, device, max_new_tokens=96, size=48):
         if room < 1:
             raise UserError(f"a question of {max(lengths)} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
         tokens = torch.tensor([p + [tok.pad] * (max(lengths) - len(p)) for p in prompts], device=device)
-        new = vlm.generate(tokens, torch.cat(pixels).to(device) if pixels else None, room, lengths=lengths)
+        stop = set(stop_ids(tok, vlm.cfg.template))
+        new = vlm.generate(tokens, torch.cat(pixels).to(device) if pixels else None, room, lengths=lengths, stop=list(stop))
         for i, ids in zip(rows, new.tolist()):
-            end = vlm.cfg.eos_token
-            answers[i] = tok.decode(ids[: ids.index(end)] if end in ids else ids).strip(), end in ids
+            end = next((k for k, t in enumerate(ids) if t in stop), None)
+            text = tok.decode(ids[:end])
+            said = cut_at_stop(text, vlm.cfg.template)
+            answers[i] = said.strip(), end is not None or said != text
     return answers
 
 

@@ -3,17 +3,20 @@
     PIL picture --open_image--> upright RGB --cut_tiles--> tiles (n, 3, S, S) uint8, and how many visual tokens they become
     tiles --ViT--> features (n, N, D), one row for each patch, taken after an inner block as LLaVA-1.5 does (arXiv:2310.03744)
 
-One class with switches is CLIP, SigLIP, DINOv2 and the plain ImageNet ViT: a class token or not, registers or not, a norm before the
-blocks or not, which GELU, a bias on the patch convolution or not, layer-scale or not, and after which block the features are taken.
+One class with switches is CLIP, SigLIP, DINOv2, InternViT and the plain ImageNet ViT: a class token or not, registers or not, a norm
+before the blocks or not, which GELU, a bias on the patch convolution or not, layer-scale or not, and after which block the features are
+taken. Their public tensor names, in Hugging Face's words, timm's and OpenAI's, are one table (TOWER_NAMES).
 CLIP's quirks that the switches stand for: no patch bias, QuickGELU, and a LayerNorm before the first block, whose public name is
 misspelled (`pre_layrnorm`). LLaVA takes hidden state -2: the last block and the final norm never run, so here they are skipped.
 
 Deviations: pictures with transparency are laid on white (the originals drop the alpha channel and show whatever was under it), EXIF
 rotation is applied (the originals ignore it), and of an extreme shape the far ends are cut before the crop (beyond 64:1), or the whole
-is scaled before the padding (beyond 10,000 px).
+is scaled before the padding (beyond 10,000 px). Where a model has two towers (Prismatic) both see the same tile, letterboxed in the
+first one's mean colour; the originals pad once for each. Their best models squash instead of padding, which is the same for both.
 """
 
 import math
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -24,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
 MODES = ("pad", "letterbox", "crop", "resize")
 
 
@@ -47,6 +51,8 @@ class VisionConfig:
     patch_bias: bool = False
     layer_scale: bool = False        # a learned factor per channel on each branch (DINOv2, InternViT)
     final_norm: bool = True
+    rms_norm: bool = False           # InternViT-6B: norms without mean and bias, queries and keys normed too, and no bias on q, k and v
+    merge: int = 1                   # InternVL: that many patches a side become one visual token, merge^2 times as wide (pixel shuffle v2)
     feature_layer: int = -2          # hidden state whose patches the connector reads: 0 = before block 1, -1 = after the last block
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
@@ -56,6 +62,8 @@ class VisionConfig:
             raise UserError(f"a tower {self.n_embd} channels wide cannot share them among {self.n_head} heads")
         if self.image_size < self.patch_size:
             raise UserError(f"an image size of {self.image_size} px holds no patch of {self.patch_size} px")
+        if self.grid % self.merge:
+            raise UserError(f"{self.grid} patches a side cannot be merged by {self.merge}")
         if not 0 <= self.depth <= self.n_layer:
             raise UserError(f"feature layer {self.feature_layer} does not exist in a tower of {self.n_layer} layers")
         if self.activation not in ACTIVATIONS:
@@ -67,7 +75,11 @@ class VisionConfig:
 
     @property
     def n_token(self):               # visual tokens of one tile
-        return self.grid**2
+        return (self.grid // self.merge) ** 2
+
+    @property
+    def n_feature(self):             # width of a visual token
+        return self.n_embd * self.merge**2
 
     @property
     def head_dim(self):
@@ -94,14 +106,17 @@ class ViT(nn.Module):
         self.pos = nn.Parameter(torch.cat([torch.zeros(int(cfg.class_token), D), waves(cfg.grid, D)]))
         self.pre_norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
+        self.norm = norm(cfg) if cfg.final_norm else nn.Identity()
 
     def forward(self, pixels):
-        """The patches as the connector reads them: (n, 3, S, S) -> (n, N, D). uint8 pixels are normalised here; floats already are."""
+        """The visual tokens as the connector reads them: (n, 3, S, S) -> (n, N, D). uint8 pixels are normalised here; floats already are."""
         x = self.embed(pixels)
         for block in self.blocks[: self.cfg.depth]:
             x = block(x)
-        return x[:, self.cfg.n_prefix :]                                    # (n, N, D)
+        x, m, g = x[:, self.cfg.n_prefix :], self.cfg.merge, self.cfg.grid // self.cfg.merge            # (n, grid^2, n_embd)
+        if m > 1:                                                           # out[i, j] = the m x m patches of that square, row by row
+            x = x.view(len(x), g, m, g, m, -1).transpose(2, 3).reshape(len(x), g * g, -1)
+        return x                                                            # (n, N, D)
 
     def pooled(self, pixels):
         """The class token after every block and the final norm, which is what CLIP compares with a text: (n, 3, S, S) -> (n, D)."""
@@ -127,9 +142,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm1 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.norm1 = norm(cfg)
         self.attn = Attention(cfg)
-        self.norm2 = nn.LayerNorm(cfg.n_embd, eps=cfg.norm_eps)
+        self.norm2 = norm(cfg)
         self.mlp = MLP(cfg)
         self.scale1 = nn.Parameter(torch.ones(cfg.n_embd)) if cfg.layer_scale else 1.0
         self.scale2 = nn.Parameter(torch.ones(cfg.n_embd)) if cfg.layer_scale else 1.0
@@ -139,15 +154,22 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)) * self.scale2
 
 
+def norm(cfg):
+    return (nn.RMSNorm if cfg.rms_norm else nn.LayerNorm)(cfg.n_embd, eps=cfg.norm_eps)
+
+
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(cfg.n_embd, cfg.n_embd) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(cfg.n_embd, cfg.n_embd, bias=not cfg.rms_norm) for _ in range(3))
+        self.out_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
+        self.q_norm, self.k_norm = (norm(cfg) if cfg.rms_norm else nn.Identity() for _ in range(2))         # over all heads at once
 
     def forward(self, x):                                                   # (n, T, D)
         n, T, D = x.shape
-        q, k, v = (proj(x).view(n, T, self.n_head, -1).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
+        q, k, v = (z.view(n, T, self.n_head, -1).transpose(1, 2) for z in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v)                         # (n, H, T, D/H); every patch sees every patch
         return self.out_proj(y.transpose(1, 2).reshape(n, T, D))
 
@@ -185,6 +207,87 @@ def rename(name, table):
         elif name.startswith(ours):
             return rename(theirs + name[len(ours) :], [row for row in table if row[0].startswith(".")])
     return name
+
+
+# Public names -> ours, of every family of towers, applied in this order. Names that match nothing stay as they are and count as unused.
+TOWER_NAMES = [
+    # CLIP, SigLIP | DINOv2, ViT, InternViT | timm | OpenAI
+    (r"^(embeddings\.patch_embedding|embeddings\.patch_embeddings\.projection|patch_embed\.proj|conv1)\.", "patch."),
+    (r"^(embeddings\.class_embedding|embeddings\.cls_token|cls_token|class_embedding)$", "class_token"),
+    (r"^(embeddings\.register_tokens|reg_token|register_tokens)$", "registers"),
+    (r"^(embeddings\.position_embeddings?(\.weight)?|pos_embed|positional_embedding)$", "pos"),
+    (r"^(pre_layrnorm|norm_pre|ln_pre)\.", "pre_norm."),
+    (r"^(post_layernorm|layernorm|ln_post)\.", "norm."),
+    (r"^(encoder\.layers?|transformer\.resblocks)\.", "blocks."),
+    (r"\.(layer_norm|ln_)([12])\.", r".norm\2."), (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attn.\1_proj."), (r"\.self_attn\.", ".attn."),
+    (r"\.(attention\.output\.dense|attn\.proj)\.", ".attn.out_proj."), (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.(intermediate\.dense|mlp\.c_fc)\.", ".mlp.fc1."), (r"\.(output\.dense|mlp\.c_proj)\.", ".mlp.fc2."),
+    (r"\.(layer_scale|ls)([12])(\.lambda1|\.gamma|\.scale_factor)?$", r".scale\2"),
+]
+# What belongs to these files and not to the tower as it is used here.
+TOWER_UNUSED = (r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias|text)\b|^(head|attn_pool|pooler|classifier|fc_norm|proj)\b|"
+                r"mask_token|position_ids")
+
+
+def tower_tensors(tensors, cfg=None):
+    """{public name: tensor still in its file} of any family -> {our name: the same, cut to our shapes}. Positions are resized to cfg's grid.
+
+    Fused q, k, v (timm, OpenAI, InternViT) are cut in three. A position table without a row for the class token (timm folds that row
+    into the token itself) gets a row of zeros.
+    """
+    for prefix in "vision_model.", "vision_tower.", "visual.", "vit.":       # a file of two towers: what lies outside the prefix is the text tower
+        if any(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    found = {}
+    for name, t in tensors.items():
+        name = name.removeprefix("trunk.")                                  # open_clip around timm
+        if re.search(TOWER_UNUSED, name):
+            continue
+        for pattern, ours in TOWER_NAMES:
+            name = re.sub(pattern, ours, name)
+        if ".attn.qkv." in name:
+            for i, one in enumerate(("q_proj", "k_proj", "v_proj")):
+                found[name.replace("qkv", one)] = t.cut(lambda x, i=i: x.chunk(3)[i])
+        elif name in ("class_token", "registers", "pos"):
+            end = -1 if name == "class_token" else -2                        # (1, 1, D) -> (D,); (1, N, D) -> (N, D)
+            found[name] = t.cut(lambda x, end=end: x.flatten(0, end)) if len(t.shape) > 1 else t
+        else:
+            found[name] = t
+    pos = found.get("pos")
+    if pos is not None and len(pos.shape) == 2 and "class_token" in found and math.isqrt(pos.shape[0]) ** 2 == pos.shape[0]:
+        pos = found["pos"] = pos.cut(lambda x: F.pad(x, (0, 0, 1, 0)))
+    if cfg and pos is not None and len(pos.shape) == 2 and pos.shape[0] != cfg.class_token + cfg.grid**2:
+        found["pos"] = pos.cut(lambda x: resize_positions(x, cfg))
+    return found
+
+
+def resize_positions(pos, cfg):
+    """A position table for another grid: bicubic with antialiasing, as timm and DINOv2 with registers do; the class token's row stays."""
+    n, D = int(cfg.class_token), pos.shape[1]
+    old = math.isqrt(len(pos) - n)
+    if old**2 != len(pos) - n:
+        return pos                                                          # no square: its shape will be reported
+    table = pos[n:].float().view(1, old, old, D).permute(0, 3, 1, 2)         # (1, D, old, old)
+    table = F.interpolate(table, size=(cfg.grid, cfg.grid), mode="bicubic", antialias=True)
+    return torch.cat([pos[:n].float(), table.permute(0, 2, 3, 1).reshape(-1, D)])
+
+
+def tower_by_shapes(tensors, image_size=None, quick_gelu=True):
+    """Our named tensors of a tower in timm's or OpenAI's layout, which brings no numbers of its own -> VisionConfig.
+
+    Heads are 64 wide, 72 in SO400M. Families differ by what they have: a norm before the blocks is CLIP, layer-scale DINOv2, no class
+    token SigLIP, and none of these the ImageNet ViT.
+    """
+    t = {name: tensor.shape for name, tensor in tensors.items()}
+    if not {"patch.weight", "pos", "blocks.0.mlp.fc1.weight"} <= t.keys():
+        raise UserError("holds no tower: no patch embedding, position table or blocks under any known name")
+    D, P = t["patch.weight"][0], t["patch.weight"][-1]
+    clip, dino, cls = "pre_norm.weight" in t, "blocks.0.scale1" in t, "class_token" in t
+    mean, std = (CLIP_MEAN, CLIP_STD) if clip else (IMAGENET_MEAN, IMAGENET_STD) if dino else (HALF, HALF)
+    return VisionConfig(image_size or P * math.isqrt(t["pos"][0] - cls), P, D, 1 + max(int(n.split(".")[1]) for n in t if n.startswith("blocks.")),
+                        16 if D == 1152 else max(1, D // 64), t["blocks.0.mlp.fc1.weight"][0], "quick_gelu" if clip and quick_gelu else "gelu",
+                        1e-5 if clip else 1e-6, cls, t["registers"][0] if "registers" in t else 0, clip, "patch.bias" in t, dino, mean=mean, std=std)
 
 
 def waves(grid, D):
@@ -290,3 +393,25 @@ def resize_short(image, S):
 def center_crop(image, w, h):
     left, top = (image.width - w) // 2, (image.height - h) // 2
     return image.crop((left, top, left + w, top + h))
+
+
+# ---- one thing that both floors above ask ----------------------------------------------------------------------------
+
+def default_template(c):
+    """The conversation template that a model was trained with, by the fields of its config.json: here, because data.py and model.py both ask.
+
+    LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or Llama-2-chat, which need --template.
+    """
+    llm, linear = prismatic_llm(c), c.get("mm_projector_type", "linear") == "linear"
+    if "template" in c:                                                     # InternVL writes it down, and so do we
+        return c["template"]
+    if llm:                                                                 # vicuna-v15-7b, llama2-7b-pure, llama2-13b-chat, ...
+        name = {"pure": "prism_pure", "chat": "prism_llama_2", "instruct": "prism_mistral"}.get(llm.split("-")[-1], llm)
+        return "prism_vicuna" if llm.startswith("vicuna") else name
+    return ("internvl2_5" if str(c.get("model_type")).startswith("intern") else
+            "llava_v1" if "mm_hidden_size" in c and linear else "vicuna_v1")
+
+
+def prismatic_llm(c):
+    """Prismatic's name of its language model, from its native config.json or the one in the HF layout; else None."""
+    return (c["model"] if isinstance(c.get("model"), dict) else c).get("llm_backbone_id")

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import data
-from data import (IGNORE, TEMPLATES, Examples, Records, Tokenizer, collate, cut_at_stop, default_template, encode_conversation,
-                  encode_prompt, stop_ids)
-from vision import UserError, VisionConfig, open_image
+from data import (IGNORE, TEMPLATES, Examples, Records, Tokenizer, collate, cut_at_stop, encode_conversation,
+                  encode_prompt, find_template, stop_ids)
+from vision import UserError, VisionConfig, default_template, open_image
 
 SHARED = Path(__file__).parents[2] / "shared"
 LLAMA = SHARED / "tokenizers" / "llama2.model"
@@ -232,7 +232,7 @@ def test_a_config_names_its_template(config, name):
 @pytest.mark.parametrize("config", [{"template": "Hermes-2"}, {"model": {"llm_backbone_id": "phi-2-3b"}}])
 def test_a_config_whose_template_is_not_here_is_an_error(config):
     with pytest.raises(UserError, match="template '(Hermes-2|phi-2-3b)' is unknown; did you mean"):
-        default_template(config)
+        find_template(default_template(config))
 
 
 # ---- ids ------------------------------------------------------------------------------------------------------------

@@ -232,6 +232,13 @@ def test_a_row_stops_at_the_end_token_and_is_padded_while_others_go_on(vlm, monk
     assert vlm.generate(tokens, max_new_tokens=9).tolist() == [[5, EOS, PAD, PAD], [5, 6, 7, EOS]]
 
 
+def test_an_answer_ends_at_any_of_the_stop_ids_it_is_given(vlm, monkeypatch):
+    said = [[5, 9, 7, 7], [5, 6, EOS, 7]]                                   # 9 as <|im_end|>
+    steps = iter(torch.tensor(said).T)
+    monkeypatch.setattr(model, "sample", lambda *_: next(steps))
+    assert vlm.generate(torch.tensor([prompt(5)] * 2), max_new_tokens=9, stop=[EOS, 9]).tolist() == [[5, 9, PAD], [5, 6, EOS]]
+
+
 def test_image_tokens_and_padding_are_never_said(vlm):
     loud = lively(VLM(TINY))
     with torch.no_grad():
@@ -426,7 +433,7 @@ DAMAGES = {
     "a config that is no text": (lambda d: (d / "config.json").write_bytes(b"\xff\x00"), "config.json: cannot be read as JSON"),
     "a config in a folder": (lambda d: [(d / "config.json").unlink(), (d / "config.json").mkdir()], "config.json: cannot be read"),
     "another architecture": (lambda d: change_config(d, model_type="qwen2_vl"), "model_type is 'qwen2_vl'; only 'llava'"),
-    "another language model": (lambda d: change_config(d, "text_config", model_type="mistral"), "model_type is 'mistral'; only 'llama'"),
+    "another language model": (lambda d: change_config(d, "text_config", model_type="qwen2"), "model_type is 'qwen2'; only 'llama'"),
     "another tower": (lambda d: change_config(d, "vision_config", model_type="siglip_vision_model"), "only 'clip_vision_model'"),
     "stretched positions": (lambda d: change_config(d, "text_config", rope_scaling={"type": "linear", "factor": 4.0}), "type is 'linear'"),
     "new stretched positions": (lambda d: change_config(d, "text_config", rope_parameters={"rope_type": "llama3"}), "rope_type is 'llama3'"),

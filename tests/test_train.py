@@ -408,7 +408,7 @@ def test_a_full_disk_while_logging_is_one_line_too(go, at_step, capfd):
     (["--projector", "narrow"], "--projector narrow: tensor"),
     (["--model", "toy", "--vision", "folder"], "folder/config.json: not found"),
     (["--model", "toy", "--llm", "folder"], "folder/tokenizer.model: no tokenizer there"),
-    (["--vision", "folder"], "are for presets"),
+    (["--vision", "folder"], "is for presets"),
     (["--model", "photto"], "did you mean photo?"),
     (["--model", "folder"], "folder/config.json: not found"),
     (["--stage", "pretrian"], "did you mean pretrain?"),
