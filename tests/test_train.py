@@ -242,7 +242,7 @@ def test_a_preset_reads_its_ingredients_and_from_scratch_does_not(go, tok, tiny,
 
 
 def test_epochs_on_the_command_line_win_over_the_steps_of_a_recipe(world):
-    assert train.parse(["--data", str(world / "train.json")]).max_steps == 500
+    assert train.parse(["--data", str(world / "train.json")]).max_steps == train.RECIPES["toy", "finetune"]["max_steps"]
     assert train.parse(["--data", str(world / "train.json"), "--epochs", "2"]).max_steps == 0
 
 
