@@ -1,14 +1,14 @@
 """The toy's own CLIP and Vicuna, from nothing: what LLaVA starts from, at a size that a laptop trains in half an hour.
 
-    python lab.py ingredients                   # writes assets/toy-clip and assets/toy-vicuna, MINUTES on two cores
+    python lab.py ingredients                   # writes assets/toy-clip (21 minutes on one core) and assets/toy-vicuna (12 on two)
 
 toy-clip    A tower of CLIP's architecture, trained to match pictures with phrases that are true of them ("a big red cat at the top
             left", "a green thing", "a sign that says OPEN"). The similarity of a picture and a phrase is that of the best patch
-            (FILIP, arXiv:2111.07783, Eq. 5): a VLM reads patches, and the class token alone takes many times longer to learn kinds.
+            (FILIP, arXiv:2111.07783, Eq. 5): a VLM reads patches, so it is they that must know.
                 s_iq = e^tau max_n <v_in, t_q>                                          v, t of unit length
                 L = - mean over true (i, q) of log e^s_iq / (e^s_iq + sum of e^s over what is false), once for the phrases q' that are
                     false of picture i, once for the pictures i' that phrase q is false of (CLIP's two directions, arXiv:2103.00020).
-            Half of the phrases are a true one with one word changed: else colors and places suffice, and kinds are never learned.
+            Half of the phrases are a true one with one word changed, most often the kind: colors and places alone go a long way.
 toy-vicuna  A Llama trained on texts in which words stand where the picture will be ("a big red cat at the top left [0.05, 0.10,
             0.35, 0.40]; ..."): it knows the questions and how to reason about things, and has never seen one.
 
@@ -219,7 +219,7 @@ def text_loss(decoder, tok, lessons):
 def lesson(tok, rng, progress):
     """A scene in words, then what there is to say of it -> tokens, labels. First words ("color cat": "red"), then bare questions,
     then whole conversations: where the answer follows the word it depends on, finding it is learned within 300 steps; with a format
-    prompt between them, not within 1,500."""
+    prompt between them, not within 1,600."""
     scene = toyworld.random_scene(rng)
     shares = (1, 0, 0) if progress < 0.35 else (0.3, 0.7, 0) if progress < 0.6 else (0, 0.2, 0.8)
     form = rng.choices(("words", "questions", "conversation"), shares)[0]
