@@ -670,7 +670,7 @@ def read_tower(path):
     with named(path):
         if "model_type" not in c and "vision_config" not in c:
             return tower_by_shapes(tower_tensors(read_tensors(path)), quick_gelu=take(clip, "model_cfg", dict, {}).get("quick_gelu", True))
-        cfg, prep = vision_config(c), read_json(path / "preprocessor_config.json", {})
+        cfg, prep = vision_config(c), read_processor(path)
         return replace(cfg, mean=take(prep, "image_mean", tuple, cfg.mean), std=take(prep, "image_std", tuple, cfg.std))
 
 
@@ -681,7 +681,12 @@ def read_config(directory, own={}, towers=()):
     """
     file = Path(directory) / "config.json"
     with named(file):
-        return config_reader(file)(read_json(file), read_json(file.with_name("preprocessor_config.json"), {}), own, towers)
+        return config_reader(file)(read_json(file), read_processor(file.parent), own, towers)
+
+
+def read_processor(folder):
+    """How pictures were cut and normalised: preprocessor_config.json, or what transformers 5 writes in its stead. Empty where neither is."""
+    return read_json(folder / "preprocessor_config.json", take(read_json(folder / "processor_config.json", {}), "image_processor", dict, {}))
 
 
 def config_reader(file, strict=True):
@@ -785,7 +790,7 @@ TOWERS = {
     "clip_vision_model": VisionConfig(224, 32, 768, 12, 12, 3072),
     "siglip_vision_model": VisionConfig(224, 16, 768, 12, 12, 3072, "gelu_tanh", 1e-6, False, 0, False, True, mean=HALF, std=HALF),
     "dinov2": VisionConfig(224, 14, 768, 12, 12, 3072, "gelu", 1e-6, True, 0, False, True, True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-    "dinov2_with_registers": VisionConfig(224, 14, 768, 12, 12, 3072, "gelu", 1e-6, True, 4, False, True, True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "dinov2_with_registers": VisionConfig(224, 16, 768, 12, 12, 3072, "gelu", 1e-6, True, 4, False, True, True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
     "vit": VisionConfig(224, 16, 768, 12, 12, 3072, "gelu", 1e-12, True, 0, False, True, mean=HALF, std=HALF),
     "intern_vit_6b": VisionConfig(224, 14, 3200, 48, 25, 12800, "gelu", 1e-6, True, 0, False, True, True, False, True, feature_layer=-1,
                                   mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -1042,9 +1047,8 @@ def info(name, vision=None, llm=None):
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
         print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}, template {cfg.template}")
-        asks = read_json(folder / "preprocessor_config.json", {}).get("do_center_crop") and "image_aspect_ratio" not in read_json(folder / "config.json", {})
-        if cfg.image_mode == "crop" and asks:
-            print("           crop because preprocessor_config.json says so; LLaVA-1.5 itself was trained with pad: --image-mode pad")
+        if cfg.image_mode == "crop" and read_processor(folder).get("do_center_crop") and "image_aspect_ratio" not in read_json(folder / "config.json"):
+            print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad: --image-mode pad")
     GB = 1e9                                                                # training: float32 weight, gradient and two Adam moments
     print(f"memory     {2 * total / GB:.2f} GB in bfloat16; to train all but the towers {(16 * trained + 4 * (total - trained)) / GB:.2f} GB "
           "(float32, Adam), and activations")
