@@ -29,7 +29,8 @@ def main(argv=None):
     if not (cfg.prompt or images or chat):
         raise UserError("nothing to answer: give --image, --prompt or both")
     directory = cfg.model or newest_run()
-    vlm, tok = VLM.from_pretrained(directory, device, None if cfg.dtype == "auto" else getattr(torch, cfg.dtype), cfg.vision, cfg.llm), Tokenizer(directory)
+    vlm = VLM.from_pretrained(directory, device, None if cfg.dtype == "auto" else getattr(torch, cfg.dtype), cfg.vision, cfg.llm)
+    tok = Tokenizer(cfg.llm if cfg.llm and not (Path(directory) / "tokenizer.model").exists() else directory)    # a LoRA is published without
     check_tokenizer(vlm, tok)
     tiles, n_visual = zip(*(cut_tiles(image, vlm.cfg.vision, cfg.image_mode or vlm.cfg.image_mode) for image in images)) if images else ((), ())
     pixels = torch.cat(tiles).to(device) if tiles else None

@@ -16,7 +16,7 @@ import model
 import sample
 from data import Tokenizer, run
 from model import PRESETS, VLM, Decoder, DecoderConfig, Stored, VLMConfig, decoder_config, llama_json, llava_name, our_names, save_processor, vision_config
-from test_layouts import DINO, LM2, TINY, close, internlm2, intern_names, lively, narrow, original, parts, projector, same, size, timm_names, write
+from test_layouts import LLAMA, LM2, TINY, close, internlm2, intern_names, lively, narrow, original, parts, projector, same, size, timm_names, write
 from vision import VisionConfig, ViT, tower_tensors
 
 transformers = tr = pytest.importorskip("transformers")
@@ -154,6 +154,34 @@ def test_sample_says_what_transformers_generates(tmp_path, capfd, monkeypatch, s
     assert capfd.readouterr().out == Tokenizer(tmp_path / "m").decode(said).strip() + "\n"
     if size[0] != size[1]:                                                  # and --image-mode is heard
         assert ask("--image-mode", "pad" if mode == "crop" else "crop") == 0 and said[24:] != said[:24]
+
+
+def published(tmp_path):
+    """{name: (directory, flags)} of tiny models in the layouts that come without a tower, a tokenizer or a base of their own."""
+    if not LLAMA.exists():
+        pytest.skip(f"needs {LLAMA}")
+    vlm = lively(VLM(replace(TINY, decoder=replace(TINY.decoder, vocab_size=32000), image_token=32000, pad_token=32001)))
+    clip = write(tmp_path / "clip", model.clip_json(vlm.cfg.vision), {model.rename(n, model.CLIP_NAMES): t for n, t in parts(vlm, "vision").items()})
+    llava, prism = original(tmp_path / "llava", vlm), prismatic(tmp_path / "prism")
+    lora = write(tmp_path / "lora", json.loads((llava / "config.json").read_text()), {
+        f"base_model.model.model.layers.0.self_attn.o_proj.lora_{x}.weight": t for x, t in (("A", torch.randn(2, 32)), ("B", torch.randn(32, 2)))}, "adapter_model.bin")
+    (lora / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "base_model_name_or_path": "x"}))
+    write(lora, None, projector(vlm, "base_model.model.model.mm_projector."), "non_lora_trainables.bin")
+    for folder in llava, prism:
+        (folder / "tokenizer.model").write_bytes(LLAMA.read_bytes())
+    tower = ["--vision", str(clip)]
+    return {"original": (llava, tower), "lora": (lora, [*tower, "--llm", str(llava)]), "prismatic": (prism, [])}
+
+
+@pytest.mark.parametrize("layout", ["original", "lora", "prismatic"])
+def test_a_model_says_the_same_as_published_and_converted(tmp_path, capfd, layout):
+    folder, flags = published(tmp_path)[layout]
+    Image.effect_noise((90, 50), 90).convert("RGB").save(tmp_path / "a.png")
+    ask = lambda *where: run(lambda: sample.main([*where, "--image", str(tmp_path / "a.png"), "--prompt", "What?", "--max-new-tokens", "12"]))
+    assert ask("--model", str(folder), *flags) == 0
+    said = capfd.readouterr().out
+    assert model.main(["convert", str(folder), str(tmp_path / "out"), *flags]) == 0 and "in the llava-hf layout" in capfd.readouterr().out
+    assert ask("--model", str(tmp_path / "out")) == 0 and capfd.readouterr().out == said and len(said) > 12
 
 
 # ---- answers that end with a string ---------------------------------------------------------------------------------
