@@ -505,11 +505,12 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     file, n_read, weights = None, 0, {}
     for name in sorted(state, key=lambda name: str(found[name].file)):
         t = found[name]
-        if t.file != file or n_read > 2**27 and mapped(file):               # open anew now and then: pages once read count as ours till then
+        n_bytes = t.meta.numel() * t.meta.element_size()
+        if t.file != file or n_read + n_bytes > 2**27 and mapped(file):     # open anew now and then: pages once read count as ours till then
             opened, file, n_read = None, t.file, 0
             opened = open_weights(file)
         weights[name] = t.of(opened).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-        n_read += t.meta.numel() * t.meta.element_size()
+        n_read += n_bytes
     module.load_state_dict(weights, strict=True, assign=True)
     used = {(t.file, t.name) for t in found.values()}
     rest = [t.name for t in tensors.values() if (t.file, t.name) not in used]

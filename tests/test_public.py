@@ -16,6 +16,7 @@ import model
 import sample
 from data import Tokenizer, run
 from model import PRESETS, VLM, Decoder, DecoderConfig, Stored, VLMConfig, decoder_config, llama_json, llava_name, our_names, save_processor, vision_config
+from test_data import intern  # noqa: F401 (a fixture)
 from test_layouts import LLAMA, LM2, TINY, close, internlm2, intern_names, lively, narrow, original, parts, projector, same, size, timm_names, write
 from vision import VisionConfig, ViT, tower_tensors
 
@@ -184,6 +185,27 @@ def test_a_model_says_the_same_as_published_and_converted(tmp_path, capfd, layou
     assert ask("--model", str(tmp_path / "out")) == 0 and capfd.readouterr().out == said and len(said) > 12
 
 
+def test_internvl_is_asked_with_its_own_tokens_and_ends_at_its_own(tmp_path, monkeypatch, capfd, intern):
+    folder = internvl(tmp_path / "m", intern.vocab_size)
+    (folder / "tokenizer.model").write_bytes(intern.path.read_bytes())
+    Image.effect_noise((90, 50), 90).convert("RGB").save(tmp_path / "a.png")
+    asked = []
+
+    def stream(self, tokens, *rest, stop, **flags):
+        asked.append("".join(intern.piece(i) for i in tokens[0].tolist()))
+        for i in [*intern.encode("A cat."), intern.control["<|im_end|>"]]:
+            yield torch.tensor([i])
+            if i in stop:
+                return
+        raise AssertionError("not stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(VLM, "stream", stream)
+        assert run(lambda: sample.main(["--model", str(folder), "--image", str(tmp_path / "a.png"), "--prompt", "What?"])) == 0
+    assert capfd.readouterr().out == "A cat.\n"
+    assert asked[0].startswith("<s><|im_start|>") and "<img>" + 4 * "<IMG_CONTEXT>" + "</img>" in asked[0] and asked[0].replace("<0x0A>", "\n").endswith("<|im_start|>assistant\n")
+    assert run(lambda: sample.main(["--model", str(folder), "--image", str(tmp_path / "a.png"), "--max-new-tokens", "3"])) == 0
+
+
 # ---- answers that end with a string ---------------------------------------------------------------------------------
 
 def test_an_answer_of_llava_v0_ends_at_its_hash_signs(tmp_path, monkeypatch, capfd):
@@ -296,13 +318,13 @@ def prismatic(folder):
     return folder
 
 
-def internvl(folder):
+def internvl(folder, V=96):
     tower = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=[56, 56], patch_size=[14, 14], attention_bias=True,
                  norm_type="layer_norm", use_qk_norm=False)
-    theirs = lively(tr.InternVLForConditionalGeneration(tr.InternVLConfig(vision_config=tower, text_config=llama_json(replace(TINY.decoder, block_size=2048)),
-                                                                          image_token_id=89, image_seq_length=4, tie_word_embeddings=False)))
+    theirs = lively(tr.InternVLForConditionalGeneration(tr.InternVLConfig(vision_config=tower, text_config=llama_json(replace(TINY.decoder, block_size=2048, vocab_size=V)),
+                                                                          image_token_id=V - 7, image_seq_length=4, tie_word_embeddings=False)))
     return write(folder, {"model_type": "internvl_chat", "downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1, "template": "internvl2_5",
-                          "llm_config": LM2, "vision_config": {"model_type": "intern_vit_6b", **tower, "image_size": 56, "patch_size": 14, "hidden_act": "gelu",
+                          "llm_config": LM2 | {"vocab_size": V}, "vision_config": {"model_type": "intern_vit_6b", **tower, "image_size": 56, "patch_size": 14, "hidden_act": "gelu",
                                                                "qkv_bias": True, "qk_normalization": False}}, intern_names(theirs.state_dict(), TINY.decoder))
 
 
