@@ -472,8 +472,8 @@ def mapped(file):
 
 
 def stored_dtype(found):
-    kept = found["decoder.embed_tokens.weight"].meta.dtype
-    return torch.float32 if kept == torch.float64 else kept
+    words = found.get("decoder.embed_tokens.weight")                        # without them load_strict will say what is missing
+    return torch.float32 if words is None or words.meta.dtype == torch.float64 else words.meta.dtype
 
 
 def flatten(content, prefix=""):
@@ -681,13 +681,17 @@ def read_config(directory, own={}, towers=()):
     `own`: the model's tensors under our names, whose shapes say what some layouts leave unsaid; `towers`: VisionConfigs given from outside.
     """
     file = Path(directory) / "config.json"
+    c, prep = read_json(file), read_processor(file.parent)
     with named(file):
-        return config_reader(file)(read_json(file), read_processor(file.parent), own, towers)
+        return config_reader(file)(c, prep, own, towers)
 
 
 def read_processor(folder):
     """How pictures were cut and normalised: preprocessor_config.json, or what transformers 5 writes in its stead. Empty where neither is."""
-    return read_json(folder / "preprocessor_config.json", take(read_json(folder / "processor_config.json", {}), "image_processor", dict, {}))
+    file = folder / "processor_config.json"
+    with named(file):
+        inner = take(read_json(file, {}), "image_processor", dict, {})
+    return read_json(folder / "preprocessor_config.json", inner)
 
 
 def config_reader(file, strict=True):

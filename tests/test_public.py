@@ -365,6 +365,12 @@ def lost_shard(folder):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
+def without_words(folder):
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    del tensors["model.embed_tokens.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
 def unknown(folder):
     config = json.loads((folder / "config.json").read_text())
     config["llm_config" if "llm_config" in config else "model"] |= {"model_type": "qwen2", "llm_backbone_id": "phi-2-3b"}
@@ -385,6 +391,11 @@ DAMAGES = {
     "internvl cut off": (internvl, cut("model.safetensors"), "model.safetensors: truncated or damaged"),
     "original in 8 bits": (llava_original, eight_bits("gate_proj"), "gate_proj.weight is int8; quantised weights cannot be read"),
     "original without a shard": (llava_original, lost_shard, "pytorch_model-00002-of-00002.bin: not found; .* is no complete model directory"),
+    "original without its words": (llava_original, without_words, "do not fit this architecture: 1 missing, such as language_model.model.embed_tokens.weight"),
+    "original with a broken processor": (llava_original, lambda folder: (folder / "processor_config.json").write_text('{"image_processor": 5}'),
+                                         "processor_config.json: image_processor is 5; it must be an object"),
+    "original with another broken processor": (llava_original, lambda folder: (folder / "preprocessor_config.json").write_text("[]"),
+                                               "preprocessor_config.json: holds a list"),
     "original without its connector's kind": (llava_original, without("mm_projector_type"), "do not fit this architecture: .*such as .*Check config.json"),
 }
 
@@ -398,7 +409,7 @@ def test_damage_is_one_clear_line_and_exit_code_1(tmp_path, capfd, damage):
     capfd.readouterr()
     assert run(lambda: sample.main(["--model", str(folder), "--prompt", "What?"])) == 1
     line, = errors(capfd)
-    assert re.search(f"^error: {folder}.*{says}", line), line
+    assert re.search(f"^error: {folder}.*{says}", line) and line.count(".json: ") <= 1, line
 
 
 def test_a_tokenizer_of_another_size_than_the_embedding_is_one_clear_line(tmp_path, capfd):
