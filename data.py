@@ -68,7 +68,7 @@ class Tokenizer:
         try:
             raw = self.path.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.path}: no tokenizer there ({error.strerror}); give a sentencepiece tokenizer.model or its folder") from None
+            raise UserError(f"{self.path}: no tokenizer there ({error.strerror}); copy there the tokenizer.model, a sentencepiece model, that belongs to its language model") from None
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=raw or b"empty")
             # The same model without the space it puts before a text. Two protobufs written one after the other are merged, the

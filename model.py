@@ -31,6 +31,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -204,8 +205,12 @@ class VLM(nn.Module):
         """Open a model directory of any layout told apart below. UserError names what does not fit.
 
         `vision` (DIR or DIR,DIR) and `llm`: the towers of a model that was published without, and what a LoRA was trained over.
+        `dtype` None: as the words are stored, but bfloat16 for float16 on a CPU, which is many times slower at float16.
         """
         cfg, found, tensors, public = read_model(directory, vision, llm)
+        if dtype is None:
+            dtype = stored_dtype(found)
+            dtype = torch.bfloat16 if dtype == torch.float16 and torch.device(device).type == "cpu" else dtype
         with torch.device("meta"):
             vlm = cls(cfg)
         load_strict(vlm, found, directory, tensors, device, dtype, public)
@@ -423,10 +428,15 @@ class Stored:
         return t
 
 
+def weights_file(path):
+    """The file that holds the weights, or whose name with .index.json names the shards; None if there is none."""
+    return path if path.is_file() else next((path / f for f in FILES if (path / f).exists() or (path / f"{f}.index.json").exists()), None)
+
+
 def read_tensors(path):
     """All weights of a file, or of a directory in one file or in the shards that an index names: {public name: Stored}."""
     path = Path(path)
-    file = path if path.is_file() else next((path / f for f in FILES if (path / f).exists() or (path / f"{f}.index.json").exists()), None)
+    file = weights_file(path)
     if file is None:
         raise UserError(f"{path / FILES[0]}: not found, nor {', '.join(FILES[1:])}; {path} is no complete model directory, copy the weights there")
     index, named = file.with_name(f"{file.name}.index.json"), {}
@@ -448,12 +458,22 @@ def open_weights(file):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 return {name: f.get_tensor(name) for name in f.keys()}
-        return flatten(torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)))
+        return flatten(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped(file)))
     except FileNotFoundError:
         raise UserError(f"{file}: not found; {file.parent} is no complete model directory, copy the file there") from None
     except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: truncated or damaged, or holds more than tensors ({str(error).splitlines()[0] if str(error) else error!r}); "
                         "copy it anew") from None
+
+
+def mapped(file):
+    """torch.save before 2020 wrote no zip: such a file can only be read whole."""
+    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
+
+
+def stored_dtype(found):
+    words = found.get("decoder.embed_tokens.weight")                        # without them load_strict will say what is missing
+    return torch.float32 if words is None or words.meta.dtype == torch.float64 else words.meta.dtype
 
 
 def flatten(content, prefix=""):
@@ -485,11 +505,12 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     file, n_read, weights = None, 0, {}
     for name in sorted(state, key=lambda name: str(found[name].file)):
         t = found[name]
-        if t.file != file or n_read > 2**27:                                # open anew now and then: pages once read count as ours till then
+        n_bytes = t.meta.numel() * t.meta.element_size()
+        if t.file != file or n_read + n_bytes > 2**27 and mapped(file):     # open anew now and then: pages once read count as ours till then
             opened, file, n_read = None, t.file, 0
             opened = open_weights(file)
         weights[name] = t.of(opened).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-        n_read += t.meta.numel() * t.meta.element_size()
+        n_read += n_bytes
     module.load_state_dict(weights, strict=True, assign=True)
     used = {(t.file, t.name) for t in found.values()}
     rest = [t.name for t in tensors.values() if (t.file, t.name) not in used]
@@ -507,17 +528,15 @@ def load_vision(vit, path):
 def load_decoder(decoder, directory):
     """A Llama, Mistral or InternLM2 directory into a decoder, strictly. Rows that our vocabulary adds (<image>, <pad>) become the mean of the old."""
     tensors, rows = read_tensors(directory), decoder.cfg.vocab_size
-    found = our_names(tensors, replace(PRESETS["toy"], decoder=decoder.cfg))
-    found = {name.removeprefix("decoder."): grow(t, rows) if name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight") else t
-             for name, t in found.items()}
-    load_strict(decoder, found, directory, tensors)
+    found = grow_words(our_names(tensors, replace(PRESETS["toy"], decoder=decoder.cfg)), rows)
+    load_strict(decoder, part_of(found, "decoder"), directory, tensors)
 
 
-def grow(t, rows):
-    """A table of word embeddings with more rows, the new ones the mean of the old."""
-    if len(t.shape) != 2 or t.shape[0] >= rows:
-        return t
-    return t.cut(lambda x: torch.cat([x.float(), x.float().mean(0, keepdim=True).expand(rows - len(x), -1)]))
+def grow_words(found, rows):
+    """The same with more rows in both tables of words, the new ones the mean of the old."""
+    grow = lambda x: torch.cat([x.float(), x.float().mean(0, keepdim=True).expand(rows - len(x), -1)])
+    tables = {name: found[name] for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight") if name in found}
+    return found | {name: t.cut(grow) for name, t in tables.items() if len(t.shape) == 2 and t.shape[0] < rows}
 
 
 def load_connector(connector, path):
@@ -525,7 +544,7 @@ def load_connector(connector, path):
     if not Path(path).exists():
         raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, or a mm_projector.bin")
     tensors = read_tensors(path)
-    found = {name.removeprefix("connector."): t for name, t in our_names(tensors).items() if name.startswith("connector.")}
+    found = part_of(our_names(tensors), "connector")
     load_strict(connector, found, f"--projector {path}", tensors)
 
 
@@ -560,11 +579,22 @@ def decoder_tensors(tensors, cfg=None):
     return found
 
 
-def read_json(path):
-    """A JSON file that holds an object -> dict."""
+@contextmanager
+def named(path):
+    """What is wrong inside is said with this path in front, if it does not begin with it anyway."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from None
+
+
+def read_json(path, absent=None):
+    """A JSON file that holds an object -> dict. `absent`: what to return where there is no such file, if that is no error."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        if absent is not None:
+            return absent
         raise UserError(f"{path}: not found, so {Path(path).parent} is not a model directory; give one that holds "
                         "config.json and *.safetensors") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -636,16 +666,13 @@ def read_lora(directory, llm=None):
 def read_tower(path):
     """A tower's directory or file -> VisionConfig: from its config.json, or from the shapes if it is timm's, open_clip's or OpenAI's."""
     path = Path(path)
-    clip = read_json(path / "open_clip_config.json") if (path / "open_clip_config.json").exists() else {}
-    c = {} if path.is_file() or clip and not (path / "config.json").exists() else read_json(path / "config.json")
-    try:
+    clip = read_json(path / "open_clip_config.json", {})
+    c = read_json(path / "config.json", {} if path.is_file() or clip else None)
+    with named(path):
         if "model_type" not in c and "vision_config" not in c:
-            return tower_by_shapes(tower_tensors(read_tensors(path)), quick_gelu=clip.get("model_cfg", {}).get("quick_gelu", True))
-        prep = read_json(path / "preprocessor_config.json") if (path / "preprocessor_config.json").exists() else {}
-        cfg = vision_config(c)
+            return tower_by_shapes(tower_tensors(read_tensors(path)), quick_gelu=take(clip, "model_cfg", dict, {}).get("quick_gelu", True))
+        cfg, prep = vision_config(c), read_processor(path)
         return replace(cfg, mean=take(prep, "image_mean", tuple, cfg.mean), std=take(prep, "image_std", tuple, cfg.std))
-    except UserError as error:
-        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from None
 
 
 def read_config(directory, own={}, towers=()):
@@ -654,26 +681,31 @@ def read_config(directory, own={}, towers=()):
     `own`: the model's tensors under our names, whose shapes say what some layouts leave unsaid; `towers`: VisionConfigs given from outside.
     """
     file = Path(directory) / "config.json"
-    c, prep = read_json(file), file.with_name("preprocessor_config.json")
-    prep = read_json(prep) if prep.exists() else {}
-    try:
+    c, prep = read_json(file), read_processor(file.parent)
+    with named(file):
         return config_reader(file)(c, prep, own, towers)
-    except UserError as error:
-        raise error if str(error).startswith(str(file)) else UserError(f"{file}: {error}") from None
 
 
-def config_reader(file):
-    """Which layout a config.json is of -> the function that reads it."""
+def read_processor(folder):
+    """How pictures were cut and normalised: preprocessor_config.json, or what transformers 5 writes in its stead. Empty where neither is."""
+    file = folder / "processor_config.json"
+    with named(file):
+        inner = take(read_json(file, {}), "image_processor", dict, {})
+    return read_json(folder / "preprocessor_config.json", inner)
+
+
+def config_reader(file, strict=True):
+    """Which layout a config.json is of -> the function that reads it. Of a tower or a decoder alone: None, or if `strict` an error."""
     c = read_json(file)
     if isinstance(c.get("model"), dict) or c.get("model_type") in ("prismatic", "openvla"):
         return prismatic_config
     if "mm_hidden_size" in c or "mm_vision_tower" in c:
         return original_llava_config
     readers = {"llava": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
-    if c.get("model_type") not in readers:
+    if strict and c.get("model_type") not in readers:
         raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can be "
                         "opened. A language model alone goes to --llm, a tower to --vision")
-    return readers[c["model_type"]]
+    return readers.get(c.get("model_type"))
 
 
 def llava_hf_config(c, prep, own, towers):
@@ -763,7 +795,7 @@ TOWERS = {
     "clip_vision_model": VisionConfig(224, 32, 768, 12, 12, 3072),
     "siglip_vision_model": VisionConfig(224, 16, 768, 12, 12, 3072, "gelu_tanh", 1e-6, False, 0, False, True, mean=HALF, std=HALF),
     "dinov2": VisionConfig(224, 14, 768, 12, 12, 3072, "gelu", 1e-6, True, 0, False, True, True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-    "dinov2_with_registers": VisionConfig(224, 14, 768, 12, 12, 3072, "gelu", 1e-6, True, 4, False, True, True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "dinov2_with_registers": VisionConfig(224, 16, 768, 12, 12, 3072, "gelu", 1e-6, True, 4, False, True, True, mean=IMAGENET_MEAN, std=IMAGENET_STD),
     "vit": VisionConfig(224, 16, 768, 12, 12, 3072, "gelu", 1e-12, True, 0, False, True, mean=HALF, std=HALF),
     "intern_vit_6b": VisionConfig(224, 14, 3200, 48, 25, 12800, "gelu", 1e-6, True, 0, False, True, True, False, True, feature_layer=-1,
                                   mean=IMAGENET_MEAN, std=IMAGENET_STD),
@@ -772,7 +804,7 @@ TOWERS = {
 
 def vision_config(c):
     """config.json of a tower, alone or inside that of a larger model -> VisionConfig."""
-    inner = take(c, "vision_config", dict, c)
+    inner = take(c, "vision_config", dict, None if "llm_config" in c else c)
     kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
     kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model"}.get(kind, kind)
     if kind not in TOWERS:
@@ -948,46 +980,47 @@ def main(argv=None):
     convert_cli = commands.add_parser("convert", help=".bin and .pt to safetensors; a whole model to the llava-hf layout where that can hold it")
     convert_cli.add_argument("src", help="directory or file to read")
     convert_cli.add_argument("out", metavar="DIR", help="directory to write")
-    convert_cli.add_argument("--vision", metavar="DIR[,DIR]", help="tower of a model published without")
-    convert_cli.add_argument("--llm", metavar="DIR", help="base of a LoRA; its tokenizer.model is taken where SRC has none")
-    commands.add_parser("info", help="parts, parameters, visual tokens, memory; reads no weights").add_argument("model", metavar="DIR|PRESET")
+    info_cli = commands.add_parser("info", help="parts, parameters, visual tokens, memory; reads no weights")
+    info_cli.add_argument("model", metavar="DIR|PRESET")
+    for command in convert_cli, info_cli:
+        command.add_argument("--vision", metavar="DIR[,DIR]", help="tower of a model published without")
+        command.add_argument("--llm", metavar="DIR", help="base of a LoRA; convert takes its tokenizer.model where SRC has none")
     args = cli.parse_args(argv)
     try:
-        info(args.model) if args.command == "info" else convert(Path(args.src), Path(args.out), args.vision, args.llm)
+        info(args.model, args.vision, args.llm) if args.command == "info" else convert(Path(args.src), Path(args.out), args.vision, args.llm)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def whole(directory):
+def whole(path):
     """Whether a directory holds a vision-language model, and no tower or decoder alone."""
-    c = read_json(Path(directory) / "config.json") if Path(directory).is_dir() else {}
-    return (Path(directory) / "adapter_config.json").exists() or "mm_hidden_size" in c or "llm_backbone_id" in c or "model" in c or (
-        c.get("model_type") in ("llava", "internvl_chat", "plainvlm"))
+    return (path / "adapter_config.json").exists() or (path / "config.json").exists() and config_reader(path / "config.json", strict=False) is not None
 
 
 def convert(src, out, vision=None, llm=None):
     if out.exists() and out.resolve() == (src if src.is_dir() else src.parent).resolve():
         raise UserError(f"{out}: is where the weights are read from; choose another directory to write")
     if not whole(src):                                                      # its names stay, only the files change
-        tensors = {name: t.of(opened) for opened, group in by_file(read_tensors(src)) for name, t in group.items() if not name.endswith("inv_freq")}
+        files = sorted({t.file for t in read_tensors(src).values()})
+        tensors = {name: t.contiguous().clone() for file in files for name, t in open_weights(file).items() if not name.endswith("inv_freq")}
         for file in src.glob("*") if src.is_dir() else ():
             if file.suffix == ".json" and ".index." not in file.name and file.name != "config.json" or file.name == "tokenizer.model":
                 write_whole(out / file.name, lambda tmp: shutil.copyfile(file, tmp))
-        tensors = {name: t.contiguous().clone() for name, t in tensors.items()}
-        write_model(out, tensors, read_json(src / "config.json") if (src / "config.json").exists() else {})
+        write_model(out, tensors, read_json(src / "config.json", {}))
         print(f"{out}: {len(tensors)} tensors under their own names")
         return
     lora = (src / "adapter_config.json").exists()
     cfg, found, tensors, public = read_model(src, vision, llm if lora else None)
-    table, rows = found["decoder.embed_tokens.weight"], max(cfg.image_token, cfg.pad_token) + 1
+    dtype = stored_dtype(found)
+    rows = max(cfg.image_token, cfg.pad_token) + 1
     if cfg.decoder.vocab_size < rows:                                       # llava-hf has rows for <image> and <pad>, the original has none
         cfg.decoder.vocab_size = -(-rows // 64) * 64
-        found |= {name: grow(found[name], cfg.decoder.vocab_size) for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight")}
+        found = grow_words(found, cfg.decoder.vocab_size)
     with torch.device("meta"):
         vlm = VLM(cfg)
-    load_strict(vlm, found, src, tensors, dtype=table.meta.dtype if table.meta.dtype != torch.float64 else torch.float32, public=public)
+    load_strict(vlm, found, src, tensors, dtype=dtype, public=public)
     tokenizer = next((Path(d) / "tokenizer.model" for d in (src, llm) if d and (Path(d) / "tokenizer.model").exists()), None)
     if tokenizer:
         save_processor(out, tokenizer, cfg)
@@ -996,22 +1029,17 @@ def convert(src, out, vision=None, llm=None):
           + ("" if tokenizer else f"; {src} has no tokenizer.model, put one beside it"))
 
 
-def by_file(tensors):
-    """{name: Stored} -> for each file its opened tensors and the part of the dict that lies there."""
-    for file in {t.file for t in tensors.values()}:
-        yield open_weights(file), {name: t for name, t in tensors.items() if t.file == file}
-
-
-def info(name):
+def info(name, vision=None, llm=None):
+    folder = Path(name)
     if name in PRESETS:
         cfg = PRESETS[name]
-    elif not Path(name).is_dir():
+    elif not folder.is_dir():
         raise UserError(f"{name}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
-    elif whole(name):
-        cfg = read_config(name, our_names(read_tensors(name)) if any((Path(name) / f"{f}{end}").exists() for f in FILES for end in ("", ".index.json")) else {})
+    elif whole(folder):                                                     # of a config without weights what it says is told
+        cfg = read_model(folder, vision, llm)[0] if weights_file(folder) or (folder / "adapter_config.json").exists() else read_config(folder)
     else:
-        c = read_json(Path(name) / "config.json")
-        cfg = decoder_config(c) if c.get("model_type") in ("llama", "mistral", "internlm2") else read_tower(name)
+        c = read_json(folder / "config.json", {})
+        cfg = decoder_config(c) if c.get("model_type") in ("llama", "mistral", "internlm2") else read_tower(folder)
     with torch.device("meta"):
         parts = {"decoder": Decoder(cfg)} if isinstance(cfg, DecoderConfig) else {"vision": ViT(cfg)} if isinstance(cfg, VisionConfig) else dict(
             VLM(cfg).named_children())
@@ -1024,6 +1052,8 @@ def info(name):
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
         print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}, template {cfg.template}")
+        if cfg.image_mode == "crop" and read_processor(folder).get("do_center_crop") and "image_aspect_ratio" not in read_json(folder / "config.json"):
+            print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad: --image-mode pad")
     GB = 1e9                                                                # training: float32 weight, gradient and two Adam moments
     print(f"memory     {2 * total / GB:.2f} GB in bfloat16; to train all but the towers {(16 * trained + 4 * (total - trained)) / GB:.2f} GB "
           "(float32, Adam), and activations")

@@ -29,7 +29,8 @@ def main(argv=None):
     if not (cfg.prompt or images or chat):
         raise UserError("nothing to answer: give --image, --prompt or both")
     directory = cfg.model or newest_run()
-    vlm, tok = VLM.from_pretrained(directory, device, getattr(torch, cfg.dtype), cfg.vision, cfg.llm), Tokenizer(directory)
+    vlm = VLM.from_pretrained(directory, device, None if cfg.dtype == "auto" else getattr(torch, cfg.dtype), cfg.vision, cfg.llm)
+    tok = Tokenizer(cfg.llm if cfg.llm and not (Path(directory) / "tokenizer.model").exists() else directory)    # a LoRA is published without
     check_tokenizer(vlm, tok)
     tiles, n_visual = zip(*(cut_tiles(image, vlm.cfg.vision, cfg.image_mode or vlm.cfg.image_mode) for image in images)) if images else ((), ())
     pixels = torch.cat(tiles).to(device) if tiles else None
@@ -108,10 +109,11 @@ def parse(argv):
     cli.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest words; 0: all (default 0)")
     cli.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default 256)")
     cli.add_argument("--template", default="", help="conversation template; empty: the model's own")
-    cli.add_argument("--image-mode", default="", help="pad, letterbox, crop or resize; empty: the model's own")
+    cli.add_argument("--image-mode", default="", help="pad, letterbox, crop or resize; empty: the model's own (python model.py info DIR says which)")
     cli.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default auto)")
-    cli.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights (default float32)")
+    cli.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                     help="of the weights; auto: as they are stored, but bfloat16 for float16 on a CPU (default auto)")
     cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
     for flag, value, fits, rule in (("temperature", cfg.temperature, 0 <= cfg.temperature < float("inf"), "0 or more"),
                                     ("top-p", cfg.top_p, 0 < cfg.top_p <= 1, "above 0 and at most 1"), ("top-k", cfg.top_k, cfg.top_k >= 0, "0 or more"),
