@@ -120,6 +120,7 @@ PRESETS = {
 
 class VLM(nn.Module):
     always_look = False              # train.py sets it where several processes train together
+    lora = None                      # add_lora's numbers
 
     def __init__(self, cfg):
         super().__init__()
@@ -460,7 +461,7 @@ def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
             for name, linear in list(owner.named_children()):
                 if name in targets:
                     setattr(owner, name, LoRALinear(linear, r, alpha, dropout))
-    vlm.lora = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "targets": list(targets)}
+    vlm.lora = {"base": None, "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "targets": list(targets)}
 
 
 @contextlib.contextmanager
@@ -768,7 +769,8 @@ def read_lora(directory, llm=None):
     """What LLaVA's LoRA training writes, over its base: {public name: Stored} with W + alpha/r B A where W is read."""
     c = read_json(directory / "adapter_config.json")
     base = Path(llm or take(c, "base_model_name_or_path", str, ""))
-    base = base if base.is_dir() else directory / base                      # train.py saves the base of a preset beside the adapter
+    beside = (directory / base.name, directory.parent / base.name)          # where train.py saves the base of a preset
+    base = next((d for d in (base, *beside) if base.name and d.is_dir()), base)
     if not base.is_dir():
         raise UserError(f"{directory}: is a LoRA over {str(base)!r}, which is no directory here; give that model's by --llm DIR")
     only(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False)
