@@ -515,7 +515,7 @@ def backward(net, micro, device, autocast=contextlib.nullcontext()):
     that has most, with an empty one at weight 0.
     """
     used = [(m, n_supervised(m)) for m in micro if n_supervised(m)]         # of the others all records were skipped
-    counts = gather([sum(n for _, n in used), len(used)])
+    counts = gather([sum(n for _, n in used), len(used), sum(len(m["pixels"]) for m, _ in used)])
     total, most = int(counts[:, 0].sum()), int(counts[:, 1].max())
     used += [(empty_batch(), 0)] * (most - len(used)) if world() > 1 else []
     loss = torch.zeros((), device=device)
@@ -525,6 +525,9 @@ def backward(net, micro, device, autocast=contextlib.nullcontext()):
                 part = loss_of(net, m, device) * (n / total * world())      # the model's mean, back to a share of the step's
             part.backward()
         loss += part.detach() / world()
+    if world() > 1 and not counts[:, 2].any():                              # no picture anywhere: what one process would leave alone has here
+        for name, p in (net.module if isinstance(net, DistributedDataParallel) else net).named_parameters():    # a gradient of 0, and AdamW
+            p.grad = None if part_of(name) in ("vision", "connector") else p.grad                                # would move it by its momentum
     return gather([loss.item()]).sum().item() if total else None, total
 
 

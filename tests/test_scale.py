@@ -1,20 +1,27 @@
 """Training at scale: the loss without logits, LoRA, precision, batches, several processes. Every name is a claim; models are tiny and random."""
 
 import json
+import multiprocessing
+import os
+import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import model
 import train
-from data import IGNORE, Tokenizer
+from data import IGNORE, Tokenizer, run
 from model import VLM, DecoderConfig, VLMConfig, add_lora, head_loss, load_adapter, lora_off, merged_state, save_adapter, save_processor
 from vision import UserError, VisionConfig
 
 ROOT = Path(train.__file__).parent
+fork = multiprocessing.get_context("fork").Process
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -205,3 +212,98 @@ def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(tiny, lora):
         vlm(*a_batch(vlm.cfg)).backward()
         grads.append([p.grad for p in vlm.parameters() if p.grad is not None])
     assert len(grads[0]) and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads))
+
+
+# ---- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Sixteen records, every second one a text, with answers of very unequal length."""
+    turns = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    records = []
+    for i in range(8):
+        Image.new("RGB", (40, 30), (30 * i, 90, 200 - 20 * i)).save(tmp_path / f"{i}.png")
+        records.append({"id": f"picture {i}", "image": f"{i}.png", "conversations": turns("<image>\nWhat color?", "blue " * (1 + i))})
+        records.append({"id": f"text {i}", "conversations": turns("How many cats are there?", "There are two cats. " * (1 + 3 * (i % 4)))})
+    (tmp_path / "mixed.json").write_text(json.dumps(records))
+    return tmp_path / "mixed.json"
+
+
+@pytest.fixture
+def go(tiny, mixed, tmp_path, monkeypatch):
+    """go("--lr", 1, out="a", n=2): train in n processes; -> the exit codes of all."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--model", tiny, "--data", mixed, "--batch-size", 2, "--max-steps", 20, "--save-every", 0, "--lr", "3e-3", "--eval-every", 0,
+            "--no-final-eval", "--workers", 0, "--device", "cpu"]
+
+    def start(*flags, out="run", n=1, during=None):
+        flags = [str(word) for word in [*base, "--out", out, *flags]]
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = str(s.getsockname()[1])
+
+        def one(rank):
+            if n > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=port)
+            os._exit(run(lambda: train.main(flags)))
+        children = [fork(target=one, args=(r,)) for r in range(n)]
+        for child in children:
+            child.start()
+        if during:
+            during(children)
+        for child in children:
+            child.join(120)
+            if child.exitcode:                                              # torchrun ends the others, so do we
+                [other.kill() for other in children]
+        return {child.exitcode for child in children}
+    return start
+
+
+def losses(out):
+    return [line["loss"] for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
+
+
+def weights(out):
+    return load_file(Path(out) / "model.safetensors")
+
+
+def close_runs(a, b, tolerance=1e-5):
+    assert_close(losses(a), losses(b), rtol=tolerance, atol=tolerance)
+    for name, t in weights(a).items():
+        assert_close(t, weights(b)[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("flags", [["--no-shard"], ["--shard"], ["--shard", "--train", "connector,llm,vision", "--micro-batch-size", 1],
+                                   ["--no-shard", "--train", "connector,llm,vision", "--token-budget", 64]])
+def test_two_processes_give_the_losses_and_the_model_of_one(go, flags):
+    assert go(*flags, out="one") == {0} and go(*flags, out="two", n=2) == {0}
+    assert len(losses("two")) == 20
+    close_runs("one", "two")
+
+
+@pytest.mark.parametrize("before, after", [((2, "--shard"), (1, "--no-shard")), ((1, "--no-shard"), (2, "--shard")), ((2, "--shard"), (3, "--shard")),
+                                           ((2, "--no-shard"), (2, "--shard"))])
+def test_what_some_processes_saved_others_resume(go, before, after):
+    def stop(children):
+        while not Path("run/checkpoint-000008").exists() and any(c.is_alive() for c in children):
+            time.sleep(0.01)
+        [child.kill() for child in children]
+    assert go(out="whole") == {0}
+    go("--save-every", 8, before[1], n=before[0], during=stop)
+    assert go("--save-every", 8, after[1], "--resume", n=after[0]) == {0}
+    close_runs("run", "whole")
+
+
+def test_shares_are_even_and_together_the_batch(monkeypatch):
+    class Sized:
+        n_bytes = lambda self, i: 100 * (i % 7) + 50
+        has_picture = lambda self, i: i % 3 == 0
+    monkeypatch.setattr(train, "world", lambda: 4)
+    hands = []
+    for r in range(4):
+        monkeypatch.setattr(train, "rank", lambda: r)
+        hands.append(train.share(list(range(64)), Sized(), 576))
+    assert sorted(i for hand in hands for i in hand) == list(range(64))
+    load = [sum(25 * (i % 7) + 12.5 + 576 * (i % 3 == 0) for i in hand) for hand in hands]
+    assert max(load) < 1.05 * min(load)
