@@ -483,20 +483,26 @@ def share(batch, records, n_token):
 def micro_batches(rows, size, pad, budget=0):
     """The examples of a step -> batches of at most `size` of them (0: one batch), done in the loader process.
 
-    With a budget, instead: sorted by length and cut so that no batch has more tokens, its padding counted, lengths rounded up to multiples of 32
-    so that few shapes occur. Which records share a batch changes nothing in the step's gradient but the order of its sum.
+    With a budget, instead: sorted by length and cut where that pads least, no batch having more tokens than that, its padding counted. Lengths are
+    rounded up to multiples of 32, so that few shapes occur. Which records share a batch changes nothing in the gradient but the order of its sum.
     """
     if not budget:
         size = size or max(len(rows), 1)
         return [collate(rows[i : i + size], pad) for i in range(0, len(rows), size)]
-    length, made = lambda row: len(row.get("tokens", ())), []
-    rows = sorted(rows, key=length, reverse=True)
-    while rows:
-        T = max(32, -(-length(rows[0]) // 32) * 32)
-        n = max(1, budget // T)
-        batch, rows = collate(rows[:n], pad), rows[n:]
-        extra = T - batch["tokens"].shape[1]
+    rows = sorted(rows, key=lambda row: len(row.get("tokens", ())))
+    up, made = [max(32, -(-len(row.get("tokens", ())) // 32) * 32) for row in rows], []
+    best, cut = [0.0], [0]                                                  # of the first e rows: the least cost, and where the last batch begins
+    for e in range(1, len(rows) + 1):
+        fits = [s for s in range(e) if up[e - 1] * (e - s) <= budget] or [e - 1]
+        cost, start = min((best[s] + up[e - 1] * (e - s) + 256, s) for s in fits)           # a batch of its own costs like 256 tokens
+        best.append(cost)
+        cut.append(start)
+    e = len(rows)
+    while e:                                                                # longest first: if memory is short, it is at once
+        batch = collate(rows[cut[e] : e], pad)
+        extra = up[e - 1] - batch["tokens"].shape[1]
         made.append(batch | {"tokens": F.pad(batch["tokens"], (0, extra), value=pad), "labels": F.pad(batch["labels"], (0, extra), value=IGNORE)})
+        e = cut[e]
     return made
 
 

@@ -1,5 +1,6 @@
 """Training at scale: the loss without logits, LoRA, precision, batches, several processes. Every name is a claim; models are tiny and random."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from torch.testing import assert_close
 
 import model
 import train
-from data import IGNORE, Tokenizer, run
+from data import IGNORE, Tokenizer, open_records, run
 from model import VLM, DecoderConfig, VLMConfig, add_lora, head_loss, load_adapter, lora_off, merged_state, save_adapter, save_processor
 from vision import UserError, VisionConfig
 
@@ -307,3 +309,206 @@ def test_shares_are_even_and_together_the_batch(monkeypatch):
     assert sorted(i for hand in hands for i in hand) == list(range(64))
     load = [sum(25 * (i % 7) + 12.5 + 576 * (i % 3 == 0) for i in hand) for hand in hands]
     assert max(load) < 1.05 * min(load)
+
+
+# ---- precision, rates, batches -----------------------------------------------------------------------------------------
+
+
+def test_bfloat16_weights_with_their_lower_halves_are_float32_adamw_bit_for_bit():
+    torch.manual_seed(0)
+    exact = torch.nn.Parameter(torch.cat([torch.randn(100), torch.ones(8), torch.zeros(4), torch.tensor([1e-30, -3e38])]).bfloat16().float())
+    split = torch.nn.Parameter(exact.detach().bfloat16())
+    one, two = torch.optim.AdamW([exact], lr=2e-5, weight_decay=0.1, fused=True), train.SplitAdamW([split], lr=2e-5)
+    two.param_groups[0]["weight_decay"] = 0.1
+    for _ in range(50):
+        split.grad = torch.randn(114).bfloat16()
+        exact.grad = split.grad.float()
+        one.step(), two.step()
+        master = ((split.view(torch.int16).int() << 16) + two.state[split]["lower"]).view(torch.float32)
+        assert torch.equal(master, exact.detach())
+        assert torch.equal(split.detach()[:112], exact.detach().bfloat16()[:112])           # and the weight is its nearest bfloat16
+    plain = torch.nn.Parameter(torch.ones(8).bfloat16())
+    trap = torch.optim.AdamW([plain], lr=2e-5)
+    for _ in range(50):
+        plain.grad = torch.ones(8).bfloat16()
+        trap.step()
+    assert torch.equal(plain.detach(), torch.ones(8).bfloat16())                            # what plain bfloat16 does
+
+
+def test_bfloat16_weights_train_and_resume_bit_for_bit(go):
+    flags = ["--weights", "bfloat16", "--micro-batch-size", 1, "--save-every", 5]
+    assert go(out="exact") == {0} and go(*flags, out="whole") == {0}
+    assert_close(losses("whole"), losses("exact"), rtol=0.03, atol=0.03)
+    go(*flags, during=lambda children: kill_after(children, "run/checkpoint-000010"))
+    assert go(*flags, "--resume") == {0} and losses("run") == losses("whole")
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, weights("whole")[name]) for name, t in weights("run").items())
+
+
+def kill_after(children, file):
+    while not Path(file).exists() and any(c.is_alive() for c in children):
+        time.sleep(0.002)
+    [child.kill() for child in children]
+
+
+def test_each_part_has_its_learning_rate_and_unlisted_parts_have_none(tiny):
+    vlm = VLM.from_pretrained(tiny)
+    cfg = train.TrainConfig(model=str(tiny), train="connector,llm", lr=2e-4, lr_connector=2e-5, weight_decay=0.1)
+    train.freeze(vlm, cfg)
+    groups = {(part, vector): (g["share"] * cfg.lr, g["weight_decay"]) for g in train.make_optimizer(vlm, cfg).param_groups
+              for p in g["params"] for part, vector in [(next(train.part_of(n) for n, q in vlm.named_parameters() if q is p), p.ndim < 2)]}
+    assert groups == {("connector", False): (pytest.approx(2e-5), 0.1), ("connector", True): (pytest.approx(2e-5), 0.0), ("llm", False): (2e-4, 0.1),
+                      ("llm", True): (2e-4, 0.0)}
+
+
+def test_a_lora_run_saves_an_adapter_leaves_the_rest_alone_and_resumes_bit_for_bit(go, tiny):
+    flags = ["--lora-r", 4, "--lora-dropout", 0.1, "--lora-target", "q_proj,v_proj", "--save-every", 5]
+    assert go(*flags, out="whole") == {0}
+    go(*flags, during=lambda children: kill_after(children, "run/checkpoint-000010"))
+    assert go(*flags, "--resume") == {0} and losses("run") == losses("whole")
+    a, b = (load_file(f"{out}/adapter_model.safetensors") for out in ("run", "whole"))
+    assert a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+    assert {name.split(".")[-3] for name in a if "lora" in name} == {"q_proj", "v_proj"} and not Path("run/model.safetensors").exists()
+    base, merged = VLM.from_pretrained(tiny).state_dict(), VLM.from_pretrained("run").state_dict()
+    moved = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert all(name.startswith("connector") or name.endswith(("q_proj.weight", "v_proj.weight")) for name in moved) and len(moved) == 8
+
+
+def test_a_lora_over_a_preset_saves_its_base_beside_it(go):
+    flags = ["--model", "toy", "--max-steps", 1, "--lora-r", 2]
+    assert go(*flags) == {0}
+    Path("run").rename("moved")
+    base, merged = VLM.from_pretrained("moved/base").state_dict(), VLM.from_pretrained("moved").state_dict()
+    assert base.keys() == merged.keys() and not all(torch.equal(base[name], merged[name]) for name in base)
+
+
+def test_a_lora_without_llm_in_train_is_refused(go, capfd):
+    assert go("--lora-r", 4, "--train", "connector") == {1} and "add llm to --train" in capfd.readouterr().err
+
+
+def llava_like(n, seed=0):
+    """Lengths of records like LLaVA-665K's: 94% with 576 visual tokens, texts of 250 tokens in the mean with a long tail."""
+    draw = np.random.default_rng(seed)
+    return [int(t) for t in np.where(draw.random(n) < 0.94, 576, 0) + np.clip(draw.lognormal(5.15, 0.85, n), 20, 1400)]
+
+
+def test_batches_under_a_token_budget_waste_less_than_5_percent_on_llava_like_lengths():
+    seen = padded = 0
+    shapes = set()
+    for step in range(20):
+        rows = [{"tokens": torch.zeros(t, dtype=torch.int64), "labels": torch.zeros(t, dtype=torch.int64), "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+                 "id": str(t)} for t in llava_like(128, step)]
+        made = train.micro_batches(rows, 0, 0, budget=16384)
+        assert sorted(i for m in made for i in m["ids"]) == sorted(r["id"] for r in rows)
+        assert all(m["tokens"].numel() <= 16384 and m["tokens"].shape == m["labels"].shape and m["tokens"].shape[1] % 32 == 0 for m in made)
+        seen, padded = seen + sum(int(m["lengths"].sum()) for m in made), padded + sum(m["tokens"].numel() for m in made)
+        shapes |= {m["tokens"].shape[1] for m in made}
+    print(f"padding {1 - seen / padded:.2%}, {len(shapes)} lengths")
+    assert 1 - seen / padded < 0.05 and len(shapes) <= 60
+
+
+def test_a_token_budget_changes_the_memory_and_not_the_training(go):
+    assert go("--batch-size", 8, out="one") == {0} and go("--batch-size", 8, "--token-budget", 128, out="two") == {0}
+    close_runs("one", "two")
+
+
+# ---- mixtures ------------------------------------------------------------------------------------------------------------
+
+
+def write_lines(path, n, name):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": f"{name}{i}", "image": "p.png", "conversations": [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "a"}]})
+                            + "\n" for i in range(n)))
+    return path
+
+
+def test_a_mixture_shows_each_file_as_often_as_its_weight_says(tmp_path):
+    a, b = write_lines(tmp_path / "a.jsonl", 10, "a"), write_lines(tmp_path / "b.jsonl", 4, "b")
+    mixed = open_records(f"{a},{b}", tmp_path, "0.5,2.25")
+    ids = [mixed[i]["id"] for i in range(len(mixed))]
+    assert sum(i.startswith("a") for i in ids) == len({i for i in ids if i.startswith("a")}) == 5
+    assert sorted(ids.count(f"b{i}") for i in range(4)) == [2, 2, 2, 3]
+    assert mixed.where(0, ids[0]).startswith(str(a)) and mixed.where(len(mixed) - 1).startswith(str(b))
+    with pytest.raises(UserError, match="1 for 2 files"):
+        open_records(f"{a},{b}", tmp_path, "1")
+
+
+def test_a_smaller_fraction_is_part_of_a_larger_and_the_seed_decides(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", 100, "a")
+    ids = lambda fraction, seed=0: {r["id"] for r in (lambda records: [records[i] for i in range(len(records))])(open_records(str(file), tmp_path, "", fraction, seed))}
+    assert [len(ids(f)) for f in (0.1, 0.5, 1.0)] == [10, 50, 100]
+    assert ids(0.1) < ids(0.5) and ids(0.1) != ids(0.1, seed=1)
+
+
+def test_a_meta_json_as_mmprs_is_a_mixture_each_with_its_own_folder_of_pictures(tmp_path):
+    for name, n in (("x", 4), ("y", 6)):
+        write_lines(tmp_path / name / "lines.jsonl", n, name)
+    meta = {name: {"root": name, "annotation": f"{name}/lines.jsonl", "data_augment": False, "repeat_time": times, "length": 5} for name, times in (("x", 2), ("y", 0.5))}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    mixed = open_records(str(tmp_path / "meta.json"))
+    rows = [mixed[i] for i in range(len(mixed))]
+    assert [sum(r["id"].startswith(name) for r in rows) for name in "xy"] == [8, 3]
+    assert {str(mixed.image_path(r["images"][0])) for r in rows} == {str(tmp_path / name / "p.png") for name in "xy"}
+    (tmp_path / "meta.json").write_text(json.dumps({"x": meta["x"] | {"root": "/the/authors/cluster"}}))
+    with pytest.raises(UserError, match="'x'.*write yours"):
+        open_records(str(tmp_path / "meta.json"))
+
+
+# ---- tripwires -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_weight_that_moves_and_a_trainable_one_that_does_not_stop_the_run(tiny):
+    vlm = VLM.from_pretrained(tiny)
+    cfg = train.TrainConfig(model=str(tiny), train="connector")
+    train.freeze(vlm, cfg)
+    optimizer = train.make_optimizer(vlm, cfg)
+    vlm(*a_batch(vlm.cfg)).backward()
+    before = train.fingerprints(vlm)
+    with pytest.raises(UserError, match="not changed connector"):
+        train.check_moved(vlm, before, optimizer, 1)
+    optimizer.step()
+    train.check_moved(vlm, before, optimizer, 1)
+    with torch.no_grad():
+        vlm.decoder.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    with pytest.raises(UserError, match="changed decoder.layers.1.mlp.up_proj.weight, which is frozen"):
+        train.check_moved(vlm, before, optimizer, 1)
+
+
+def test_the_record_whose_loss_is_no_number_is_named_alone(tiny, tok):
+    vlm = VLM.from_pretrained(tiny)
+    row = tok.encode("cat")[-1]
+    with torch.no_grad():
+        vlm.decoder.embed_tokens.weight[row] = float("nan")
+    tokens, pixels, labels = a_batch(vlm.cfg)
+    tokens, labels = tokens.masked_fill(tokens == row, 5), labels.masked_fill(labels == row, 5)
+    tokens[1, 25] = row
+    micro = [{"tokens": tokens, "pixels": pixels, "labels": labels, "ids": ["good", "bad", "fine"]}]
+    assert train.blame(vlm, micro, torch.device("cpu"), contextlib.nullcontext()) == "bad"
+
+
+def test_a_checkpoint_that_reads_otherwise_than_it_was_written_is_not_kept(tiny, tmp_path, monkeypatch):
+    cfg = train.TrainConfig(model=str(tiny))
+    vlm, tok = train.build(cfg)
+    original = train.open_weights
+    monkeypatch.setattr(train, "open_weights", lambda file: {name: t + 1 for name, t in original(file).items()})
+    with pytest.raises(UserError, match="reads otherwise than it was written"):
+        train.save_checkpoint(tmp_path / "run", 1, vlm, tok, torch.optim.AdamW(vlm.parameters()), cfg, 0)
+    assert list((tmp_path / "run").glob("*")) == []
+
+
+def test_each_evaluation_compares_with_shuffled_pictures(go, mixed):
+    (mixed.parent / "val.jsonl").write_text("".join(json.dumps({"question_id": i, "image": f"{i}.png", "text": "What color?", "answer": "blue"}) + "\n" for i in range(6)))
+    assert go("--val", mixed.parent / "val.jsonl", "--eval-every", 10) == {0}
+    looks = [line for line in map(json.loads, open("run/log.jsonl")) if "val_loss" in line]
+    assert len(looks) == 2 and all(line["val_loss_shuffled"] > 0 for line in looks)
+
+
+def test_a_dry_run_says_it_all_and_reads_no_weights(go, tiny, capfd, tok, tmp_path):
+    for part, config in (("clip", model.clip_json(tiny_config(tok).vision)), ("llama", model.llama_json(tiny_config(tok).decoder))):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))                # and no weights at all
+    (tmp_path / "llama/tokenizer.model").write_bytes((ROOT / "assets/toy-vicuna/tokenizer.model").read_bytes())
+    assert go("--model", "llava-1.5-7b", "--vision", tmp_path / "clip", "--llm", tmp_path / "llama", "--lora-r", 4, "--dry-run") == {0}
+    said = capfd.readouterr().out
+    for word in ("model ", "data ", "steps ", "memory ", "time ", "disk ", "LoRA of rank 4", "frozen", "16 visual tokens", "GB"):
+        assert word in said, word
+    assert not Path("run").exists()
