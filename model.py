@@ -114,6 +114,7 @@ PRESETS = {
         VisionConfig(image_size=64, patch_size=8, n_embd=192, n_layer=5, n_head=6, n_hidden=768, feature_layer=-1),
         DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024)),
     "llava-1.5-7b": VLMConfig(decoder=DecoderConfig(vocab_size=32064)),
+    "llava-v1-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), "linear", image_mode="crop", template="llava_v0"),
     "llava-1.5-13b": VLMConfig(decoder=DecoderConfig(vocab_size=32064, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824)),
 }
 
@@ -156,17 +157,19 @@ class VLM(nn.Module):
             raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: "
                              f"each picture needs a run of {self.cfg.vision.n_token} (data.encode_conversation makes it)")
         if n_visual:
-            visual = self.vision(pixels)                                    # (n, N, D_vision)
-            if self.cfg.vision2:
-                visual = torch.cat([visual, self.vision2(pixels)], dim=-1)
-            visual = self.connector(visual)                                 # (n, N, D)
+            visual = self.connector(self.features(pixels))                  # (n, N, D)
             x = x.masked_scatter(here[:, :, None], visual.flatten(0, 1).to(x.dtype))
         elif self.always_look and torch.is_grad_enabled():                  # one of several processes, whose batch has no picture: the
             S = self.cfg.vision.image_size                                  # others wait for its share of the towers and the connector
             blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=x.device)
-            towers = [self.vision, *([self.vision2] if self.cfg.vision2 else [])]
-            x = x + 0 * self.connector(torch.cat([tower(blank) for tower in towers], dim=-1)).sum().to(x.dtype)
+            x = x + 0 * self.connector(self.features(blank)).sum().to(x.dtype)
         return x
+
+    def features(self, pixels):
+        """What the connector reads: (n, 3, S, S) -> (n, N, D_vision). Features that were kept (train.py, --cache-features) pass."""
+        if pixels.ndim == 3:
+            return pixels.to(self.connector.linear_1.weight.dtype)
+        return torch.cat([self.vision(pixels), self.vision2(pixels)], dim=-1) if self.cfg.vision2 else self.vision(pixels)
 
     def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.

@@ -37,6 +37,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import toyworld
@@ -114,6 +115,7 @@ class TrainConfig:
     recompute: int = arg(0, "blocks of the decoder, from the first, that keep no activations but compute them twice: less memory, more time")
     compile: bool = arg(False, "torch.compile the blocks: a minute first, then faster")
     shard: bool = arg(False, "under torchrun: FSDP2, weights and optimizer in shares; --no-shard: DDP, each process has all of them")
+    cache_features: float = arg(0.0, "GB at most for the frozen towers' features of all records, computed once and kept in --out; 0: none are kept")
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
 
 
@@ -128,7 +130,7 @@ RECIPES = {
 }
 RECIPES |= {("llava-1.5-13b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}
 FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "eval_limit", "save_every", "eval_every", "micro_batch_size",
-                  "token_budget", "recompute", "compile", "shard", "dry_run"}           # on --resume
+                  "token_budget", "recompute", "compile", "shard", "cache_features", "dry_run"}           # on --resume
 
 
 def main(argv=None):
@@ -178,6 +180,8 @@ def fit(cfg):
             save_processor(out / "base", tok.path, vlm.cfg)
             vlm.save_pretrained(out / "base")                               # B is still 0
     wait()
+    if cfg.cache_features:
+        examples = cache_features(examples, vlm, cfg, device, out, half)
     net = spread(vlm, cfg, device, half)
     params = [p for p in vlm.parameters() if p.requires_grad]               # FSDP2 has put others in their place
     optimizer = make_optimizer(vlm, cfg)
@@ -294,7 +298,7 @@ def parse(argv=None):
                               (("warmup",), lambda x: 0 <= x <= 1, "from 0 to 1"), (("seed",), lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
                               (("data_fraction",), lambda x: 0 < x <= 1, "above 0 and at most 1"), (("lora_dropout",), lambda x: 0 <= x < 1, "from 0 to below 1"),
                               (("micro_batch_size", "token_budget", "weight_decay", "max_steps", "max_length", "eval_every", "save_every", "workers", "lora_r",
-                                "lora_alpha", "lr_connector", "lr_vision", "recompute"), lambda x: x >= 0, "0 or more")):
+                                "lora_alpha", "lr_connector", "lr_vision", "recompute", "cache_features"), lambda x: x >= 0, "0 or more")):
         for name in names:
             if not fits(asdict(cfg)[name]):
                 raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]}: must be {rule}")
@@ -504,6 +508,59 @@ def micro_batches(rows, size, pad, budget=0):
         made.append(batch | {"tokens": F.pad(batch["tokens"], (0, extra), value=pad), "labels": F.pad(batch["labels"], (0, extra), value=IGNORE)})
         e = cut[e]
     return made
+
+
+class Cached(Dataset):
+    """Examples whose pictures are already features: `pixels` is (n, N, D_vision). Tokens and labels lie beside them."""
+
+    def __init__(self, folder, index, shape, dtype):
+        self.index, self.shape, self.dtype = index, shape, dtype           # index: (records, 3) where tokens and features begin, how many tokens
+        self.words = np.memmap(folder / "words.bin", np.int32, "r").reshape(-1, 2)
+        self.features = np.memmap(folder / "features.bin", np.int16 if dtype == torch.bfloat16 else np.float32, "r") if index[-1, 1] else None
+
+    def __len__(self):
+        return len(self.index) - 1
+
+    def __getitem__(self, i):
+        (at, row, n), (_, end, _) = self.index[i], self.index[i + 1]
+        words, size = torch.from_numpy(self.words[at : at + n].astype(np.int64)), math.prod(self.shape)
+        features = torch.from_numpy(self.features[row * size : end * size].copy()).view(self.dtype) if end > row else torch.empty(0, dtype=self.dtype)
+        return {"tokens": words[:, 0], "labels": words[:, 1], "pixels": features.view(-1, *self.shape), "id": str(i), "index": i}
+
+
+@torch.no_grad()
+def cache_features(examples, vlm, cfg, device, out, half):
+    """Run every record's pictures through the frozen towers, once; -> a Cached over what was written, in --out/features."""
+    if any(p.requires_grad for name, p in vlm.named_parameters() if part_of(name) == "vision") or world() > 1 or cfg.bad_records != "stop":
+        raise UserError("--cache-features: for frozen towers, one process, and --bad-records stop; leave it out")
+    folder, shape, dtype = out / "features", (vlm.cfg.vision.n_token, vlm.cfg.n_feature), torch.bfloat16 if half or cfg.weights == "bfloat16" else torch.float32
+    size = math.prod(shape) * (2 if dtype == torch.bfloat16 else 4)
+    about = size * sum(examples.records.has_picture(i) for i in range(len(examples))) / 1e9
+    print(f"features: about {about:.2f} GB for {len(examples):,} records, {size / 1e6:.2f} MB a picture; --cache-features allows {cfg.cache_features:g} GB")
+    if about > cfg.cache_features or about > shutil.disk_usage(out).free / 1e9:
+        raise UserError(f"--cache-features {cfg.cache_features:g}: {about:.2f} GB are needed and {shutil.disk_usage(out).free / 1e9:.2f} GB free in {out}; "
+                        "raise it, or leave it out")
+    key = {"towers": [n for name, n in fingerprints(vlm).items() if part_of(name) == "vision"], "data": [cfg.data, os.path.getsize(cfg.data.split(",")[0])],
+           "weights": cfg.data_weights, "fraction": cfg.data_fraction, "seed": cfg.seed, "mode": vlm.cfg.image_mode, "template": examples.template, "dtype": str(dtype)}
+    if (folder / "index.pt").exists():
+        kept = torch.load(folder / "index.pt", weights_only=True)
+        if kept["key"] == key:
+            return Cached(folder, kept["index"].numpy(), shape, dtype)
+    folder.mkdir(exist_ok=True)
+    index, loader = [[0, 0, 0]], DataLoader(examples, batch_size=None, num_workers=cfg.workers)
+    with open(folder / "words.bin", "wb") as words, open(folder / "features.bin", "wb") as features:
+        for e in tqdm(loader, desc="features", disable=None):
+            if len(e["pixels"]):
+                found = vlm.features(e["pixels"].to(device)).to(dtype).cpu().contiguous()
+                if features.tell() + found.numel() * found.element_size() > cfg.cache_features * 1e9:
+                    raise UserError(f"--cache-features {cfg.cache_features:g}: that many GB are full after {len(index) - 1:,} of {len(examples):,} records")
+                features.write(found.view(torch.int16 if dtype == torch.bfloat16 else torch.float32).numpy().tobytes())
+            words.write(torch.stack([e["tokens"], e["labels"]], dim=1).to(torch.int32).numpy().tobytes())
+            index[-1][2] = len(e["tokens"])
+            index.append([index[-1][0] + len(e["tokens"]), index[-1][1] + len(e["pixels"]), 0])
+    index = torch.tensor(index)
+    write_whole(folder / "index.pt", lambda path: torch.save({"key": key, "index": index}, path))
+    return Cached(folder, index.numpy(), shape, dtype)
 
 
 def lr_at(step, steps, cfg):

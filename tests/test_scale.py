@@ -4,8 +4,11 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import socket
+import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -512,3 +515,65 @@ def test_a_dry_run_says_it_all_and_reads_no_weights(go, tiny, capfd, tok, tmp_pa
     for word in ("model ", "data ", "steps ", "memory ", "time ", "disk ", "LoRA of rank 4", "frozen", "16 visual tokens", "GB"):
         assert word in said, word
     assert not Path("run").exists()
+
+
+def test_kept_features_train_the_same_model_and_their_size_is_capped_before_it_starts(go, capfd, tok, tiny):
+    flags = ["--train", "connector", "--batch-size", 4]
+    assert go(*flags, out="plain") == {0} and go(*flags, "--cache-features", 0.1, "--save-every", 10, out="kept") == {0}
+    assert losses("plain") == losses("kept") and all(torch.equal(t, weights("kept")[name]) for name, t in weights("plain").items())
+    assert (Path("kept/features/features.bin").stat().st_size, "about 0.00 GB" in capfd.readouterr().out) == (8 * 16 * 32 * 4, True)
+    assert go(*flags, "--cache-features", 1e-6) == {1} and "GB are needed" in capfd.readouterr().err
+    assert go(*flags, "--cache-features", 1, "--train", "connector,vision") == {1} and "for frozen towers" in capfd.readouterr().err
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [["--no-shard"], ["--shard"]])
+def test_two_processes_killed_at_twenty_random_moments_end_with_the_uninterrupted_weights(go, flags):
+    flags, draw, kills = [*flags, "--max-steps", 40, "--save-every", 1], random.Random(0), 0
+    assert go(*flags, "--save-every", 0, out="whole", n=2) == {0}
+
+    def kill(children):
+        nonlocal kills
+        began, seen, after = time.time(), sorted(Path("run").glob("checkpoint-*"))[-1:], draw.random() * 0.2
+        while sorted(Path("run").glob("checkpoint-*"))[-1:] == seen and time.time() - began < 30 and any(c.is_alive() for c in children):
+            time.sleep(0.005)                                               # some progress is made between two kills
+        time.sleep(after)
+        kills += any(c.is_alive() for c in children)
+        [c.kill() for c in children]
+    for _ in range(20):
+        go(*flags, *["--resume"] * Path("run/log.jsonl").exists(), n=2, during=kill)
+        for checkpoint in Path("run").glob("checkpoint-*"):
+            VLM.from_pretrained(checkpoint), torch.load(checkpoint / "trainer.pt", weights_only=True)
+    assert go(*flags, "--resume", n=2) == {0} and kills >= 5
+    assert losses("run") == losses("whole") and all(torch.equal(t, weights("whole")[name]) for name, t in weights("run").items())
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------------
+
+RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_each_recipe_is_planned_at_true_size_without_any_weights(recipe, tok, mixed, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seven = model.PRESETS["llava-1.5-7b"]
+    configs = {"CLIP": model.clip_json(replace(seven.vision, image_size=224 if "v1-" in recipe.stem and "1.5" not in recipe.stem else 336)),
+               "VICUNA": model.llama_json(seven.decoder), "LLAMA": model.llama_json(seven.decoder),
+               "DINO": {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+               "SIGLIP": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27,
+                          "num_attention_heads": 16, "intermediate_size": 4304}}
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "tokenizer.model").write_bytes((ROOT / "assets/toy-vicuna/tokenizer.model").read_bytes())
+    flags = subprocess.run([recipe, "--dry-run", "--device", "cpu"], capture_output=True, text=True, check=True, env={
+        **os.environ, "LAUNCH": "echo", "DATA": str(mixed), "IMAGES": str(mixed.parent), **{name: str(tmp_path / name) for name in configs}}).stdout.split()
+    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e12)
+    if "pretrain" in recipe.stem:                                          # captions: each record has a picture
+        records = [r for r in json.loads(mixed.read_text()) if "image" in r]
+        mixed.write_text(json.dumps(records))
+    assert run(lambda: train.main(flags[1:])) == 0
+    said = capfd.readouterr().out
+    assert "6," in said.split("llm")[1][:30] and ("frozen" in said) and "GB" in said
