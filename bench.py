@@ -166,7 +166,7 @@ def decoding(name, model, tokens, pixels, args):
 
 def seconds(step, args, device):
     """One step -> its time, what it returned."""
-    clock = time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
+    clock = clock_of(args, device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = clock()
@@ -174,6 +174,10 @@ def seconds(step, args, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return clock() - began, said
+
+
+def clock_of(args, device):
+    return time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
 
 
 def compare(args):
@@ -203,7 +207,7 @@ def compare(args):
              + 6 * size(vlm.connector.parameters()) * rows * args.pictures * v.n_token)
     result = {"program": args.program, "preset": args.preset, "parameters": size(vlm.parameters()), "dtype": args.dtype, "compile": args.compile, "rows": rows, "tokens": T,
               "supervised": supervised, "vocab": d.vocab_size, "pictures": args.pictures, "device": str(device), "threads": args.threads, "torch": torch.__version__,
-              "matmul": matmul_rate(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32), "flops": flops,
+              "matmul": matmul_rate(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32, clock=clock_of(args, device)), "flops": flops,
               "agreement": same, "sides": {}}
     for name in made:
         middle = statistics.median(times[name])
