@@ -213,7 +213,7 @@ def fit(cfg):
             if not math.isfinite((loss or 0) + norm):
                 raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; lower --lr, or look at the records "
                                 + blame(net, micro, device, autocast))
-            before = fingerprints(vlm) if untested and loss is not None else None
+            before = fingerprints(vlm) if untested and norm > 0 else None
             optimizer.step()
             if before:
                 check_moved(vlm, before, optimizer, step)
@@ -586,7 +586,8 @@ def backward(net, micro, device, autocast=contextlib.nullcontext()):
         with contextlib.nullcontext() if i + 1 == len(used) or not isinstance(net, DistributedDataParallel) else net.no_sync():
             with autocast:
                 part = loss_of(net, m, device) * (n / total * world())      # the model's mean, back to a share of the step's
-            part.backward()
+            if part.requires_grad:                                          # texts alone teach a connector nothing
+                part.backward()
         loss += part.detach() / world()
     if world() > 1 and not counts[:, 2].any():                              # no picture anywhere: what one process would leave alone has here
         for name, p in (net.module if isinstance(net, DistributedDataParallel) else net).named_parameters():    # a gradient of 0, and AdamW
