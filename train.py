@@ -253,7 +253,8 @@ def fit(cfg):
     if skipped == shown:
         raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: python data.py check {cfg.data} --image-root {cfg.image_root}")
     still = [name for name, p in vlm.named_parameters() if p.requires_grad and p not in optimizer.state]
-    print(f"trained {steps - first} steps in {time.time() - began:.0f} s; {skipped} of {shown} records skipped; {1 - seen / max(padded, 1):.1%} of the tokens were padding"
+    print(f"trained {steps - first} steps in {time.time() - began:.0f} s; {skipped} of {shown} records skipped; "
+          f"{1 - seen / max(padded, 1):.1%} of the tokens were padding"
           + (f"; {len(still)} trainable tensors never got a gradient, such as {still[0]}" if still else ""))
     save_model(out, vlm, tok)
     if questions and cfg.final_eval:
@@ -658,7 +659,8 @@ def dry_run(cfg, records, device, n=200):
     blocks, train_llm = sum(p.numel() for p in vlm.decoder.layers.parameters()), any(p.requires_grad for p in vlm.decoder.parameters()) and not cfg.lora_r
     head = plan.decoder.vocab_size * d.n_embd * supervised / sum(lengths)
     tower = sum(p.numel() for name, p in vlm.named_parameters() if part_of(name) == "vision") * (3 if parts["vision"][1] else 1)
-    per_record = mean * (6 if train_llm else 4) * (blocks + head) + 2 * tower * pictures / len(lengths) * v.grid**2 + mean * 2 * blocks * min(cfg.recompute / d.n_layer, 1)
+    again = 2 * blocks * min(cfg.recompute / d.n_layer, 1)
+    per_record = mean * ((6 if train_llm else 4) * (blocks + head) + again) + 2 * tower * pictures / len(lengths) * v.grid**2
     flops, speed = per_record * steps * cfg.batch_size, matmul_rate(device, torch.bfloat16 if half else torch.float32)
     print(f"time       {flops:.3g} FLOPs; at half of the {speed / 1e12:.2f} TFLOP/s that a matrix product reaches here: "
           f"{flops / speed / 0.5 / 3600 / int(os.environ.get('WORLD_SIZE', 1)):,.1f} hours")
