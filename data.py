@@ -400,6 +400,104 @@ class Records:
         return path
 
 
+    def n_bytes(self, i):
+        return int(self.starts[i + 1] - self.starts[i])
+
+    def has_picture(self, i):
+        """At a glance, without parsing: good enough to share out work."""
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[i])
+            return b'"image"' in file.read(self.n_bytes(i))
+
+
+class Mixture:
+    """Several files as one list of records: those of a file come `weight` times; of a broken number, some once more, drawn by the seed."""
+
+    def __init__(self, parts, fraction=1.0, seed=0):                       # parts: [(Records, weight), ...]
+        self.parts, picks = [records for records, _ in parts], []
+        for k, (records, weight) in enumerate(parts):
+            n = len(records)
+            times, rest = divmod(max(1, round(n * weight * fraction)), n)
+            drawn = np.random.default_rng([seed, k]).permutation(n)[:rest]  # of a larger share these are the first: fractions are nested
+            picks.append(np.concatenate([np.tile(np.arange(n), times), np.sort(drawn)]).astype(np.int32))
+        self.ends, self.rows = np.cumsum([len(p) for p in picks]), np.concatenate(picks)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def at(self, i):
+        """-> the file's Records, and which of them."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.parts[int(np.searchsorted(self.ends, i, side="right"))], int(self.rows[i])
+
+    def __getitem__(self, i):
+        part, row = self.at(i)
+        record = part[row]
+        try:
+            record["images"] = [str(part.image_path(name)) for name in record["images"]]
+        except UserError as error:
+            raise UserError(f"{part.where(row, record['id'])}: {error}") from None
+        return record
+
+    def where(self, i, id=None):
+        part, row = self.at(i)
+        return part.where(row, id)
+
+    def image_path(self, name):
+        return Path(name)                                                  # already in its own file's folder
+
+    def n_bytes(self, i):
+        part, row = self.at(i)
+        return part.n_bytes(row)
+
+    def has_picture(self, i):
+        part, row = self.at(i)
+        return part.has_picture(row)
+
+
+def open_records(path, image_root=None, weights="", fraction=1.0, seed=0):
+    """FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's {name: {"root", "annotation", "repeat_time"}} -> Records or a Mixture."""
+    paths, meta = path.split(","), read_meta(path)
+    parts = meta or [(Records(p, image_root), 1.0) for p in paths]
+    if weights:
+        try:
+            given = [float(w) for w in weights.split(",")]
+        except ValueError:
+            raise UserError(f"--data-weights {weights}: not numbers; write one for each file, as 1,0.5") from None
+        if len(given) != len(parts) or min(given) <= 0:
+            raise UserError(f"--data-weights {weights}: {len(given)} for {len(parts)} files; give one above 0 for each")
+        parts = [(records, w) for (records, _), w in zip(parts, given)]
+    if len(parts) == 1 and parts[0][1] == fraction == 1:
+        return parts[0][0]
+    mixture = Mixture(parts, fraction, seed)
+    for (records, weight), n in zip(parts, np.diff(mixture.ends, prepend=0)):
+        print(f"{records.path}: {n:,} of an epoch's records (it holds {len(records):,}, weight {weight:g}" + (f", fraction {fraction:g})" if fraction < 1 else ")"))
+    return mixture
+
+
+def read_meta(path):
+    """MMPR's meta.json -> [(Records, repeat_time)]; [] if the file is none. Relative paths start at its folder."""
+    if not path.endswith(".json") or "," in path or os.path.getsize(path) > 2**24:
+        return []
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        return []                                                          # Records will say what is wrong with it
+    if not isinstance(content, dict) or not all(isinstance(one, dict) and isinstance(one.get("annotation"), str) for one in content.values()):
+        return []
+    parts = []
+    for name, one in content.items():
+        repeat, root = one.get("repeat_time", 1), one.get("root", "")
+        if not isinstance(repeat, (int, float)) or repeat <= 0 or not isinstance(root, str):
+            raise UserError(f"{path}: {name!r} has repeat_time {repeat!r} and root {root!r}; they must be a number above 0 and a folder")
+        try:
+            parts.append((Records(Path(path).parent / one["annotation"], str(Path(path).parent / root)), float(repeat)))
+        except UserError as error:
+            raise UserError(f"{path}, {name!r}: {error}. The released files hold their authors' paths: write yours") from None
+    return parts
+
+
 def line_starts(file):
     """Byte offset of each line that is not blank."""
     starts, at = array("q"), 0

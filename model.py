@@ -22,6 +22,7 @@ the longest sequence is one window (inside it nothing slides); nor are InternLM2
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -41,6 +42,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, UserError, VisionConfig, ViT, default_template, rename,
                     tower_by_shapes, tower_tensors)
@@ -113,11 +115,15 @@ PRESETS = {
         VisionConfig(image_size=64, patch_size=8, n_embd=192, n_layer=5, n_head=6, n_hidden=768, feature_layer=-1),
         DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024)),
     "llava-1.5-7b": VLMConfig(decoder=DecoderConfig(vocab_size=32064)),
+    "llava-v1-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), "linear", image_mode="crop", template="llava_v0"),
     "llava-1.5-13b": VLMConfig(decoder=DecoderConfig(vocab_size=32064, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824)),
 }
 
 
 class VLM(nn.Module):
+    always_look = False              # train.py sets it where several processes train together
+    lora = None                      # add_lora's numbers
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -140,8 +146,7 @@ class VLM(nn.Module):
         keep = target != IGNORE
         if not keep.any():
             raise ValueError("no supervised token in the batch: its loss would be 0/0; check the labels (python data.py show)")
-        logits = self.decoder.lm_head(h[:, :-1][keep])                      # (supervised, V): the head is run where it is asked
-        return F.cross_entropy(logits.float(), target[keep])
+        return head_loss(h[:, :-1][keep], self.decoder.lm_head.weight, target[keep]) / keep.sum()
 
     def embed(self, tokens, pixels):
         """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S) -> (B, T, D)."""
@@ -153,12 +158,19 @@ class VLM(nn.Module):
             raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: "
                              f"each picture needs a run of {self.cfg.vision.n_token} (data.encode_conversation makes it)")
         if n_visual:
-            visual = self.vision(pixels)                                    # (n, N, D_vision)
-            if self.cfg.vision2:
-                visual = torch.cat([visual, self.vision2(pixels)], dim=-1)
-            visual = self.connector(visual)                                 # (n, N, D)
+            visual = self.connector(self.features(pixels))                  # (n, N, D)
             x = x.masked_scatter(here[:, :, None], visual.flatten(0, 1).to(x.dtype))
+        elif self.always_look and torch.is_grad_enabled():                  # one of several processes, whose batch has no picture: the
+            S = self.cfg.vision.image_size                                  # others wait for its share of the towers and the connector
+            blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=x.device)
+            x = x + 0 * self.connector(self.features(blank)).sum().to(x.dtype)
         return x
+
+    def features(self, pixels):
+        """What the connector reads: (n, 3, S, S) -> (n, N, D_vision). Features that were kept (train.py, --cache-features) pass."""
+        if pixels.ndim == 3:
+            return pixels.to(self.connector.linear_1.weight.dtype)
+        return torch.cat([self.vision(pixels), self.vision2(pixels)], dim=-1) if self.cfg.vision2 else self.vision(pixels)
 
     def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
@@ -216,13 +228,20 @@ class VLM(nn.Module):
         load_strict(vlm, found, directory, tensors, device, dtype, public)
         return vlm.eval()
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory, state=None):
         """Write config.json and model.safetensors, each file replacing the old one whole: in the llava-hf layout (tensor-name family A) where
-        it can hold the model, else under our own names, with model_type "plainvlm"."""
-        dtype = str(self.decoder.lm_head.weight.dtype).removeprefix("torch.")
-        public, config = (llava_name, llava_config(self.cfg, dtype)) if fits_llava(self.cfg) else (
-            str, {"model_type": "plainvlm", "dtype": dtype, **asdict(self.cfg)})
-        write_model(directory, {public(name): t.contiguous().cpu() for name, t in self.state_dict().items()}, config)
+        it can hold the model, else under our own names, with model_type "plainvlm". A LoRA is merged. `state`: the weights, if not those here."""
+        public, config = public_layout(self)
+        state = merged_state(self) if state is None else state
+        write_model(directory, {public(name): t.contiguous().cpu() for name, t in state.items()}, config)
+
+
+def public_layout(vlm):
+    """-> how our names are called in the layout that it is saved in, and that layout's config.json."""
+    dtype = str(vlm.decoder.lm_head.weight.dtype).removeprefix("torch.")
+    if fits_llava(vlm.cfg):
+        return llava_name, llava_config(vlm.cfg, dtype)
+    return str, {"model_type": "plainvlm", "dtype": dtype, **asdict(vlm.cfg)}
 
 
 class Connector(nn.Module):
@@ -247,6 +266,8 @@ class Connector(nn.Module):
 
 
 class Decoder(nn.Module):
+    recompute = 0                    # the first so many blocks keep only their input in training, and are run again on the way back
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -264,7 +285,10 @@ class Decoder(nn.Module):
         at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None]                       # (1 or B, T)
         rope, mask = rotary(at, self.cfg), None if pos is None else (torch.arange(end, device=x.device) <= at)[:, None, None]
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, None if cache is None else cache[i], pos, mask)
+            if i < self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, None, None, None, use_reentrant=False)
+            else:
+                x = layer(x, rope, None if cache is None else cache[i], pos, mask)
         return self.norm(x)
 
     def new_cache(self, B, length):
@@ -346,6 +370,46 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
+def head_loss(h, W, y):
+    """- sum over n rows of log softmax(h W^T)[y]: (n, D), (V, D), (n,) -> scalar. No (n, V) logits exist at any moment."""
+    dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else W.dtype
+    return HeadLoss.apply(h, W, y, dtype, torch.is_grad_enabled())
+
+
+class HeadLoss(torch.autograd.Function):
+    """Both gradients of a slice of rows are made while its logits are there, p - onehot(y) in their place; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, h, W, y, dtype, learn):
+        rows = max(1, (2**26 if h.is_cuda else 2**23) // len(W))            # float32 logits of 256 MB there, 32 MB here: about a cache
+        to_h, to_W = (learn and needed for needed in ctx.needs_input_grad[:2])
+        grad_h, grad_W = torch.empty_like(h) if to_h else None, torch.empty_like(W, dtype=torch.float32) if to_W else None
+        loss, w = torch.zeros((), device=h.device), W.to(dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            for at in range(0, len(y), rows):
+                x, target = h[at : at + rows].to(dtype), y[at : at + rows, None]
+                p = (x @ w.T).float()                                       # logits, and in the same memory what becomes of them
+                top, said = p.amax(-1, keepdim=True), p.gather(1, target)
+                total = p.sub_(top).exp_().sum(-1, keepdim=True)
+                loss += (total.log() + top - said).sum()
+                if to_h or to_W:
+                    p = p.div_(total).scatter_add_(1, target, torch.full_like(said, -1.0)).to(dtype)
+                if to_h:
+                    grad_h[at : at + rows] = p @ w
+                if to_W and dtype == torch.float32:
+                    torch.addmm(grad_W, p.T, x, beta=float(at > 0), out=grad_W)
+                elif to_W:
+                    grad_W = grad_W.add_(p.T @ x) if at else grad_W.copy_(p.T @ x)
+        ctx.save_for_backward(grad_h, grad_W)
+        ctx.dtype = W.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        grad_h, grad_W = ctx.saved_tensors
+        return None if grad_h is None else grad_h * g, None if grad_W is None else grad_W.mul_(g).to(ctx.dtype), None, None, None
+
+
 def sample(logits, temperature, top_p, top_k, draw):
     """(B, V) -> (B,). Greedy at temperature 0; else draw from the top_k likeliest, then from the smallest set holding top_p."""
     if temperature == 0:
@@ -372,6 +436,100 @@ def init_weights(module):
         if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name):    # what is added to the residual stream starts quiet
             p.data *= 0.3
     return module
+
+
+# ---- LoRA (arXiv:2106.09685) ------------------------------------------------------------------------------------------
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + alpha/r B A dropout(x): W stays, A (r, in) and B (out, r) learn, and B begins at zero, so y begins as it was."""
+
+    def __init__(self, linear, r, alpha, dropout):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.weight, self.bias = linear.in_features, linear.out_features, linear.weight, linear.bias
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, self.in_features, device=self.weight.device), a=5**0.5))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=self.weight.device))
+        self.scale, self.dropout, self.on = alpha / r, nn.Dropout(dropout), True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if not self.on:
+            return y
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
+        return y + self.scale * F.linear(low, self.lora_B.to(low.dtype))
+
+
+def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
+    """Put a LoRA on the decoder's linear layers of these names; of the decoder nothing else trains from here on."""
+    vlm.decoder.requires_grad_(False)
+    for block in vlm.decoder.layers:
+        for owner in (block.self_attn, block.mlp):
+            for name, linear in list(owner.named_children()):
+                if name in targets:
+                    setattr(owner, name, LoRALinear(linear, r, alpha, dropout))
+    vlm.lora = {"base": None, "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "targets": list(targets)}
+
+
+@contextlib.contextmanager
+def lora_off(vlm):
+    """Inside, the model is its base: the reference of preference learning, without a second copy of the weights."""
+    layers = [m for m in vlm.modules() if isinstance(m, LoRALinear)]
+    for m in layers:
+        m.on = False
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.on = True
+
+
+def merged_state(vlm):
+    """The weights without LoRA, W + alpha/r B A in its place: {our name: tensor}."""
+    state = {name: t for name, t in vlm.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+    for name, m in vlm.named_modules():
+        if isinstance(m, LoRALinear):
+            state[f"{name}.weight"] = (m.weight.float() + m.scale * m.lora_B.detach().float() @ m.lora_A.detach().float()).to(m.weight.dtype)
+    return state
+
+
+def adapter_name(name, public):
+    """One of our names -> that of the PEFT library over transformers' Llava; our own where that is not what is trained."""
+    if public is str:
+        return re.sub(r"(lora_[AB])$", r"\1.weight", name)
+    name = llava_name(name).replace("language_model.model.", "model.language_model.").replace("language_model.lm_head.", "lm_head.")
+    name = f"model.{name}" if name.startswith(("vision_tower.", "multi_modal_projector.")) else name
+    return "base_model.model." + re.sub(r"(lora_[AB])$", r"\1.weight", name)
+
+
+def save_adapter(vlm, directory, base, state=None):
+    """What trains, in the PEFT library's layout: the LoRA, and whole what trains beside it. `base`: directory of the model under it.
+
+    The directory opens like any other model (VLM.from_pretrained merges), and `python model.py convert` makes a whole one of it.
+    """
+    state = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad} if state is None else state
+    whole = [name for name, child in (("multi_modal_projector", vlm.connector), ("vision_tower", vlm.vision)) if any(p.requires_grad for p in child.parameters())]
+    public, model_config = public_layout(vlm)
+    targets = "|".join(vlm.lora["targets"])
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": vlm.lora["r"], "lora_alpha": vlm.lora["lora_alpha"],
+              "lora_dropout": vlm.lora["lora_dropout"], "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
+              "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({targets})", "modules_to_save": whole or None, "inference_mode": True}
+    write_whole(Path(directory) / "adapter_model.safetensors", lambda tmp: save_file(
+        {adapter_name(name, public): t.contiguous().cpu() for name, t in state.items()}, tmp, metadata={"format": "pt"}))
+    write_whole(Path(directory) / "adapter_config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2)))
+    write_whole(Path(directory) / "config.json", lambda tmp: tmp.write_text(json.dumps(model_config, indent=2)))
+
+
+def load_adapter(vlm, directory):
+    """Put what save_adapter wrote back into a model that has such a LoRA and trains the same parts, strictly."""
+    file = Path(directory) / "adapter_model.safetensors"
+    found, mine = open_weights(file), {adapter_name(name, public_layout(vlm)[0]): p for name, p in vlm.named_parameters() if p.requires_grad}
+    if odd := found.keys() ^ mine.keys() or {name for name in mine if mine[name].shape != found[name].shape}:
+        raise UserError(f"{file}: {len(odd)} tensors do not fit, such as {sorted(odd)[0]}; it was trained with other --lora or --train flags")
+    with torch.no_grad():
+        for name, p in mine.items():
+            p.copy_(found[name])
 
 
 # ---- reading and writing model directories --------------------------------------------------------------------------
@@ -555,12 +713,17 @@ def our_names(tensors, cfg=None):
     for name, t in tensors.items():
         if name.endswith(("inv_freq", "position_ids")):                     # computed, not learned
             continue
-        ours = next((re.sub(pattern, part, name) for pattern, part in PART_NAMES if re.search(pattern, name)), name)
+        ours = part_name(name)
         part, _, inner = ours.partition(".")
         parts.get(part, found)[inner if part in parts else ours] = t
     for part in "vision", "vision2":
         found |= {f"{part}.{name}": t for name, t in tower_tensors(parts[part], cfg and getattr(cfg, part)).items()}
     return found | {f"decoder.{name}": t for name, t in decoder_tensors(parts["decoder"], cfg and cfg.decoder).items()}
+
+
+def part_name(name):
+    """A public name with our name of its part, by PART_NAMES."""
+    return next((re.sub(pattern, part, name) for pattern, part in PART_NAMES if re.search(pattern, name)), name)
 
 
 def decoder_tensors(tensors, cfg=None):
@@ -639,6 +802,8 @@ def read_lora(directory, llm=None):
     """What LLaVA's LoRA training writes, over its base: {public name: Stored} with W + alpha/r B A where W is read."""
     c = read_json(directory / "adapter_config.json")
     base = Path(llm or take(c, "base_model_name_or_path", str, ""))
+    beside = (directory / base.name, directory.parent / base.name)          # where train.py saves the base of a preset
+    base = next((d for d in (base, *beside) if base.name and d.is_dir()), base)
     if not base.is_dir():
         raise UserError(f"{directory}: is a LoRA over {str(base)!r}, which is no directory here; give that model's by --llm DIR")
     only(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False)
@@ -649,9 +814,12 @@ def read_lora(directory, llm=None):
         raise UserError(f"{directory / 'adapter_model.safetensors'}: not found, nor adapter_model.bin; copy the LoRA anew")
     short = lambda name: re.sub(r"^base_model\.(model\.(?=model\.|lm_head))?", "", name)
     tensors = read_tensors(base) | ({short(name): t for name, t in read_tensors(rest).items()} if rest.exists() else {})
-    lora, used = {short(name): t for name, t in open_weights(file).items()}, 0
+    lora, used = {part_name(short(name)): t for name, t in open_weights(file).items()}, 0
+    for name in [name for name in tensors if part_name(name) in lora]:      # trained whole beside it: PEFT's modules_to_save
+        tensors[name] = Stored(file, next(n for n in open_weights(file) if part_name(short(n)) == part_name(name)), lora[part_name(name)].to("meta"))
+        used += 1
     for name in [name for name in tensors if name.endswith(".weight")]:
-        a, b = (lora.get(name.replace(".weight", f".lora_{x}.weight")) for x in "AB")
+        a, b = (lora.get(part_name(name).replace(".weight", f".lora_{x}.weight")) for x in "AB")
         if a is not None and b is not None:
             if (len(b), a.shape[1]) != tuple(tensors[name].shape) or len(a) != b.shape[1]:
                 raise UserError(f"{file}: the LoRA of {name} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base's tensor is "

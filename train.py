@@ -10,6 +10,8 @@ short answers more. (The original averages the means; so its loss curves differ 
 
     python train.py --stage finetune                                  # the toy: draws its world, trains, and is examined
     python train.py --stage finetune --model photo --data FILE.json --image-root DIR --max-steps 3000
+    python train.py --model llava-1.5-7b --vision CLIP --llm VICUNA --data MIX.json --image-root DIR --dry-run      # what it would take
+    torchrun --nproc-per-node 8 train.py --shard ...                  # FSDP2: weights, gradients and moments in eighths; --no-shard: DDP
 
 Weights, order of the records and all else follow --seed: on a CPU the same command gives the same weights, bit for bit.
 A run writes to --out: log.jsonl and loss.png while it goes, checkpoint-N/ now and then (a whole model directory; --resume goes on
@@ -21,6 +23,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -34,15 +37,24 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import toyworld
-from data import IGNORE, Examples, Records, Tokenizer, collate, cut_at_stop, encode_conversation, encode_prompt, parse_args, run, stop_ids
-from model import (PRESETS, VLM, check_tokenizer, decoder_config, init_weights, load_connector, load_decoder, load_vision, read_json, read_tower,
-                   save_processor, write_whole)
+from data import IGNORE, Examples, Records, Tokenizer, collate, open_records, cut_at_stop, encode_conversation, encode_prompt, parse_args, run, stop_ids
+from model import (LORA_TARGETS, PRESETS, VLM, add_lora, adapter_name, check_tokenizer, decoder_config, init_weights, load_adapter, load_connector,
+                   load_decoder, load_vision, open_weights, public_layout, read_config, read_json, read_tensors, read_tower, our_names,
+                   save_adapter, save_processor, write_whole)
 from vision import MODES, UserError, cut_tiles, open_image
 
 HERE = Path(__file__).parent
@@ -56,7 +68,9 @@ def arg(default, help):
 class TrainConfig:
     stage: str = arg("finetune", "pretrain (connector only, captions) or finetune (connector and decoder, conversations)")
     model: str = arg("toy", f"a preset ({', '.join(PRESETS)}) or a model directory to go on from")
-    data: str = arg("", "LLaVA-format JSON or JSONL file; empty: the toy world, drawn into toyworld/ on first use")
+    data: str = arg("", "LLaVA-format JSON or JSONL file; FILE,FILE: several as one; a meta.json as MMPR's; empty: the toy world, drawn into toyworld/ on first use")
+    data_weights: str = arg("", "how often an epoch shows each file of --data, X,X; empty: once, or as meta.json says")
+    data_fraction: float = arg(1.0, "share of the records to train on, above 0 to 1; a smaller share is part of a larger one of the same --seed")
     image_root: str = arg("", "folder that the records' image paths start from; empty: the folder of --data")
     val: str = arg("", "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if it is there")
     out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")
@@ -67,12 +81,19 @@ class TrainConfig:
     projector: str = arg("", "connector to start from: a model directory that stage 1 wrote, its model.safetensors, or a mm_projector.bin; empty: the model's own")
     from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
     train: str = arg("", "parts to train, of connector,llm,vision; empty: those of the stage, and all that start from random weights")
+    lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none")
+    lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it")
+    lora_dropout: float = arg(0.0, "share of a LoRA's inputs that are dropped, from 0 to below 1")
+    lora_target: str = arg("", f"linear layers of the decoder with a LoRA, of {','.join(LORA_TARGETS)}; empty: all")
     template: str = arg("", "conversation template; empty: plain in stage pretrain, the model's own otherwise")
     image_size: int = arg(0, "pixels a side of the tile that a preset's --vision looks at; 0: the tower's own, of two the second one's")
     image_mode: str = arg("", "pad, letterbox, crop or resize; empty: the model's own")
     batch_size: int = arg(16, "records a step")
     micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
+    token_budget: int = arg(0, "tokens in memory at once, padding counted: a step's records are sorted by length and cut to fit; 0: as --micro-batch-size")
     lr: float = arg(1e-3, "peak learning rate, after warmup")
+    lr_connector: float = arg(0.0, "the connector's own; 0: as --lr")
+    lr_vision: float = arg(0.0, "the towers' own; 0: as --lr")
     weight_decay: float = arg(0.0, "AdamW's, on matrices only")
     warmup: float = arg(0.03, "share of the steps with a rising learning rate, 0 to 1")
     clip: float = arg(1.0, "largest norm of the gradient; inf: no limit")
@@ -90,6 +111,12 @@ class TrainConfig:
     seed: int = arg(0, "for weights and the order of the records")
     device: str = arg("auto", "cpu, cuda, cuda:N or auto")
     dtype: str = arg("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
+    weights: str = arg("float32", "float32, or bfloat16: what that cuts off is kept beside the optimizer, so that no small step is lost")
+    recompute: int = arg(0, "blocks of the decoder, from the first, that keep no activations but compute them twice: less memory, more time")
+    compile: bool = arg(False, "torch.compile the blocks: a minute first, then faster")
+    shard: bool = arg(False, "under torchrun: FSDP2, weights and optimizer in shares; --no-shard: DDP, each process has all of them")
+    cache_features: float = arg(0.0, "GB at most for the frozen towers' features of all records, computed once and kept in --out; 0: none are kept")
+    dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
 
 
 # What a preset changes, by (model, stage); a flag on the command line still wins. llava-1.5 has the published values.
@@ -98,11 +125,12 @@ RECIPES = {
     ("toy", "pretrain"): TOY | dict(lr=2e-3, batch_size=32, max_steps=150),
     ("toy", "finetune"): TOY | dict(lr=1e-3, batch_size=16, max_steps=420),
     ("photo", "finetune"): dict(lr=1e-3, batch_size=32, max_steps=3000, eval_every=500, save_every=500),
-    ("llava-1.5-7b", "pretrain"): dict(lr=1e-3, batch_size=256, clip=math.inf, image_mode="crop", max_length=2048),
-    ("llava-1.5-7b", "finetune"): dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048),
+    ("llava-1.5-7b", "pretrain"): dict(lr=1e-3, batch_size=256, clip=math.inf, image_mode="crop", max_length=2048, token_budget=16384, compile=True),
+    ("llava-1.5-7b", "finetune"): dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048, token_budget=8192, compile=True),
 }
 RECIPES |= {("llava-1.5-13b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}
-FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "eval_limit", "save_every", "eval_every"}   # on --resume
+FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "eval_limit", "save_every", "eval_every", "micro_batch_size",
+                  "token_budget", "recompute", "compile", "shard", "cache_features", "dry_run"}           # on --resume
 
 
 def main(argv=None):
@@ -113,69 +141,91 @@ def main(argv=None):
     except (OSError, RuntimeError) as error:                                # not our mistake, nor quite the user's: the machine's
         last = str(error).strip().splitlines()[-1]                          # a loader process sends its whole traceback
         if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(f"the GPU's memory is full ({last}); lower --micro-batch-size, and go on with --resume") from None
+            raise UserError(f"the GPU's memory is full ({last}); lower --token-budget or --micro-batch-size, or raise --recompute, "
+                            "and go on with --resume") from None
         if last.startswith("DataLoader worker"):
             raise UserError(f"{last}: most often memory is short; try --workers 0, and go on with --resume") from None
         if isinstance(error, OSError):                                      # full disk, a file taken away
             raise UserError(f"{last}; what was saved before is untouched: put it right and go on with --resume") from None
         raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def fit(cfg):
     # Data, model, optimizer.
+    device = join(cfg)
     print(f"config: {json.dumps({k: v for k, v in asdict(cfg).items() if v not in ('', False)})}", flush=True)
-    out, device = Path(cfg.out), pick_device(cfg.device)
+    out = Path(cfg.out)
+    records = open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+    if cfg.dry_run:
+        return dry_run(cfg, records, device)
     checkpoint, state = find_checkpoint(out, cfg) if cfg.resume else (None, {"step": 0, "skipped": 0})
     torch.manual_seed(cfg.seed)
-    records = Records(cfg.data, cfg.image_root)
     vlm, tok = build(cfg, checkpoint)
-    vlm.to(device)
+    freeze(vlm, cfg, checkpoint)
+    vlm.to(device).train()
     template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
     examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, cfg.max_length or vlm.cfg.decoder.block_size, cfg.bad_records)
     questions, looks = read_held_out(cfg, vlm, tok) if cfg.val else ([], [])
     first, steps = state["step"], cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
-    params = freeze(vlm, cfg)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.999), fused=True)
-    if checkpoint:
-        optimizer.load_state_dict(state["optimizer"])
-        rewind(out, first)
-    else:
-        move_aside(out, cfg)
-    save_processor(out, tok.path, vlm.cfg)
-    tok.path = out / "tokenizer.model"                                      # the checkpoint it may have come from will be deleted
-    order = list(batches(len(records), cfg.batch_size, steps, cfg.seed))[first:]
-    loader = iter(DataLoader(examples, batch_sampler=order, num_workers=cfg.workers, pin_memory=device.type == "cuda",
-                             collate_fn=functools.partial(micro_batches, size=cfg.micro_batch_size, pad=tok.pad)))
-    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
     count = lambda ps: f"{sum(p.numel() for p in ps) / 1e6:.2f}M"
-    print(f"{count(params)} of {count(vlm.parameters())} parameters train, on {len(records):,} records, {steps:,} steps of {cfg.batch_size}", flush=True)
+    print(f"{count(p for p in vlm.parameters() if p.requires_grad)} of {count(vlm.parameters())} parameters train, on {len(records):,} records, {steps:,} steps of {cfg.batch_size}", flush=True)
+    half = cfg.weights == "float32" and (cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda")
+    if rank() == 0:
+        rewind(out, first) if checkpoint else move_aside(out, cfg)
+        save_processor(out, tok.path, vlm.cfg)
+        if vlm.lora and not checkpoint and lora_base(cfg) == out / "base":
+            save_processor(out / "base", tok.path, vlm.cfg)
+            vlm.save_pretrained(out / "base")                               # B is still 0
+    wait()
+    if cfg.cache_features:
+        examples = cache_features(examples, vlm, cfg, device, out, half)
+    net = spread(vlm, cfg, device, half)
+    params = [p for p in vlm.parameters() if p.requires_grad]               # FSDP2 has put others in their place
+    optimizer = make_optimizer(vlm, cfg)
+    if checkpoint:
+        restore(vlm, optimizer, checkpoint, state)
+    tok.path = out / "tokenizer.model"                                      # the checkpoint it may have come from will be deleted
+    order = itertools.islice(batches(len(records), cfg.batch_size, steps, cfg.seed), first, None)
+    loader = iter(DataLoader(examples, batch_sampler=(share(batch, records, vlm.cfg.vision.n_token) for batch in order), num_workers=cfg.workers,
+                             pin_memory=device.type == "cuda", collate_fn=functools.partial(
+                                 micro_batches, size=cfg.micro_batch_size, pad=tok.pad, budget=cfg.token_budget)))
+    autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
     # The loop.
-    began, busy, seen, skipped = time.time(), 0.0, 0, state["skipped"]
-    with (catch_ctrl_c() as stop, open(out / "log.jsonl", "a", buffering=1) as log,
-          tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar):
+    began, busy, seen, padded, skipped, untested = time.time(), 0.0, 0, 0, state["skipped"], True
+    with (catch_ctrl_c() as stop, open(out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1) as log,
+          tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty() or rank() > 0) as bar):
         for step in range(first + 1, steps + 1):
             start = time.time()
             lr = lr_at(step, steps, cfg)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["share"]
+            if cfg.lora_dropout:
+                torch.manual_seed(hash((cfg.seed, step, rank())))           # so that a resumed run drops the same
             micro = next(loader)
-            loss, supervised = backward(vlm, micro, device, autocast)
-            norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip).item()
+            if step == 1:
+                say_coverage(micro)
+            loss, supervised = backward(net, micro, device, autocast)
+            norm = whole(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
             if not math.isfinite((loss or 0) + norm):
                 raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; lower --lr, or look at the records "
-                                + ", ".join([i for m in micro for i in m["ids"]][:8]))
+                                + blame(net, micro, device, autocast))
+            before = fingerprints(vlm) if untested and norm > 0 else None
             optimizer.step()
+            if before:
+                check_moved(vlm, before, optimizer, step)
+                untested = False
             optimizer.zero_grad(set_to_none=True)
 
-            for reason in (reason for m in micro for reason in m["skipped"]):
-                skipped += 1
-                if skipped <= 5:
-                    bar.write(f"skipped: {reason}" + ("; from here on they are only counted" if skipped == 5 else ""))
-            seen, busy = seen + sum(int(m["lengths"].sum()) for m in micro), busy + time.time() - start
+            bad = [reason for m in micro for reason in m["skipped"]]
+            for k, reason in enumerate(bad[: max(0, 5 - skipped)], skipped + 1):
+                bar.write(f"skipped: {reason}" + ("; from here on they are only counted" if k == 5 else ""))
+            totals = gather([sum(int(m["lengths"].sum()) for m in micro), sum(m["tokens"].numel() for m in micro), len(bad), len(stop)])
+            seen, padded, skipped, halt = (int(a + b) for a, b in zip((seen, padded, skipped, 0), totals.sum(0)))
+            busy += time.time() - start
             left = (time.time() - began) / (step - first) * (steps - step)
             log.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "supervised": supervised, "time": round(time.time() - began, 2)}) + "\n")
             said, rate = "no usable record" if loss is None else f"loss {loss:.4f}", f"{seen / busy:,.0f} tokens/s"
@@ -184,25 +234,31 @@ def fit(cfg):
             if step % cfg.log_every == 0 or step in (first + 1, steps):
                 bar.write(f"step {step:5d}/{steps}  {said}  lr {lr:.2e}  {rate}  {bar.format_interval(left)} left")
             if looks and cfg.eval_every and (step % cfg.eval_every == 0 or step == steps):
-                val_loss = held_out_loss(vlm, looks, device)
-                log.write(json.dumps({"step": step, "val_loss": val_loss}) + "\n")
-                bar.write(f"held-out loss {val_loss:.4f}\n" + sample_answers(vlm, tok, questions, step, device))
-            if step % 50 == 0 or step == steps or stop:
+                vlm.eval()
+                val_loss, shuffled = held_out_loss(vlm, looks, device), held_out_loss(vlm, looks, device, shuffled=True)
+                log.write(json.dumps({"step": step, "val_loss": val_loss, "val_loss_shuffled": shuffled}) + "\n")
+                bar.write(f"held-out loss {val_loss:.4f}, with pictures shuffled {shuffled:.4f}"
+                          + (": the model makes no use of the pictures" if shuffled < 1.01 * val_loss and any(len(m["pixels"]) for m in looks) else "")
+                          + "\n" + sample_answers(vlm, tok, questions, step, device))
+                vlm.train()
+            if rank() == 0 and (step % 50 == 0 or step == steps or halt):
                 draw_curve(out / "loss.png", out / "log.jsonl")
             sys.stdout.flush()
-            if stop or step == steps or cfg.save_every and step % cfg.save_every == 0:
+            if halt or step == steps or cfg.save_every and step % cfg.save_every == 0:
                 save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped)
-            if stop:
+            if halt:
                 bar.write(f"interrupted: step {step} is saved; go on with the same command and --resume")
                 return 130
     shown = steps * cfg.batch_size
     if skipped == shown:
         raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: python data.py check {cfg.data} --image-root {cfg.image_root}")
     still = [name for name, p in vlm.named_parameters() if p.requires_grad and p not in optimizer.state]
-    print(f"trained {steps - first} steps in {time.time() - began:.0f} s; {skipped} of {shown} records skipped"
+    print(f"trained {steps - first} steps in {time.time() - began:.0f} s; {skipped} of {shown} records skipped; "
+          f"{1 - seen / max(padded, 1):.1%} of the tokens were padding"
           + (f"; {len(still)} trainable tensors never got a gradient, such as {still[0]}" if still else ""))
     save_model(out, vlm, tok)
     if questions and cfg.final_eval:
+        vlm.eval()
         every = math.ceil(len(questions) / cfg.eval_limit) if cfg.eval_limit > 0 else 1
         examine(vlm, tok, questions[::every], out, device)
     print(f"the model is in {out}; ask it: python sample.py --model {out} --image FILE --prompt TEXT")
@@ -236,9 +292,14 @@ def parse(argv=None):
     one_of("--bad-records", cfg.bad_records, ["stop", "skip"])
     one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
     one_of("--dtype", cfg.dtype, ["float32", "bfloat16", "auto"])
+    one_of("--weights", cfg.weights, ["float32", "bfloat16"])
+    for name in filter(None, cfg.lora_target.split(",")):
+        one_of("--lora-target", name, LORA_TARGETS)
     for names, fits, rule in ((("batch_size", "log_every"), lambda x: x >= 1, "at least 1"), (("lr", "clip", "epochs"), lambda x: x > 0, "above 0"),
                               (("warmup",), lambda x: 0 <= x <= 1, "from 0 to 1"), (("seed",), lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
-                              (("micro_batch_size", "weight_decay", "max_steps", "max_length", "eval_every", "save_every", "workers"), lambda x: x >= 0, "0 or more")):
+                              (("data_fraction",), lambda x: 0 < x <= 1, "above 0 and at most 1"), (("lora_dropout",), lambda x: 0 <= x < 1, "from 0 to below 1"),
+                              (("micro_batch_size", "token_budget", "weight_decay", "max_steps", "max_length", "eval_every", "save_every", "workers", "lora_r",
+                                "lora_alpha", "lr_connector", "lr_vision", "recompute", "cache_features"), lambda x: x >= 0, "0 or more")):
         for name in names:
             if not fits(asdict(cfg)[name]):
                 raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]}: must be {rule}")
@@ -252,8 +313,9 @@ def parse(argv=None):
     cfg = replace(cfg, image_root=cfg.image_root or str(beside), out=cfg.out or f"out/{cfg.stage}",
                   val=cfg.val or (str(beside / "val.jsonl") if (beside / "val.jsonl").exists() else ""))
     for flag, file in (("--data", cfg.data), ("--val", cfg.val)):
-        if file and not Path(file).is_file():
-            raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
+        for one in file.split(",") if file else ():
+            if not Path(one).is_file():
+                raise UserError(f"{flag} {one}: no such file; give a LLaVA-format JSON or JSONL file")
     return cfg
 
 
@@ -279,26 +341,34 @@ def pick_device(name):
     return torch.device(name)
 
 
+def blueprint(cfg):
+    """What a preset becomes with its ingredients, of which only the configs are read: VLMConfig, Tokenizer, and the towers' paths."""
+    tok, preset = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"]), PRESETS[cfg.model]
+    paths = cfg.vision.split(",") if cfg.vision else []
+    towers = [read_tower(path) for path in paths] or [preset.vision]
+    towers = [replace(t, image_size=cfg.image_size or towers[-1].image_size) for t in towers]
+    decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
+    return replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector="fused_gelu" if towers[1:] else preset.connector,
+                   decoder=replace(decoder, vocab_size=tok.vocab_size),
+                   image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos), tok, paths
+
+
 def build(cfg, checkpoint=None):
     """The model to train and its tokenizer: from a checkpoint, a model directory, or a preset with its ingredients."""
+    if checkpoint and cfg.lora_r:                # it holds the LoRA; what that is over stands beside the run, or is --model
+        checkpoint = lora_base(cfg)
     if checkpoint or cfg.model not in PRESETS:
         directory = checkpoint or cfg.model
         if not Path(directory).is_dir():
             one_of("--model", cfg.model, [*PRESETS, "a model directory"])
         if not checkpoint and (cfg.tokenizer or cfg.from_scratch):
             raise UserError(f"--model {cfg.model} is a whole model; --tokenizer and --from-scratch are for presets ({', '.join(PRESETS)})")
-        given = (None, None) if checkpoint else (cfg.vision or None, cfg.llm or None)
+        given = (None, None) if checkpoint and directory != cfg.model else (cfg.vision or None, cfg.llm or None)
         vlm, tok = VLM.from_pretrained(directory, vision=given[0], llm=given[1]), Tokenizer(directory)
     else:
-        tok, preset = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"]), PRESETS[cfg.model]
-        paths = cfg.vision.split(",") if cfg.vision else []
-        towers = [read_tower(path) for path in paths] or [preset.vision]
-        towers = [replace(t, image_size=cfg.image_size or towers[-1].image_size) for t in towers]
-        decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
-        vlm = VLM(replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector="fused_gelu" if towers[1:] else preset.connector,
-                          decoder=replace(decoder, vocab_size=tok.vocab_size),
-                          image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos))
-        for tower, path in zip((vlm.vision, *([vlm.vision2] if towers[1:] else [])), paths):
+        plan, tok, paths = blueprint(cfg)
+        vlm = VLM(plan)
+        for tower, path in zip((vlm.vision, *([vlm.vision2] if plan.vision2 else [])), paths):
             load_vision(tower, path)
         if not paths:
             init_weights(vlm.vision)
@@ -312,32 +382,186 @@ def build(cfg, checkpoint=None):
     return vlm, tok
 
 
-def freeze(vlm, cfg):
-    """Only the parts of --train get gradients; returns their parameters."""
-    parts = {"connector": vlm.connector, "llm": vlm.decoder, "vision": torch.nn.ModuleList([vlm.vision, *([vlm.vision2] if vlm.cfg.vision2 else [])])}
+def lora_base(cfg):
+    """The whole model that a LoRA is over: --model, or what a preset, a --projector or a --vision made of it, saved beside the run."""
+    return Path(cfg.model) if not (cfg.model in PRESETS or cfg.projector or cfg.vision or cfg.llm) else Path(cfg.out) / "base"
+
+
+def part_of(name):
+    """A parameter's name -> its part as --train calls it."""
+    return {"decoder": "llm", "vision2": "vision"}.get(name.split(".")[0], name.split(".")[0])
+
+
+def freeze(vlm, cfg, checkpoint=None):
+    """Only the parts of --train get gradients, of the decoder only its LoRA if there is one; returns their parameters."""
     fresh = [name for name, source in (("llm", cfg.llm), ("vision", cfg.vision)) if cfg.model in PRESETS and not source]
     chosen = cfg.train.split(",") if cfg.train else ["connector", *fresh, *(["llm"] if cfg.stage == "finetune" else [])]
-    vlm.requires_grad_(False)
     for name in chosen:
-        one_of("--train", name, list(parts))
-        parts[name].requires_grad_(True)
-    return [p for p in vlm.parameters() if p.requires_grad]
+        one_of("--train", name, ["connector", "llm", "vision"])
+    for name, p in vlm.named_parameters():
+        p.requires_grad = part_of(name) in chosen
+    for tower in [vlm.vision, *([vlm.vision2] if vlm.cfg.vision2 else [])]:
+        tower.blocks[tower.cfg.depth :].requires_grad_(False)               # they never run
+        tower.norm.requires_grad_(False)
+    if cfg.weights == "bfloat16":
+        vlm.bfloat16()
+    if cfg.lora_r:
+        if "llm" not in chosen:
+            raise UserError(f"--lora-r {cfg.lora_r} --train {cfg.train}: a LoRA is trained in the decoder; add llm to --train, or leave out --lora-r")
+        add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS)
+        vlm.lora["base"] = lora_base(cfg).absolute()
+        if checkpoint:
+            load_adapter(vlm, checkpoint)
+    vlm.decoder.recompute = cfg.recompute
+    params = [p for p in vlm.parameters() if p.requires_grad]
+    for p in params:                             # many small gradients are added up in float32; PyTorch before 2.10 adds in bfloat16
+        if p.dtype == torch.bfloat16 and (cfg.token_budget or cfg.micro_batch_size) and hasattr(p, "grad_dtype"):
+            p.grad_dtype = torch.float32
+    return params
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW that loses nothing over bfloat16 weights: the lower half of each float32 weight is kept here, in 16 bits.
+
+    weight = upper * 2^16 + lower, as bits; the upper half, rounded, is the bfloat16 that the model works with. Alone it could not follow: a
+    step of 2e-5 is 200 times less than what a bfloat16 of 1.0 can move by. Weights in float32 (a LoRA's) are stepped as ever.
+    """
+
+    def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
+                    state |= {"lower": torch.zeros_like(p, dtype=torch.int16)} if p.dtype == torch.bfloat16 else {}
+                w = ((p.view(torch.int16).int() << 16) + state["lower"]).view(torch.float32) if "lower" in state else p
+                adamw([w], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True, amsgrad=False, maximize=False,
+                      beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
+                if "lower" in state:
+                    bits = w.view(torch.int32)
+                    upper = (bits + 2**15) >> 16                            # to the nearest: the lower half is from -2^15 to 2^15 - 1
+                    state["lower"].copy_(bits - (upper << 16))
+                    p.copy_(upper.to(torch.int16).view(torch.bfloat16))
+
+
+def make_optimizer(vlm, cfg):
+    """AdamW; each part with its learning rate as a share of --lr, weight decay on matrices only."""
+    groups = {}
+    for name, p in vlm.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((p.ndim < 2, part_of(name)), []).append(p)
+    lr = {"connector": cfg.lr_connector, "vision": cfg.lr_vision, "llm": 0}
+    groups = [{"params": ps, "weight_decay": 0.0 if vector else cfg.weight_decay, "share": (lr[part] or cfg.lr) / cfg.lr}
+              for (vector, part), ps in sorted(groups.items(), key=lambda kv: kv[0])]
+    if cfg.weights == "bfloat16":
+        return SplitAdamW(groups, lr=cfg.lr)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
 
 
 def batches(n, size, steps, seed):
     """Index lists, one a step: each epoch a fresh permutation of 0..n-1, cut without regard to where an epoch ends."""
-    draw, queue = torch.Generator().manual_seed(seed), []
+    draw, queue = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         while len(queue) < size:
-            queue += torch.randperm(n, generator=draw).tolist()
-        yield queue[:size]
+            queue = torch.cat([queue, torch.randperm(n, generator=draw)])
+        yield queue[:size].tolist()
         queue = queue[size:]
 
 
-def micro_batches(rows, size, pad):
-    """The examples of a step -> batches of at most `size` of them (0: one batch). Done in the loader process."""
-    size = size or len(rows)
-    return [collate(rows[i : i + size], pad) for i in range(0, len(rows), size)]
+def share(batch, records, n_token):
+    """What this process takes of a step's records. Dealt out longest first, each to whoever has least so far; length as in the file, 4 bytes a token."""
+    if world() == 1:
+        return batch
+    hands, load, tokens = [[] for _ in range(world())], [0] * world(), {i: records.n_bytes(i) / 4 + n_token * records.has_picture(i) for i in batch}
+    for i in sorted(batch, key=lambda i: -tokens[i]):
+        least = load.index(min(load))
+        hands[least].append(i)
+        load[least] += tokens[i]
+    return hands[rank()]
+
+
+def micro_batches(rows, size, pad, budget=0):
+    """The examples of a step -> batches of at most `size` of them (0: one batch), done in the loader process.
+
+    With a budget, instead: sorted by length and cut where that pads least, no batch having more tokens than that, its padding counted. Lengths are
+    rounded up to multiples of 32, so that few shapes occur. Which records share a batch changes nothing in the gradient but the order of its sum.
+    """
+    if not budget:
+        size = size or max(len(rows), 1)
+        return [collate(rows[i : i + size], pad) for i in range(0, len(rows), size)]
+    rows = sorted(rows, key=lambda row: len(row.get("tokens", ())))
+    up, made = [max(32, -(-len(row.get("tokens", ())) // 32) * 32) for row in rows], []
+    best, cut = [0.0], [0]                                                  # of the first e rows: the least cost, and where the last batch begins
+    for e in range(1, len(rows) + 1):
+        fits = [s for s in range(e) if up[e - 1] * (e - s) <= budget] or [e - 1]
+        cost, start = min((best[s] + up[e - 1] * (e - s) + 256, s) for s in fits)           # a batch of its own costs like 256 tokens
+        best.append(cost)
+        cut.append(start)
+    e = len(rows)
+    while e:                                                                # longest first: if memory is short, it is at once
+        batch = collate(rows[cut[e] : e], pad)
+        extra = up[e - 1] - batch["tokens"].shape[1]
+        made.append(batch | {"tokens": F.pad(batch["tokens"], (0, extra), value=pad), "labels": F.pad(batch["labels"], (0, extra), value=IGNORE)})
+        e = cut[e]
+    return made
+
+
+class Cached(Dataset):
+    """Examples whose pictures are already features: `pixels` is (n, N, D_vision). Tokens and labels lie beside them."""
+
+    def __init__(self, folder, index, shape, dtype):
+        self.index, self.shape, self.dtype = index, shape, dtype           # index: (records, 3) where tokens and features begin, how many tokens
+        self.words = np.memmap(folder / "words.bin", np.int32, "r").reshape(-1, 2)
+        self.features = np.memmap(folder / "features.bin", np.int16 if dtype == torch.bfloat16 else np.float32, "r") if index[-1, 1] else None
+
+    def __len__(self):
+        return len(self.index) - 1
+
+    def __getitem__(self, i):
+        (at, row, n), (_, end, _) = self.index[i], self.index[i + 1]
+        words, size = torch.from_numpy(self.words[at : at + n].astype(np.int64)), math.prod(self.shape)
+        features = torch.from_numpy(self.features[row * size : end * size].copy()).view(self.dtype) if end > row else torch.empty(0, dtype=self.dtype)
+        return {"tokens": words[:, 0], "labels": words[:, 1], "pixels": features.view(-1, *self.shape), "id": str(i), "index": i}
+
+
+@torch.no_grad()
+def cache_features(examples, vlm, cfg, device, out, half):
+    """Run every record's pictures through the frozen towers, once; -> a Cached over what was written, in --out/features."""
+    if any(p.requires_grad for name, p in vlm.named_parameters() if part_of(name) == "vision") or world() > 1 or cfg.bad_records != "stop":
+        raise UserError("--cache-features: for frozen towers, one process, and --bad-records stop; leave it out")
+    folder, shape, dtype = out / "features", (vlm.cfg.vision.n_token, vlm.cfg.n_feature), torch.bfloat16 if half or cfg.weights == "bfloat16" else torch.float32
+    size = math.prod(shape) * (2 if dtype == torch.bfloat16 else 4)
+    about = size * sum(examples.records.has_picture(i) for i in range(len(examples))) / 1e9
+    print(f"features: about {about:.2f} GB for {len(examples):,} records, {size / 1e6:.2f} MB a picture; --cache-features allows {cfg.cache_features:g} GB")
+    if about > cfg.cache_features or about > shutil.disk_usage(out).free / 1e9:
+        raise UserError(f"--cache-features {cfg.cache_features:g}: {about:.2f} GB are needed and {shutil.disk_usage(out).free / 1e9:.2f} GB free in {out}; "
+                        "raise it, or leave it out")
+    key = {"towers": [n for name, n in fingerprints(vlm).items() if part_of(name) == "vision"], "data": [cfg.data, os.path.getsize(cfg.data.split(",")[0])],
+           "weights": cfg.data_weights, "fraction": cfg.data_fraction, "seed": cfg.seed, "mode": vlm.cfg.image_mode, "template": examples.template, "dtype": str(dtype)}
+    if (folder / "index.pt").exists():
+        kept = torch.load(folder / "index.pt", weights_only=True)
+        if kept["key"] == key:
+            return Cached(folder, kept["index"].numpy(), shape, dtype)
+    folder.mkdir(exist_ok=True)
+    index, loader = [[0, 0, 0]], DataLoader(examples, batch_size=None, num_workers=cfg.workers)
+    with open(folder / "words.bin", "wb") as words, open(folder / "features.bin", "wb") as features:
+        for e in tqdm(loader, desc="features", disable=None):
+            if len(e["pixels"]):
+                found = vlm.features(e["pixels"].to(device)).to(dtype).cpu().contiguous()
+                if features.tell() + found.numel() * found.element_size() > cfg.cache_features * 1e9:
+                    raise UserError(f"--cache-features {cfg.cache_features:g}: that many GB are full after {len(index) - 1:,} of {len(examples):,} records")
+                features.write(found.view(torch.int16 if dtype == torch.bfloat16 else torch.float32).numpy().tobytes())
+            words.write(torch.stack([e["tokens"], e["labels"]], dim=1).to(torch.int32).numpy().tobytes())
+            index[-1][2] = len(e["tokens"])
+            index.append([index[-1][0] + len(e["tokens"]), index[-1][1] + len(e["pixels"]), 0])
+    index = torch.tensor(index)
+    write_whole(folder / "index.pt", lambda path: torch.save({"key": key, "index": index}, path))
+    return Cached(folder, index.numpy(), shape, dtype)
 
 
 def lr_at(step, steps, cfg):
@@ -348,25 +572,236 @@ def lr_at(step, steps, cfg):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
 
 
-def backward(vlm, micro, device, autocast=contextlib.nullcontext()):
-    """Add the gradient of L over all micro-batches of a step; -> L (None if nothing could be used), number of supervised tokens."""
-    n = [n_supervised(m) for m in micro]
+def backward(net, micro, device, autocast=contextlib.nullcontext()):
+    """Add the gradient of L over all micro-batches of a step, those of all processes; -> L (None if nothing could be used), number of supervised tokens.
+
+    The processes' gradients are averaged, so each part is multiplied by their number; and all take part in as many micro-batches as the one
+    that has most, with an empty one at weight 0.
+    """
+    used = [(m, n_supervised(m)) for m in micro if n_supervised(m)]         # of the others all records were skipped
+    counts = gather([sum(n for _, n in used), len(used), sum(len(m["pixels"]) for m, _ in used)])
+    total, most = int(counts[:, 0].sum()), int(counts[:, 1].max())
+    used += [(empty_batch(), 0)] * (most - len(used)) if world() > 1 else []
     loss = torch.zeros((), device=device)
-    for m, n_micro in zip(micro, n):
-        if n_micro:                                                         # else all its records were skipped
+    for i, (m, n) in enumerate(used):
+        with contextlib.nullcontext() if i + 1 == len(used) or not isinstance(net, DistributedDataParallel) else net.no_sync():
             with autocast:
-                part = loss_of(vlm, m, device) * (n_micro / sum(n))         # the model's mean, back to a share of the step's
-            part.backward()
-            loss += part.detach()
-    return loss.item() if sum(n) else None, sum(n)
+                part = loss_of(net, m, device) * (n / total * world())      # the model's mean, back to a share of the step's
+            if part.requires_grad:                                          # texts alone teach a connector nothing
+                part.backward()
+        loss += part.detach() / world()
+    if world() > 1 and not counts[:, 2].any():                              # no picture anywhere: what one process would leave alone has here
+        for name, p in (net.module if isinstance(net, DistributedDataParallel) else net).named_parameters():    # a gradient of 0, and AdamW
+            p.grad = None if part_of(name) in ("vision", "connector") else p.grad                                # would move it by its momentum
+    return gather([loss.item()]).sum().item() if total else None, total
 
 
 def n_supervised(batch):
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
-def loss_of(vlm, batch, device):
-    return vlm(*(batch[k].to(device, non_blocking=True) for k in ("tokens", "pixels", "labels")))
+def loss_of(net, batch, device):
+    return net(*(batch[k].to(device, non_blocking=True) for k in ("tokens", "pixels", "labels")))
+
+
+def empty_batch():
+    """A text of two tokens, for a process that has nothing left to do in a step."""
+    return {"tokens": torch.ones(1, 2, dtype=torch.int64), "labels": torch.ones(1, 2, dtype=torch.int64), "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8)}
+
+
+def dry_run(cfg, records, device, n=200):
+    """Print what the run would be, from configs and a look at n records; no weight is read."""
+    if cfg.model in PRESETS:
+        plan, tok, _ = blueprint(cfg)
+    else:
+        plan, tok = read_config(cfg.model, our_names(read_tensors(cfg.model))), Tokenizer(cfg.model)
+    with torch.device("meta"):
+        vlm = VLM(plan)
+        freeze(vlm, cfg)
+    v, d, half = plan.vision, plan.decoder, cfg.weights == "bfloat16" or cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    template, lengths, supervised, pictures, bad = cfg.template or ("plain" if cfg.stage == "pretrain" else plan.template), [], 0, 0, 0
+    for i in range(0, len(records), -(-len(records) // n)):
+        try:
+            record = records[i]
+            tokens, labels = encode_conversation(tok, record["turns"], template, [v.n_token] * len(record["images"]))
+        except UserError:
+            bad += 1
+            continue
+        lengths.append(len(tokens))
+        supervised, pictures = supervised + sum(label != IGNORE for label in labels), pictures + len(record["images"])
+    if not lengths:
+        raise UserError(f"{cfg.data}: not one of {bad} records looked at could be used; see python data.py check")
+    print(f"model      {cfg.model}, decoder of {d.n_layer} blocks {d.n_embd} wide, {v.n_token} visual tokens for a tile of {v.image_size} px, template {template}")
+    parts, rate = {}, {"connector": cfg.lr_connector, "vision": cfg.lr_vision, "llm": 0}
+    for name, p in vlm.named_parameters():
+        row = parts.setdefault(part_of(name), [0, 0, 0])
+        row[0], row[1], row[2] = row[0] + p.numel(), row[1] + p.numel() * p.requires_grad, row[2] + p.numel() * p.element_size()
+    for part, (total, trained, _) in parts.items():
+        print(f"  {part:9} {total / 1e6:11,.2f}M parameters, " + (f"{trained / 1e6:,.2f}M train at {rate[part] or cfg.lr:g}"
+              + (f" (LoRA of rank {cfg.lora_r})" if cfg.lora_r and part == "llm" else "") if trained else "frozen"))
+    mean, steps = sum(lengths) / len(lengths), cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+    print(f"data       {len(records):,} records; in {len(lengths)} of them {mean:.0f} tokens each ({min(lengths)} to {max(lengths)}), {pictures / len(lengths):.2f} pictures, "
+          f"{supervised / sum(lengths):.0%} supervised" + (f"; {bad} could not be used" if bad else ""))
+    print(f"steps      {steps:,} of {cfg.batch_size} records, {steps * cfg.batch_size * mean / 1e6:,.1f}M tokens")
+    # Memory: what is sure, and activations as one float for each of these: about 10 rows as wide as the model and 4 as wide as its MLP a block
+    trained, weights = sum(row[1] for row in parts.values()), sum(row[2] for row in parts.values())
+    held = cfg.token_budget or (cfg.micro_batch_size or cfg.batch_size) * mean
+    per_token = (10 * d.n_embd + 4 * d.n_hidden) * (2 if half else 4)
+    split = cfg.weights == "bfloat16"
+    memory = {"weights": weights, "their bfloat16 copies": 2 * sum(row[0] for row in parts.values()) if half and not split else 0,
+              "gradients": trained * (2 if split and not cfg.token_budget and not cfg.micro_batch_size else 4), "optimizer": trained * (10 if split else 8),
+              "activations, about": held * (per_token * max(0, d.n_layer - cfg.recompute) + min(cfg.recompute, d.n_layer) * d.n_embd * (2 if half else 4))}
+    n_share = int(os.environ.get("WORLD_SIZE", 1)) if cfg.shard else 1
+    memory = {name: size / (1 if name.startswith("activations") else n_share) for name, size in memory.items()}
+    print("memory     " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()) + f": {sum(memory.values()) / 1e9:.1f} GB"
+          + (f" in each of {n_share} processes" if n_share > 1 else ""))
+    # Time: forward 2 FLOPs for each weight and token, as much again for the inputs' gradients, and for the weights' where they train
+    blocks, train_llm = sum(p.numel() for p in vlm.decoder.layers.parameters()), any(p.requires_grad for p in vlm.decoder.parameters()) and not cfg.lora_r
+    head = plan.decoder.vocab_size * d.n_embd * supervised / sum(lengths)
+    tower = sum(p.numel() for name, p in vlm.named_parameters() if part_of(name) == "vision") * (3 if parts["vision"][1] else 1)
+    again = 2 * blocks * min(cfg.recompute / d.n_layer, 1)
+    per_record = mean * ((6 if train_llm else 4) * (blocks + head) + again) + 2 * tower * pictures / len(lengths) * v.grid**2
+    flops, speed = per_record * steps * cfg.batch_size, matmul_rate(device, torch.bfloat16 if half else torch.float32)
+    print(f"time       {flops:.3g} FLOPs; at half of the {speed / 1e12:.2f} TFLOP/s that a matrix product reaches here: "
+          f"{flops / speed / 0.5 / 3600 / int(os.environ.get('WORLD_SIZE', 1)):,.1f} hours")
+    model = trained * 4 if cfg.lora_r else weights
+    print(f"disk       {model / 1e9:.2f} GB the model, {(model + memory['optimizer'] * n_share) / 1e9:.2f} GB a checkpoint, of which there are two for a moment")
+    return 0
+
+
+def matmul_rate(device, dtype, n=1024, clock=time.perf_counter):
+    """FLOP/s of a square matrix product, the best of a few."""
+    n, best = n if device.type == "cpu" else 8 * n, math.inf
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(5):
+        began = clock()
+        y = x @ x
+        y[0, 0].item()                                                      # waits for a GPU
+        best = min(best, clock() - began)
+    return 2 * n**3 / best
+
+
+# ---- several processes -------------------------------------------------------------------------------------------------
+# torchrun starts the same program on every GPU. Each takes its share of every step's records; process 0 prints, logs and saves.
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait():
+    if world() > 1:
+        dist.barrier()
+
+
+def join(cfg):
+    """Meet the other processes, if torchrun started any; -> this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return pick_device(cfg.device)
+    if cfg.shard and cfg.weights == "bfloat16":
+        raise UserError("--shard --weights bfloat16: shares are kept in float32 and worked with in bfloat16 as it is; leave out --weights")
+    device = pick_device(cfg.device if cfg.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ['LOCAL_RANK']}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def gather(numbers):
+    """A few numbers of each process -> (processes, numbers), the same everywhere."""
+    mine = torch.tensor(numbers, dtype=torch.float64)
+    rows = [torch.empty_like(mine) for _ in range(world())]
+    if world() == 1:
+        return mine[None]
+    dist.all_gather(rows, mine)
+    return torch.stack(rows)
+
+
+def spread(vlm, cfg, device, half):
+    """-> the model as it is called in training: compiled where asked for, and one with its copies or shares in the other processes."""
+    towers = [vlm.vision, *([vlm.vision2] if vlm.cfg.vision2 else [])]
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)                         # builds a plan for each new shape, up to a second; flash does not
+    if cfg.compile:
+        for block in vlm.decoder.layers:
+            block.compile(dynamic=True)                                     # one graph for all lengths
+        for block in (block for tower in towers for block in tower.blocks):
+            block.compile(dynamic=True)
+    if world() == 1:
+        return vlm
+    vlm.always_look = True
+    if not cfg.shard:
+        return DistributedDataParallel(vlm, broadcast_buffers=False)
+    mesh, policy = init_device_mesh(device.type, (world(),)), MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32)
+    for block in [*(block for tower in towers for block in tower.blocks), *vlm.decoder.layers]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(vlm, mesh=mesh, mp_policy=policy)                           # the rest: tables, head, norms, connector
+    register_fsdp_forward_method(vlm, "generate")
+    return vlm
+
+
+def whole(t):
+    """A tensor of which each process may hold a share -> all of it."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def mine(t):
+    """The share of it that is here."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+# ---- tripwires ---------------------------------------------------------------------------------------------------------
+
+
+def say_coverage(micro):
+    """What the first step learns from: a template that supervises nothing, or everything, is seen here and not after a day."""
+    n, all_tokens, rows = sum(map(n_supervised, micro)), sum(int(m["lengths"].sum()) for m in micro), sum(len(m["lengths"]) for m in micro)
+    if rows:
+        print(f"first step: {n:,} of {all_tokens:,} tokens are supervised ({n / all_tokens:.0%}), {n / rows:.0f} in each of {rows} records")
+
+
+def blame(net, micro, device, autocast):
+    """Ids of the records whose loss is no number; of all, if each has one (it is the gradient then)."""
+    found, everyone = [], [i for m in micro for i in m["ids"]]
+    if world() > 1:                                                         # a look at single records would have to be taken together
+        return f"{', '.join(everyone[:8])}, or of another process"
+    with torch.no_grad(), autocast:
+        for m in (m for m in micro if n_supervised(m)):
+            for row, name in enumerate(m["ids"]):
+                alone = torch.full_like(m["labels"], IGNORE)
+                alone[row] = m["labels"][row]
+                if (alone[:, 1:] != IGNORE).any() and not loss_of(net, m | {"labels": alone}, device).isfinite():
+                    found.append(name)
+    return ", ".join((found or everyone)[:8]) + (f" and {len(found or everyone) - 8} more" if len(found or everyone) > 8 else "")
+
+
+def fingerprints(vlm):
+    """{name: sum of its bits read as integers}: any moved weight shows."""
+    bits = lambda t: t.detach().view(torch.int16 if t.element_size() == 2 else torch.int32).sum(dtype=torch.int64)
+    names, sums = zip(*((name, bits(mine(p))) for name, p in vlm.named_parameters()))
+    return dict(zip(names, torch.stack(sums).tolist()))
+
+
+def check_moved(vlm, before, optimizer, step):
+    """After the first step: what is frozen has not moved, and what trains has."""
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    after = fingerprints(vlm)
+    for name, p in vlm.named_parameters():
+        if not p.requires_grad and before[name] != after[name]:
+            raise UserError(f"step {step} has changed {name}, which is frozen; nothing that follows could be trusted")
+        if p.requires_grad and p.grad is not None and before[name] == after[name] and step == 1:
+            w, g = mine(p), mine(p.grad)
+            lower = optimizer.state[p].get("lower")
+            # AdamW's first step is about lr, whatever the gradient: weights of less than lr * 2^20 cannot have stood still in float32
+            if ((g.abs() > 1e-6) & (w.abs() < rate[p] * 2**20)).any() and not (lower is not None and lower.any()):
+                raise UserError(f"step {step} has not changed {name}, which should train; raise --lr ({rate[p]:.1e} in this step)")
 
 
 @contextlib.contextmanager
@@ -414,8 +849,10 @@ def read_held_out(cfg, vlm, tok, n=128, size=32):
 
 
 @torch.no_grad()
-def held_out_loss(vlm, looks, device):
-    """Mean loss per supervised token."""
+def held_out_loss(vlm, looks, device, shuffled=False):
+    """Mean loss per supervised token; `shuffled`: each question about a picture half a batch away."""
+    if shuffled:
+        looks = [batch | {"pixels": batch["pixels"].roll(len(batch["pixels"]) // 2, 0)} for batch in looks]
     return sum(loss_of(vlm, batch, device).item() * n_supervised(batch) for batch in looks) / sum(map(n_supervised, looks))
 
 
@@ -479,7 +916,8 @@ def examine(vlm, tok, questions, out, device):
     print(f"{n_cut} of {len(said)} answers were cut off for being too long")
     answers = [{"question_id": q["id"], "category": q["category"], "prompt": q["text"], "text": a, "truth": q["answer"], "right": r["accuracy"], "cut_off": not whole}
                for q, (a, whole), r in zip(questions, said, right)]
-    write_whole(out / "results.json", lambda tmp: tmp.write_text(json.dumps({"table": table, "cut_off": n_cut, "records": answers}, indent=1)))
+    if rank() == 0:
+        write_whole(out / "results.json", lambda tmp: tmp.write_text(json.dumps({"table": table, "cut_off": n_cut, "records": answers}, indent=1)))
 
 
 def is_right(said, truth):
@@ -505,29 +943,89 @@ def iou(a, b):
 # ---- what a run leaves on disk -----------------------------------------------------------------------------------------
 
 
-def save_model(directory, vlm, tok):
-    """A self-contained model directory; config.json comes last, so a directory that has one is whole."""
-    save_processor(directory, tok.path, vlm.cfg)
-    vlm.save_pretrained(directory)
+def save_model(directory, vlm, tok, state=None):
+    """A self-contained model directory; config.json comes last, so a directory that has one is whole. Of a LoRA, its adapter."""
+    state = what_to_save(vlm) if state is None else state
+    if rank() == 0:
+        save_processor(directory, tok.path, vlm.cfg)
+        save_adapter(vlm, directory, vlm.lora["base"], state) if vlm.lora else vlm.save_pretrained(directory, state)
+
+
+def what_to_save(vlm):
+    """{our name: tensor}: all weights, or what trains if that is a LoRA. Of shares process 0 gets the whole, one tensor after the other."""
+    state = {}
+    for name, p in vlm.named_parameters():
+        if p.requires_grad or not vlm.lora:
+            full = whole(p.detach())                                        # all processes take part
+            if rank() == 0:
+                state[name] = full.cpu() if isinstance(p, DTensor) else full
+    return state
 
 
 def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped):
-    """out/checkpoint-N, built under a hidden name and renamed when it is on the disk; only then does the older one go, hidden first:
-    whatever is called checkpoint-N is whole, at any moment."""
+    """out/checkpoint-N, built under a hidden name, read again, and renamed when it is on the disk; only then does the older one go, hidden
+    first: whatever is called checkpoint-N is whole, at any moment. Sharded, each process writes the moments that it has."""
     final = out / f"checkpoint-{step:06d}"
     hidden = out / f".{final.name}.tmp"
     try:
-        save_model(hidden, vlm, tok)
-        state = {"optimizer": optimizer.state_dict(), "step": step, "config": asdict(cfg), "skipped": skipped}
-        write_whole(hidden / "trainer.pt", lambda path: torch.save(state, path))
-        os.replace(hidden, final)
-        for old in checkpoints(out)[:-1]:
-            os.replace(old, hidden)
-            shutil.rmtree(hidden)
+        tensors = what_to_save(vlm)
+        save_model(hidden, vlm, tok, tensors)
+        wait()                                                              # process 0 has made the folder
+        names = {p: name for name, p in vlm.named_parameters()}
+        moments = {names[p]: {key: mine(t) for key, t in state.items()} for p, state in optimizer.state.items()}
+        state = {"step": step, "config": asdict(cfg), "skipped": skipped}
+        files = {hidden / "trainer.pt": state | ({} if cfg.shard and world() > 1 else {"optimizer": moments})} if rank() == 0 else {}
+        if cfg.shard and world() > 1:
+            files[hidden / f"optimizer-{rank()}-of-{world()}.pt"] = moments
+        for file, content in files.items():
+            write_whole(file, lambda path: torch.save(content, path))
+            if not equal(torch.load(file, weights_only=True, map_location="cpu", mmap=True), content):
+                raise UserError(f"{file} reads otherwise than it was written; check the disk")
+        public = public_layout(vlm)[0]
+        again = open_weights(hidden / f"{'adapter_' if vlm.lora else ''}model.safetensors") if rank() == 0 else {}
+        for name, t in tensors.items():
+            if not torch.equal(again[adapter_name(name, public) if vlm.lora else public(name)], t.cpu()):
+                raise UserError(f"{hidden}: {name} reads otherwise than it was written; check the disk")
+        wait()
+        if rank() == 0:
+            os.replace(hidden, final)
+            for old in checkpoints(out)[:-1]:
+                os.replace(old, hidden)
+                shutil.rmtree(hidden)
     except (UserError, OSError) as error:
         raise UserError(f"the checkpoint of step {step} could not be saved: {error}; --resume goes on from the one before it") from None
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(hidden, ignore_errors=True)
+    wait()
+
+
+def equal(a, b):
+    """Whether two dicts of dicts hold the same."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b.cpu()) if isinstance(a, torch.Tensor) else a == b
+
+
+def restore(vlm, optimizer, checkpoint, state):
+    """The optimizer's moments from one trainer.pt or from the shares of however many processes: they are rows, in the order of the processes."""
+    shares = [state["optimizer"]] if "optimizer" in state else []
+    if not shares:
+        files = sorted(checkpoint.glob("optimizer-*-of-*.pt"), key=lambda f: int(f.name.split("-")[1]))
+        if not files or len(files) != int(files[0].stem.split("-")[-1]):
+            raise UserError(f"{checkpoint}: has {len(files)} of its optimizer-*.pt; copy all of them")
+        shares = [torch.load(f, weights_only=True, map_location="cpu", mmap=True) for f in files]
+    for name, p in vlm.named_parameters():
+        if not p.requires_grad or name not in shares[0]:
+            continue
+        for key, t in shares[0][name].items():
+            if t.ndim == p.ndim and t.ndim:
+                t = torch.cat([s[name][key] for s in shares]) if len(shares) > 1 else t
+                if isinstance(p, DTensor):
+                    n, r = p.device_mesh.size(), rank()
+                    rows = -(-len(t) // n)                                  # FSDP2 cuts as torch.chunk does
+                    t = DTensor.from_local(t[r * rows : (r + 1) * rows].to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            optimizer.state[p][key] = t.to(p.device, copy=True) if key != "step" or p.is_cuda else t.clone()
 
 
 def checkpoints(out):

@@ -1,0 +1,602 @@
+"""Training at scale: the loss without logits, LoRA, precision, batches, several processes. Every name is a claim; models are tiny and random."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import socket
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import bench
+import model
+import train
+from data import IGNORE, Tokenizer, open_records, run
+from model import VLM, DecoderConfig, VLMConfig, add_lora, head_loss, load_adapter, lora_off, merged_state, save_adapter, save_processor
+from vision import UserError, VisionConfig
+
+ROOT = Path(train.__file__).parent
+fork = multiprocessing.get_context("fork").Process
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tok():
+    return Tokenizer(ROOT / "assets/toy-vicuna")
+
+
+def tiny_config(tok, **changes):
+    return VLMConfig(VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
+                     DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=64, block_size=512),
+                     image_token=tok.image, pad_token=tok.pad, **changes)
+
+
+@pytest.fixture
+def tiny(tok, tmp_path):
+    torch.manual_seed(0)
+    vlm, directory = VLM(tiny_config(tok)), tmp_path / "tiny"
+    save_processor(directory, tok.path, vlm.cfg)
+    vlm.save_pretrained(directory)
+    return directory
+
+
+def a_batch(cfg, rows=3, length=40):
+    """-> tokens, pixels, labels; a picture in each row, and labels of unequal number."""
+    draw = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 900, (rows, length), generator=draw)
+    tokens[:, 1 : 1 + cfg.vision.n_token] = cfg.image_token
+    labels = torch.where(torch.arange(length) > torch.tensor([[20], [30], [38]])[:rows], tokens, IGNORE)
+    return tokens, torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8, generator=draw), labels
+
+
+# ---- the loss without logits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("V", [50, 30_000])                                 # one slice, and several: a slice holds 2^23 logits
+def test_the_head_loss_and_both_its_gradients_are_those_of_autograd(V):
+    draw = torch.Generator().manual_seed(0)
+    h, W, y = torch.randn(601, 16, generator=draw), torch.randn(V, 16, generator=draw), torch.randint(0, V, (601,), generator=draw)
+    ours, theirs = ([t.clone().requires_grad_() for t in (h, W)] for _ in range(2))
+    a, b = head_loss(*ours, y) / 7, F.cross_entropy(F.linear(*theirs), y, reduction="sum") / 7
+    a.backward(), b.backward()
+    assert_close(a, b)
+    for mine, autograds in zip(ours, theirs):
+        assert_close(mine.grad, autograds.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient_and_without_grad_there_is_none_at_all():
+    h, W, y = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4), torch.tensor([1, 2, 3, 4, 8])
+    head_loss(h, W, y).backward()
+    assert h.grad is not None and W.grad is None
+    with torch.no_grad():
+        assert not head_loss(h, W, y).requires_grad
+
+
+def test_the_head_loss_of_huge_logits_is_finite_and_nan_stays_nan():
+    W, y = torch.eye(3), torch.tensor([0])
+    assert_close(head_loss(torch.tensor([[0.0, 1e4, 0.0]]), W, y), torch.tensor(1e4))
+    assert head_loss(torch.tensor([[0.0, float("nan"), 0.0]]), W, y).isnan()
+
+
+def test_under_autocast_the_head_runs_in_bfloat16_and_its_gradient_stays_float32():
+    torch.manual_seed(0)
+    h, W, y = torch.randn(64, 32, requires_grad=True), torch.randn(500, 32, requires_grad=True), torch.randint(0, 500, (64,))
+    exact = F.cross_entropy(h @ W.T, y, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head_loss(h, W, y)
+    loss.backward()
+    assert loss.dtype == W.grad.dtype == torch.float32
+    assert_close(loss, exact, rtol=1e-2, atol=0.0)
+    assert_close(W.grad, torch.autograd.grad(exact, W)[0], rtol=0.05, atol=0.05)
+
+
+def test_no_tensor_of_the_size_of_all_logits_is_ever_made():
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+            return out
+    h, W = torch.randn(2048, 8, requires_grad=True), torch.randn(32_000, 8, requires_grad=True)
+    with Watch():
+        head_loss(h, W, torch.randint(0, 32_000, (2048,))).backward()
+    assert max(sizes) <= 2**23 < 2048 * 32_000 / 7
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def with_lora(directory, seed=1):
+    vlm = VLM.from_pretrained(directory)
+    vlm.requires_grad_(False)
+    vlm.connector.requires_grad_(True)
+    torch.manual_seed(seed)
+    add_lora(vlm, 4, 8.0)
+    return vlm
+
+
+def taught(vlm, steps=3):
+    optimizer = torch.optim.AdamW([p for p in vlm.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        vlm(*a_batch(vlm.cfg)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return vlm
+
+
+def test_a_lora_begins_as_its_base_and_trains_nothing_but_itself_and_the_connector(tiny):
+    base, vlm = VLM.from_pretrained(tiny), with_lora(tiny)
+    tokens, pixels, labels = a_batch(base.cfg)
+    assert torch.equal(vlm(tokens, pixels), base(tokens, pixels))
+    taught(vlm)
+    moved = {name for name, t in base.state_dict().items() if not torch.equal(t, vlm.state_dict()[name])}
+    assert {name.split(".")[0] for name in moved} == {"connector"}
+    assert not torch.equal(vlm(tokens, pixels), base(tokens, pixels))
+
+
+def test_switched_off_it_is_the_base_bit_for_bit(tiny):
+    base, vlm = VLM.from_pretrained(tiny), taught(with_lora(tiny))
+    base.connector.load_state_dict(vlm.connector.state_dict())
+    tokens, pixels, _ = a_batch(base.cfg)
+    with lora_off(vlm):
+        assert torch.equal(vlm(tokens, pixels), base(tokens, pixels))
+    assert not torch.equal(vlm(tokens, pixels), base(tokens, pixels))
+
+
+def test_merged_equals_unmerged(tiny, tmp_path):
+    vlm = taught(with_lora(tiny))
+    vlm.save_pretrained(tmp_path / "merged")
+    save_adapter(vlm, tmp_path / "adapter", tiny)
+    tokens, pixels, _ = a_batch(vlm.cfg)
+    for directory in "merged", "adapter":                                   # an adapter's directory opens like any other
+        assert_close(VLM.from_pretrained(tmp_path / directory)(tokens, pixels), vlm(tokens, pixels), rtol=1e-5, atol=1e-5)
+    assert model.main(["convert", str(tmp_path / "adapter"), str(tmp_path / "converted")]) == 0
+    assert all(torch.equal(t, merged_state(vlm)[name]) for name, t in VLM.from_pretrained(tmp_path / "converted").state_dict().items())
+
+
+def test_a_saved_adapter_loads_back_exactly_and_only_into_what_it_was_trained_as(tiny, tmp_path):
+    vlm = taught(with_lora(tiny))
+    save_adapter(vlm, tmp_path / "adapter", tiny)
+    again = with_lora(tiny, seed=2)
+    load_adapter(again, tmp_path / "adapter")
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in vlm.state_dict().items())
+    other = VLM.from_pretrained(tiny)
+    add_lora(other, 2, 8.0)
+    with pytest.raises(UserError, match="do not fit"):
+        load_adapter(other, tmp_path / "adapter")
+
+
+def test_a_model_in_our_own_layout_has_adapters_too(tok, tmp_path):
+    torch.manual_seed(0)
+    VLM(tiny_config(tok, connector="norm_gelu")).save_pretrained(tmp_path / "base")
+    vlm = taught(with_lora(tmp_path / "base"))
+    save_adapter(vlm, tmp_path / "adapter", tmp_path / "base")
+    tokens, pixels, _ = a_batch(vlm.cfg)
+    assert_close(VLM.from_pretrained(tmp_path / "adapter")(tokens, pixels), vlm(tokens, pixels), rtol=1e-5, atol=1e-5)
+
+
+def test_the_peft_library_opens_the_adapter_over_transformers_model(tiny, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    vlm = taught(with_lora(tiny))
+    save_adapter(vlm, tmp_path / "adapter", tiny)
+    theirs = peft.PeftModel.from_pretrained(transformers.LlavaForConditionalGeneration.from_pretrained(tiny), tmp_path / "adapter").eval()
+    tokens, pixels, _ = a_batch(vlm.cfg)
+    mean, std = (torch.tensor(x)[:, None, None] for x in (vlm.cfg.vision.mean, vlm.cfg.vision.std))
+    logits = theirs(input_ids=tokens, pixel_values=(pixels / 255 - mean) / std).logits
+    assert_close(logits, vlm(tokens, pixels), rtol=1e-4, atol=1e-4)
+
+
+# ---- activations that are made twice -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(tiny, lora):
+    grads = []
+    for k in (0, 1, 2):
+        vlm = VLM.from_pretrained(tiny).train()
+        if lora:
+            torch.manual_seed(1)
+            add_lora(vlm, 4, 8.0, dropout=0.5)                              # dropped twice alike
+        vlm.decoder.recompute = k
+        torch.manual_seed(3)
+        vlm(*a_batch(vlm.cfg)).backward()
+        grads.append([p.grad for p in vlm.parameters() if p.grad is not None])
+    assert len(grads[0]) and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*grads))
+
+
+# ---- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Sixteen records, every second one a text, with answers of very unequal length."""
+    turns = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    records = []
+    for i in range(8):
+        Image.new("RGB", (40, 30), (30 * i, 90, 200 - 20 * i)).save(tmp_path / f"{i}.png")
+        records.append({"id": f"picture {i}", "image": f"{i}.png", "conversations": turns("<image>\nWhat color?", "blue " * (1 + i))})
+        records.append({"id": f"text {i}", "conversations": turns("How many cats are there?", "There are two cats. " * (1 + 3 * (i % 4)))})
+    (tmp_path / "mixed.json").write_text(json.dumps(records))
+    return tmp_path / "mixed.json"
+
+
+@pytest.fixture
+def go(tiny, mixed, tmp_path, monkeypatch):
+    """go("--lr", 1, out="a", n=2): train in n processes; -> the exit codes of all."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--model", tiny, "--data", mixed, "--batch-size", 2, "--max-steps", 20, "--save-every", 0, "--lr", "3e-3", "--eval-every", 0,
+            "--no-final-eval", "--workers", 0, "--device", "cpu"]
+
+    def start(*flags, out="run", n=1, during=None):
+        flags = [str(word) for word in [*base, "--out", out, *flags]]
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = str(s.getsockname()[1])
+
+        def one(rank):
+            if n > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=port)
+            os._exit(run(lambda: train.main(flags)))
+        children = [fork(target=one, args=(r,)) for r in range(n)]
+        for child in children:
+            child.start()
+        if during:
+            during(children)
+        for child in children:
+            child.join(120)
+            if child.exitcode:                                              # torchrun ends the others, so do we
+                [other.kill() for other in children]
+        return {child.exitcode for child in children}
+    return start
+
+
+def losses(out):
+    return [line["loss"] for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
+
+
+def weights(out):
+    return load_file(Path(out) / "model.safetensors")
+
+
+def close_runs(a, b, tolerance=1e-5):
+    assert_close(losses(a), losses(b), rtol=tolerance, atol=tolerance)
+    for name, t in weights(a).items():
+        assert_close(t, weights(b)[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("flags", [["--no-shard"], ["--shard"], ["--shard", "--train", "connector,llm,vision", "--micro-batch-size", 1],
+                                   ["--no-shard", "--train", "connector,llm,vision", "--token-budget", 64]])
+def test_two_processes_give_the_losses_and_the_model_of_one(go, flags):
+    assert go(*flags, out="one") == {0} and go(*flags, out="two", n=2) == {0}
+    assert len(losses("two")) == 20
+    close_runs("one", "two")
+
+
+@pytest.mark.parametrize("before, after", [((2, "--shard"), (1, "--no-shard")), ((1, "--no-shard"), (2, "--shard")), ((2, "--shard"), (3, "--shard")),
+                                           ((2, "--no-shard"), (2, "--shard"))])
+def test_what_some_processes_saved_others_resume(go, before, after):
+    def stop(children):
+        while not Path("run/checkpoint-000008").exists() and any(c.is_alive() for c in children):
+            time.sleep(0.01)
+        [child.kill() for child in children]
+    assert go(out="whole") == {0}
+    go("--save-every", 8, before[1], n=before[0], during=stop)
+    assert go("--save-every", 8, after[1], "--resume", n=after[0]) == {0}
+    close_runs("run", "whole")
+
+
+def test_shares_are_even_and_together_the_batch(monkeypatch):
+    class Sized:
+        n_bytes = lambda self, i: 100 * (i % 7) + 50
+        has_picture = lambda self, i: i % 3 == 0
+    monkeypatch.setattr(train, "world", lambda: 4)
+    hands = []
+    for r in range(4):
+        monkeypatch.setattr(train, "rank", lambda: r)
+        hands.append(train.share(list(range(64)), Sized(), 576))
+    assert sorted(i for hand in hands for i in hand) == list(range(64))
+    load = [sum(25 * (i % 7) + 12.5 + 576 * (i % 3 == 0) for i in hand) for hand in hands]
+    assert max(load) < 1.05 * min(load)
+
+
+# ---- precision, rates, batches -----------------------------------------------------------------------------------------
+
+
+def test_bfloat16_weights_with_their_lower_halves_are_float32_adamw_bit_for_bit():
+    torch.manual_seed(0)
+    exact = torch.nn.Parameter(torch.cat([torch.randn(100), torch.ones(8), torch.zeros(4), torch.tensor([1e-30, -3e38])]).bfloat16().float())
+    split = torch.nn.Parameter(exact.detach().bfloat16())
+    one, two = torch.optim.AdamW([exact], lr=2e-5, weight_decay=0.1, fused=True), train.SplitAdamW([split], lr=2e-5)
+    two.param_groups[0]["weight_decay"] = 0.1
+    for _ in range(50):
+        split.grad = torch.randn(114).bfloat16()
+        exact.grad = split.grad.float()
+        one.step(), two.step()
+        master = ((split.view(torch.int16).int() << 16) + two.state[split]["lower"]).view(torch.float32)
+        assert torch.equal(master, exact.detach())
+        assert torch.equal(split.detach()[:112], exact.detach().bfloat16()[:112])           # and the weight is its nearest bfloat16
+    plain = torch.nn.Parameter(torch.ones(8).bfloat16())
+    trap = torch.optim.AdamW([plain], lr=2e-5)
+    for _ in range(50):
+        plain.grad = torch.ones(8).bfloat16()
+        trap.step()
+    assert torch.equal(plain.detach(), torch.ones(8).bfloat16())                            # what plain bfloat16 does
+
+
+def test_bfloat16_weights_train_and_resume_bit_for_bit(go):
+    flags = ["--weights", "bfloat16", "--micro-batch-size", 1, "--save-every", 5]
+    assert go(out="exact") == {0} and go(*flags, out="whole") == {0}
+    assert_close(losses("whole"), losses("exact"), rtol=0.03, atol=0.03)
+    go(*flags, during=lambda children: kill_after(children, "run/checkpoint-000010"))
+    assert go(*flags, "--resume") == {0} and losses("run") == losses("whole")
+    assert all(t.dtype == torch.bfloat16 and torch.equal(t, weights("whole")[name]) for name, t in weights("run").items())
+
+
+def kill_after(children, file):
+    while not Path(file).exists() and any(c.is_alive() for c in children):
+        time.sleep(0.002)
+    [child.kill() for child in children]
+
+
+def test_each_part_has_its_learning_rate_and_unlisted_parts_have_none(tiny):
+    vlm = VLM.from_pretrained(tiny)
+    cfg = train.TrainConfig(model=str(tiny), train="connector,llm", lr=2e-4, lr_connector=2e-5, weight_decay=0.1)
+    train.freeze(vlm, cfg)
+    groups = {(part, vector): (g["share"] * cfg.lr, g["weight_decay"]) for g in train.make_optimizer(vlm, cfg).param_groups
+              for p in g["params"] for part, vector in [(next(train.part_of(n) for n, q in vlm.named_parameters() if q is p), p.ndim < 2)]}
+    assert groups == {("connector", False): (pytest.approx(2e-5), 0.1), ("connector", True): (pytest.approx(2e-5), 0.0), ("llm", False): (2e-4, 0.1),
+                      ("llm", True): (2e-4, 0.0)}
+
+
+def test_a_lora_run_saves_an_adapter_leaves_the_rest_alone_and_resumes_bit_for_bit(go, tiny):
+    flags = ["--lora-r", 4, "--lora-dropout", 0.1, "--lora-target", "q_proj,v_proj", "--save-every", 5]
+    assert go(*flags, out="whole") == {0}
+    go(*flags, during=lambda children: kill_after(children, "run/checkpoint-000010"))
+    assert go(*flags, "--resume") == {0} and losses("run") == losses("whole")
+    a, b = (load_file(f"{out}/adapter_model.safetensors") for out in ("run", "whole"))
+    assert a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+    assert {name.split(".")[-3] for name in a if "lora" in name} == {"q_proj", "v_proj"} and not Path("run/model.safetensors").exists()
+    base, merged = VLM.from_pretrained(tiny).state_dict(), VLM.from_pretrained("run").state_dict()
+    moved = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert all(name.startswith("connector") or name.endswith(("q_proj.weight", "v_proj.weight")) for name in moved) and len(moved) == 8
+
+
+def test_a_lora_over_a_preset_saves_its_base_beside_it(go):
+    flags = ["--model", "toy", "--max-steps", 1, "--lora-r", 2]
+    assert go(*flags) == {0}
+    Path("run").rename("moved")
+    base, merged = VLM.from_pretrained("moved/base").state_dict(), VLM.from_pretrained("moved").state_dict()
+    assert base.keys() == merged.keys() and not all(torch.equal(base[name], merged[name]) for name in base)
+
+
+def test_a_lora_without_llm_in_train_is_refused(go, capfd):
+    assert go("--lora-r", 4, "--train", "connector") == {1} and "add llm to --train" in capfd.readouterr().err
+
+
+def llava_like(n, seed=0):
+    """Lengths of records like LLaVA-665K's: 94% with 576 visual tokens, texts of 250 tokens in the mean with a long tail."""
+    draw = np.random.default_rng(seed)
+    return [int(t) for t in np.where(draw.random(n) < 0.94, 576, 0) + np.clip(draw.lognormal(5.15, 0.85, n), 20, 1400)]
+
+
+def test_batches_under_a_token_budget_waste_less_than_5_percent_on_llava_like_lengths():
+    seen = padded = 0
+    shapes = set()
+    for step in range(20):
+        rows = [{"tokens": torch.zeros(t, dtype=torch.int64), "labels": torch.zeros(t, dtype=torch.int64), "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+                 "id": str(t)} for t in llava_like(128, step)]
+        made = train.micro_batches(rows, 0, 0, budget=16384)
+        assert sorted(i for m in made for i in m["ids"]) == sorted(r["id"] for r in rows)
+        assert all(m["tokens"].numel() <= 16384 and m["tokens"].shape == m["labels"].shape and m["tokens"].shape[1] % 32 == 0 for m in made)
+        seen, padded = seen + sum(int(m["lengths"].sum()) for m in made), padded + sum(m["tokens"].numel() for m in made)
+        shapes |= {m["tokens"].shape[1] for m in made}
+    print(f"padding {1 - seen / padded:.2%}, {len(shapes)} lengths")
+    assert 1 - seen / padded < 0.05 and len(shapes) <= 60
+
+
+def test_a_token_budget_changes_the_memory_and_not_the_training(go):
+    assert go("--batch-size", 8, out="one") == {0} and go("--batch-size", 8, "--token-budget", 128, out="two") == {0}
+    close_runs("one", "two")
+
+
+# ---- mixtures ------------------------------------------------------------------------------------------------------------
+
+
+def write_lines(path, n, name):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"id": f"{name}{i}", "image": "p.png", "conversations": [{"from": "human", "value": "<image>\nQ?"}, {"from": "gpt", "value": "a"}]})
+                            + "\n" for i in range(n)))
+    return path
+
+
+def test_a_mixture_shows_each_file_as_often_as_its_weight_says(tmp_path):
+    a, b = write_lines(tmp_path / "a.jsonl", 10, "a"), write_lines(tmp_path / "b.jsonl", 4, "b")
+    mixed = open_records(f"{a},{b}", tmp_path, "0.5,2.25")
+    ids = [mixed[i]["id"] for i in range(len(mixed))]
+    assert sum(i.startswith("a") for i in ids) == len({i for i in ids if i.startswith("a")}) == 5
+    assert sorted(ids.count(f"b{i}") for i in range(4)) == [2, 2, 2, 3]
+    assert mixed.where(0, ids[0]).startswith(str(a)) and mixed.where(len(mixed) - 1).startswith(str(b))
+    with pytest.raises(UserError, match="1 for 2 files"):
+        open_records(f"{a},{b}", tmp_path, "1")
+
+
+def test_a_smaller_fraction_is_part_of_a_larger_and_the_seed_decides(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", 100, "a")
+    ids = lambda fraction, seed=0: {r["id"] for r in (lambda records: [records[i] for i in range(len(records))])(open_records(str(file), tmp_path, "", fraction, seed))}
+    assert [len(ids(f)) for f in (0.1, 0.5, 1.0)] == [10, 50, 100]
+    assert ids(0.1) < ids(0.5) and ids(0.1) != ids(0.1, seed=1)
+
+
+def test_a_meta_json_as_mmprs_is_a_mixture_each_with_its_own_folder_of_pictures(tmp_path):
+    for name, n in (("x", 4), ("y", 6)):
+        write_lines(tmp_path / name / "lines.jsonl", n, name)
+    meta = {name: {"root": name, "annotation": f"{name}/lines.jsonl", "data_augment": False, "repeat_time": times, "length": 5} for name, times in (("x", 2), ("y", 0.5))}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    mixed = open_records(str(tmp_path / "meta.json"))
+    rows = [mixed[i] for i in range(len(mixed))]
+    assert [sum(r["id"].startswith(name) for r in rows) for name in "xy"] == [8, 3]
+    assert {str(mixed.image_path(r["images"][0])) for r in rows} == {str(tmp_path / name / "p.png") for name in "xy"}
+    (tmp_path / "meta.json").write_text(json.dumps({"x": meta["x"] | {"root": "/the/authors/cluster"}}))
+    with pytest.raises(UserError, match="'x'.*write yours"):
+        open_records(str(tmp_path / "meta.json"))
+
+
+# ---- tripwires -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_weight_that_moves_and_a_trainable_one_that_does_not_stop_the_run(tiny):
+    vlm = VLM.from_pretrained(tiny)
+    cfg = train.TrainConfig(model=str(tiny), train="connector")
+    train.freeze(vlm, cfg)
+    optimizer = train.make_optimizer(vlm, cfg)
+    vlm(*a_batch(vlm.cfg)).backward()
+    before = train.fingerprints(vlm)
+    with pytest.raises(UserError, match="not changed connector"):
+        train.check_moved(vlm, before, optimizer, 1)
+    optimizer.step()
+    train.check_moved(vlm, before, optimizer, 1)
+    with torch.no_grad():
+        vlm.decoder.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    with pytest.raises(UserError, match="changed decoder.layers.1.mlp.up_proj.weight, which is frozen"):
+        train.check_moved(vlm, before, optimizer, 1)
+
+
+def test_the_record_whose_loss_is_no_number_is_named_alone(tiny, tok):
+    vlm = VLM.from_pretrained(tiny)
+    row = tok.encode("cat")[-1]
+    with torch.no_grad():
+        vlm.decoder.embed_tokens.weight[row] = float("nan")
+    tokens, pixels, labels = a_batch(vlm.cfg)
+    tokens, labels = tokens.masked_fill(tokens == row, 5), labels.masked_fill(labels == row, 5)
+    tokens[1, 25] = row
+    micro = [{"tokens": tokens, "pixels": pixels, "labels": labels, "ids": ["good", "bad", "fine"]}]
+    assert train.blame(vlm, micro, torch.device("cpu"), contextlib.nullcontext()) == "bad"
+
+
+def test_a_checkpoint_that_reads_otherwise_than_it_was_written_is_not_kept(tiny, tmp_path, monkeypatch):
+    cfg = train.TrainConfig(model=str(tiny))
+    vlm, tok = train.build(cfg)
+    original = train.open_weights
+    monkeypatch.setattr(train, "open_weights", lambda file: {name: t + 1 for name, t in original(file).items()})
+    with pytest.raises(UserError, match="reads otherwise than it was written"):
+        train.save_checkpoint(tmp_path / "run", 1, vlm, tok, torch.optim.AdamW(vlm.parameters()), cfg, 0)
+    assert list((tmp_path / "run").glob("*")) == []
+
+
+def test_each_evaluation_compares_with_shuffled_pictures(go, mixed):
+    (mixed.parent / "val.jsonl").write_text("".join(json.dumps({"question_id": i, "image": f"{i}.png", "text": "What color?", "answer": "blue"}) + "\n" for i in range(6)))
+    assert go("--val", mixed.parent / "val.jsonl", "--eval-every", 10) == {0}
+    looks = [line for line in map(json.loads, open("run/log.jsonl")) if "val_loss" in line]
+    assert len(looks) == 2 and all(line["val_loss_shuffled"] > 0 for line in looks)
+
+
+def test_a_dry_run_says_it_all_and_reads_no_weights(go, tiny, capfd, tok, tmp_path):
+    for part, config in (("clip", model.clip_json(tiny_config(tok).vision)), ("llama", model.llama_json(tiny_config(tok).decoder))):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))                # and no weights at all
+    (tmp_path / "llama/tokenizer.model").write_bytes((ROOT / "assets/toy-vicuna/tokenizer.model").read_bytes())
+    assert go("--model", "llava-1.5-7b", "--vision", tmp_path / "clip", "--llm", tmp_path / "llama", "--lora-r", 4, "--dry-run") == {0}
+    said = capfd.readouterr().out
+    for word in ("model ", "data ", "steps ", "memory ", "time ", "disk ", "LoRA of rank 4", "frozen", "16 visual tokens", "GB"):
+        assert word in said, word
+    assert not Path("run").exists()
+
+
+def test_kept_features_train_the_same_model_and_their_size_is_capped_before_it_starts(go, capfd, tok, tiny):
+    flags = ["--train", "connector", "--batch-size", 4]
+    assert go(*flags, out="plain") == {0} and go(*flags, "--cache-features", 0.1, "--save-every", 10, out="kept") == {0}
+    assert losses("plain") == losses("kept") and all(torch.equal(t, weights("kept")[name]) for name, t in weights("plain").items())
+    assert (Path("kept/features/features.bin").stat().st_size, "about 0.00 GB" in capfd.readouterr().out) == (8 * 16 * 32 * 4, True)
+    assert go(*flags, "--cache-features", 1e-6) == {1} and "GB are needed" in capfd.readouterr().err
+    assert go(*flags, "--cache-features", 1, "--train", "connector,vision") == {1} and "for frozen towers" in capfd.readouterr().err
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [["--no-shard"], ["--shard"]])
+def test_two_processes_killed_at_twenty_random_moments_end_with_the_uninterrupted_weights(go, flags):
+    flags, draw, kills = [*flags, "--max-steps", 40, "--save-every", 1], random.Random(0), 0
+    assert go(*flags, "--save-every", 0, out="whole", n=2) == {0}
+
+    def kill(children):
+        nonlocal kills
+        began, seen, after = time.time(), sorted(Path("run").glob("checkpoint-*"))[-1:], draw.random() * 0.2
+        while sorted(Path("run").glob("checkpoint-*"))[-1:] == seen and time.time() - began < 30 and any(c.is_alive() for c in children):
+            time.sleep(0.005)                                               # some progress is made between two kills
+        time.sleep(after)
+        kills += any(c.is_alive() for c in children)
+        [c.kill() for c in children]
+    for _ in range(20):
+        go(*flags, *["--resume"] * Path("run/log.jsonl").exists(), n=2, during=kill)
+        for checkpoint in Path("run").glob("checkpoint-*"):
+            VLM.from_pretrained(checkpoint), torch.load(checkpoint / "trainer.pt", weights_only=True)
+    assert go(*flags, "--resume", n=2) == {0} and kills >= 5
+    assert losses("run") == losses("whole") and all(torch.equal(t, weights("whole")[name]) for name, t in weights("run").items())
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------------
+
+RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_each_recipe_is_planned_at_true_size_without_any_weights(recipe, tok, mixed, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seven = model.PRESETS["llava-1.5-7b"]
+    configs = {"CLIP": model.clip_json(replace(seven.vision, image_size=224 if "v1-" in recipe.stem and "1.5" not in recipe.stem else 336)),
+               "VICUNA": model.llama_json(seven.decoder), "LLAMA": model.llama_json(seven.decoder),
+               "DINO": {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+               "SIGLIP": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27,
+                          "num_attention_heads": 16, "intermediate_size": 4304}}
+    for name, config in configs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        (tmp_path / name / "tokenizer.model").write_bytes((ROOT / "assets/toy-vicuna/tokenizer.model").read_bytes())
+    flags = subprocess.run([recipe, "--dry-run", "--device", "cpu"], capture_output=True, text=True, check=True, env={
+        **os.environ, "LAUNCH": "echo", "DATA": str(mixed), "IMAGES": str(mixed.parent), **{name: str(tmp_path / name) for name in configs}}).stdout.split()
+    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e12)
+    if "pretrain" in recipe.stem:                                          # captions: each record has a picture
+        records = [r for r in json.loads(mixed.read_text()) if "image" in r]
+        mixed.write_text(json.dumps(records))
+    assert run(lambda: train.main(flags[1:])) == 0
+    said = capfd.readouterr().out
+    assert re.search(r"llm +6,[0-9]{3}", said) and "frozen" in said and "GB" in said
+
+
+# ---- bench.py --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_the_bench_runs_both_sides_on_the_same_weights_and_they_agree(program, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    flags = [program, "--peer", "transformers", "--rows", "1", "--words", "12", "--layers", "1", "--repeats", "1", "--new-tokens", "4", "--no-memory"]
+    assert run(lambda: bench.main([*flags, "--out", str(tmp_path / "b")])) == 0
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert set(result["sides"]) == {"plainvlm", "transformers"} and result["ratio"] > 0
+    assert result["agreement"] < 1e-3 if program == "train" else result["agreement"] == 1
+
+
+def test_the_bench_draws_how_a_step_grows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.GROW, "batch", ("rows", (1, 2, 3)))
+    flags = ["train", "--grow", "batch", "--layers", "1", "--repeats", "1", "--no-memory", "--out", str(tmp_path / "g")]
+    assert run(lambda: bench.main(flags)) == 0
+    assert len(json.loads((tmp_path / "g.json").read_text())) == 3 and Image.open(tmp_path / "g.png").size == (640, 400)
+    assert "grows with batch to the power" in capsys.readouterr().out
