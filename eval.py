@@ -98,7 +98,7 @@ def evaluate(name, cfg, model):
     if model:
         result |= {"model": model.name, "prompts": f"{cfg.family}, {main_mode}", "answers": "likelihood" if cfg.likelihood and "candidates" in items[0] else "generated"}
     for mode in others:                                                     # a baseline is figures, and its answers beside the main ones
-        result[mode] = {k: columns[mode].get(k) for k in ("score", "proxy", "ci95", "unparsed")}
+        result[mode] = {k: columns[mode][k] for k in ("score", "ci95", "proxy", "proxy_ci95", "unparsed") if k in columns[mode]}
         for record, other in zip(records, columns[mode]["records"]):
             record[mode] = {k: other[k] for k in ("answer", "parsed", "score")}
     if "blind" in others:
@@ -124,8 +124,8 @@ def grade(bench, items, rows, cfg):
     records = []
     for item in items:
         row, truth = rows.get(item["id"]), item["truth"]
-        record = {"id": item["id"], "image": item["image"] if isinstance(item["image"], (str, list)) else None, "question": item["question"],
-                  "prompt": prompt_of(item, cfg), "answer": None, "parsed": None, "truth": truth, "score": None if truth is None else 0.0}
+        record = {"id": item["id"], "image": item["image"] if isinstance(item["image"], (str, list)) else None, "prompt": prompt_of(item, cfg),
+                  "answer": None, "parsed": None, "truth": truth, "score": None if truth is None else 0.0}
         if row is not None:
             text = said(row)
             record["answer"] = text
@@ -1797,8 +1797,8 @@ TOY = {"pope": "existence", "tallyqa": "count", "gqa": "attribute", "mme": "spat
 
 def toy_files(name, world, out):
     """Write the toy world's held-out questions of one kind as that benchmark's official files, which `read` then reads like any others."""
-    if str(world) == "toyworld":
-        toyworld.write_world("toyworld")
+    if str(world) == "toyworld" and not world.exists():
+        toyworld.write_world(world)
     rows = [(k, r) for k, (_, _, r) in enumerate(entries(world / "val.jsonl")) if r.get("category") in TOY[name].split()]
     text = lambda r: r["text"].removeprefix(COT).removesuffix(f"\n{LETTER}").removesuffix(f"\n{SHORT}").removesuffix(f"\n{INSUFFICIENT}")
     stem = lambda r: Path(r["image"]).stem
