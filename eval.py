@@ -16,7 +16,8 @@ all prompts, answers and verdicts), answers.jsonl (LLaVA's form), the submission
 Scores are arXiv:2310.03744 tables 3 and 4, arXiv:2402.07865 tables 2 to 4 and arXiv:2411.10442 tables 2 and 3.
 
 Where this departs from the originals:
-  - several questions at once, sorted by length; the originals ask one by one. Answers are the same but for float rounding;
+  - several questions at once, sorted by length, each picture looked at once for all of its questions in a batch; the originals ask one
+    by one. Answers are the same but for float rounding;
   - a question too long for the model is counted as wrong, and said; the originals cut it;
   - where the official figure needs GPT as a judge, the judge's input is written and a `proxy` printed that compares with nothing;
   - MathVista's answers are extracted by rule where no `extraction` is given, and the figure says so.
@@ -215,15 +216,15 @@ class Model:
         """-> prompt ids (T,), tiles (n, 3, S, S) or None"""
         cut = [cut_tiles(open_picture(p), self.vlm.cfg.vision, self.mode) for p in pictures]
         tiles = torch.cat([t for t, _ in cut]) if cut else None
-        (_, first), *rest = turns
-        marked = first if "<image>" in first and pictures else "<image>" * len(pictures) + "\n" * bool(pictures) + first
-        return encode_prompt(self.tok, [("human", marked), *rest], self.template, [n for _, n in cut]), tiles
+        words = [(role, text.replace("<image>", "image") if cut else text) for role, text in turns]      # a benchmark's text has no places for pictures
+        words[0] = ("human", "<image>" * len(cut) + "\n" * bool(cut) + words[0][1])
+        return encode_prompt(self.tok, words, self.template, [n for _, n in cut]), tiles
 
     def generate(self, encoded, room):
         """Greedy answers to [(ids, tiles), ...] of any lengths -> [(text, whole), ...]; `whole` is False where `room` tokens did not do."""
-        tokens, pixels, lengths = self.batch(encoded)
+        tokens, pixels, lengths, shared = self.batch(encoded)
         answers = []
-        for ids in self.vlm.generate(tokens, pixels, room, lengths=lengths, stop=self.stop).tolist():
+        for ids in self.vlm.generate(tokens, pixels, room, lengths=lengths, stop=self.stop, shared=shared).tolist():
             end = next((k for k, t in enumerate(ids) if t in self.stop), None)
             text = self.tok.decode(ids[:end])
             kept = cut_at_stop(text, self.template)
@@ -236,17 +237,23 @@ class Model:
         ids = [self.tok.encode(c) for c in candidates]
         if wrong := [c for c, i in zip(candidates, ids) if len(i) != 1]:
             raise UserError(f"--likelihood: {wrong[0]!r} is not one token of {self.tok.path}; use --no-likelihood")
-        tokens, pixels, lengths = self.batch(encoded)
-        h = self.vlm.decoder(self.vlm.embed(tokens, pixels))                # (B, T, D)
-        logits = self.vlm.decoder.lm_head(h[torch.arange(len(lengths)), torch.tensor(lengths) - 1]).float()
+        tokens, pixels, lengths, shared = self.batch(encoded)
+        cache = self.vlm.decoder.new_cache(*tokens.shape)
+        h, begun = self.vlm.prefill(tokens, pixels, cache, shared)          # (B, T - begun, D)
+        logits = self.vlm.decoder.lm_head(h[torch.arange(len(lengths)), torch.tensor(lengths) - 1 - begun]).float()
         p = logits[:, [i for i, in ids]].softmax(-1).cpu()                  # (B, candidates): the rest of the vocabulary divides out
         return [(candidates[int(row.argmax())], [round(x, 6) for x in row.tolist()]) for row in p]
 
     def batch(self, encoded):
+        """-> tokens (B, T), pixels, lengths, shared: where all rows begin alike up to a picture, each picture is looked at once."""
         lengths = [len(ids) for ids, _ in encoded]
         tokens = torch.tensor([ids + [self.tok.pad] * (max(lengths) - len(ids)) for ids, _ in encoded], device=self.device)
-        tiles = [t for _, t in encoded if t is not None]
-        return tokens, torch.cat(tiles).to(self.device) if tiles else None, lengths
+        tiles, shared, known = [t for _, t in encoded if t is not None], None, {}
+        begun = {len(ids) - ids[::-1].index(self.tok.image) if self.tok.image in ids else 0 for ids, _ in encoded}
+        if len(begun) == 1 and len(tiles) == len(encoded) > 1:
+            shared = [known.setdefault((tuple(ids[: max(begun)]), t.numpy().tobytes()), len(known)) for ids, t in encoded]
+            tiles = [encoded[shared.index(i)][1] for i in range(len(known))]
+        return tokens, torch.cat(tiles).to(self.device) if tiles else None, lengths, shared
 
 
 def ask(model, bench, items, modes, cfg, out):
@@ -266,7 +273,10 @@ def ask(model, bench, items, modes, cfg, out):
     jobs = []
     for mode in modes:
         cot = mode == "cot" or mode == "blind" and cfg.cot
-        order = sorted(items, key=lambda item: len(prompt_of(item, cfg, cot)))
+        longest = defaultdict(int)                                          # sorted by length, the questions about one picture together
+        for item in items:
+            longest[str(item["image"])] = max(longest[str(item["image"])], len(prompt_of(item, cfg, cot)))
+        order = sorted(items, key=lambda item: (longest[str(item["image"])], str(item["image"]), len(prompt_of(item, cfg, cot))))
         jobs += [(mode, cot, order[i : i + cfg.batch_size]) for i in range(0, len(order), cfg.batch_size)]
     pictures, todo = pictures_of(items, cfg), [job for job in jobs if any((job[0], item["id"]) not in done for item in job[2])]
     total, left = len(items) * len(modes), sum(len(job[2]) for job in todo)
@@ -418,11 +428,14 @@ def read_any(path):
 
 def read_tsv(text, path):
     csv.field_size_limit(2**31 - 1)                                         # a cell holds a whole base64 picture
-    rows = list(csv.reader(io.StringIO(text), delimiter="\t"))
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
+    except csv.Error as error:
+        raise UserError(f"{path}: not a table with tabs ({error}); get the file again") from None
     if len(rows) < 2:
         raise UserError(f"{path}: holds no row; get the file again")
     head, *rows = rows
-    for i, row in enumerate(rows, 1):
+    for i, row in enumerate(rows, 1):                                       # row 1 is the one below the names
         if row and len(row) != len(head):
             raise UserError(f"{path}, row {i}: {len(row)} cells under {len(head)} column names; get the file again")
     return [dict(zip(head, row)) for row in rows if row]
@@ -602,7 +615,9 @@ def predicted(cfg, items):
     found, word = read_any(path)
     if isinstance(found, dict) and isinstance(found.get("results"), dict):
         found = found["results"]
-    for k, row in found.items() if isinstance(found, dict) else enumerate(found, word != "record") if isinstance(found, list) else ():
+    if not isinstance(found, (list, dict)) or not found:
+        raise UserError(f"{path}: holds no answers; expected a list or an object of them")
+    for k, row in found.items() if isinstance(found, dict) else enumerate(found, word != "record"):
         where = f"{path}, {word} {k!r}"
         if isinstance(found, dict):
             row = {"id": k} | (row if isinstance(row, dict) else {"text": row})
@@ -1052,7 +1067,7 @@ def pope_predictions(cfg, items):
                 row["key"] = id
             elif not isinstance(id, int):
                 raise UserError(f'{where}: "question_id" is {id!r}; it must be a number')
-        if all("key" in row for _, row in rows):
+        if any("key" in row for _, row in rows):
             yield from rows
             continue
         if max(ids) >= 10_000_000:
@@ -1465,9 +1480,12 @@ def read_refcoco(cfg):
             continue
         if ann not in boxes or image not in sizes:
             raise UserError(f"{where}: annotation {ann} or image {image} is not in instances.json; take both from one download")
-        x, y, w, h = boxes[ann]["bbox"]
+        try:
+            x, y, w, h = boxes[ann]["bbox"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{home}/instances.json, annotation {ann}: no bbox of four numbers") from None
         for s in sentences:
-            id, sentence = need(where, s, sent_id=int, sent=str)
+            id, sentence = need(where, s if isinstance(s, dict) else {}, sent_id=int, sent=str)
             items.append(region(where, id, f"train2014/COCO_train2014_{image:012d}.jpg", sentence, [x, y, x + w, y + h], *sizes[image], cfg))
     return items
 
