@@ -410,7 +410,9 @@ def read_any(path):
     if not text.strip():
         raise UserError(f"{path}: is empty; get the file again")
     try:
-        return json.loads(text), "record"
+        found = json.loads(text)
+        alone = isinstance(found, dict) and (path.suffix == ".jsonl" or {"question_id", "questionId", "id", "pid"} & found.keys())
+        return ([found], "line") if alone else (found, "record")             # one record per line, and only one line
     except (ValueError, RecursionError) as error:
         whole = error
     rows, more = [], [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]

