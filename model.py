@@ -172,16 +172,18 @@ class VLM(nn.Module):
             return pixels.to(self.connector.linear_1.weight.dtype)
         return torch.cat([self.vision(pixels), self.vision2(pixels)], dim=-1) if self.cfg.vision2 else self.vision(pixels)
 
-    def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
+    def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None, shared=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
 
         A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,) says how many tokens of each row are
         prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p (nucleus) limit the choice.
+        `shared` (B,): which of several beginnings each row has, all of one length and ending with the last picture; `pixels` are then
+        those of each beginning once, in their order, and questions about one picture are spared to look at it again.
         """
-        return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, temperature, top_p, top_k, lengths, seed, stop)), dim=1)
+        return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, temperature, top_p, top_k, lengths, seed, stop, shared)), dim=1)
 
     @torch.no_grad()
-    def stream(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
+    def stream(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None, shared=None):
         """The same, one step at a time: yields (B,) ids until every row has ended."""
         B, T = tokens.shape
         device, longest = tokens.device, T + max_new_tokens
@@ -197,8 +199,8 @@ class VLM(nn.Module):
         stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
         draw = torch.Generator(device).manual_seed(seed) if seed is not None else None
         cache = self.decoder.new_cache(B, longest)
-        h = self.decoder(self.embed(tokens, pixels), cache=cache)           # prefill; padding writes rows that are overwritten unseen
-        h = h[torch.arange(B, device=device), pos - 1]                      # (B, D) at each row's last prompt token
+        h, begun = self.prefill(tokens, pixels, cache, shared)
+        h = h[torch.arange(B, device=device), pos - 1 - begun]              # (B, D) at each row's last prompt token
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             logits = self.decoder.lm_head(h).float()                        # (B, V)
@@ -211,6 +213,20 @@ class VLM(nn.Module):
             x = self.decoder.embed_tokens(new.masked_fill(ended, 0))[:, None]
             h = self.decoder(x, cache=cache, pos=pos, end=T + step + 1)[:, 0]
             pos = pos + 1
+
+    def prefill(self, tokens, pixels, cache, shared=None):
+        """Fill the cache with the prompts (B, T) -> h (B, T - begun, D), begun. Padding writes rows that are overwritten unseen."""
+        if shared is None:
+            return self.decoder(self.embed(tokens, pixels), cache=cache), 0
+        (B, T), shared = tokens.shape, torch.as_tensor(shared, device=tokens.device)
+        begun = int((tokens[0] == self.cfg.image_token).nonzero()[-1]) + 1  # one past the last picture, the same in all rows
+        first = [int((shared == i).nonzero()[0]) for i in range(int(shared.max()) + 1)]      # a row of each beginning
+        few = self.decoder.new_cache(len(first), begun)
+        self.decoder(self.embed(tokens[first, :begun], pixels), cache=few)
+        for layer, once in zip(cache, few):
+            layer[:, :, :, :begun] = once[:, shared]
+        x = self.embed(tokens[:, begun:], None)                             # (B, T - begun, D)
+        return self.decoder(x, cache=cache, pos=torch.full((B,), begun, device=tokens.device), end=T), begun
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
@@ -279,16 +295,16 @@ class Decoder(nn.Module):
     def forward(self, x, cache=None, pos=None, end=None):
         """(B, T, D) embeddings -> (B, T, D) ready for lm_head, causally.
 
-        With a cache and no `pos`: positions 0..T-1 are computed and remembered. With `pos` (B,): T is 1, each row's token stands at
-        its own position and sees its cache up to there; `end` bounds all positions so that the unused tail is not read.
+        With a cache and no `pos`: positions 0..T-1 are computed and remembered. With `pos` (B,): each row's tokens stand from its own
+        position on and see its cache up to themselves; `end` bounds all positions so that the unused tail is not read.
         """
-        at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None]                       # (1 or B, T)
-        rope, mask = rotary(at, self.cfg), None if pos is None else (torch.arange(end, device=x.device) <= at)[:, None, None]
+        at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None] + torch.arange(x.shape[1], device=x.device)     # (1 or B, T)
+        rope, mask = rotary(at, self.cfg), None if pos is None else (torch.arange(end, device=x.device) <= at[:, :, None])[:, None]           # (B, 1, T, end)
         for i, layer in enumerate(self.layers):
             if i < self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, None, None, None, use_reentrant=False)
             else:
-                x = layer(x, rope, None if cache is None else cache[i], pos, mask)
+                x = layer(x, rope, None if cache is None else cache[i], None if pos is None else at, mask)
         return self.norm(x)
 
     def new_cache(self, B, length):
@@ -328,8 +344,8 @@ class CausalAttention(nn.Module):
         if cache is not None and pos is None:
             cache[0, :, :, :T], cache[1, :, :, :T] = k, v
         elif cache is not None:
-            rows = torch.arange(B, device=x.device)
-            cache[0, rows, :, pos], cache[1, rows, :, pos] = k[:, :, 0], v[:, :, 0]
+            rows = torch.arange(B, device=x.device)[:, None]                # pos is (B, T) here
+            cache[0, rows, :, pos], cache[1, rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
             k, v = cache[0, :, :, : mask.shape[-1]], cache[1, :, :, : mask.shape[-1]]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
