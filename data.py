@@ -2,9 +2,9 @@
 
 The way of a record:
     FILE  --Records-->  {"id", "images": [name, ...], "turns": [("human", "<image>\\nWhat is this?"), ("gpt", "A cat."), ...]}
-      --vision.py-->  tiles (n, 3, S, S) uint8, and for every picture the number of visual tokens it will become
+      --vision.py-->  tiles (n, 3, S, S) uint8, and their layout (M, 2): the M visual tokens they will become
       --encode_conversation-->  tokens (T,) and labels (T,); a picture is a run of that many image-token ids
-      --collate-->  tokens (B, T), labels (B, T), pixels (N, 3, S, S), padded on the right
+      --collate-->  tokens (B, T), labels (B, T), padded on the right; pixels (N, 3, S, S) and layout (M, 2) of all pictures in a row
 Labels stand under their own token (the model shifts them): the token's id where it is supervised, IGNORE elsewhere. A position is
 marked when its text is appended, so nothing is tokenised twice, compared or guessed afterwards.
 
@@ -475,11 +475,8 @@ class Examples(Dataset):
         try:
             record = self.records[i]
             stage = "picture"
-            pixels, n_visual = [torch.empty((0, 3, S, S), dtype=torch.uint8)], []
-            for name in record["images"]:
-                tiles, n = vision.cut_tiles(vision.open_image(self.records.image_path(name)), self.vision_cfg, self.image_mode)
-                pixels.append(tiles)
-                n_visual.append(n)
+            pictures = [vision.cut_tiles(vision.open_image(self.records.image_path(name)), self.vision_cfg, self.image_mode) for name in record["images"]]
+            n_visual = [len(layout) for _, layout in pictures]
             stage = "conversation"
             tokens, labels = encode_conversation(self.tok, record["turns"], self.template, n_visual)
             if len(tokens) > self.max_length:                              # nothing is cut: half a picture or half an answer teaches nonsense
@@ -492,9 +489,14 @@ class Examples(Dataset):
             if self.bad == "stop":
                 raise UserError(reason) from None
             return {"skipped": reason, "stage": stage, "id": record["id"], "index": i}
-        return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "pixels": torch.cat(pixels),
+        pixels, layout = vision.join(pictures or [no_picture(S)])
+        return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "pixels": pixels, "layout": layout, "n_visual": n_visual,
                 "n_picture": len(n_visual), "marker_is_text": not n_visual and any("<image>" in text for _, text in record["turns"]),
                 "id": record["id"], "index": i}
+
+
+def no_picture(S):
+    return torch.empty((0, 3, S, S), dtype=torch.uint8), torch.empty((0, 2), dtype=torch.int64)
 
 
 def collate(examples, pad):
@@ -506,8 +508,8 @@ def collate(examples, pad):
     for row, e in enumerate(used):
         tokens[row, : lengths[row]] = e["tokens"]
         labels[row, : lengths[row]] = e["labels"]
-    pixels = torch.cat([e["pixels"] for e in used]) if used else torch.empty((0, 3, 0, 0), dtype=torch.uint8)  # (N, 3, S, S)
-    return {"tokens": tokens, "labels": labels, "pixels": pixels, "lengths": lengths, "ids": [e["id"] for e in used],
+    pixels, layout = vision.join([(e["pixels"], e["layout"]) for e in used] or [no_picture(0)])         # (N, 3, S, S), (M, 2)
+    return {"tokens": tokens, "labels": labels, "pixels": pixels, "layout": layout, "lengths": lengths, "ids": [e["id"] for e in used],
             "skipped": [e["skipped"] for e in examples if "skipped" in e]}
 
 

@@ -1,13 +1,14 @@
 """The vision-language model: a ViT looks, a connector translates, a Llama-style decoder reads both and writes (arXiv:2310.03744).
 
-    pixels --vision.ViT--> patches --connector--> rows as wide as word embeddings, written over the <image> rows of the prompt
+    pixels --vision.ViT--> patches --connector--> rows as wide as word embeddings, written over the <image> rows of the prompt,
+                                                  in the order of their layout where pictures have several tiles (vision.cut_tiles)
     prompt with picture --decoder--> logits of the next token
 
     h   = x + Attention(RMSNorm(x))             the decoder of Llama (arXiv:2302.13971): pre-norm, rotary positions, no biases
     out = h + SwiGLU(RMSNorm(h))                SwiGLU(x) = W_down (silu(W_gate x) * W_up x)
 
     vlm    = VLM.from_pretrained(DIR)           # LLaVA in both its layouts and as LoRA, Prismatic, InternVL2.5: see "reading"
-    logits = vlm(tokens, pixels)                # (B, T) int64, (n, 3, S, S) -> (B, T, V)
+    logits = vlm(tokens, pixels)                # (B, T) int64, (n, 3, S, S) -> (B, T, V); layout=(M, 2) where pictures are tiled
     loss   = vlm(tokens, pixels, labels)        # mean over the supervised tokens
     ids    = vlm.generate(tokens, pixels, max_new_tokens=64)
     vlm.save_pretrained(DIR)                    # transformers opens it as LlavaForConditionalGeneration, if its tower is a CLIP
@@ -41,8 +42,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, UserError, VisionConfig, ViT, default_template, rename,
-                    tower_by_shapes, tower_tensors)
+from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, find_tiling,
+                    grids_up_to, rename, tower_by_shapes, tower_tensors)
 
 IGNORE = -100                        # the label of a token that is not supervised
 
@@ -77,7 +78,7 @@ class VLMConfig:
     pad_token: int = 32001
     bos_token: int = 1
     eos_token: int = 2
-    image_mode: str = "pad"          # how a picture becomes square: vision.fit
+    image_mode: str = "pad"          # how a picture becomes tiles: vision.fit, vision.TILINGS (and vision.tiling, where the model differs)
     template: str = "vicuna_v1"      # how a conversation becomes one text: data.TEMPLATES
     vision2: VisionConfig | None = None      # a second tower on the same tile, its features beside the first one's (Prismatic)
 
@@ -126,13 +127,14 @@ class VLM(nn.Module):
         self.connector = Connector(cfg)
         self.decoder = Decoder(cfg.decoder)
 
-    def forward(self, tokens, pixels=None, labels=None):
+    def forward(self, tokens, pixels=None, labels=None, layout=None):
         """(B, T) int64, (n, 3, S, S) -> logits (B, T, V); with labels (B, T), not shifted, IGNORE where unsupervised -> scalar loss.
 
-        Every image is a run of image tokens exactly as long as its visual tokens; pixels come in the order of the runs.
+        Every image is a run of image tokens exactly as long as its visual tokens; pixels come in the order of the runs, and so does
+        layout (M, 2), which picks the visual tokens from their features (vision.cut_tiles; None: all features in their order).
         The loss is the mean over supervised tokens. ValueError when runs and pictures differ, or nothing is supervised.
         """
-        h = self.decoder(self.embed(tokens, pixels))                        # (B, T, D)
+        h = self.decoder(self.embed(tokens, pixels, layout))                # (B, T, D)
         if labels is None:
             return self.decoder.lm_head(h)                                  # (B, T, V)
         target = labels[:, 1:]                                              # position t predicts token t + 1
@@ -142,33 +144,37 @@ class VLM(nn.Module):
         logits = self.decoder.lm_head(h[:, :-1][keep])                      # (supervised, V): the head is run where it is asked
         return F.cross_entropy(logits.float(), target[keep])
 
-    def embed(self, tokens, pixels):
-        """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S) -> (B, T, D)."""
+    def embed(self, tokens, pixels, layout=None):
+        """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S), (M, 2) -> (B, T, D)."""
         here = tokens == self.cfg.image_token                               # (B, T)
         beyond = tokens == max(self.cfg.pad_token, self.cfg.decoder.vocab_size)             # <pad>, where it lies beyond the table as
         x = self.decoder.embed_tokens(tokens.masked_fill(here | beyond, 0))                 # <image> may too: LLaVA's own has 32000 rows
-        n_slot, n_visual = int(here.sum()), 0 if pixels is None else len(pixels) * self.cfg.vision.n_token
+        N, row_ends = self.cfg.vision.n_token, self.connector.row_end is not None
+        n_slot, n_visual = int(here.sum()), 0 if pixels is None else len(pixels) * N if layout is None else len(layout)
         if n_slot != n_visual:
-            raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: "
-                             f"each picture needs a run of {self.cfg.vision.n_token} (data.encode_conversation makes it)")
+            raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: each picture needs a run "
+                             f"{f'of {N}' if layout is None else 'as long as its layout'} (data.encode_conversation makes it)")
+        if n_visual and (row_ends if layout is None else not row_ends and bool((layout < 0).any())):
+            raise ValueError("the pictures have row ends and the model none: cut them in its own mode" if layout is not None else
+                             f"pictures of mode {self.cfg.image_mode} come with a layout (vision.cut_tiles); give it beside the pixels")
         if n_visual:
             visual = self.vision(pixels)                                    # (n, N, D_vision)
             if self.cfg.vision2:
                 visual = torch.cat([visual, self.vision2(pixels)], dim=-1)
-            visual = self.connector(visual)                                 # (n, N, D)
-            x = x.masked_scatter(here[:, :, None], visual.flatten(0, 1).to(x.dtype))
+            visual = self.connector(visual.flatten(0, 1), layout if layout is None else layout[:, 0] * N + layout[:, 1])    # (M, D)
+            x = x.masked_scatter(here[:, :, None], visual.to(x.dtype))
         return x
 
-    def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
+    def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None, layout=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
 
         A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,) says how many tokens of each row are
         prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p (nucleus) limit the choice.
         """
-        return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, temperature, top_p, top_k, lengths, seed, stop)), dim=1)
+        return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, temperature, top_p, top_k, lengths, seed, stop, layout)), dim=1)
 
     @torch.no_grad()
-    def stream(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
+    def stream(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None, layout=None):
         """The same, one step at a time: yields (B,) ids until every row has ended."""
         B, T = tokens.shape
         device, longest = tokens.device, T + max_new_tokens
@@ -184,7 +190,7 @@ class VLM(nn.Module):
         stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
         draw = torch.Generator(device).manual_seed(seed) if seed is not None else None
         cache = self.decoder.new_cache(B, longest)
-        h = self.decoder(self.embed(tokens, pixels), cache=cache)           # prefill; padding writes rows that are overwritten unseen
+        h = self.decoder(self.embed(tokens, pixels, layout), cache=cache)   # prefill; padding writes rows that are overwritten unseen
         h = h[torch.arange(B, device=device), pos - 1]                      # (B, D) at each row's last prompt token
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
@@ -198,6 +204,15 @@ class VLM(nn.Module):
             x = self.decoder.embed_tokens(new.masked_fill(ended, 0))[:, None]
             h = self.decoder(x, cache=cache, pos=pos, end=T + step + 1)[:, 0]
             pos = pos + 1
+
+    def set_image_mode(self, mode, **choices):
+        """How pictures become tiles from now on; `choices` are fields of vision.Tiling. A row-end embedding comes with the modes that want one."""
+        tiling = find_tiling(self.cfg.vision, mode)
+        if choices and tiling is None:
+            raise UserError(f"image mode {mode} cuts no tiles, so it has no {' or '.join(choices)} to choose")
+        tiling = tiling and replace(tiling, **choices)
+        self.cfg = replace(self.cfg, image_mode=mode, vision=replace(self.cfg.vision, tiling=None if tiling == TILINGS.get(mode) else tiling))
+        self.connector.want_row_end(tiling is not None and (tiling.row_end or tiling.global_row_end))
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
@@ -221,7 +236,10 @@ class VLM(nn.Module):
 
 
 class Connector(nn.Module):
-    """Visual features -> word-embedding space: (n, N, D_vision) -> (n, N, D). Fresh weights keep PyTorch's default, as LLaVA's do."""
+    """Visual features -> word-embedding space: (n, D_vision) -> (n, D). Fresh weights keep PyTorch's default, as LLaVA's do.
+
+    With `index` (M,) only the features it names are translated, in its order -> (M, D); where it is negative stands the row end.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -233,12 +251,22 @@ class Connector(nn.Module):
             self.linear_2 = nn.Linear(wide, D)
         if cfg.connector == "fused_gelu":
             self.linear_3 = nn.Linear(D, D)
+        self.register_parameter("row_end", None)
+        tiling = find_tiling(cfg.vision, cfg.image_mode)
+        self.want_row_end(tiling is not None and (tiling.row_end or tiling.global_row_end))
 
-    def forward(self, x):
+    def want_row_end(self, wanted):
+        if wanted != (self.row_end is not None):
+            w = self.linear_1.bias
+            D = (self.linear_2 if hasattr(self, "linear_2") else self.linear_1).out_features
+            self.row_end = nn.Parameter(torch.randn(D, device=w.device, dtype=w.dtype) * D**-0.5) if wanted else None
+
+    def forward(self, x, index=None):
+        x = x if index is None else x.index_select(0, index.clamp(min=0))
         x = self.linear_1(self.norm(x))
         for name in "linear_2", "linear_3":
             x = getattr(self, name)(F.gelu(x)) if hasattr(self, name) else x
-        return x
+        return x if index is None or self.row_end is None else torch.where(index[:, None] < 0, self.row_end.to(x.dtype), x)
 
 
 class Decoder(nn.Module):
@@ -373,7 +401,7 @@ def init_weights(module):
 
 # Our names -> those of the llava-hf layout, the older family that every version of transformers reads ("A"); the tower's first.
 LLAVA_NAMES = [
-    ("vision.", "vision_tower.vision_model."), ("connector.", "multi_modal_projector."),
+    ("connector.row_end", "image_newline"), ("vision.", "vision_tower.vision_model."), ("connector.", "multi_modal_projector."),
     ("decoder.lm_head.", "language_model.lm_head."), ("decoder.", "language_model.model."),
 ]
 LLAMA_NAMES = [("lm_head.", "lm_head."), ("", "model.")]                    # and of a language model alone: Vicuna, Llama-2
@@ -381,6 +409,7 @@ LLAMA_NAMES = [("lm_head.", "lm_head."), ("", "model.")]                    # an
 # Reading goes the other way. Public names -> our parts, of every layout: the first row that matches counts.
 PART_NAMES = [
     # llava-hf in its four families, the original LLaVA, InternVL | Prismatic, native and in the HF layout
+    (r"^(model\.)?image_newline$", "connector.row_end"),
     (r"^((model\.)?vision_tower\.(vision_tower\.)?|vision_model\.|(model\.)?vision_backbone\.(dino_)?featurizer\.)", "vision."),
     (r"^(model\.)?vision_backbone\.(siglip_|clip_|fused_)featurizer\.", "vision2."),
     (r"^(model\.)?multi_modal_projector\.", "connector."),
@@ -526,7 +555,11 @@ def load_connector(connector, path):
         raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, or a mm_projector.bin")
     tensors = read_tensors(path)
     found = {name.removeprefix("connector."): t for name, t in our_names(tensors).items() if name.startswith("connector.")}
+    fresh = connector.row_end
+    if "row_end" not in found:                                              # of a stage 1 without tiles: the row end stays as it began
+        connector.row_end = None
     load_strict(connector, found, f"--projector {path}", tensors)
+    connector.row_end = fresh if "row_end" not in found else connector.row_end
 
 
 def our_names(tensors, cfg=None):
@@ -669,7 +702,7 @@ def config_reader(file):
         return prismatic_config
     if "mm_hidden_size" in c or "mm_vision_tower" in c:
         return original_llava_config
-    readers = {"llava": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
+    readers = {"llava": llava_hf_config, "llava_next": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
     if c.get("model_type") not in readers:
         raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can be "
                         "opened. A language model alone goes to --llm, a tower to --vision")
@@ -683,10 +716,27 @@ def llava_hf_config(c, prep, own, towers):
     vision = replace(tower, feature_layer=take(c, "vision_feature_layer", int, -2),
                      mean=take(prep, "image_mean", tuple, tower.mean), std=take(prep, "image_std", tuple, tower.std))
     image = take(c, "image_token_id" if "image_token_id" in c else "image_token_index", int, 32000)
-    mode = "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad"
+    mode = take(c, "image_aspect_ratio", str, "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad")
+    if c.get("model_type") == "llava_next":
+        mode, vision = "anyres", with_pinpoints(vision, take(c, "image_grid_pinpoints", list, PINPOINTS), height_first=True)
     return VLMConfig(vision, decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
                      image, take(c, "pad_token_id", int, image + 1), take(c, "bos_token_id", int, 1), take(c, "eos_token_id", int, 2),
-                     take(c, "image_aspect_ratio", str, mode), take({"template": default_template(c | {"mm_projector_type": "mlp"})}, "template", str))
+                     mode, take({"template": default_template(c | {"mm_projector_type": "mlp"})}, "template", str))
+
+
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def with_pinpoints(vision, sizes, height_first=False):
+    """LLaVA-NeXT's image_grid_pinpoints in pixels -> the tower with a tiling of these grids, if they are not the usual five.
+
+    The original reads them as (width, height), transformers the same list as (height, width): of equally good grids they take another one.
+    """
+    S = vision.image_size
+    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, int) and x > 0 and x % S == 0 for x in p) for p in sizes):
+        raise UserError(f"image_grid_pinpoints are {sizes!r}; they must be pairs of whole multiples of the tower's {S} px")
+    tiling = replace(TILINGS["anyres"], grids=[(a // S, b // S)[:: -1 if height_first else 1] for a, b in sizes])
+    return replace(vision, tiling=None if tiling == TILINGS["anyres"] else tiling)
 
 
 def original_llava_config(c, prep, own, towers):
@@ -694,6 +744,9 @@ def original_llava_config(c, prep, own, towers):
     only(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     tower = towers[0] if towers else tower_by_shapes(part_of(own, "vision")) if own else VisionConfig()
     mode = take(c, "image_aspect_ratio", str, "square")
+    if mode == "anyres":                                                    # LLaVA-NeXT
+        only({"mm_patch_merge_type": "flat"} | c, mm_patch_merge_type="spatial_unpad")
+        tower = with_pinpoints(tower, take(c, "image_grid_pinpoints", list, PINPOINTS))
     return VLMConfig(replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2)), decoder_config(c | {"model_type": "llama"}),
                      take(c, "mm_projector_type", str, "linear"), image_mode="crop" if mode == "square" else mode, template=default_template(c))
 
@@ -729,12 +782,17 @@ def prismatic_config(c, prep, own, towers):
 
 
 def internvl_config(c, prep, own, towers):
-    """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table; one tile, squashed to a square."""
+    """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table; absent fields: one tile, squashed."""
     only(c, ps_version="v2", downsample_ratio=0.5)
     decoder = decoder_config(take(c, "llm_config", dict))
     tower = replace(vision_config(c), feature_layer=take(c, "select_layer", int, -1), merge=2)
-    return VLMConfig(replace(tower, image_size=take(c, "force_image_size", int, tower.image_size)), decoder, "norm_gelu", decoder.vocab_size - 7,
-                     pad_token=2, image_mode="resize", template=default_template(c))
+    low, high, thumbnail = take(c, "min_dynamic_patch", int, 1), take(c, "max_dynamic_patch", int, 6), c.get("use_thumbnail", False)
+    if low > high:
+        raise UserError(f"min_dynamic_patch is {low}, max_dynamic_patch {high}; copy the file anew")
+    tiling = replace(TILINGS["internvl"], grids=[(i, j) for i, j in grids_up_to(high) if i * j >= low], global_view="last" if thumbnail else "none")
+    tower = replace(tower, image_size=take(c, "force_image_size", int, tower.image_size), tiling=None if tiling == TILINGS["internvl"] else tiling)
+    return VLMConfig(tower, decoder, "norm_gelu", decoder.vocab_size - 7, pad_token=2, image_mode="internvl" if c.get("dynamic_image_size") else "resize",
+                     template=default_template(c))
 
 
 def own_config(c, prep, own, towers):
@@ -751,9 +809,9 @@ def part_of(own, part):
 
 
 def fits_llava(cfg):
-    """Whether the llava-hf layout can hold the model: a CLIP, a Llama, and one of LLaVA's two connectors."""
-    v, clip = cfg.vision, TOWERS["clip_vision_model"]
-    return (not cfg.vision2 and cfg.connector in ("linear", "mlp2x_gelu")
+    """Whether the llava-hf layout can hold the model: a CLIP, a Llama, one of LLaVA's two connectors, and one tile or LLaVA-NeXT's way to cut several."""
+    v, clip, tiling = cfg.vision, TOWERS["clip_vision_model"], find_tiling(cfg.vision, cfg.image_mode)
+    return (not cfg.vision2 and (not tiling or replace(tiling, grids=TILINGS["anyres"].grids) == TILINGS["anyres"] and cfg.connector == "mlp2x_gelu") and cfg.connector in ("linear", "mlp2x_gelu")
             and all(getattr(v, name) == getattr(clip, name) for name in ("class_token", "n_register", "pre_norm", "patch_bias", "layer_scale",
                                                                          "final_norm", "rms_norm", "merge")))
 
@@ -774,7 +832,7 @@ def vision_config(c):
     """config.json of a tower, alone or inside that of a larger model -> VisionConfig."""
     inner = take(c, "vision_config", dict, c)
     kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
-    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model"}.get(kind, kind)
+    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model", "llava_next": "clip_vision_model"}.get(kind, kind)
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(map(repr, TOWERS))} are implemented")
     base, intern = TOWERS[kind], kind == "intern_vit_6b"
@@ -822,7 +880,7 @@ def take(c, name, kind, default=None):
     if right and kind in (int, float) and name not in ("vision_feature_layer", "mm_vision_select_layer", "select_layer"):
         right = value >= (0 if name.endswith("_id") else 1 if kind is int else 1e-30)
     if not right:
-        what = {int: "a whole number", float: "a number above 0", dict: "an object", str: "a text", tuple: "three numbers"}[kind]
+        what = {int: "a whole number", float: "a number above 0", dict: "an object", str: "a text", tuple: "three numbers", list: "a list"}[kind]
         raise UserError(f"{name} is {'missing' if name not in c else repr(c[name])}; it must be {what}. Copy the file anew")
     return value
 
@@ -848,12 +906,15 @@ def llama_json(d):
 
 
 def llava_config(cfg, dtype):
+    tiling, S = find_tiling(cfg.vision, cfg.image_mode), cfg.vision.image_size
+    next_fields = {} if tiling is None else {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
+                                             "image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]}     # transformers reads (height, width)
     return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": dtype,
             "vision_config": clip_json(cfg.vision), "text_config": llama_json(cfg.decoder),
             "image_token_index": cfg.image_token, "pad_token_id": cfg.pad_token, "bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token,
             "ignore_index": IGNORE, "image_seq_length": cfg.vision.n_token, "projector_hidden_act": "gelu",
             "vision_feature_layer": cfg.vision.feature_layer, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
-            "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template}
+            "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template} | next_fields
 
 
 def check_tokenizer(vlm, tok):
@@ -864,11 +925,15 @@ def check_tokenizer(vlm, tok):
 
 
 def save_processor(directory, tokenizer_file, cfg):
-    """What transformers' AutoProcessor wants beside the weights: the tokenizer with its two added tokens, and the picture's way in."""
-    S = cfg.vision.image_size
-    ways = {"pad": ("LlavaImageProcessor", {"shortest_edge": S}, True), "crop": ("CLIPImageProcessor", {"shortest_edge": S}, True),
-            "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False)}
-    kind, size, crop = ways["pad" if cfg.image_mode == "letterbox" else cfg.image_mode]     # transformers knows no letterbox
+    """What transformers' AutoProcessor wants beside the weights: the tokenizer with its two added tokens, and the picture's way in.
+
+    It knows no letterbox, which differs from pad by a pixel at most, and none of our own tilings: with those no way in is written.
+    """
+    S, tiling = cfg.vision.image_size, find_tiling(cfg.vision, cfg.image_mode)
+    ways = {"crop": ("CLIPImageProcessor", {"shortest_edge": S}, True), "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False),
+            "anyres": ("LlavaNextImageProcessor", {"shortest_edge": S}, True)}
+    kind, size, crop = ways.get(cfg.image_mode, ("LlavaImageProcessor", {"shortest_edge": S}, True))
+    llava = "LlavaNextProcessor" if tiling else "LlavaProcessor"
     names = {cfg.image_token: "<image>"} | ({cfg.pad_token: "<pad>"} if cfg.pad_token != cfg.eos_token else {})
     files = {
         "tokenizer.json": tokenizer_json(tokenizer_file, cfg),
@@ -877,16 +942,19 @@ def save_processor(directory, tokenizer_file, cfg):
                                   "added_tokens_decoder": {str(i): {"content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
                                                                     "single_word": False} for i, name in names.items()},
                                   "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size,
-                                  "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": "LlavaProcessor"},
+                                  "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": llava},
         "preprocessor_config.json": {
-            "image_processor_type": kind, "do_pad": kind == "LlavaImageProcessor", "do_resize": True, "size": size, "resample": 3,
+            "image_processor_type": kind, "do_pad": kind != "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3,
             "do_center_crop": crop, "crop_size": {"height": S, "width": S}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std), "processor_class": "LlavaProcessor"},
-        "processor_config.json": {"processor_class": "LlavaProcessor", "patch_size": cfg.vision.patch_size, "image_token": "<image>",
+            "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std), "processor_class": llava}
+        | ({"image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]} if tiling else {}),
+        "processor_config.json": {"processor_class": llava, "patch_size": cfg.vision.patch_size, "image_token": "<image>",
                                   "num_additional_image_tokens": cfg.vision.n_prefix, "vision_feature_select_strategy": "default"},
         "generation_config.json": {"bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "pad_token_id": cfg.pad_token,
                                    "suppress_tokens": list(range(cfg.image_token, cfg.decoder.vocab_size))},
     }
+    if tiling and not fits_llava(cfg):
+        del files["preprocessor_config.json"], files["processor_config.json"]
     for name, content in files.items():
         write_whole(Path(directory) / name, lambda tmp: tmp.write_text(json.dumps(content, indent=2 if name != "tokenizer.json" else None)))
     write_whole(Path(directory) / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
@@ -964,7 +1032,7 @@ def whole(directory):
     """Whether a directory holds a vision-language model, and no tower or decoder alone."""
     c = read_json(Path(directory) / "config.json") if Path(directory).is_dir() else {}
     return (Path(directory) / "adapter_config.json").exists() or "mm_hidden_size" in c or "llm_backbone_id" in c or "model" in c or (
-        c.get("model_type") in ("llava", "internvl_chat", "plainvlm"))
+        c.get("model_type") in ("llava", "llava_next", "internvl_chat", "plainvlm"))
 
 
 def convert(src, out, vision=None, llm=None):
@@ -1019,11 +1087,13 @@ def info(name):
     for part, n in count.items():
         c = getattr(cfg, part, cfg)                                         # a tower or decoder alone is its own part
         print(f"{part:10} {n:>16,} parameters   " + (c if isinstance(c, str) else ", ".join(
-            f"{key} {value}" for key, value in asdict(c).items() if key not in ("mean", "std"))))
+            f"{key} {value}" for key, value in asdict(c).items() if key not in ("mean", "std", "tiling"))))
     total, trained = sum(count.values()), sum(n for part, n in count.items() if not part.startswith("vision"))
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
-        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}, template {cfg.template}")
+        tiling = find_tiling(cfg.vision, cfg.image_mode)
+        grids = f" of up to {max(map(math.prod, tiling.grids))} tiles, global view {tiling.global_view}" if tiling else ""
+        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}{grids}, template {cfg.template}")
     GB = 1e9                                                                # training: float32 weight, gradient and two Adam moments
     print(f"memory     {2 * total / GB:.2f} GB in bfloat16; to train all but the towers {(16 * trained + 4 * (total - trained)) / GB:.2f} GB "
           "(float32, Adam), and activations")

@@ -43,7 +43,7 @@ import toyworld
 from data import IGNORE, Examples, Records, Tokenizer, collate, cut_at_stop, encode_conversation, encode_prompt, parse_args, run, stop_ids
 from model import (PRESETS, VLM, check_tokenizer, decoder_config, init_weights, load_connector, load_decoder, load_vision, read_json, read_tower,
                    save_processor, write_whole)
-from vision import MODES, UserError, cut_tiles, open_image
+from vision import MODES, UserError, cut_tiles, grids_up_to, join, open_image
 
 HERE = Path(__file__).parent
 
@@ -69,7 +69,10 @@ class TrainConfig:
     train: str = arg("", "parts to train, of connector,llm,vision; empty: those of the stage, and all that start from random weights")
     template: str = arg("", "conversation template; empty: plain in stage pretrain, the model's own otherwise")
     image_size: int = arg(0, "pixels a side of the tile that a preset's --vision looks at; 0: the tower's own, of two the second one's")
-    image_mode: str = arg("", "pad, letterbox, crop or resize; empty: the model's own")
+    image_mode: str = arg("", "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or internvl: several; "
+                              "empty: the model's own")
+    max_tiles: int = arg(0, "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12")
+    global_view: str = arg("", "the whole picture as one more tile: first, last or none; empty: as the mode has it")
     batch_size: int = arg(16, "records a step")
     micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
     lr: float = arg(1e-3, "peak learning rate, after warmup")
@@ -235,10 +238,11 @@ def parse(argv=None):
     one_of("--stage", cfg.stage, ["pretrain", "finetune"])
     one_of("--bad-records", cfg.bad_records, ["stop", "skip"])
     one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
+    one_of("--global-view", cfg.global_view or "first", ["first", "last", "none"])
     one_of("--dtype", cfg.dtype, ["float32", "bfloat16", "auto"])
     for names, fits, rule in ((("batch_size", "log_every"), lambda x: x >= 1, "at least 1"), (("lr", "clip", "epochs"), lambda x: x > 0, "above 0"),
                               (("warmup",), lambda x: 0 <= x <= 1, "from 0 to 1"), (("seed",), lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
-                              (("micro_batch_size", "weight_decay", "max_steps", "max_length", "eval_every", "save_every", "workers"), lambda x: x >= 0, "0 or more")):
+                              (("micro_batch_size", "weight_decay", "max_steps", "max_tiles", "max_length", "eval_every", "save_every", "workers"), lambda x: x >= 0, "0 or more")):
         for name in names:
             if not fits(asdict(cfg)[name]):
                 raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]}: must be {rule}")
@@ -293,9 +297,10 @@ def build(cfg, checkpoint=None):
         tok, preset = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"]), PRESETS[cfg.model]
         paths = cfg.vision.split(",") if cfg.vision else []
         towers = [read_tower(path) for path in paths] or [preset.vision]
-        towers = [replace(t, image_size=cfg.image_size or towers[-1].image_size) for t in towers]
+        shuffle = cfg.image_mode == "internvl"                              # whose pixel shuffle and connector belong to the mode
+        towers = [replace(t, image_size=cfg.image_size or towers[-1].image_size, merge=2 if shuffle else t.merge) for t in towers]
         decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
-        vlm = VLM(replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector="fused_gelu" if towers[1:] else preset.connector,
+        vlm = VLM(replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector="fused_gelu" if towers[1:] else "norm_gelu" if shuffle else preset.connector,
                           decoder=replace(decoder, vocab_size=tok.vocab_size),
                           image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos))
         for tower, path in zip((vlm.vision, *([vlm.vision2] if towers[1:] else [])), paths):
@@ -304,9 +309,12 @@ def build(cfg, checkpoint=None):
             init_weights(vlm.vision)
         load_decoder(vlm.decoder, cfg.llm) if cfg.llm else init_weights(vlm.decoder)
     check_tokenizer(vlm, tok)
+    choices = dict(grids=grids_up_to(cfg.max_tiles)) if cfg.max_tiles else {}
+    if choices and (cfg.image_mode or vlm.cfg.image_mode) == "anyres":
+        raise UserError("--max-tiles is for modes hd and internvl; anyres has its five grids")
+    vlm.set_image_mode(cfg.image_mode or vlm.cfg.image_mode, **choices, **(dict(global_view=cfg.global_view) if cfg.global_view else {}))
     if cfg.projector and not checkpoint:
         load_connector(vlm.connector, cfg.projector)
-    vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode
     if cfg.stage == "finetune":                  # what a model is asked with later is the template of its conversations, not of its captions
         vlm.cfg.template = cfg.template or vlm.cfg.template
     return vlm, tok
@@ -366,7 +374,7 @@ def n_supervised(batch):
 
 
 def loss_of(vlm, batch, device):
-    return vlm(*(batch[k].to(device, non_blocking=True) for k in ("tokens", "pixels", "labels")))
+    return vlm(*(batch[k].to(device, non_blocking=True) for k in ("tokens", "pixels", "labels", "layout")))
 
 
 @contextlib.contextmanager
@@ -423,19 +431,20 @@ def answer(vlm, tok, questions, device, max_new_tokens=96, size=48):
     """Greedy answers to [([picture file, ...], text), ...] -> [(answer, whole), ...]; `whole` is False where the tokens ran out."""
     answers, by_length = [None] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
     for start in range(0, len(questions), size):
-        rows, prompts, pixels = by_length[start : start + size], [], []
+        rows, prompts, pictures = by_length[start : start + size], [], []
         for paths, text in (questions[i] for i in rows):
-            tiles, n_visual = zip(*(cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths)) if paths else ((), ())
+            cut = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
             text = text if "<image>" in text or not paths else "<image>" * len(paths) + "\n" + text
-            prompts.append(encode_prompt(tok, [("human", text)], vlm.cfg.template, n_visual))
-            pixels += tiles
+            prompts.append(encode_prompt(tok, [("human", text)], vlm.cfg.template, [len(layout) for _, layout in cut]))
+            pictures += cut
         lengths = [len(p) for p in prompts]
         room = min(max_new_tokens, vlm.cfg.decoder.block_size - max(lengths))
         if room < 1:
             raise UserError(f"a question of {max(lengths)} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
         tokens = torch.tensor([p + [tok.pad] * (max(lengths) - len(p)) for p in prompts], device=device)
         stop = set(stop_ids(tok, vlm.cfg.template))
-        new = vlm.generate(tokens, torch.cat(pixels).to(device) if pixels else None, room, lengths=lengths, stop=list(stop))
+        pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
+        new = vlm.generate(tokens, pixels, room, lengths=lengths, stop=list(stop), layout=layout)
         for i, ids in zip(rows, new.tolist()):
             end = next((k for k, t in enumerate(ids) if t in stop), None)
             text = tok.decode(ids[:end])
