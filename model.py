@@ -43,7 +43,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, find_tiling,
-                    grids_up_to, rename, tower_by_shapes, tower_tensors)
+                    picture_mode, rename, tower_by_shapes, tower_tensors)
 
 IGNORE = -100                        # the label of a token that is not supervised
 
@@ -716,39 +716,19 @@ def llava_hf_config(c, prep, own, towers):
     vision = replace(tower, feature_layer=take(c, "vision_feature_layer", int, -2),
                      mean=take(prep, "image_mean", tuple, tower.mean), std=take(prep, "image_std", tuple, tower.std))
     image = take(c, "image_token_id" if "image_token_id" in c else "image_token_index", int, 32000)
-    mode = take(c, "image_aspect_ratio", str, "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad")
-    if c.get("model_type") == "llava_next":
-        mode, vision = "anyres", with_pinpoints(vision, take(c, "image_grid_pinpoints", list, PINPOINTS), height_first=True)
-    return VLMConfig(vision, decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
+    mode, tiling = picture_mode(c, vision.image_size, "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad")
+    return VLMConfig(replace(vision, tiling=tiling), decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
                      image, take(c, "pad_token_id", int, image + 1), take(c, "bos_token_id", int, 1), take(c, "eos_token_id", int, 2),
                      mode, take({"template": default_template(c | {"mm_projector_type": "mlp"})}, "template", str))
-
-
-PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-
-
-def with_pinpoints(vision, sizes, height_first=False):
-    """LLaVA-NeXT's image_grid_pinpoints in pixels -> the tower with a tiling of these grids, if they are not the usual five.
-
-    The original reads them as (width, height), transformers the same list as (height, width): of equally good grids they take another one.
-    """
-    S = vision.image_size
-    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, int) and x > 0 and x % S == 0 for x in p) for p in sizes):
-        raise UserError(f"image_grid_pinpoints are {sizes!r}; they must be pairs of whole multiples of the tower's {S} px")
-    tiling = replace(TILINGS["anyres"], grids=[(a // S, b // S)[:: -1 if height_first else 1] for a, b in sizes])
-    return replace(vision, tiling=None if tiling == TILINGS["anyres"] else tiling)
 
 
 def original_llava_config(c, prep, own, towers):
     """liuhaotian/llava-*: a Llama's config with the fields mm_*. Its table may end before <image>, which the code puts behind it."""
     only(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     tower = towers[0] if towers else tower_by_shapes(part_of(own, "vision")) if own else VisionConfig()
-    mode = take(c, "image_aspect_ratio", str, "square")
-    if mode == "anyres":                                                    # LLaVA-NeXT
-        only({"mm_patch_merge_type": "flat"} | c, mm_patch_merge_type="spatial_unpad")
-        tower = with_pinpoints(tower, take(c, "image_grid_pinpoints", list, PINPOINTS))
-    return VLMConfig(replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2)), decoder_config(c | {"model_type": "llama"}),
-                     take(c, "mm_projector_type", str, "linear"), image_mode="crop" if mode == "square" else mode, template=default_template(c))
+    mode, tiling = picture_mode(c, tower.image_size)
+    return VLMConfig(replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2), tiling=tiling), decoder_config(c | {"model_type": "llama"}),
+                     take(c, "mm_projector_type", str, "linear"), image_mode=mode, template=default_template(c))
 
 
 def prismatic_config(c, prep, own, towers):
@@ -786,13 +766,9 @@ def internvl_config(c, prep, own, towers):
     only(c, ps_version="v2", downsample_ratio=0.5)
     decoder = decoder_config(take(c, "llm_config", dict))
     tower = replace(vision_config(c), feature_layer=take(c, "select_layer", int, -1), merge=2)
-    low, high, thumbnail = take(c, "min_dynamic_patch", int, 1), take(c, "max_dynamic_patch", int, 6), c.get("use_thumbnail", False)
-    if low > high:
-        raise UserError(f"min_dynamic_patch is {low}, max_dynamic_patch {high}; copy the file anew")
-    tiling = replace(TILINGS["internvl"], grids=[(i, j) for i, j in grids_up_to(high) if i * j >= low], global_view="last" if thumbnail else "none")
-    tower = replace(tower, image_size=take(c, "force_image_size", int, tower.image_size), tiling=None if tiling == TILINGS["internvl"] else tiling)
-    return VLMConfig(tower, decoder, "norm_gelu", decoder.vocab_size - 7, pad_token=2, image_mode="internvl" if c.get("dynamic_image_size") else "resize",
-                     template=default_template(c))
+    mode, tiling = picture_mode(c, tower.image_size)
+    tower = replace(tower, image_size=take(c, "force_image_size", int, tower.image_size), tiling=tiling)
+    return VLMConfig(tower, decoder, "norm_gelu", decoder.vocab_size - 7, pad_token=2, image_mode=mode, template=default_template(c))
 
 
 def own_config(c, prep, own, towers):

@@ -556,10 +556,37 @@ def center_crop(image, w, h):
     return image.crop((left, top, left + w, top + h))
 
 
-# ---- one thing that both floors above ask ----------------------------------------------------------------------------
+# ---- two things that data.py and model.py both ask --------------------------------------------------------------------
+
+def picture_mode(c, S, default="pad"):
+    """Fields of any public config.json, side of its tile in pixels -> image mode, and its Tiling where that is not the usual one of the mode.
+
+    LLaVA-NeXT's image_grid_pinpoints are pixels, which the original reads as (width, height) and transformers as (height, width): of
+    equally good grids they take another one. Absent fields mean the defaults of the code a config was written by.
+    """
+    mode, kind, is_int = c.get("image_aspect_ratio") or ("square" if "mm_hidden_size" in c else default), c.get("model_type"), lambda x: type(x) is int and x > 0
+    mode = "crop" if mode == "square" else mode
+    if kind == "llava_next" or mode == "anyres" and "mm_hidden_size" in c:
+        if kind != "llava_next" and c.get("mm_patch_merge_type") != "spatial_unpad":
+            raise UserError(f"mm_patch_merge_type is {c.get('mm_patch_merge_type', 'flat')!r}; only 'spatial_unpad' is implemented")
+        sizes = c.get("image_grid_pinpoints") or [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+        if not isinstance(sizes, list) or not all(isinstance(p, list) and len(p) == 2 and all(is_int(x) and x % S == 0 for x in p) for p in sizes):
+            raise UserError(f"image_grid_pinpoints are {sizes!r}; they must be pairs of whole multiples of the tower's {S} px")
+        mode, tiling = "anyres", replace(TILINGS["anyres"], grids=[(a // S, b // S)[:: -1 if kind == "llava_next" else 1] for a, b in sizes])
+    elif kind == "internvl_chat":
+        low, high = (c.get(name) or default for name, default in (("min_dynamic_patch", 1), ("max_dynamic_patch", 6)))
+        if not is_int(low) or not is_int(high) or low > high:
+            raise UserError(f"min_dynamic_patch is {low!r}, max_dynamic_patch {high!r}; they must be whole numbers, in this order")
+        mode, tiling = "internvl" if c.get("dynamic_image_size") else "resize", replace(
+            TILINGS["internvl"], grids=[(i, j) for i, j in grids_up_to(high) if i * j >= low], global_view="last" if c.get("use_thumbnail") else "none")
+    else:
+        return mode, None
+    return mode, None if tiling == TILINGS.get(mode) or mode in SQUARE else tiling
+
+
 
 def default_template(c):
-    """The conversation template that a model was trained with, by the fields of its config.json: here, because data.py and model.py both ask.
+    """The conversation template that a model was trained with, by the fields of its config.json.
 
     LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or Llama-2-chat, which need --template.
     """
