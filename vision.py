@@ -301,7 +301,8 @@ def tower_by_shapes(tensors, image_size=None, quick_gelu=True):
 def waves(grid, D):
     """Where a fresh position table starts: sines and cosines of row and column, (grid^2, D). Random rows as small as
     a fresh table's are drowned by the pixels of a bright patch; these are as large as what they stand beside."""
-    freq = math.pi * 2 ** torch.linspace(-1, math.log2(max(grid, 2) / 2), D // 4)       # from half a wave a side to one in two patches
+    device = torch.get_default_device()                                     # said, because transformers 5 makes linspace forget a `with device`
+    freq = math.pi * 2 ** torch.linspace(-1, math.log2(max(grid, 2) / 2), D // 4, device=device)    # from half a wave a side to one in two patches
     angle = (torch.arange(grid) + 0.5)[:, None] / grid * freq
     one = torch.cat([angle.sin(), angle.cos()], dim=1)                      # (grid, D/2)
     both = torch.cat([one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)], dim=-1).flatten(0, 1)
