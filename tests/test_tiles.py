@@ -407,3 +407,46 @@ def test_show_dims_what_is_dropped_and_draws_the_rest_as_it_is():
     margin = np.asarray((122, 116, 104), dtype=np.uint8)
     assert (sheet == margin // 4).all(-1).sum() == 2 * 12 * 192             # dropped
     assert (sheet == margin).all(-1).sum() == 2 * 10 * 96 + 2 * 4 * 192     # of the global view (2 x 2 rows are blended), and of two columns
+
+
+# ---- the experiment ----------------------------------------------------------------------------------------------------
+
+def test_small_words_are_drawn_small_and_nothing_else_changes(tmp_path):
+    usual, small = tmp_path / "usual", tmp_path / "small"
+    toyworld.write_world(usual, 12, 4, 96)
+    toyworld.write_world(small, 12, 4, 96, words=0.5)
+    n_changed = 0
+    for name in sorted(p.name for p in (usual / "images").iterdir()):
+        rng = random.Random(f"0 {name[:-10]} {int(name[-9:-4])}")
+        sign = toyworld.random_scene(rng, held_out=name.startswith("val")).sign
+        a, b = (np.asarray(Image.open(world / "images" / name)).astype(int) for world in (usual, small))
+        rows, columns = np.nonzero((a != b).any(-1))
+        assert bool(len(rows)) == bool(sign), name
+        if sign:
+            x1, y1, x2, y2 = (v * 96 for v in sign.box)
+            assert x1 - 2 <= columns.min() and columns.max() <= x2 + 2 and y1 - 2 <= rows.min() and rows.max() <= y2 + 2
+            n_changed += 1
+    assert n_changed and (usual / "train.json").read_bytes() == (small / "train.json").read_bytes()
+    assert "words" not in json.loads((usual / "world.json").read_text())
+
+
+def test_the_hd_experiment_gives_every_way_the_same_budget_of_tokens_and_repeats_no_finished_run(tmp_path, monkeypatch, capsys):
+    import lab
+    seen = []
+
+    def pretend(argv):
+        flags = dict(zip(argv[::2], argv[1::2]))
+        seen.append(flags)
+        Path(flags["--out"]).mkdir(parents=True)
+        rows = {name: {"accuracy": 0.5 + 0.1 * int(flags["--seed"])} for name in ("reading", "all")}
+        (Path(flags["--out"]) / "results.json").write_text(json.dumps({"table": rows}))
+
+    monkeypatch.setattr(train, "main", pretend)
+    for _ in range(2):
+        assert lab.main(["hd", "--out", str(tmp_path / "hd"), "--tokens", "50000", "--pictures", "32", "--seeds", "3"]) == 0
+    assert [(f["--image-mode"], f.get("--global-view"), f["--seed"]) for f in seen] == [
+        (mode, view, str(seed)) for mode, view in (("pad", None), ("hd", None), ("hd", "none")) for seed in range(3)]
+    lengths = [float(line.split(": ")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "tokens a record" in line][:3]
+    assert lengths[1] - lengths[0] == pytest.approx(4 * 64 + 16, abs=1) and lengths[1] - lengths[2] == pytest.approx(64, abs=1)
+    for f, length in zip(seen[::3], lengths):
+        assert int(f["--max-steps"]) * 16 * length == pytest.approx(50000, rel=0.1)
