@@ -113,6 +113,7 @@ PRESETS = {
         VisionConfig(image_size=64, patch_size=8, n_embd=192, n_layer=5, n_head=6, n_hidden=768, feature_layer=-1),
         DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024)),
     "llava-1.5-7b": VLMConfig(decoder=DecoderConfig(vocab_size=32064)),
+    "llava-1.5-hd-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), image_mode="hd"),        # never released: the paper's A.1
     "llava-1.5-13b": VLMConfig(decoder=DecoderConfig(vocab_size=32064, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824)),
 }
 
@@ -785,9 +786,11 @@ def part_of(own, part):
 
 
 def fits_llava(cfg):
-    """Whether the llava-hf layout can hold the model: a CLIP, a Llama, one of LLaVA's two connectors, and one tile or LLaVA-NeXT's way to cut several."""
+    """Whether the llava-hf layout can hold the model: a CLIP, a Llama, one of LLaVA's two connectors, and one tile, or several as LLaVA-NeXT
+    cuts them."""
     v, clip, tiling = cfg.vision, TOWERS["clip_vision_model"], find_tiling(cfg.vision, cfg.image_mode)
-    return (not cfg.vision2 and (not tiling or replace(tiling, grids=TILINGS["anyres"].grids) == TILINGS["anyres"] and cfg.connector == "mlp2x_gelu") and cfg.connector in ("linear", "mlp2x_gelu")
+    several = tiling and (replace(tiling, grids=TILINGS["anyres"].grids) != TILINGS["anyres"] or cfg.connector != "mlp2x_gelu")
+    return (not cfg.vision2 and not several and cfg.connector in ("linear", "mlp2x_gelu")
             and all(getattr(v, name) == getattr(clip, name) for name in ("class_token", "n_register", "pre_norm", "patch_bias", "layer_scale",
                                                                          "final_norm", "rms_norm", "merge")))
 

@@ -104,6 +104,7 @@ RECIPES = {
     ("llava-1.5-7b", "pretrain"): dict(lr=1e-3, batch_size=256, clip=math.inf, image_mode="crop", max_length=2048),
     ("llava-1.5-7b", "finetune"): dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048),
 }
+RECIPES |= {("llava-1.5-hd-7b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}     # stage 1 sees no tiles either
 RECIPES |= {("llava-1.5-13b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}
 FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "eval_limit", "save_every", "eval_every"}   # on --resume
 
@@ -364,7 +365,8 @@ def backward(vlm, micro, device, autocast=contextlib.nullcontext()):
         if n_micro:                                                         # else all its records were skipped
             with autocast:
                 part = loss_of(vlm, m, device) * (n_micro / sum(n))         # the model's mean, back to a share of the step's
-            part.backward()
+            if part.requires_grad:                                          # else text alone, and only the connector learns
+                part.backward()
             loss += part.detach()
     return loss.item() if sum(n) else None, sum(n)
 

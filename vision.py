@@ -565,7 +565,8 @@ def picture_mode(c, S, default="pad"):
     LLaVA-NeXT's image_grid_pinpoints are pixels, which the original reads as (width, height) and transformers as (height, width): of
     equally good grids they take another one. Absent fields mean the defaults of the code a config was written by.
     """
-    mode, kind, is_int = c.get("image_aspect_ratio") or ("square" if "mm_hidden_size" in c else default), c.get("model_type"), lambda x: type(x) is int and x > 0
+    kind, is_int = c.get("model_type"), lambda x: type(x) is int and x > 0
+    mode = c.get("image_aspect_ratio") or ("square" if "mm_hidden_size" in c else default)
     mode = "crop" if mode == "square" else mode
     if kind == "llava_next" or mode == "anyres" and "mm_hidden_size" in c:
         if kind != "llava_next" and c.get("mm_patch_merge_type") != "spatial_unpad":

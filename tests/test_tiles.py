@@ -16,7 +16,7 @@ import sample
 import toyworld
 import train
 from data import Examples, Records, Tokenizer, collate, encode_prompt
-from model import VLM, Connector, DecoderConfig, VLMConfig, info, read_config, save_processor
+from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig, info, read_config, save_processor
 from vision import MODES, TILINGS, UserError, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join, normalize
 
 transformers = pytest.importorskip("transformers")
@@ -275,6 +275,21 @@ def test_the_tower_looks_at_each_tile_once_and_not_at_all_for_text_alone(records
         batch = collate([examples[i] for i in rows], tok.pad)
         train.loss_of(vlm, batch, torch.device("cpu")).backward()
     assert seen == [len(examples[0]["pixels"]), len(examples[2]["pixels"])]
+
+
+def test_text_alone_teaches_a_connector_nothing_and_stops_nobody(records, tok):
+    vlm = tiny(tok, "hd")
+    vlm.requires_grad_(False).connector.requires_grad_(True)
+    batch = collate([Examples(records, tok, "vicuna_v1", vlm.cfg.vision, "hd", 1024)[1]], tok.pad)
+    loss, n = train.backward(vlm, [batch], torch.device("cpu"))
+    assert loss > 0 and n > 0 and vlm.connector.row_end.grad is None
+
+
+def test_llava_1_5_hd_takes_up_to_1824_visual_tokens_and_learns_its_connector_without_tiles():
+    cfg = PRESETS["llava-1.5-hd-7b"]
+    counts = [len(cut_tiles(Image.new("RGB", size), cfg.vision, cfg.image_mode)[1]) for size in ((672, 448), (640, 480), (2000, 900))]
+    assert (cfg.vision.n_token, counts[:2]) == (256, [1824, 1632]) and max(counts) == 1824
+    assert train.RECIPES["llava-1.5-hd-7b", "pretrain"]["image_mode"] == "crop" and "image_mode" not in train.RECIPES["llava-1.5-hd-7b", "finetune"]
 
 
 def test_training_and_sampling_count_the_same_tokens(records, tok):
