@@ -301,7 +301,8 @@ def build(cfg, checkpoint=None):
         shuffle = cfg.image_mode == "internvl"                              # whose pixel shuffle and connector belong to the mode
         towers = [replace(t, image_size=cfg.image_size or towers[-1].image_size, merge=2 if shuffle else t.merge) for t in towers]
         decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
-        vlm = VLM(replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector="fused_gelu" if towers[1:] else "norm_gelu" if shuffle else preset.connector,
+        connector = "fused_gelu" if towers[1:] else "norm_gelu" if shuffle else preset.connector
+        vlm = VLM(replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector=connector,
                           decoder=replace(decoder, vocab_size=tok.vocab_size),
                           image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos))
         for tower, path in zip((vlm.vision, *([vlm.vision2] if towers[1:] else [])), paths):

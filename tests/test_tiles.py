@@ -347,8 +347,8 @@ def go(tok, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(mode, *flags, out, model="start", steps=4):
-        base = ["--model", model, "--data", "world/train.json", "--batch-size", 4, "--max-steps", steps, "--save-every", 2, "--lr", "3e-3", "--image-mode", mode,
-                "--workers", 0, "--out", out, "--eval-every", 0, "--device", "cpu"]
+        base = ["--model", model, "--data", "world/train.json", "--batch-size", 4, "--max-steps", steps, "--save-every", 2, "--lr", "3e-3",
+                "--image-mode", mode, "--workers", 0, "--out", out, "--eval-every", 0, "--device", "cpu"]
         return data.run(lambda: train.main([str(x) for x in (*base, *flags)]))
     return run
 
@@ -402,7 +402,8 @@ def test_what_cannot_be_is_one_line(go, capfd):
 @pytest.mark.parametrize("mode", MODES)
 def test_show_draws_every_tile_with_its_positions_and_row_ends(tmp_path, records, tok, mode, capsys):
     save(tiny(tok, mode), tok, tmp_path / "m")
-    assert data.main(["show", str(records.path), "--image-root", str(tmp_path), "--model", str(tmp_path / "m"), "--id", "2", "--out", str(tmp_path / "s.png")]) == 0
+    flags = {"--image-root": tmp_path, "--model": tmp_path / "m", "--id": "2", "--out": tmp_path / "s.png"}
+    assert data.main(["show", str(records.path), *(str(x) for pair in flags.items() for x in pair)]) == 0
     text, cfg = capsys.readouterr().out, tiny(tok, mode).cfg.vision
     cut = [cut_tiles(noise(*size), cfg, mode) for size in MIXED[2]]
     for (tiles, layout), name in zip(cut, ("20.png", "21.png", "22.png")):
