@@ -2,9 +2,9 @@
 
 The way of a record:
     FILE  --Records-->  {"id", "images": [name, ...], "turns": [("human", "<image>\\nWhat is this?"), ("gpt", "A cat."), ...]}
-      --vision.py-->  tiles (n, 3, S, S) uint8, and for every picture the number of visual tokens it will become
+      --vision.py-->  tiles (n, 3, S, S) uint8, and their layout (M, 2): the M visual tokens they will become
       --encode_conversation-->  tokens (T,) and labels (T,); a picture is a run of that many image-token ids
-      --collate-->  tokens (B, T), labels (B, T), pixels (N, 3, S, S), padded on the right
+      --collate-->  tokens (B, T), labels (B, T), padded on the right; pixels (N, 3, S, S) and layout (M, 2) of all pictures in a row
 Labels stand under their own token (the model shifts them): the token's id where it is supervised, IGNORE elsewhere. A position is
 marked when its text is appended, so nothing is tokenised twice, compared or guessed afterwards.
 
@@ -33,14 +33,14 @@ import re
 import sys
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, groupby
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -573,11 +573,8 @@ class Examples(Dataset):
         try:
             record = self.records[i]
             stage = "picture"
-            pixels, n_visual = [torch.empty((0, 3, S, S), dtype=torch.uint8)], []
-            for name in record["images"]:
-                tiles, n = vision.cut_tiles(vision.open_image(self.records.image_path(name)), self.vision_cfg, self.image_mode)
-                pixels.append(tiles)
-                n_visual.append(n)
+            pictures = [vision.cut_tiles(vision.open_image(self.records.image_path(name)), self.vision_cfg, self.image_mode) for name in record["images"]]
+            n_visual = [len(layout) for _, layout in pictures]
             stage = "conversation"
             tokens, labels = encode_conversation(self.tok, record["turns"], self.template, n_visual)
             if len(tokens) > self.max_length:                              # nothing is cut: half a picture or half an answer teaches nonsense
@@ -590,9 +587,14 @@ class Examples(Dataset):
             if self.bad == "stop":
                 raise UserError(reason) from None
             return {"skipped": reason, "stage": stage, "id": record["id"], "index": i}
-        return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "pixels": torch.cat(pixels),
+        pixels, layout = vision.join(pictures or [no_picture(S)])
+        return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "pixels": pixels, "layout": layout, "n_visual": n_visual,
                 "n_picture": len(n_visual), "marker_is_text": not n_visual and any("<image>" in text for _, text in record["turns"]),
                 "id": record["id"], "index": i}
+
+
+def no_picture(S):
+    return torch.empty((0, 3, S, S), dtype=torch.uint8), torch.empty((0, 2), dtype=torch.int64)
 
 
 def collate(examples, pad):
@@ -604,8 +606,8 @@ def collate(examples, pad):
     for row, e in enumerate(used):
         tokens[row, : lengths[row]] = e["tokens"]
         labels[row, : lengths[row]] = e["labels"]
-    pixels = torch.cat([e["pixels"] for e in used]) if used else torch.empty((0, 3, 0, 0), dtype=torch.uint8)  # (N, 3, S, S)
-    return {"tokens": tokens, "labels": labels, "pixels": pixels, "lengths": lengths, "ids": [e["id"] for e in used],
+    pixels, layout = vision.join([(e["pixels"], e["layout"]) for e in used] or [no_picture(0)])         # (N, 3, S, S), (M, 2)
+    return {"tokens": tokens, "labels": labels, "pixels": pixels, "layout": layout, "lengths": lengths, "ids": [e["id"] for e in used],
             "skipped": [e["skipped"] for e in examples if "skipped" in e]}
 
 
@@ -620,7 +622,7 @@ def show(args):
     example, tok, cfg = examples[i], examples.tok, examples.vision_cfg
     tokens, labels = example["tokens"].tolist(), example["labels"].tolist()
     print(records.where(i, example["id"]))
-    print(f"template {examples.template}, pictures {cfg.image_size} px in patches of {cfg.patch_size} px, mode {args.image_mode}")
+    print(f"template {examples.template}, pictures {cfg.image_size} px in patches of {cfg.patch_size} px, mode {examples.image_mode}")
     print(f"{'position':>11} {'id':>6} {'label':>6}  piece")
     for _, run in groupby(range(len(tokens)), lambda k: -1 if tokens[k] == tok.image else k):   # a picture's tokens in one line
         at, n = next(run), 1 + sum(1 for _ in run)
@@ -629,13 +631,69 @@ def show(args):
     n_label = sum(label != IGNORE for label in labels)
     print(f"{len(tokens)} tokens, {tokens.count(tok.image)} of them visual, {n_label} supervised (those with a label)")
     if len(example["pixels"]):
-        tiles = example["pixels"].permute(2, 0, 3, 1).flatten(1, 2)        # (n, 3, S, S) -> (S, n*S, 3), side by side
+        place, at, drawn = [k for k, token in enumerate(tokens) if token == tok.image], 0, []
+        for name, n in zip(records[i]["images"], example["n_visual"]):
+            layout, where = example["layout"][at : at + n], place[at : at + n]
+            seen, at = layout[layout[:, 0] >= 0], at + n
+            print(f"{name}: {len(seen[:, 0].unique())} tiles, {n} visual tokens, {n - len(seen)} of them row ends")
+            drawn.append(draw_picture(example["pixels"], layout, where, cfg))
         try:
-            Image.fromarray(tiles.numpy()).save(args.out)
+            stack(drawn).save(args.out)
         except (OSError, ValueError) as error:
             raise UserError(f"--out {args.out}: cannot be written ({error}); give a path that ends in .png") from None
         print(f"tiles saved as {args.out}")
     return 0
+
+
+def draw_picture(pixels, layout, place, cfg, width=1600):
+    """One picture as the network meets it: its tiles in the order of their tokens, patches that were dropped as padding dark, a red bar for
+    each row end, and where in the text each tile or row begins and ends. Tiles that share rows stand on one canvas.
+
+    pixels (n, 3, S, S) of the record, layout (M, 2) of the picture, `place` (M,) the position of each of its tokens in the text.
+    """
+    S, g, P = cfg.image_size, cfg.grid // cfg.merge, cfg.patch_size * cfg.merge
+    rows, n = [tuple(row) for row in layout.tolist()], g * g
+    seen = torch.zeros(len(pixels), n, dtype=torch.bool)
+    seen[[tile for tile, _ in rows if tile >= 0], [patch for tile, patch in rows if tile >= 0]] = True
+    seen = seen.view(-1, g, 1, g, 1).expand(-1, g, P, g, P).reshape(-1, 1, g * P, g * P)
+    seen = torch.nn.functional.pad(seen, (0, S - g * P, 0, S - g * P))
+    tiles = torch.where(seen, pixels, pixels // 4).permute(0, 2, 3, 1).numpy()
+    alone = {i for i, (tile, patch) in enumerate(rows) if tile >= 0 and not patch and rows[i : i + n] == [(tile, k) for k in range(n)]}
+    cuts = sorted({0, len(rows)} | alone | {i + n for i in alone})
+    blocks = []
+    for start, end in zip(cuts, cuts[1:]):
+        ends = [k for k in range(start, end) if rows[k][0] < 0]
+        order = list(dict.fromkeys(tile for tile, _ in rows[start:end] if tile >= 0))
+        columns = len({tile for tile, _ in rows[start : ends[0]]}) if ends else 1
+        if not order:                                                       # a picture so thin that of its map only row ends are left
+            continue
+        corner = {tile: (i % columns * (S + 2), 16 + i // columns * (S + 2)) for i, tile in enumerate(order)}
+        block = Image.new("RGB", (columns * (S + 2) + (80 if ends else 2), 18 + -(-len(order) // columns) * (S + 2)), "#303030")
+        pen = ImageDraw.Draw(block)
+        pen.text((2, 2), f"{place[start]}..{place[end - 1]}", fill="white", font_size=11)
+        for tile, spot in corner.items():
+            block.paste(Image.fromarray(tiles[tile]), spot)
+        for begin, k in zip([start] + [k + 1 for k in ends], ends):
+            (tile, patch), x = rows[k - 1], columns * (S + 2)
+            y = corner[tile][1] + patch // g * P
+            pen.rectangle((x + 1, y + 1, x + 6, y + P - 2), fill="#f03030")
+            pen.text((x + 10, y), f"{place[begin]}..{place[k]}", fill="#d0d0d0", font_size=10)
+        blocks.append(block)
+    return stack(blocks, width)
+
+
+def stack(images, width=0):
+    """Pictures one below the other, or beside each other as far as the width goes."""
+    spots, x, y, low = [], 0, 0, 0
+    for image in images:
+        if x and x + image.width > width:
+            x, y = 0, low
+        spots.append((x, y))
+        x, low = x + image.width, max(low, y + image.height)
+    sheet = Image.new("RGB", (max(x + image.width for (x, _), image in zip(spots, images)), low), "#303030")
+    for spot, image in zip(spots, images):
+        sheet.paste(image, spot)
+    return sheet
 
 
 def check(args):
@@ -674,10 +732,17 @@ def check(args):
 def open_examples(args, bad):
     """The file as training with this model would read it. A config.json that says nothing of pictures, as a language model's, means the toy's."""
     config, records = read_json(Path(args.model) / "config.json"), Records(args.file, args.image_root)
-    tower = config.get("vision_config", {})
-    tower = vision.VisionConfig(image_size=tower.get("image_size", 96), patch_size=tower.get("patch_size", 12))
+    if config.get("model_type") == "plainvlm":
+        tower, mode = vision.VisionConfig(**config["vision"]), config["image_mode"]
+    else:
+        sizes = config.get("vision_config", {"image_size": 336, "patch_size": 14} if "mm_hidden_size" in config else {})
+        tower = vision.VisionConfig(image_size=config.get("force_image_size") or sizes.get("image_size", 96), patch_size=sizes.get("patch_size", 12),
+                                    merge=2 if config.get("model_type") == "internvl_chat" else 1)
+        mode, tiling = vision.picture_mode(config, tower.image_size)
+        preset = args.image_mode == "internvl" and not sizes                # which train.py gives pixel shuffle
+        tower = replace(tower, tiling=tiling, merge=2 if preset else tower.merge)
     template = args.template or default_template(config)
-    return records, Examples(records, Tokenizer(args.model), template, tower, args.image_mode, args.max_length, bad)
+    return records, Examples(records, Tokenizer(args.model), template, tower, args.image_mode or mode, args.max_length, bad)
 
 
 def parse_args(parser, argv):
@@ -720,12 +785,12 @@ def main(argv=None):
         sub.add_argument("--image-root", help="folder that the picture names in FILE start from")
         sub.add_argument("--model", default=str(Path(__file__).parent / "assets" / "toy-vicuna"), help="folder with tokenizer.model and config.json")
         sub.add_argument("--template", default="", help=f"how turns become text: {', '.join(TEMPLATES)}; empty: the model's own")
-        sub.add_argument("--image-mode", default="pad", choices=vision.MODES, help="how a picture becomes square")
+        sub.add_argument("--image-mode", default="", choices=["", *vision.MODES], help="how a picture becomes tiles; empty: the model's own")
         sub.add_argument("--max-length", type=int, default=2048, help="tokens; a longer record counts as wrong")
         if program is show:
             sub.add_argument("--index", type=int, default=0, help="which record, counted from 0")
             sub.add_argument("--id", help="which record, by its id")
-            sub.add_argument("--out", default="show.png", help="file for the tiles, side by side")
+            sub.add_argument("--out", default="show.png", help="file for the tiles, as the network meets them")
         else:
             sub.add_argument("--limit", type=int, default=0, help="records to read at most, 0 for all")
             sub.add_argument("--workers", type=int, default=0, help="processes that open pictures beside this one")

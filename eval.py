@@ -51,10 +51,10 @@ from tqdm import tqdm
 
 import toyworld
 from data import Tokenizer, cut_at_stop, encode_prompt, parse_args, run, stop_ids
-from model import VLM, check_tokenizer, write_whole
+from model import VLM, check_image_mode, check_tokenizer, write_whole
 from toyworld import COT, INSUFFICIENT, LETTER, SHORT
 from train import Flags, iou, one_of, pick_device
-from vision import MODES, UserError, cut_tiles, open_image
+from vision import MODES, UserError, cut_tiles, join, open_image
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -208,23 +208,23 @@ class Model:
         self.tok, self.name = Tokenizer(directory), str(directory)
         check_tokenizer(self.vlm, self.tok)
         self.template, self.mode = cfg.template or self.vlm.cfg.template, cfg.image_mode or self.vlm.cfg.image_mode
+        check_image_mode(self.vlm, self.mode, directory)
         self.family = "internvl" if self.template.startswith("intern") else "prismatic" if self.template.startswith("prism_") else "llava"
         self.longest = self.vlm.cfg.decoder.block_size
         self.stop = stop_ids(self.tok, self.template)
 
     def encode(self, turns, pictures):
-        """-> prompt ids (T,), tiles (n, 3, S, S) or None"""
+        """-> prompt ids (T,), (tiles (n, 3, S, S), layout (M, 2)) or None"""
         cut = [cut_tiles(open_picture(p), self.vlm.cfg.vision, self.mode) for p in pictures]
-        tiles = torch.cat([t for t, _ in cut]) if cut else None
         words = [(role, text.replace("<image>", "image") if cut else text) for role, text in turns]      # a benchmark's text has no places for pictures
         words[0] = ("human", "<image>" * len(cut) + "\n" * bool(cut) + words[0][1])
-        return encode_prompt(self.tok, words, self.template, [n for _, n in cut]), tiles
+        return encode_prompt(self.tok, words, self.template, [len(layout) for _, layout in cut]), join(cut) if cut else None
 
     def generate(self, encoded, room):
-        """Greedy answers to [(ids, tiles), ...] of any lengths -> [(text, whole), ...]; `whole` is False where `room` tokens did not do."""
-        tokens, pixels, lengths, shared = self.batch(encoded)
+        """Greedy answers to [(ids, pictures), ...] of any lengths -> [(text, whole), ...]; `whole` is False where `room` tokens did not do."""
+        tokens, lengths, pictures = self.batch(encoded)
         answers = []
-        for ids in self.vlm.generate(tokens, pixels, room, lengths=lengths, stop=self.stop, shared=shared).tolist():
+        for ids in self.vlm.generate(tokens, max_new_tokens=room, lengths=lengths, stop=self.stop, **pictures).tolist():
             end = next((k for k, t in enumerate(ids) if t in self.stop), None)
             text = self.tok.decode(ids[:end])
             kept = cut_at_stop(text, self.template)
@@ -237,23 +237,24 @@ class Model:
         ids = [self.tok.encode(c) for c in candidates]
         if wrong := [c for c, i in zip(candidates, ids) if len(i) != 1]:
             raise UserError(f"--likelihood: {wrong[0]!r} is not one token of {self.tok.path}; use --no-likelihood")
-        tokens, pixels, lengths, shared = self.batch(encoded)
+        tokens, lengths, pictures = self.batch(encoded)
         cache = self.vlm.decoder.new_cache(*tokens.shape)
-        h, begun = self.vlm.prefill(tokens, pixels, cache, shared)          # (B, T - begun, D)
+        h, begun = self.vlm.prefill(tokens, cache=cache, **pictures)        # (B, T - begun, D)
         logits = self.vlm.decoder.lm_head(h[torch.arange(len(lengths)), torch.tensor(lengths) - 1 - begun]).float()
         p = logits[:, [i for i, in ids]].softmax(-1).cpu()                  # (B, candidates): the rest of the vocabulary divides out
         return [(candidates[int(row.argmax())], [round(x, 6) for x in row.tolist()]) for row in p]
 
     def batch(self, encoded):
-        """-> tokens (B, T), pixels, lengths, shared: where all rows begin alike up to a picture, each picture is looked at once."""
+        """-> tokens (B, T), lengths, {pixels, layout, shared}: where all rows begin alike up to a picture, each picture is looked at once."""
         lengths = [len(ids) for ids, _ in encoded]
         tokens = torch.tensor([ids + [self.tok.pad] * (max(lengths) - len(ids)) for ids, _ in encoded], device=self.device)
-        tiles, shared, known = [t for _, t in encoded if t is not None], None, {}
+        pictures, shared, known = [p for _, p in encoded if p is not None], None, {}
         begun = {len(ids) - ids[::-1].index(self.tok.image) if self.tok.image in ids else 0 for ids, _ in encoded}
-        if len(begun) == 1 and len(tiles) == len(encoded) > 1:
-            shared = [known.setdefault((tuple(ids[: max(begun)]), t.numpy().tobytes()), len(known)) for ids, t in encoded]
-            tiles = [encoded[shared.index(i)][1] for i in range(len(known))]
-        return tokens, torch.cat(tiles).to(self.device) if tiles else None, lengths, shared
+        if len(begun) == 1 and len(pictures) == len(encoded) > 1:
+            shared = [known.setdefault((tuple(ids[: max(begun)]), *(t.numpy().tobytes() for t in p)), len(known)) for ids, p in encoded]
+            pictures = [encoded[shared.index(i)][1] for i in range(len(known))]
+        pixels, layout = (x.to(self.device) for x in join(pictures)) if pictures else (None, None)
+        return tokens, lengths, {"pixels": pixels, "layout": layout, "shared": shared}
 
 
 def ask(model, bench, items, modes, cfg, out):
@@ -1962,7 +1963,7 @@ def parse(argv):
     add("--vision", metavar="DIR[,DIR]", help="tower of a model that was published without")
     add("--llm", metavar="DIR", help="base of a LoRA")
     add("--template", default="", help="conversation template; empty: the model's own")
-    add("--image-mode", default="", help="pad, letterbox, crop or resize; empty: the model's own")
+    add("--image-mode", default="", help=f"{', '.join(MODES)}; empty: the model's own")
     add("--batch-size", type=int, default=32, metavar="N", help="questions answered at once (default 32)")
     add("--max-new-tokens", type=int, default=0, metavar="N", help="longest answer in tokens (default 0: the benchmark's, 16 to 1024)")
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default auto)")

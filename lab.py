@@ -16,12 +16,22 @@ toy-vicuna  A Llama that has never seen a picture, trained on pictures that are 
             (A real Vicuna learned to read from text alone, and LLaVA needs 1.2 million conversations to show it pictures.)
 
 Both learn from training scenes only: no (kind, color) pair of toyworld.UNSEEN is ever drawn or named.
+
+hd          The toy world with words that one tile of 96 px cannot show, trained with `pad`, with LLaVA-1.5-HD's tiles, and with these but
+            without the global view, at the same budget of training tokens: held-out accuracy, mean and standard deviation over seeds
+            (the paper's own ablation, arXiv:2310.03744v2, A.1). Runs that are finished are not repeated.
+tile-speed  Training tokens/s of the decoder with HD's packing and without, at equal sequence length and equally many tiles.
+
+    python lab.py hd --out out/hd --tokens 3000000 --seeds 3
+    python lab.py tile-speed
 """
 
 import argparse
+import json
 import math
 import random
 import re
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -34,10 +44,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import toyworld
-from data import IGNORE, Tokenizer, encode_conversation, parse_args, run
-from model import PRESETS, Decoder, clip_json, init_weights, llama_json, rename, LLAMA_NAMES, write_model
+import train
+from data import IGNORE, Examples, Records, Tokenizer, encode_conversation, parse_args, run
+from model import PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, rename, LLAMA_NAMES, write_model
 from train import is_right
-from vision import CLIP_NAMES, ViT
+from vision import CLIP_NAMES, TILINGS, UserError, ViT, cut_tiles, join
 
 ATTRIBUTES = ("size", "color", "kind", "place", "word")
 VALUES = (toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
@@ -47,14 +58,22 @@ NOTHING, UNSURE = -1, -2                         # of a patch that shows none of
 
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("what", choices=["ingredients"], help="ingredients: make toy-clip and toy-vicuna")
-    cli.add_argument("--out", default="assets", help="folder to write them to (default assets)")
+    cli.add_argument("what", choices=["ingredients", "hd", "tile-speed"], help="ingredients: make toy-clip and toy-vicuna; hd, tile-speed: see above")
+    cli.add_argument("--out", default="", help="folder to write to (default assets, of hd out/hd)")
     cli.add_argument("--clip-steps", type=int, default=3000, help="steps of 48 pictures (default 3000)")
     cli.add_argument("--vicuna-steps", type=int, default=3000, help="steps of 32 texts (default 3000)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna"], help="make one of the two")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
+    cli.add_argument("--tokens", type=int, default=3_000_000, help="hd: training tokens of each run (default 3000000)")
+    cli.add_argument("--seeds", type=int, default=3, help="hd: runs of each kind (default 3)")
+    cli.add_argument("--eval-limit", type=int, default=0, help="hd: answer only this many of the held-out questions; 0: all (default 0)")
+    cli.add_argument("--pictures", type=int, default=6000, help="hd: training pictures (default 6000)")
     cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
-    out = Path(cfg.out)
+    if cfg.what == "hd":
+        return hd(Path(cfg.out or "out/hd"), cfg)
+    if cfg.what == "tile-speed":
+        return tile_speed()
+    out = Path(cfg.out or "assets")
     (out / "toy-vicuna").mkdir(parents=True, exist_ok=True)
     if not (out / "toy-vicuna/tokenizer.model").exists() or not cfg.only:
         toyworld.train_tokenizer(out / "toy-vicuna/tokenizer.model")
@@ -348,6 +367,81 @@ def told(decoder, tok, n=64):
         answers = [[i for i in labels if i != IGNORE] for _, labels, _ in lessons]
         wins[category] = sum(is_right(tok.decode(g[:-1]), tok.decode(a[:-1])) for g, a in zip(guesses, answers)) / len(answers)
     return wins
+
+
+# ---- hd ----------------------------------------------------------------------------------------------------------------
+
+WAYS = {"pad": ("pad", {}), "hd": ("hd", {}), "hd, no global view": ("hd", {"global_view": "none"})}
+
+
+def hd(out, cfg, batch_size=16, size=192, words=0.5):
+    """Signs of a 192 px picture are as large as those of the usual 96 px world where two by two tiles show it, half as large in one tile."""
+    if cfg.seeds < 1 or cfg.tokens < 1 or cfg.pictures < batch_size:
+        raise UserError(f"--seeds {cfg.seeds}, --tokens {cfg.tokens}, --pictures {cfg.pictures}: at least 1, 1 and {batch_size} are needed")
+    world = out / f"world-{cfg.pictures}"
+    toyworld.write_world(world, cfg.pictures, 240, size, 0, words)
+    records, tok, tables = Records(world / "train.json", world), Tokenizer(train.TOY["llm"]), {}
+    for way, (mode, choices) in WAYS.items():
+        tower = replace(PRESETS["toy"].vision, tiling=replace(TILINGS[mode], **choices) if choices else None)
+        some = Examples(records, tok, "vicuna_v1", tower, mode, PRESETS["toy"].decoder.block_size)
+        length = statistics.mean(len(some[i]["tokens"]) for i in range(0, len(some), max(1, len(some) // 200)))
+        steps = max(1, round(cfg.tokens / length / batch_size))
+        print(f"{way}: {length:.0f} tokens a record, {steps} steps", flush=True)
+        for seed in range(cfg.seeds):
+            run_dir = out / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
+            if not (run_dir / "results.json").exists():
+                flags = {"stage": "finetune", "data": world / "train.json", "image-mode": mode, "batch-size": batch_size, "max-steps": steps, "seed": seed,
+                         "out": run_dir, "eval-every": 0, "save-every": 0, "eval-limit": cfg.eval_limit} | {name.replace("_", "-"): value for name, value in choices.items()}
+                if code := train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))]):
+                    return code
+            tables.setdefault(way, []).append(json.loads((run_dir / "results.json").read_text())["table"])
+    said = [f"{'':14s}" + "".join(f"{way:>22s}" for way in tables)]
+    for category in tables["pad"][0]:
+        said.append(f"{category:14s}" + "".join(f"{statistics.mean(a):15.1%} +- {statistics.stdev(a) if len(a) > 1 else 0:4.1%}" for a in (
+            [table[category]["accuracy"] for table in runs] for runs in tables.values())))
+    print(f"\nheld-out accuracy, mean +- standard deviation of {cfg.seeds} seeds, {cfg.tokens:,} training tokens each\n" + "\n".join(said))
+    (out / "hd.json").write_text(json.dumps({"tokens": cfg.tokens, "pictures": cfg.pictures, "tables": tables}, indent=1))
+    return 0
+
+
+def tile_speed(B=8, size=192, rounds=15):
+    """One training step of the toy from tokens to gradients, HD against as many whole pictures of one tile, at the same sequence length.
+
+    In processor time, which is the same on a busy machine.
+    """
+    vlm, rng = VLM(PRESETS["toy"]), np.random.default_rng(0)
+    vlm.vision.requires_grad_(False)
+    picture = train.Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+    batches = {}
+    for mode, n in ("pad", 5), ("hd", 1):
+        tower = vlm.cfg.vision
+        pixels, layout = join([cut_tiles(picture, tower, mode)] * (n * B))
+        batches[mode] = pixels, layout
+    T = 64 + max(len(layout) for _, layout in batches.values()) // B
+    seconds = {name: [] for name in ("pad", "hd", "tower")}
+    for _ in range(rounds):                                                 # in turns, so that what else runs here slows them alike
+        for mode, (pixels, layout) in batches.items():
+            vlm.set_image_mode(mode)
+            tokens = torch.full((B, T), 5)
+            tokens[:, 1 : 1 + len(layout) // B] = vlm.cfg.image_token
+            labels = torch.where(tokens == 5, tokens, IGNORE)
+            labels[:, : T - 40] = IGNORE                                    # as many supervised tokens in both
+            began = time.process_time()
+            vlm(tokens, pixels, labels, layout).backward()
+            seconds[mode].append(time.process_time() - began)
+            vlm.zero_grad(set_to_none=True)
+        began = time.process_time()
+        with torch.no_grad():
+            vlm.vision(pixels)
+        seconds["tower"].append(time.process_time() - began)
+    tower, mid = statistics.median(seconds["tower"]), statistics.median
+    print(f"{B} records of {T} tokens, {len(pixels)} tiles a step, {rounds} rounds, medians of processor seconds; the tower alone takes {tower:.3f}")
+    for mode in batches:
+        step = mid(seconds[mode])
+        print(f"{mode:4s} {step:.3f} a step: {B * T / step:,.0f} tokens/s with the tower, {B * T / (step - tower):,.0f} in connector and decoder")
+    print(f"hd/pad, median of the rounds: {mid(b / a for a, b in zip(seconds['pad'], seconds['hd'])):.3f} of the time of a step, "
+          f"{mid((b - tower) / (a - tower) for a, b in zip(seconds['pad'], seconds['hd'])):.3f} without the tower")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The vision-language model: a ViT looks, a connector translates, a Llama-style decoder reads both and writes (arXiv:2310.03744).
 
-    pixels --vision.ViT--> patches --connector--> rows as wide as word embeddings, written over the <image> rows of the prompt
+    pixels --vision.ViT--> patches --connector--> rows as wide as word embeddings, written over the <image> rows of the prompt,
+                                                  in the order of their layout where pictures have several tiles (vision.cut_tiles)
     prompt with picture --decoder--> logits of the next token
 
     h   = x + Attention(RMSNorm(x))             the decoder of Llama (arXiv:2302.13971): pre-norm, rotary positions, no biases
     out = h + SwiGLU(RMSNorm(h))                SwiGLU(x) = W_down (silu(W_gate x) * W_up x)
 
     vlm    = VLM.from_pretrained(DIR)           # LLaVA in both its layouts and as LoRA, Prismatic, InternVL2.5: see "reading"
-    logits = vlm(tokens, pixels)                # (B, T) int64, (n, 3, S, S) -> (B, T, V)
+    logits = vlm(tokens, pixels)                # (B, T) int64, (n, 3, S, S) -> (B, T, V); layout=(M, 2) where pictures are tiled
     loss   = vlm(tokens, pixels, labels)        # mean over the supervised tokens
     ids    = vlm.generate(tokens, pixels, max_new_tokens=64)
     vlm.save_pretrained(DIR)                    # transformers opens it as LlavaForConditionalGeneration, if its tower is a CLIP
@@ -44,8 +45,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, UserError, VisionConfig, ViT, default_template, rename,
-                    tower_by_shapes, tower_tensors)
+from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, find_tiling,
+                    picture_mode, rename, tower_by_shapes, tower_tensors)
 
 IGNORE = -100                        # the label of a token that is not supervised
 
@@ -80,7 +81,7 @@ class VLMConfig:
     pad_token: int = 32001
     bos_token: int = 1
     eos_token: int = 2
-    image_mode: str = "pad"          # how a picture becomes square: vision.fit
+    image_mode: str = "pad"          # how a picture becomes tiles: vision.fit, vision.TILINGS (and vision.tiling, where the model differs)
     template: str = "vicuna_v1"      # how a conversation becomes one text: data.TEMPLATES
     vision2: VisionConfig | None = None      # a second tower on the same tile, its features beside the first one's (Prismatic)
 
@@ -116,6 +117,7 @@ PRESETS = {
         DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024)),
     "llava-1.5-7b": VLMConfig(decoder=DecoderConfig(vocab_size=32064)),
     "llava-v1-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), "linear", image_mode="crop", template="llava_v0"),
+    "llava-1.5-hd-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), image_mode="hd"),        # never released: the paper's A.1
     "llava-1.5-13b": VLMConfig(decoder=DecoderConfig(vocab_size=32064, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824)),
 }
 
@@ -133,13 +135,14 @@ class VLM(nn.Module):
         self.connector = Connector(cfg)
         self.decoder = Decoder(cfg.decoder)
 
-    def forward(self, tokens, pixels=None, labels=None):
+    def forward(self, tokens, pixels=None, labels=None, layout=None):
         """(B, T) int64, (n, 3, S, S) -> logits (B, T, V); with labels (B, T), not shifted, IGNORE where unsupervised -> scalar loss.
 
-        Every image is a run of image tokens exactly as long as its visual tokens; pixels come in the order of the runs.
+        Every image is a run of image tokens exactly as long as its visual tokens; pixels come in the order of the runs, and so does
+        layout (M, 2), which picks the visual tokens from their features (vision.cut_tiles; None: all features in their order).
         The loss is the mean over supervised tokens. ValueError when runs and pictures differ, or nothing is supervised.
         """
-        h = self.decoder(self.embed(tokens, pixels))                        # (B, T, D)
+        h = self.decoder(self.embed(tokens, pixels, layout))                # (B, T, D)
         if labels is None:
             return self.decoder.lm_head(h)                                  # (B, T, V)
         target = labels[:, 1:]                                              # position t predicts token t + 1
@@ -148,22 +151,27 @@ class VLM(nn.Module):
             raise ValueError("no supervised token in the batch: its loss would be 0/0; check the labels (python data.py show)")
         return head_loss(h[:, :-1][keep], self.decoder.lm_head.weight, target[keep]) / keep.sum()
 
-    def embed(self, tokens, pixels):
-        """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S) -> (B, T, D)."""
+    def embed(self, tokens, pixels, layout=None):
+        """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S), (M, 2) -> (B, T, D)."""
         here = tokens == self.cfg.image_token                               # (B, T)
         beyond = tokens == max(self.cfg.pad_token, self.cfg.decoder.vocab_size)             # <pad>, where it lies beyond the table as
         x = self.decoder.embed_tokens(tokens.masked_fill(here | beyond, 0))                 # <image> may too: LLaVA's own has 32000 rows
-        n_slot, n_visual = int(here.sum()), 0 if pixels is None else len(pixels) * self.cfg.vision.n_token
+        N, row_ends = self.cfg.vision.n_token, self.connector.row_end is not None
+        n_slot, n_visual = int(here.sum()), 0 if pixels is None else len(pixels) * N if layout is None else len(layout)
         if n_slot != n_visual:
-            raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: "
-                             f"each picture needs a run of {self.cfg.vision.n_token} (data.encode_conversation makes it)")
+            raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: each picture needs a run "
+                             f"{f'of {N}' if layout is None else 'as long as its layout'} (data.encode_conversation makes it)")
+        if n_visual and (row_ends if layout is None else not row_ends and bool((layout < 0).any())):
+            raise ValueError("the pictures have row ends and the model none: cut them in its own mode" if layout is not None else
+                             f"pictures of mode {self.cfg.image_mode} come with a layout (vision.cut_tiles); give it beside the pixels")
         if n_visual:
-            visual = self.connector(self.features(pixels))                  # (n, N, D)
-            x = x.masked_scatter(here[:, :, None], visual.flatten(0, 1).to(x.dtype))
+            visual = self.features(pixels).flatten(0, 1)                    # (n N, D_vision)
+            visual = self.connector(visual, layout if layout is None else layout[:, 0] * N + layout[:, 1])      # (M, D)
+            x = x.masked_scatter(here[:, :, None], visual.to(x.dtype))
         elif self.always_look and torch.is_grad_enabled():                  # one of several processes, whose batch has no picture: the
             S = self.cfg.vision.image_size                                  # others wait for its share of the towers and the connector
             blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=x.device)
-            x = x + 0 * self.connector(self.features(blank)).sum().to(x.dtype)
+            x = x + 0 * self.connector(self.features(blank).flatten(0, 1), torch.tensor([0, -1], device=x.device)).sum().to(x.dtype)
         return x
 
     def features(self, pixels):
@@ -172,7 +180,8 @@ class VLM(nn.Module):
             return pixels.to(self.connector.linear_1.weight.dtype)
         return torch.cat([self.vision(pixels), self.vision2(pixels)], dim=-1) if self.cfg.vision2 else self.vision(pixels)
 
-    def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None, shared=None):
+    def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None, shared=None,
+                 layout=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
 
         A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,) says how many tokens of each row are
@@ -180,10 +189,11 @@ class VLM(nn.Module):
         `shared` (B,): which of several beginnings each row has, all of one length and ending with the last picture; `pixels` are then
         those of each beginning once, in their order, and questions about one picture are spared to look at it again.
         """
-        return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, temperature, top_p, top_k, lengths, seed, stop, shared)), dim=1)
+        return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, temperature, top_p, top_k, lengths, seed, stop, shared, layout)), dim=1)
 
     @torch.no_grad()
-    def stream(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None, shared=None):
+    def stream(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None, shared=None,
+               layout=None):
         """The same, one step at a time: yields (B,) ids until every row has ended."""
         B, T = tokens.shape
         device, longest = tokens.device, T + max_new_tokens
@@ -199,7 +209,7 @@ class VLM(nn.Module):
         stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
         draw = torch.Generator(device).manual_seed(seed) if seed is not None else None
         cache = self.decoder.new_cache(B, longest)
-        h, begun = self.prefill(tokens, pixels, cache, shared)
+        h, begun = self.prefill(tokens, pixels, cache, shared, layout)
         h = h[torch.arange(B, device=device), pos - 1 - begun]              # (B, D) at each row's last prompt token
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
@@ -214,19 +224,28 @@ class VLM(nn.Module):
             h = self.decoder(x, cache=cache, pos=pos, end=T + step + 1)[:, 0]
             pos = pos + 1
 
-    def prefill(self, tokens, pixels, cache, shared=None):
+    def prefill(self, tokens, pixels, cache, shared=None, layout=None):
         """Fill the cache with the prompts (B, T) -> h (B, T - begun, D), begun. Padding writes rows that are overwritten unseen."""
         if shared is None:
-            return self.decoder(self.embed(tokens, pixels), cache=cache), 0
+            return self.decoder(self.embed(tokens, pixels, layout), cache=cache), 0
         (B, T), shared = tokens.shape, torch.as_tensor(shared, device=tokens.device)
         begun = int((tokens[0] == self.cfg.image_token).nonzero()[-1]) + 1  # one past the last picture, the same in all rows
         first = [int((shared == i).nonzero()[0]) for i in range(int(shared.max()) + 1)]      # a row of each beginning
         few = self.decoder.new_cache(len(first), begun)
-        self.decoder(self.embed(tokens[first, :begun], pixels), cache=few)
+        self.decoder(self.embed(tokens[first, :begun], pixels, layout), cache=few)
         for layer, once in zip(cache, few):
             layer[:, :, :, :begun] = once[:, shared]
         x = self.embed(tokens[:, begun:], None)                             # (B, T - begun, D)
         return self.decoder(x, cache=cache, pos=torch.full((B,), begun, device=tokens.device), end=T), begun
+
+    def set_image_mode(self, mode, **choices):
+        """How pictures become tiles from now on; `choices` are fields of vision.Tiling. A row-end embedding comes with the modes that want one."""
+        tiling = find_tiling(self.cfg.vision, mode)
+        if choices and tiling is None:
+            raise UserError(f"image mode {mode} cuts no tiles, so it has no {' or '.join(choices)} to choose")
+        tiling = tiling and replace(tiling, **choices)
+        self.cfg = replace(self.cfg, image_mode=mode, vision=replace(self.cfg.vision, tiling=None if tiling == TILINGS.get(mode) else tiling))
+        self.connector.want_row_end(tiling is not None and (tiling.row_end or tiling.global_row_end))
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
@@ -261,7 +280,10 @@ def public_layout(vlm):
 
 
 class Connector(nn.Module):
-    """Visual features -> word-embedding space: (n, N, D_vision) -> (n, N, D). Fresh weights keep PyTorch's default, as LLaVA's do."""
+    """Visual features -> word-embedding space: (n, D_vision) -> (n, D). Fresh weights keep PyTorch's default, as LLaVA's do.
+
+    With `index` (M,) only the features it names are translated, in its order -> (M, D); where it is negative stands the row end.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -273,12 +295,22 @@ class Connector(nn.Module):
             self.linear_2 = nn.Linear(wide, D)
         if cfg.connector == "fused_gelu":
             self.linear_3 = nn.Linear(D, D)
+        self.register_parameter("row_end", None)
+        tiling = find_tiling(cfg.vision, cfg.image_mode)
+        self.want_row_end(tiling is not None and (tiling.row_end or tiling.global_row_end))
 
-    def forward(self, x):
+    def want_row_end(self, wanted):
+        if wanted != (self.row_end is not None):
+            w = self.linear_1.bias
+            D = (self.linear_2 if hasattr(self, "linear_2") else self.linear_1).out_features
+            self.row_end = nn.Parameter(torch.randn(D, device=w.device, dtype=w.dtype) * D**-0.5) if wanted else None
+
+    def forward(self, x, index=None):
+        x = x if index is None else x.index_select(0, index.clamp(min=0))
         x = self.linear_1(self.norm(x))
         for name in "linear_2", "linear_3":
             x = getattr(self, name)(F.gelu(x)) if hasattr(self, name) else x
-        return x
+        return x if index is None or self.row_end is None else torch.where(index[:, None] < 0, self.row_end.to(x.dtype), x)
 
 
 class Decoder(nn.Module):
@@ -552,7 +584,7 @@ def load_adapter(vlm, directory):
 
 # Our names -> those of the llava-hf layout, the older family that every version of transformers reads ("A"); the tower's first.
 LLAVA_NAMES = [
-    ("vision.", "vision_tower.vision_model."), ("connector.", "multi_modal_projector."),
+    ("connector.row_end", "image_newline"), ("vision.", "vision_tower.vision_model."), ("connector.", "multi_modal_projector."),
     ("decoder.lm_head.", "language_model.lm_head."), ("decoder.", "language_model.model."),
 ]
 LLAMA_NAMES = [("lm_head.", "lm_head."), ("", "model.")]                    # and of a language model alone: Vicuna, Llama-2
@@ -560,6 +592,7 @@ LLAMA_NAMES = [("lm_head.", "lm_head."), ("", "model.")]                    # an
 # Reading goes the other way. Public names -> our parts, of every layout: the first row that matches counts.
 PART_NAMES = [
     # llava-hf in its four families, the original LLaVA, InternVL | Prismatic, native and in the HF layout
+    (r"^(model\.)?image_newline$", "connector.row_end"),
     (r"^((model\.)?vision_tower\.(vision_tower\.)?|vision_model\.|(model\.)?vision_backbone\.(dino_)?featurizer\.)", "vision."),
     (r"^(model\.)?vision_backbone\.(siglip_|clip_|fused_)featurizer\.", "vision2."),
     (r"^(model\.)?multi_modal_projector\.", "connector."),
@@ -719,7 +752,11 @@ def load_connector(connector, path):
         raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, or a mm_projector.bin")
     tensors = read_tensors(path)
     found = part_of(our_names(tensors), "connector")
+    fresh = connector.row_end
+    if "row_end" not in found:                                              # of a stage 1 without tiles: the row end stays as it began
+        connector.row_end = None
     load_strict(connector, found, f"--projector {path}", tensors)
+    connector.row_end = fresh if "row_end" not in found else connector.row_end
 
 
 def our_names(tensors, cfg=None):
@@ -885,7 +922,7 @@ def config_reader(file, strict=True):
         return prismatic_config
     if "mm_hidden_size" in c or "mm_vision_tower" in c:
         return original_llava_config
-    readers = {"llava": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
+    readers = {"llava": llava_hf_config, "llava_next": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
     if strict and c.get("model_type") not in readers:
         raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can be "
                         "opened. A language model alone goes to --llm, a tower to --vision")
@@ -899,19 +936,19 @@ def llava_hf_config(c, prep, own, towers):
     vision = replace(tower, feature_layer=take(c, "vision_feature_layer", int, -2),
                      mean=take(prep, "image_mean", tuple, tower.mean), std=take(prep, "image_std", tuple, tower.std))
     image = take(c, "image_token_id" if "image_token_id" in c else "image_token_index", int, 32000)
-    mode = "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad"
-    return VLMConfig(vision, decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
+    mode, tiling = picture_mode(c, vision.image_size, "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad")
+    return VLMConfig(replace(vision, tiling=tiling), decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
                      image, take(c, "pad_token_id", int, image + 1), take(c, "bos_token_id", int, 1), take(c, "eos_token_id", int, 2),
-                     take(c, "image_aspect_ratio", str, mode), take({"template": default_template(c | {"mm_projector_type": "mlp"})}, "template", str))
+                     mode, take({"template": default_template(c | {"mm_projector_type": "mlp"})}, "template", str))
 
 
 def original_llava_config(c, prep, own, towers):
     """liuhaotian/llava-*: a Llama's config with the fields mm_*. Its table may end before <image>, which the code puts behind it."""
     only(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     tower = towers[0] if towers else tower_by_shapes(part_of(own, "vision")) if own else VisionConfig()
-    mode = take(c, "image_aspect_ratio", str, "square")
-    return VLMConfig(replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2)), decoder_config(c | {"model_type": "llama"}),
-                     take(c, "mm_projector_type", str, "linear"), image_mode="crop" if mode == "square" else mode, template=default_template(c))
+    mode, tiling = picture_mode(c, tower.image_size)
+    return VLMConfig(replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2), tiling=tiling), decoder_config(c | {"model_type": "llama"}),
+                     take(c, "mm_projector_type", str, "linear"), image_mode=mode, template=default_template(c))
 
 
 def prismatic_config(c, prep, own, towers):
@@ -945,12 +982,13 @@ def prismatic_config(c, prep, own, towers):
 
 
 def internvl_config(c, prep, own, towers):
-    """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table; one tile, squashed to a square."""
+    """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table; absent fields: one tile, squashed."""
     only(c, ps_version="v2", downsample_ratio=0.5)
     decoder = decoder_config(take(c, "llm_config", dict))
     tower = replace(vision_config(c), feature_layer=take(c, "select_layer", int, -1), merge=2)
-    return VLMConfig(replace(tower, image_size=take(c, "force_image_size", int, tower.image_size)), decoder, "norm_gelu", decoder.vocab_size - 7,
-                     pad_token=2, image_mode="resize", template=default_template(c))
+    mode, tiling = picture_mode(c, tower.image_size)
+    tower = replace(tower, image_size=take(c, "force_image_size", int, tower.image_size), tiling=tiling)
+    return VLMConfig(tower, decoder, "norm_gelu", decoder.vocab_size - 7, pad_token=2, image_mode=mode, template=default_template(c))
 
 
 def own_config(c, prep, own, towers):
@@ -967,9 +1005,11 @@ def part_of(own, part):
 
 
 def fits_llava(cfg):
-    """Whether the llava-hf layout can hold the model: a CLIP, a Llama, and one of LLaVA's two connectors."""
-    v, clip = cfg.vision, TOWERS["clip_vision_model"]
-    return (not cfg.vision2 and cfg.connector in ("linear", "mlp2x_gelu")
+    """Whether the llava-hf layout can hold the model: a CLIP, a Llama, one of LLaVA's two connectors, and one tile, or several as LLaVA-NeXT
+    cuts them."""
+    v, clip, tiling = cfg.vision, TOWERS["clip_vision_model"], find_tiling(cfg.vision, cfg.image_mode)
+    several = tiling and (replace(tiling, grids=TILINGS["anyres"].grids) != TILINGS["anyres"] or cfg.connector != "mlp2x_gelu")
+    return (not cfg.vision2 and not several and cfg.connector in ("linear", "mlp2x_gelu")
             and all(getattr(v, name) == getattr(clip, name) for name in ("class_token", "n_register", "pre_norm", "patch_bias", "layer_scale",
                                                                          "final_norm", "rms_norm", "merge")))
 
@@ -990,7 +1030,7 @@ def vision_config(c):
     """config.json of a tower, alone or inside that of a larger model -> VisionConfig."""
     inner = take(c, "vision_config", dict, None if "llm_config" in c else c)
     kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
-    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model"}.get(kind, kind)
+    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model", "llava_next": "clip_vision_model"}.get(kind, kind)
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(map(repr, TOWERS))} are implemented")
     base, intern = TOWERS[kind], kind == "intern_vit_6b"
@@ -1038,7 +1078,7 @@ def take(c, name, kind, default=None):
     if right and kind in (int, float) and name not in ("vision_feature_layer", "mm_vision_select_layer", "select_layer"):
         right = value >= (0 if name.endswith("_id") else 1 if kind is int else 1e-30)
     if not right:
-        what = {int: "a whole number", float: "a number above 0", dict: "an object", str: "a text", tuple: "three numbers"}[kind]
+        what = {int: "a whole number", float: "a number above 0", dict: "an object", str: "a text", tuple: "three numbers", list: "a list"}[kind]
         raise UserError(f"{name} is {'missing' if name not in c else repr(c[name])}; it must be {what}. Copy the file anew")
     return value
 
@@ -1064,12 +1104,15 @@ def llama_json(d):
 
 
 def llava_config(cfg, dtype):
+    tiling, S = find_tiling(cfg.vision, cfg.image_mode), cfg.vision.image_size
+    next_fields = {} if tiling is None else {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
+                                             "image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]}     # transformers reads (height, width)
     return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": dtype,
             "vision_config": clip_json(cfg.vision), "text_config": llama_json(cfg.decoder),
             "image_token_index": cfg.image_token, "pad_token_id": cfg.pad_token, "bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token,
             "ignore_index": IGNORE, "image_seq_length": cfg.vision.n_token, "projector_hidden_act": "gelu",
             "vision_feature_layer": cfg.vision.feature_layer, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
-            "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template}
+            "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template} | next_fields
 
 
 def check_tokenizer(vlm, tok):
@@ -1079,12 +1122,22 @@ def check_tokenizer(vlm, tok):
                         f"and <image> at {vlm.cfg.image_token:,}; they are of different models")
 
 
+def check_image_mode(vlm, mode, directory):
+    tiling = find_tiling(vlm.cfg.vision, mode)
+    if tiling and tiling.row_end and vlm.connector.row_end is None:
+        raise UserError(f"--image-mode {mode}: {directory} has never learned how the rows of several tiles end; finetune it with this mode first")
+
+
 def save_processor(directory, tokenizer_file, cfg):
-    """What transformers' AutoProcessor wants beside the weights: the tokenizer with its two added tokens, and the picture's way in."""
-    S = cfg.vision.image_size
-    ways = {"pad": ("LlavaImageProcessor", {"shortest_edge": S}, True), "crop": ("CLIPImageProcessor", {"shortest_edge": S}, True),
-            "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False)}
-    kind, size, crop = ways["pad" if cfg.image_mode == "letterbox" else cfg.image_mode]     # transformers knows no letterbox
+    """What transformers' AutoProcessor wants beside the weights: the tokenizer with its two added tokens, and the picture's way in.
+
+    It knows no letterbox, which differs from pad by a pixel at most, and none of our own tilings: with those no way in is written.
+    """
+    S, tiling = cfg.vision.image_size, find_tiling(cfg.vision, cfg.image_mode)
+    ways = {"crop": ("CLIPImageProcessor", {"shortest_edge": S}, True), "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False),
+            "anyres": ("LlavaNextImageProcessor", {"shortest_edge": S}, True)}
+    kind, size, crop = ways.get(cfg.image_mode, ("LlavaImageProcessor", {"shortest_edge": S}, True))
+    llava = "LlavaNextProcessor" if tiling else "LlavaProcessor"
     names = {cfg.image_token: "<image>"} | ({cfg.pad_token: "<pad>"} if cfg.pad_token != cfg.eos_token else {})
     files = {
         "tokenizer.json": tokenizer_json(tokenizer_file, cfg),
@@ -1093,16 +1146,19 @@ def save_processor(directory, tokenizer_file, cfg):
                                   "added_tokens_decoder": {str(i): {"content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
                                                                     "single_word": False} for i, name in names.items()},
                                   "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size,
-                                  "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": "LlavaProcessor"},
+                                  "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": llava},
         "preprocessor_config.json": {
-            "image_processor_type": kind, "do_pad": kind == "LlavaImageProcessor", "do_resize": True, "size": size, "resample": 3,
+            "image_processor_type": kind, "do_pad": kind != "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3,
             "do_center_crop": crop, "crop_size": {"height": S, "width": S}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std), "processor_class": "LlavaProcessor"},
-        "processor_config.json": {"processor_class": "LlavaProcessor", "patch_size": cfg.vision.patch_size, "image_token": "<image>",
+            "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std), "processor_class": llava}
+        | ({"image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]} if tiling else {}),
+        "processor_config.json": {"processor_class": llava, "patch_size": cfg.vision.patch_size, "image_token": "<image>",
                                   "num_additional_image_tokens": cfg.vision.n_prefix, "vision_feature_select_strategy": "default"},
         "generation_config.json": {"bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "pad_token_id": cfg.pad_token,
                                    "suppress_tokens": list(range(cfg.image_token, cfg.decoder.vocab_size))},
     }
+    if tiling and not fits_llava(cfg):
+        del files["preprocessor_config.json"], files["processor_config.json"]
     for name, content in files.items():
         write_whole(Path(directory) / name, lambda tmp: tmp.write_text(json.dumps(content, indent=2 if name != "tokenizer.json" else None)))
     write_whole(Path(directory) / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
@@ -1231,11 +1287,13 @@ def info(name, vision=None, llm=None):
     for part, n in count.items():
         c = getattr(cfg, part, cfg)                                         # a tower or decoder alone is its own part
         print(f"{part:10} {n:>16,} parameters   " + (c if isinstance(c, str) else ", ".join(
-            f"{key} {value}" for key, value in asdict(c).items() if key not in ("mean", "std"))))
+            f"{key} {value}" for key, value in asdict(c).items() if key not in ("mean", "std", "tiling"))))
     total, trained = sum(count.values()), sum(n for part, n in count.items() if not part.startswith("vision"))
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
-        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}, template {cfg.template}")
+        tiling = find_tiling(cfg.vision, cfg.image_mode)
+        grids = f" of up to {max(map(math.prod, tiling.grids))} tiles, global view {tiling.global_view}" if tiling else ""
+        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}{grids}, template {cfg.template}")
         if cfg.image_mode == "crop" and read_processor(folder).get("do_center_crop") and "image_aspect_ratio" not in read_json(folder / "config.json"):
             print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad: --image-mode pad")
     GB = 1e9                                                                # training: float32 weight, gradient and two Adam moments

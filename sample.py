@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from data import Tokenizer, cut_at_stop, encode_prompt, parse_args, run, stop_ids
-from model import VLM, check_tokenizer
+from model import VLM, check_image_mode, check_tokenizer
 from train import Flags, one_of, pick_device
-from vision import MODES, UserError, cut_tiles, open_image
+from vision import MODES, UserError, cut_tiles, join, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
 
@@ -32,8 +32,10 @@ def main(argv=None):
     vlm = VLM.from_pretrained(directory, device, None if cfg.dtype == "auto" else getattr(torch, cfg.dtype), cfg.vision, cfg.llm)
     tok = Tokenizer(cfg.llm if cfg.llm and not (Path(directory) / "tokenizer.model").exists() else directory)    # a LoRA is published without
     check_tokenizer(vlm, tok)
-    tiles, n_visual = zip(*(cut_tiles(image, vlm.cfg.vision, cfg.image_mode or vlm.cfg.image_mode) for image in images)) if images else ((), ())
-    pixels = torch.cat(tiles).to(device) if tiles else None
+    mode = cfg.image_mode or vlm.cfg.image_mode
+    check_image_mode(vlm, mode, directory)
+    pictures = [cut_tiles(image, vlm.cfg.vision, mode) for image in images]
+    pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
 
     turns, question = [], cfg.prompt or (DESCRIBE if images else ask())
     if not cfg.prompt and images:
@@ -41,20 +43,21 @@ def main(argv=None):
     while question:
         turns.append(("human", "<image>" * len(images) + "\n" + question if images and not turns else question))
         template = cfg.template or vlm.cfg.template
-        prompt = torch.tensor([encode_prompt(tok, turns, template, n_visual)], device=device)
-        answer = say(vlm, tok, prompt, pixels, template, cfg)
+        prompt = torch.tensor([encode_prompt(tok, turns, template, [len(cut) for _, cut in pictures])], device=device)
+        answer = say(vlm, tok, prompt, pixels, layout, template, cfg)
         turns = turns + [("gpt", answer)] if answer else turns[:-1]         # an empty answer is no turn to go on from
         question = ask() if chat else None
     return 0
 
 
-def say(vlm, tok, prompt, pixels, template, cfg):
+def say(vlm, tok, prompt, pixels, layout, template, cfg):
     """Print the answer word by word and return it."""
     T, longest = prompt.shape[1], vlm.cfg.decoder.block_size
     if T >= longest:
         raise UserError(f"question and earlier turns are {T} tokens, the model takes {longest} with its answer; ask less, or begin a new chat")
     ids, shown, stop = [], "", stop_ids(tok, template)
-    for new in vlm.stream(prompt, pixels, min(cfg.max_new_tokens, longest - T), cfg.temperature, cfg.top_p, cfg.top_k, seed=cfg.seed, stop=stop):
+    for new in vlm.stream(prompt, pixels, min(cfg.max_new_tokens, longest - T), cfg.temperature, cfg.top_p, cfg.top_k, seed=cfg.seed, stop=stop,
+                          layout=layout):
         ids.append(int(new))
         text = tok.decode(ids, partial=True)
         said = cut_at_stop(text, template, partial=True).strip()            # a space at the end waits for the word after it
@@ -109,7 +112,7 @@ def parse(argv):
     cli.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest words; 0: all (default 0)")
     cli.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default 256)")
     cli.add_argument("--template", default="", help="conversation template; empty: the model's own")
-    cli.add_argument("--image-mode", default="", help="pad, letterbox, crop or resize; empty: the model's own (python model.py info DIR says which)")
+    cli.add_argument("--image-mode", default="", help=f"{', '.join(MODES)}; empty: the model's own (python model.py info DIR says which)")
     cli.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default auto)")
     cli.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],

@@ -12,6 +12,7 @@ reasoning and cot M3CoT; format prompts are those of LLaVA-1.5 (arXiv:2310.03744
 
     python toyworld.py                           # toyworld/: 6000 training and 240 validation pictures, 6 s on two cores
     python toyworld.py --hello cat.jpg           # one large picture to ask about
+    python toyworld.py --out small --size 192 --words 0.5     # signs that only a look from close by can read
 """
 import argparse
 import difflib
@@ -26,7 +27,7 @@ import shutil
 import signal
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import sentencepiece
@@ -44,6 +45,7 @@ class Config:
     val: int = arg(240, "number of validation pictures, each with an UNSEEN thing")
     size: int = arg(96, "side of a picture in pixels")
     seed: int = arg(0, "another seed, another world")
+    words: float = arg(1.0, "size of the signs and their words, above 0 and at most 1: 0.5 draws them half as large")
     hello: str = arg("", "write one 480-pixel picture to this file, and nothing else")
 
 VERSION = 1                                      # of pictures and questions: raise it when either changes
@@ -124,6 +126,15 @@ def random_scene(rng, held_out=False):
     things = [Thing(*pair, SIZES[size], *spot) for pair, size, spot in zip(chosen, sizes, spots)]
     return Scene(rng.choice(BACKGROUNDS), tuple(reading_order(things)), Sign(word, *spots[-1]) if word else None)
 
+def shrink_sign(scene, scale):
+    """The sign smaller, its middle where it was: all that is asked and answered about the scene stays true."""
+    if scene.sign is None or scale == 1:
+        return scene
+    x1, y1, x2, y2 = scene.sign.box
+    w, h = (x2 - x1) * scale / 2, (y2 - y1) * scale / 2
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return replace(scene, sign=replace(scene.sign, box=(x - w, y - h, x + w, y + h)))
+
 def throw(rng, cell, side):
     """Where a side of that length may begin (in grid steps) so that its middle is well inside cell 0, 1 or 2 of the row."""
     low, high = cell * GRID / 3 + 1, (cell + 1) * GRID / 3 - 1
@@ -197,10 +208,11 @@ def draw(scene, size=96):
     if scene.sign:
         paint(pen, px, scene.sign.box, "sign", {})
         step = 0.82 / (6 * len(scene.sign.word) - 2)                         # letters are 4 steps wide and 2 apart
+        thick = 0.016 * px * round((scene.sign.box[3] - scene.sign.box[1]) * GRID / 4, 6)       # 4 / GRID is a sign's usual height
         for i, letter in enumerate(scene.sign.word):
             for line in LETTERS[letter].split(","):
                 points = [(.09 + step * (6 * i + int(x)), .175 + .075 * int(y)) for x, y in line.split()]
-                stroke(pen, into(scene.sign.box, px, points), "#342622", 0.016 * px)
+                stroke(pen, into(scene.sign.box, px, points), "#342622", thick)
     return image.reduce(SUPER)
 
 @functools.cache
@@ -430,11 +442,11 @@ def questions(scene, rng):
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------------
-def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0):
+def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=1.0):
     """Write the pictures, train.json and pretrain.json (LLaVA's format), val.jsonl and world.json into the new folder out.
     All is written into a hidden folder beside it, renamed at the end: a world that can be seen is complete."""
     out = Path(out).absolute()
-    world = {"version": VERSION, "train": n_train, "val": n_val, "size": size, "seed": seed}
+    world = {"version": VERSION, "train": n_train, "val": n_val, "size": size, "seed": seed} | ({"words": words} if words != 1 else {})
     if is_world(out, world):
         print(f"{out} already holds this world")
         return
@@ -443,7 +455,7 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0):
     half = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         (half / "images").mkdir(parents=True)
-        jobs = [(split, i, half, size, seed) for split, n in (("train", n_train), ("val", n_val)) for i in range(n)]
+        jobs = [(split, i, half, size, seed, words) for split, n in (("train", n_train), ("val", n_val)) for i in range(n)]
         with multiprocessing.get_context("fork").Pool(initializer=quiet) as pool:
             made = pool.imap(make_picture, jobs, chunksize=32)
             made = list(tqdm(made, f"drawing {out.name}", total=len(jobs), unit=" pictures", leave=False))
@@ -464,11 +476,11 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0):
 
 def make_picture(job):
     """Draw and save picture i and ask about it. All depends on (seed, split, i) only, so any process may do it."""
-    split, i, folder, size, seed = job
+    split, i, folder, size, seed, words = job
     rng = random.Random(f"{seed} {split} {i}")
     scene = random_scene(rng, held_out=split == "val")
     name = f"images/{split}_{i:05d}.png"
-    draw(scene, size).save(folder / name, compress_level=1)
+    draw(shrink_sign(scene, words), size).save(folder / name, compress_level=1)
     asked = questions(scene, rng)
     if split == "val":
         return name, asked
@@ -544,11 +556,13 @@ def parse(Config):
 
 def main(cfg):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("toyworld.py: terminated, nothing written"))   # through the clean-up
+    if not 0 < cfg.words <= 1:
+        sys.exit(f"toyworld.py: --words {cfg.words}: must be above 0 and at most 1")
     try:
         if cfg.hello:
             hello_picture().save(cfg.hello)
         else:
-            write_world(cfg.out, cfg.train, cfg.val, cfg.size, cfg.seed)
+            write_world(cfg.out, cfg.train, cfg.val, cfg.size, cfg.seed, cfg.words)
     except OSError as error:                     # full disk, folder not writable or taken
         sys.exit(f"toyworld.py: {error}")
     except KeyboardInterrupt:

@@ -55,7 +55,7 @@ from data import IGNORE, Examples, Records, Tokenizer, collate, open_records, cu
 from model import (LORA_TARGETS, PRESETS, VLM, add_lora, adapter_name, check_tokenizer, decoder_config, init_weights, load_adapter, load_connector,
                    load_decoder, load_vision, open_weights, public_layout, read_config, read_json, read_tensors, read_tower, our_names,
                    save_adapter, save_processor, write_whole)
-from vision import MODES, UserError, cut_tiles, open_image
+from vision import MODES, TILINGS, UserError, cut_tiles, find_tiling, grids_up_to, join, open_image
 
 HERE = Path(__file__).parent
 
@@ -87,7 +87,10 @@ class TrainConfig:
     lora_target: str = arg("", f"linear layers of the decoder with a LoRA, of {','.join(LORA_TARGETS)}; empty: all")
     template: str = arg("", "conversation template; empty: plain in stage pretrain, the model's own otherwise")
     image_size: int = arg(0, "pixels a side of the tile that a preset's --vision looks at; 0: the tower's own, of two the second one's")
-    image_mode: str = arg("", "pad, letterbox, crop or resize; empty: the model's own")
+    image_mode: str = arg("", "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or internvl: several; "
+                              "empty: the model's own")
+    max_tiles: int = arg(0, "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12")
+    global_view: str = arg("", "the whole picture as one more tile: first, last or none; empty: as the mode has it")
     batch_size: int = arg(16, "records a step")
     micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
     token_budget: int = arg(0, "tokens in memory at once, padding counted: a step's records are sorted by length and cut to fit; 0: as --micro-batch-size")
@@ -128,6 +131,7 @@ RECIPES = {
     ("llava-1.5-7b", "pretrain"): dict(lr=1e-3, batch_size=256, clip=math.inf, image_mode="crop", max_length=2048, token_budget=16384, compile=True),
     ("llava-1.5-7b", "finetune"): dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048, token_budget=8192, compile=True),
 }
+RECIPES |= {("llava-1.5-hd-7b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}     # stage 1 sees no tiles either
 RECIPES |= {("llava-1.5-13b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}
 FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "eval_limit", "save_every", "eval_every", "micro_batch_size",
                   "token_budget", "recompute", "compile", "shard", "cache_features", "dry_run"}           # on --resume
@@ -155,7 +159,7 @@ def main(argv=None):
 
 def fit(cfg):
     # Data, model, optimizer.
-    device = join(cfg)
+    device = meet(cfg)
     print(f"config: {json.dumps({k: v for k, v in asdict(cfg).items() if v not in ('', False)})}", flush=True)
     out = Path(cfg.out)
     records = open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
@@ -291,6 +295,7 @@ def parse(argv=None):
     one_of("--stage", cfg.stage, ["pretrain", "finetune"])
     one_of("--bad-records", cfg.bad_records, ["stop", "skip"])
     one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
+    one_of("--global-view", cfg.global_view or "first", ["first", "last", "none"])
     one_of("--dtype", cfg.dtype, ["float32", "bfloat16", "auto"])
     one_of("--weights", cfg.weights, ["float32", "bfloat16"])
     for name in filter(None, cfg.lora_target.split(",")):
@@ -298,7 +303,7 @@ def parse(argv=None):
     for names, fits, rule in ((("batch_size", "log_every"), lambda x: x >= 1, "at least 1"), (("lr", "clip", "epochs"), lambda x: x > 0, "above 0"),
                               (("warmup",), lambda x: 0 <= x <= 1, "from 0 to 1"), (("seed",), lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
                               (("data_fraction",), lambda x: 0 < x <= 1, "above 0 and at most 1"), (("lora_dropout",), lambda x: 0 <= x < 1, "from 0 to below 1"),
-                              (("micro_batch_size", "token_budget", "weight_decay", "max_steps", "max_length", "eval_every", "save_every", "workers", "lora_r",
+                              (("micro_batch_size", "token_budget", "weight_decay", "max_steps", "max_tiles", "max_length", "eval_every", "save_every", "workers", "lora_r",
                                 "lora_alpha", "lr_connector", "lr_vision", "recompute", "cache_features"), lambda x: x >= 0, "0 or more")):
         for name in names:
             if not fits(asdict(cfg)[name]):
@@ -346,9 +351,11 @@ def blueprint(cfg):
     tok, preset = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"]), PRESETS[cfg.model]
     paths = cfg.vision.split(",") if cfg.vision else []
     towers = [read_tower(path) for path in paths] or [preset.vision]
-    towers = [replace(t, image_size=cfg.image_size or towers[-1].image_size) for t in towers]
+    shuffle = cfg.image_mode == "internvl"                                  # whose pixel shuffle and connector belong to the mode
+    towers = [replace(t, image_size=cfg.image_size or towers[-1].image_size, merge=2 if shuffle else t.merge) for t in towers]
     decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
-    return replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector="fused_gelu" if towers[1:] else preset.connector,
+    connector = "fused_gelu" if towers[1:] else "norm_gelu" if shuffle else preset.connector
+    return replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector=connector,
                    decoder=replace(decoder, vocab_size=tok.vocab_size),
                    image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos), tok, paths
 
@@ -374,17 +381,25 @@ def build(cfg, checkpoint=None):
             init_weights(vlm.vision)
         load_decoder(vlm.decoder, cfg.llm) if cfg.llm else init_weights(vlm.decoder)
     check_tokenizer(vlm, tok)
+    set_mode(vlm, cfg)
     if cfg.projector and not checkpoint:
         load_connector(vlm.connector, cfg.projector)
-    vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode
     if cfg.stage == "finetune":                  # what a model is asked with later is the template of its conversations, not of its captions
         vlm.cfg.template = cfg.template or vlm.cfg.template
     return vlm, tok
 
 
+def set_mode(vlm, cfg):
+    """How the flags want pictures cut, where they say so."""
+    mode, choices = cfg.image_mode or vlm.cfg.image_mode, dict(global_view=cfg.global_view) if cfg.global_view else {}
+    if cfg.max_tiles and mode == "anyres":
+        raise UserError("--max-tiles is for modes hd and internvl; anyres has its five grids")
+    vlm.set_image_mode(mode, **choices, **(dict(grids=grids_up_to(cfg.max_tiles)) if cfg.max_tiles else {}))
+
+
 def lora_base(cfg):
-    """The whole model that a LoRA is over: --model, or what a preset, a --projector or a --vision made of it, saved beside the run."""
-    return Path(cfg.model) if not (cfg.model in PRESETS or cfg.projector or cfg.vision or cfg.llm) else Path(cfg.out) / "base"
+    """The whole model that a LoRA is over: --model, or what a preset, a --projector, a --vision or tiles made of it, saved beside the run."""
+    return Path(cfg.model) if not (cfg.model in PRESETS or cfg.projector or cfg.vision or cfg.llm or cfg.image_mode in TILINGS) else Path(cfg.out) / "base"
 
 
 def part_of(name):
@@ -516,7 +531,7 @@ class Cached(Dataset):
 
     def __init__(self, folder, index, shape, dtype):
         self.index, self.shape, self.dtype = index, shape, dtype           # index: (records, 3) where tokens and features begin, how many tokens
-        self.words = np.memmap(folder / "words.bin", np.int32, "r").reshape(-1, 2)
+        self.words = np.memmap(folder / "words.bin", np.int32, "r").reshape(-1, 4)         # token, label; of a visual token its layout, else -2
         self.features = np.memmap(folder / "features.bin", np.int16 if dtype == torch.bfloat16 else np.float32, "r") if index[-1, 1] else None
 
     def __len__(self):
@@ -526,7 +541,7 @@ class Cached(Dataset):
         (at, row, n), (_, end, _) = self.index[i], self.index[i + 1]
         words, size = torch.from_numpy(self.words[at : at + n].astype(np.int64)), math.prod(self.shape)
         features = torch.from_numpy(self.features[row * size : end * size].copy()).view(self.dtype) if end > row else torch.empty(0, dtype=self.dtype)
-        return {"tokens": words[:, 0], "labels": words[:, 1], "pixels": features.view(-1, *self.shape), "id": str(i), "index": i}
+        return {"tokens": words[:, 0], "labels": words[:, 1], "layout": words[words[:, 2] > -2, 2:], "pixels": features.view(-1, *self.shape), "id": str(i), "index": i}
 
 
 @torch.no_grad()
@@ -535,14 +550,14 @@ def cache_features(examples, vlm, cfg, device, out, half):
     if any(p.requires_grad for name, p in vlm.named_parameters() if part_of(name) == "vision") or world() > 1 or cfg.bad_records != "stop":
         raise UserError("--cache-features: for frozen towers, one process, and --bad-records stop; leave it out")
     folder, shape, dtype = out / "features", (vlm.cfg.vision.n_token, vlm.cfg.n_feature), torch.bfloat16 if half or cfg.weights == "bfloat16" else torch.float32
-    size = math.prod(shape) * (2 if dtype == torch.bfloat16 else 4)
+    size, most = math.prod(shape) * (2 if dtype == torch.bfloat16 else 4), "at least" if find_tiling(vlm.cfg.vision, vlm.cfg.image_mode) else "about"
     about = size * sum(examples.records.has_picture(i) for i in range(len(examples))) / 1e9
-    print(f"features: about {about:.2f} GB for {len(examples):,} records, {size / 1e6:.2f} MB a picture; --cache-features allows {cfg.cache_features:g} GB")
+    print(f"features: {most} {about:.2f} GB for {len(examples):,} records, {size / 1e6:.2f} MB a tile; --cache-features allows {cfg.cache_features:g} GB")
     if about > cfg.cache_features or about > shutil.disk_usage(out).free / 1e9:
         raise UserError(f"--cache-features {cfg.cache_features:g}: {about:.2f} GB are needed and {shutil.disk_usage(out).free / 1e9:.2f} GB free in {out}; "
                         "raise it, or leave it out")
     key = {"towers": [n for name, n in fingerprints(vlm).items() if part_of(name) == "vision"], "data": [cfg.data, os.path.getsize(cfg.data.split(",")[0])],
-           "weights": cfg.data_weights, "fraction": cfg.data_fraction, "seed": cfg.seed, "mode": vlm.cfg.image_mode, "template": examples.template, "dtype": str(dtype)}
+           "weights": cfg.data_weights, "fraction": cfg.data_fraction, "seed": cfg.seed, "mode": [vlm.cfg.image_mode, str(vlm.cfg.vision.tiling)], "template": examples.template, "dtype": str(dtype)}
     if (folder / "index.pt").exists():
         kept = torch.load(folder / "index.pt", weights_only=True)
         if kept["key"] == key:
@@ -556,7 +571,9 @@ def cache_features(examples, vlm, cfg, device, out, half):
                 if features.tell() + found.numel() * found.element_size() > cfg.cache_features * 1e9:
                     raise UserError(f"--cache-features {cfg.cache_features:g}: that many GB are full after {len(index) - 1:,} of {len(examples):,} records")
                 features.write(found.view(torch.int16 if dtype == torch.bfloat16 else torch.float32).numpy().tobytes())
-            words.write(torch.stack([e["tokens"], e["labels"]], dim=1).to(torch.int32).numpy().tobytes())
+            rows = torch.stack([e["tokens"], e["labels"], torch.full_like(e["tokens"], -2), torch.full_like(e["tokens"], -2)], dim=1)      # (T, 4)
+            rows[e["tokens"] == vlm.cfg.image_token, 2:] = e["layout"]
+            words.write(rows.to(torch.int32).numpy().tobytes())
             index[-1][2] = len(e["tokens"])
             index.append([index[-1][0] + len(e["tokens"]), index[-1][1] + len(e["pixels"]), 0])
     index = torch.tensor(index)
@@ -601,12 +618,13 @@ def n_supervised(batch):
 
 
 def loss_of(net, batch, device):
-    return net(*(batch[k].to(device, non_blocking=True) for k in ("tokens", "pixels", "labels")))
+    return net(*(batch[k].to(device, non_blocking=True) for k in ("tokens", "pixels", "labels", "layout")))
 
 
 def empty_batch():
     """A text of two tokens, for a process that has nothing left to do in a step."""
-    return {"tokens": torch.ones(1, 2, dtype=torch.int64), "labels": torch.ones(1, 2, dtype=torch.int64), "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8)}
+    return {"tokens": torch.ones(1, 2, dtype=torch.int64), "labels": torch.ones(1, 2, dtype=torch.int64), "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+            "layout": torch.empty(0, 2, dtype=torch.int64)}
 
 
 def dry_run(cfg, records, device, n=200):
@@ -617,18 +635,21 @@ def dry_run(cfg, records, device, n=200):
         plan, tok = read_config(cfg.model, our_names(read_tensors(cfg.model))), Tokenizer(cfg.model)
     with torch.device("meta"):
         vlm = VLM(plan)
+        set_mode(vlm, cfg)
         freeze(vlm, cfg)
-    v, d, half = plan.vision, plan.decoder, cfg.weights == "bfloat16" or cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
-    template, lengths, supervised, pictures, bad = cfg.template or ("plain" if cfg.stage == "pretrain" else plan.template), [], 0, 0, 0
+    mode = vlm.cfg.image_mode
+    v, d, half = vlm.cfg.vision, plan.decoder, cfg.weights == "bfloat16" or cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    template, lengths, supervised, pictures, tiles, bad = cfg.template or ("plain" if cfg.stage == "pretrain" else plan.template), [], 0, 0, 0, 0
     for i in range(0, len(records), -(-len(records) // n)):
         try:
             record = records[i]
-            tokens, labels = encode_conversation(tok, record["turns"], template, [v.n_token] * len(record["images"]))
+            cut = [cut_tiles(open_image(records.image_path(name)), v, mode) if mode in TILINGS else (range(1), range(v.n_token)) for name in record["images"]]
+            tokens, labels = encode_conversation(tok, record["turns"], template, [len(layout) for _, layout in cut])
         except UserError:
             bad += 1
             continue
         lengths.append(len(tokens))
-        supervised, pictures = supervised + sum(label != IGNORE for label in labels), pictures + len(record["images"])
+        supervised, pictures, tiles = supervised + sum(label != IGNORE for label in labels), pictures + len(cut), tiles + sum(len(some) for some, _ in cut)
     if not lengths:
         raise UserError(f"{cfg.data}: not one of {bad} records looked at could be used; see python data.py check")
     print(f"model      {cfg.model}, decoder of {d.n_layer} blocks {d.n_embd} wide, {v.n_token} visual tokens for a tile of {v.image_size} px, template {template}")
@@ -640,7 +661,7 @@ def dry_run(cfg, records, device, n=200):
         print(f"  {part:9} {total / 1e6:11,.2f}M parameters, " + (f"{trained / 1e6:,.2f}M train at {rate[part] or cfg.lr:g}"
               + (f" (LoRA of rank {cfg.lora_r})" if cfg.lora_r and part == "llm" else "") if trained else "frozen"))
     mean, steps = sum(lengths) / len(lengths), cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
-    print(f"data       {len(records):,} records; in {len(lengths)} of them {mean:.0f} tokens each ({min(lengths)} to {max(lengths)}), {pictures / len(lengths):.2f} pictures, "
+    print(f"data       {len(records):,} records; in {len(lengths)} of them {mean:.0f} tokens each ({min(lengths)} to {max(lengths)}), {pictures / len(lengths):.2f} pictures in {tiles / len(lengths):.2f} tiles, "
           f"{supervised / sum(lengths):.0%} supervised" + (f"; {bad} could not be used" if bad else ""))
     print(f"steps      {steps:,} of {cfg.batch_size} records, {steps * cfg.batch_size * mean / 1e6:,.1f}M tokens")
     # Memory: what is sure, and activations as one float for each of these: about 10 rows as wide as the model and 4 as wide as its MLP a block
@@ -660,7 +681,7 @@ def dry_run(cfg, records, device, n=200):
     head = plan.decoder.vocab_size * d.n_embd * supervised / sum(lengths)
     tower = sum(p.numel() for name, p in vlm.named_parameters() if part_of(name) == "vision") * (3 if parts["vision"][1] else 1)
     again = 2 * blocks * min(cfg.recompute / d.n_layer, 1)
-    per_record = mean * ((6 if train_llm else 4) * (blocks + head) + again) + 2 * tower * pictures / len(lengths) * v.grid**2
+    per_record = mean * ((6 if train_llm else 4) * (blocks + head) + again) + 2 * tower * tiles / len(lengths) * v.grid**2
     flops, speed = per_record * steps * cfg.batch_size, matmul_rate(device, torch.bfloat16 if half else torch.float32)
     print(f"time       {flops:.3g} FLOPs; at half of the {speed / 1e12:.2f} TFLOP/s that a matrix product reaches here: "
           f"{flops / speed / 0.5 / 3600 / int(os.environ.get('WORLD_SIZE', 1)):,.1f} hours")
@@ -698,7 +719,7 @@ def wait():
         dist.barrier()
 
 
-def join(cfg):
+def meet(cfg):
     """Meet the other processes, if torchrun started any; -> this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(cfg.device)
@@ -860,19 +881,20 @@ def answer(vlm, tok, questions, device, max_new_tokens=96, size=48):
     """Greedy answers to [([picture file, ...], text), ...] -> [(answer, whole), ...]; `whole` is False where the tokens ran out."""
     answers, by_length = [None] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
     for start in range(0, len(questions), size):
-        rows, prompts, pixels = by_length[start : start + size], [], []
+        rows, prompts, pictures = by_length[start : start + size], [], []
         for paths, text in (questions[i] for i in rows):
-            tiles, n_visual = zip(*(cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths)) if paths else ((), ())
+            cut = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
             text = text if "<image>" in text or not paths else "<image>" * len(paths) + "\n" + text
-            prompts.append(encode_prompt(tok, [("human", text)], vlm.cfg.template, n_visual))
-            pixels += tiles
+            prompts.append(encode_prompt(tok, [("human", text)], vlm.cfg.template, [len(layout) for _, layout in cut]))
+            pictures += cut
         lengths = [len(p) for p in prompts]
         room = min(max_new_tokens, vlm.cfg.decoder.block_size - max(lengths))
         if room < 1:
             raise UserError(f"a question of {max(lengths)} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
         tokens = torch.tensor([p + [tok.pad] * (max(lengths) - len(p)) for p in prompts], device=device)
         stop = set(stop_ids(tok, vlm.cfg.template))
-        new = vlm.generate(tokens, torch.cat(pixels).to(device) if pixels else None, room, lengths=lengths, stop=list(stop))
+        pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
+        new = vlm.generate(tokens, pixels, room, lengths=lengths, stop=list(stop), layout=layout)
         for i, ids in zip(rows, new.tolist()):
             end = next((k for k, t in enumerate(ids) if t in stop), None)
             text = tok.decode(ids[:end])

@@ -1,7 +1,10 @@
 """The eye: a vision transformer (ViT, arXiv:2010.11929), and the geometry that brings a picture into it.
 
-    PIL picture --open_image--> upright RGB --cut_tiles--> tiles (n, 3, S, S) uint8, and how many visual tokens they become
+    PIL picture --open_image--> upright RGB --cut_tiles--> tiles (n, 3, S, S) uint8, and the layout (M, 2) of their M visual tokens
     tiles --ViT--> features (n, N, D), one row for each patch, taken after an inner block as LLaVA-1.5 does (arXiv:2310.03744)
+
+A layout says of each visual token, in the order the decoder reads them, which tile and which patch of it this is; (-1, 0) is the learned
+embedding that ends a row. So a model packs its features by one indexing, whatever cut the tiles, and M is counted nowhere else.
 
 One class with switches is CLIP, SigLIP, DINOv2, InternViT and the plain ImageNet ViT: a class token or not, registers or not, a norm
 before the blocks or not, which GELU, a bias on the patch convolution or not, layer-scale or not, and after which block the features are
@@ -13,12 +16,13 @@ Deviations: pictures with transparency are laid on white (the originals drop the
 rotation is applied (the originals ignore it), and of an extreme shape the far ends are cut before the crop (beyond 64:1), or the whole
 is scaled before the padding (beyond 10,000 px). Where a model has two towers (Prismatic) both see the same tile, letterboxed in the
 first one's mean colour; the originals pad once for each. Their best models squash instead of padding, which is the same for both.
+A tile of which no patch is kept is not looked at (LLaVA-NeXT runs it and drops its features).
 """
 
 import math
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,7 +32,8 @@ from PIL import Image, ImageOps
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
-MODES = ("pad", "letterbox", "crop", "resize")
+SQUARE = ("pad", "letterbox", "crop", "resize")                             # one tile: fit
+MODES = (*SQUARE, "hd", "anyres", "internvl")                               # and several: TILINGS
 
 
 class UserError(ValueError):
@@ -56,8 +61,11 @@ class VisionConfig:
     feature_layer: int = -2          # hidden state whose patches the connector reads: 0 = before block 1, -1 = after the last block
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
+    tiling: "Tiling | None" = None   # of a model that tiles, where it differs from its mode's in TILINGS
 
     def __post_init__(self):
+        if isinstance(self.tiling, dict):                                   # as config.json has it
+            self.tiling = Tiling(**self.tiling)
         if self.n_embd % self.n_head:
             raise UserError(f"a tower {self.n_embd} channels wide cannot share them among {self.n_head} heads")
         if self.image_size < self.patch_size:
@@ -293,7 +301,8 @@ def tower_by_shapes(tensors, image_size=None, quick_gelu=True):
 def waves(grid, D):
     """Where a fresh position table starts: sines and cosines of row and column, (grid^2, D). Random rows as small as
     a fresh table's are drowned by the pixels of a bright patch; these are as large as what they stand beside."""
-    freq = math.pi * 2 ** torch.linspace(-1, math.log2(max(grid, 2) / 2), D // 4)       # from half a wave a side to one in two patches
+    device = torch.get_default_device()                                     # said, because transformers 5 makes linspace forget a `with device`
+    freq = math.pi * 2 ** torch.linspace(-1, math.log2(max(grid, 2) / 2), D // 4, device=device)    # from half a wave a side to one in two patches
     angle = (torch.arange(grid) + 0.5)[:, None] / grid * freq
     one = torch.cat([angle.sin(), angle.cos()], dim=1)                      # (grid, D/2)
     both = torch.cat([one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)], dim=-1).flatten(0, 1)
@@ -350,11 +359,159 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """How a picture becomes several tiles. TILINGS holds the three systems; the defaults are LLaVA-1.5-HD's (arXiv:2310.03744v2, 3.4 and A.1).
+
+    Its paper says: 14 grids of up to six tiles, the one that keeps most detail and wastes least; padding-only features dropped, a learned
+    embedding at each row's end, beside a padded global view. It leaves open, and here is chosen as LLaVA-NeXT's code has it: the order
+    (global_view), whether the global view has row ends too, how the kept rows are rounded (unpad), what decides between grids (the
+    published formula), the row end's init (N(0, 1/D)). Chosen otherwise: margins in the mean colour, as LLaVA-1.5 pads; one row of patches
+    is left of the thinnest picture (least); a picture that one tile holds has no global view beside it, which would be the same pixels.
+    """
+    mode: str
+    grids: tuple                     # (columns, rows) of tiles; the first of equals is taken
+    squash: bool = False             # stretched over the grid nearest in shape, read tile by tile (InternVL); else padded, and read row by row
+    fill: str = "mean"               # colour of the margins: the tower's mean, or black
+    global_view: str = "first"       # the whole picture in one tile: before the other tiles, last, or none
+    global_fit: str = "pad"          # how it becomes square
+    row_end: bool = True             # a learned embedding after each row
+    global_row_end: bool = False     # and after those of the global view
+    unpad: str = "floor"             # patches kept along the padded side: floor of the picture's share, centred (NeXT); touch: all it touches
+    least: int = 1                   # and never fewer than this
+
+    def __post_init__(self):
+        try:
+            object.__setattr__(self, "grids", tuple((int(c), int(r)) for c, r in self.grids))
+        except (TypeError, ValueError):
+            raise UserError(f"grids are {self.grids!r}; they must be pairs of (columns, rows)") from None
+        if not self.grids or min(map(min, self.grids)) < 1:
+            raise UserError(f"grids are {self.grids!r}; at least one is needed, of one tile or more")
+        for name, known in (("mode", MODES[len(SQUARE) :]), ("fill", ("mean", "black")), ("global_view", ("first", "last", "none")),
+                            ("global_fit", SQUARE), ("unpad", ("floor", "touch"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+
+
+def grids_up_to(n):
+    """All (columns, rows) of at most n tiles, the smaller first: 14 for six tiles (LLaVA-1.5-HD), 35 for twelve (InternVL)."""
+    return tuple(sorted(((c, r) for c in range(1, n + 1) for r in range(1, n // c + 1)), key=math.prod))
+
+
+TILINGS = {
+    "hd": Tiling("hd", grids_up_to(6)),
+    # LLaVA-NeXT's image_grid_pinpoints, which its code reads as (width, height); there is none of one tile
+    "anyres": Tiling("anyres", ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), fill="black", global_fit="resize", least=0),
+    "internvl": Tiling("internvl", grids_up_to(12), squash=True, global_view="last", global_fit="resize", row_end=False),
+}
+
+
+def find_tiling(cfg, mode):
+    """The Tiling of a mode: the model's own if it was made for this mode. None for a mode of one tile."""
+    if mode not in MODES:
+        raise UserError(f"image mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    return cfg.tiling if cfg.tiling and cfg.tiling.mode == mode else TILINGS.get(mode)
+
+
 def cut_tiles(image, cfg, mode):
-    """PIL RGB -> (tiles (n, 3, S, S) uint8, the number of visual tokens they will become). The only place that counts them."""
-    tile = fit(image, cfg, mode)
-    pixels = torch.from_numpy(np.array(tile)).permute(2, 0, 1)[None].contiguous()       # (1, 3, S, S)
-    return pixels, cfg.n_token
+    """PIL RGB -> tiles (n, 3, S, S) uint8, and their layout (M, 2) int64: tile and patch of each visual token, (-1, 0) where a row ends.
+
+    M is the number of visual tokens; this is the only place that knows it.
+    """
+    t, S, g = find_tiling(cfg, mode), cfg.image_size, cfg.grid // cfg.merge
+    if t is None:
+        return to_pixels([fit(image, cfg, mode)]), patches_of([[0]], g)
+    columns, rows = choose_grid(image.size, S, t)
+    if t.squash:
+        canvas, layout = image.resize((columns * S, rows * S), Image.BICUBIC), patches_of([[i] for i in range(columns * rows)], g)
+    else:
+        canvas, box = place(image, columns * S, rows * S, (0, 0, 0) if t.fill == "black" else fill_color(cfg))
+        layout = patches_of(torch.arange(columns * rows).view(rows, columns).tolist(), g, kept(image.size, box, columns, rows, cfg, t), t.row_end)
+    tiles = [canvas.crop((c * S, r * S, (c + 1) * S, (r + 1) * S)) for r in range(rows) for c in range(columns)]
+    seen = [i for i in range(len(tiles)) if (layout[:, 0] == i).any()]
+    number = torch.full((len(tiles) + 1,), -1)                              # the last one is for tile -1, the row ends
+    number[seen] = torch.arange(len(seen))
+    tiles, layout[:, 0] = [tiles[i] for i in seen], number[layout[:, 0]]
+    alike = t.squash == (t.global_fit == "resize")                          # then a grid of one tile is the global view
+    if t.global_view != "none" and not (columns * rows == 1 and alike):
+        whole = to_pixels([fit(image, cfg, t.global_fit)]), patches_of([[0]], g, row_end=t.global_row_end)
+        rest = to_pixels(tiles) if tiles else torch.empty((0, 3, S, S), dtype=torch.uint8), layout
+        return join([whole, rest] if t.global_view == "first" else [rest, whole])
+    return to_pixels(tiles), layout
+
+
+def join(pictures):
+    """[(tiles, layout), ...] of several pictures -> the same of them all, their tiles counted through."""
+    before, layouts = 0, []
+    for tiles, layout in pictures:
+        layouts.append(torch.where(layout[:, :1] < 0, layout, layout + torch.tensor([before, 0])))
+        before += len(tiles)
+    return torch.cat([tiles for tiles, _ in pictures]), torch.cat(layouts)
+
+
+def to_pixels(tiles):
+    return torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2).contiguous()      # (n, 3, S, S)
+
+
+def patches_of(tiles, g, keep=None, row_end=False):
+    """A map of tiles [[tile, ...], ...], g x g patches each -> layout of its patches row by row; of each patch (tile, patch).
+
+    `keep` ((first row, end), (first column, end)) cuts the map, in patches.
+    """
+    tiles = torch.tensor(tiles)
+    (top, bottom), (left, right) = keep or ((0, tiles.shape[0] * g), (0, tiles.shape[1] * g))
+    y, x = torch.arange(top, bottom)[:, None], torch.arange(left, right)[None]
+    layout = torch.stack([tiles[y // g, x // g], y % g * g + x % g], dim=-1)             # (rows, columns, 2)
+    if row_end:
+        layout = torch.cat([layout, torch.tensor([-1, 0]).expand(len(layout), 1, 2)], dim=1)
+    return layout.flatten(0, 1)
+
+
+def choose_grid(size, S, t):
+    """(width, height) -> (columns, rows) of tiles of S px."""
+    w, h = size
+    if t.squash:                                                            # nearest shape; a larger grid of the same wins if the picture fills half of it
+        best, least = (1, 1), math.inf
+        for c, r in t.grids:
+            off = abs(w / h - c / r)
+            if off < least or off == least and w * h > 0.5 * S * S * c * r:
+                best, least = (c, r), off
+        return best
+
+    def value(grid):                                                        # most pixels of the picture kept, then fewest of the canvas wasted
+        W, H = grid[0] * S, grid[1] * S
+        scale = min(W / w, H / h)
+        effective = min(int(w * scale) * int(h * scale), w * h)
+        return effective, effective - W * H
+
+    return max(t.grids, key=value)
+
+
+def place(image, W, H, fill):
+    """Scaled to touch two sides of a W x H canvas and centred there -> canvas, (left, top, right, bottom) of the picture on it."""
+    w, h = image.size
+    new = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
+    left, top = (W - new[0]) // 2, (H - new[1]) // 2
+    canvas = Image.new("RGB", (W, H), fill)
+    canvas.paste(image.resize(new, Image.BICUBIC), (left, top))
+    return canvas, (left, top, left + new[0], top + new[1])
+
+
+def kept(size, box, columns, rows, cfg, t):
+    """Which patches of the map are not dropped as padding: (first row, end), (first column, end).
+
+    floor: LLaVA-NeXT's unpad, in whole numbers: transformers rounds to 7 digits, the original lets 36 - 1e-15 become 35.
+    """
+    (w, h), S, g = size, cfg.image_size, cfg.grid // cfg.merge
+    W, H = columns * g, rows * g
+    if t.unpad == "touch":
+        left, top, right, bottom = box
+        return (top * g // S, -(-bottom * g // S)), (left * g // S, -(-right * g // S))
+    if w * H > W * h:                                                       # wider than the grid: padded above and below
+        pad = (H - max(t.least, h * W // w)) // 2
+        return (pad, H - pad), (0, W)
+    pad = (W - max(t.least, w * H // h)) // 2
+    return (0, H), (pad, W - pad)
 
 
 def fit(image, cfg, mode):
@@ -366,8 +523,8 @@ def fit(image, cfg, mode):
     resize     scale both sides to S, whatever the shape (Prismatic's best)
     """
     S, (w, h) = cfg.image_size, image.size
-    if mode not in MODES:
-        raise UserError(f"image mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if mode not in SQUARE:
+        raise UserError(f"image mode {mode!r} is unknown; choose one of {', '.join(SQUARE)}")
     if mode == "resize":
         return image.resize((S, S), Image.BICUBIC)
     if mode == "crop":
@@ -377,11 +534,16 @@ def fit(image, cfg, mode):
         scale = 2500 / max(w, h)
         image = image.resize((max(1, round(w * scale)), max(1, round(h * scale))), Image.BICUBIC)
         w, h = image.size
-    side, fill = max(w, h), tuple(int(255 * m) for m in cfg.mean)
+    side, fill = max(w, h), fill_color(cfg)
     left, top = (side - w) // 2, (side - h) // 2
     canvas = Image.new("RGB", (side, side) if mode == "pad" else (w + 2 * left, h + 2 * top), fill)
     canvas.paste(image, (left, top))
     return center_crop(resize_short(canvas, S), S, S)
+
+
+def fill_color(cfg):
+    """The mean colour, which is near 0 for the tower."""
+    return tuple(int(255 * m) for m in cfg.mean)
 
 
 def resize_short(image, S):
@@ -395,10 +557,38 @@ def center_crop(image, w, h):
     return image.crop((left, top, left + w, top + h))
 
 
-# ---- one thing that both floors above ask ----------------------------------------------------------------------------
+# ---- two things that data.py and model.py both ask --------------------------------------------------------------------
+
+def picture_mode(c, S, default="pad"):
+    """Fields of any public config.json, side of its tile in pixels -> image mode, and its Tiling where that is not the usual one of the mode.
+
+    LLaVA-NeXT's image_grid_pinpoints are pixels, which the original reads as (width, height) and transformers as (height, width): of
+    equally good grids they take another one. Absent fields mean the defaults of the code a config was written by.
+    """
+    kind, is_int = c.get("model_type"), lambda x: type(x) is int and x > 0
+    mode = c.get("image_aspect_ratio") or ("square" if "mm_hidden_size" in c else default)
+    mode = "crop" if mode == "square" else mode
+    if kind == "llava_next" or mode == "anyres" and "mm_hidden_size" in c:
+        if kind != "llava_next" and c.get("mm_patch_merge_type") != "spatial_unpad":
+            raise UserError(f"mm_patch_merge_type is {c.get('mm_patch_merge_type', 'flat')!r}; only 'spatial_unpad' is implemented")
+        sizes = c.get("image_grid_pinpoints") or [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+        if not isinstance(sizes, list) or not all(isinstance(p, list) and len(p) == 2 and all(is_int(x) and x % S == 0 for x in p) for p in sizes):
+            raise UserError(f"image_grid_pinpoints are {sizes!r}; they must be pairs of whole multiples of the tower's {S} px")
+        mode, tiling = "anyres", replace(TILINGS["anyres"], grids=[(a // S, b // S)[:: -1 if kind == "llava_next" else 1] for a, b in sizes])
+    elif kind == "internvl_chat":
+        low, high = (c.get(name) or default for name, default in (("min_dynamic_patch", 1), ("max_dynamic_patch", 6)))
+        if not is_int(low) or not is_int(high) or low > high:
+            raise UserError(f"min_dynamic_patch is {low!r}, max_dynamic_patch {high!r}; they must be whole numbers, in this order")
+        mode, tiling = "internvl" if c.get("dynamic_image_size") else "resize", replace(
+            TILINGS["internvl"], grids=[(i, j) for i, j in grids_up_to(high) if i * j >= low], global_view="last" if c.get("use_thumbnail") else "none")
+    else:
+        return mode, None
+    return mode, None if tiling == TILINGS.get(mode) or mode in SQUARE else tiling
+
+
 
 def default_template(c):
-    """The conversation template that a model was trained with, by the fields of its config.json: here, because data.py and model.py both ask.
+    """The conversation template that a model was trained with, by the fields of its config.json.
 
     LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or Llama-2-chat, which need --template.
     """

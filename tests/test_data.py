@@ -667,7 +667,8 @@ def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, 
     assert data.main(["show", str(file), "--image_root", str(pictures), "--model", str(folder), "--id", "r1", f"--out={out}"]) == 0
     text = capsys.readouterr().out
     assert text.count("<image> x 64") == 2 and "128 of them visual" in text and "</s>" in text
-    assert Image.open(out).size == (192, 96)
+    shown = Image.open(out)                                                # one below the other, each under its positions in the text
+    assert shown.size == (100, 2 * 116) and (shown.getpixel((48, 64)), shown.getpixel((48, 180))) == ((255, 0, 0), (0, 0, 255))
 
 
 def test_show_takes_the_template_from_the_model_or_from_the_flag(tmp_path, pictures, folder, capsys):

@@ -467,11 +467,11 @@ def test_sharing_a_picture_changes_no_answer(tiny):
     for picture, color in zip(pictures, ("red", "blue")):
         Image.new("RGB", (40, 30), color).save(picture, "PNG")
     encoded = [model.encode([("human", f"Is there a {kind} in the image?" + " Say it." * (k % 3))], [pictures[k % 2].getvalue()]) for k, kind in enumerate([*toyworld.KINDS, "dog", "sign"])]
-    tokens, pixels, lengths, shared = model.batch(encoded)
-    assert shared == [0, 1] * 5 and len(pixels) == 2
+    tokens, lengths, seen = model.batch(encoded)
+    assert seen["shared"] == [0, 1] * 5 and len(seen["pixels"]) == 2
     last = torch.tensor(lengths) - 1
-    h, begun = model.vlm.prefill(tokens, pixels, model.vlm.decoder.new_cache(*tokens.shape), shared)
-    whole = model.vlm.decoder(model.vlm.embed(tokens, torch.cat([t for _, t in encoded])))
+    h, begun = model.vlm.prefill(tokens, cache=model.vlm.decoder.new_cache(*tokens.shape), **seen)
+    whole = model.vlm.decoder(model.vlm.embed(tokens, torch.cat([tiles for _, (tiles, _) in encoded])))
     torch.testing.assert_close(h[torch.arange(10), last - begun], whole[torch.arange(10), last], rtol=1e-4, atol=1e-5)
     one_by_one = [model.generate([e], 8)[0] for e in encoded]
     assert model.generate(encoded, 8) == one_by_one

@@ -462,7 +462,7 @@ DAMAGES = {
     "none": (lambda d: (d / "pytorch_model.bin").unlink(), "model.safetensors: not found, nor pytorch_model.bin"),
     "start-end tokens": (lambda d: original(d, narrow(), True, mm_use_im_start_end=True), "mm_use_im_start_end is True; only False"),
     "a tower alone": (lambda d: write(d, clip_json(TINY.vision), {}), "model_type is 'clip_vision_model'; only 'llava'"),
-    "tiles": (lambda d: original(d, narrow(), True, image_aspect_ratio="anyres"), "'anyres' is unknown"),
+    "tiles": (lambda d: original(d, narrow(), True, image_aspect_ratio="anyres_max_9"), "'anyres_max_9' is unknown"),
     "biases": (lambda d: original(d, narrow(), True, attention_bias=True), "attention_bias is True"),
 }
 

@@ -383,8 +383,8 @@ def test_transformers_opens_what_we_save_and_says_the_same(tmp_path, tiny_tokeni
             f"answers to the user's questions. USER: {question} ASSISTANT:")
     for size in (28, 28), (60, 31), (31, 60):
         picture = Image.effect_noise(size, 90).convert("RGB")
-        pixels, n_visual = cut_tiles(picture, ours.cfg.vision, mode)
-        tokens = torch.tensor([encode_prompt(tok, [("human", question)], "vicuna_v1", [n_visual])])
+        pixels, layout = cut_tiles(picture, ours.cfg.vision, mode)
+        tokens = torch.tensor([encode_prompt(tok, [("human", question)], "vicuna_v1", [len(layout)])])
         inputs = processor(images=picture, text=text, return_tensors="pt")
         assert inputs["input_ids"].tolist() == tokens.tolist()
         assert_close(ours(tokens, pixels), theirs(**inputs).logits, rtol=1e-4, atol=1e-4)
@@ -449,7 +449,7 @@ DAMAGES = {
     "an unknown activation": (lambda d: change_config(d, "vision_config", hidden_act="relu"), "'relu' is unknown"),
     "an image token among words": (lambda d: change_config(d, image_token_index=-200), "image_token_index is -200"),
     "an image token before </s>": (lambda d: change_config(d, image_token_index=1), "image token 1 lies among the words"),
-    "an unknown image mode": (lambda d: change_config(d, image_aspect_ratio="anyres"), "'anyres' is unknown"),
+    "an unknown image mode": (lambda d: change_config(d, image_aspect_ratio="anyres_max_9"), "'anyres_max_9' is unknown"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: not found"),
     "cut weights": (lambda d: os.truncate(d / "model.safetensors", 5000), "model.safetensors: truncated or damaged"),
     "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: truncated or damaged"),

@@ -51,7 +51,7 @@ def expected(model, tok, turns, pictures, n):
     """The oracle: generate, all at once."""
     vlm = VLM.from_pretrained(model)
     tiles = [cut_tiles(open_image(p), vlm.cfg.vision, "pad") for p in pictures]
-    tokens = torch.tensor([encode_prompt(tok, turns, "vicuna_v1", [k for _, k in tiles])])
+    tokens = torch.tensor([encode_prompt(tok, turns, "vicuna_v1", [len(layout) for _, layout in tiles])])
     ids = vlm.generate(tokens, torch.cat([t for t, _ in tiles]) if tiles else None, n)[0].tolist()
     return tok.decode(ids[: ids.index(tok.eos)] if tok.eos in ids else ids).strip()
 

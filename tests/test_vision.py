@@ -122,9 +122,9 @@ def test_pad_and_crop_equal_the_image_processors_of_transformers(size):
 
     way = dict(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     for mode, processor in ("crop", CLIPImageProcessorPil(**way)), ("pad", LlavaImageProcessorPil(**way, do_pad=True)):
-        tiles, n_visual = cut_tiles(noise(*size), CFG, mode)
+        tiles, layout = cut_tiles(noise(*size), CFG, mode)
         theirs = processor(noise(*size), return_tensors="pt")["pixel_values"]
-        assert n_visual == 16 and tiles.dtype == torch.uint8
+        assert len(layout) == 16 and tiles.dtype == torch.uint8
         assert_close(normalize(tiles, CFG, torch.float32), theirs, rtol=0, atol=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_a_picture_of_extreme_shape_costs_little_memory(size, mode, monkeypatch)
     biggest, new, resize = [0], Image.new, Image.Image.resize               # the pixels of whatever is made on the way
     monkeypatch.setattr(Image, "new", lambda m, s, *a: biggest.append(s[0] * s[1]) or new(m, s, *a))
     monkeypatch.setattr(Image.Image, "resize", lambda i, s, *a, **k: biggest.append(s[0] * s[1]) or resize(i, s, *a, **k))
-    assert fit(new("RGB", size, "red"), VisionConfig(), mode).size == (336, 336)
+    assert cut_tiles(new("RGB", size, "red"), VisionConfig(), mode)[0].shape[2:] == (336, 336)
     assert max(biggest) <= 100_000_000
 
 
