@@ -142,8 +142,8 @@ class VLM(nn.Module):
         logits = self.decoder.lm_head(h[:, :-1][keep])                      # (supervised, V): the head is run where it is asked
         return F.cross_entropy(logits.float(), target[keep])
 
-    def embed(self, tokens, pixels):
-        """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S) -> (B, T, D)."""
+    def embed(self, tokens, pixels, seen=None):
+        """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S) -> (B, T, D). `seen`: what look(pixels) gave."""
         here = tokens == self.cfg.image_token                               # (B, T)
         beyond = tokens == max(self.cfg.pad_token, self.cfg.decoder.vocab_size)             # <pad>, where it lies beyond the table as
         x = self.decoder.embed_tokens(tokens.masked_fill(here | beyond, 0))                 # <image> may too: LLaVA's own has 32000 rows
@@ -152,12 +152,14 @@ class VLM(nn.Module):
             raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: "
                              f"each picture needs a run of {self.cfg.vision.n_token} (data.encode_conversation makes it)")
         if n_visual:
-            visual = self.vision(pixels)                                    # (n, N, D_vision)
-            if self.cfg.vision2:
-                visual = torch.cat([visual, self.vision2(pixels)], dim=-1)
-            visual = self.connector(visual)                                 # (n, N, D)
+            visual = self.connector(self.look(pixels) if seen is None else seen)            # (n, N, D)
             x = x.masked_scatter(here[:, :, None], visual.flatten(0, 1).to(x.dtype))
         return x
+
+    def look(self, pixels):
+        """What the tower sees, or both side by side: (n, 3, S, S) -> (n, N, D_vision)."""
+        visual = self.vision(pixels)
+        return torch.cat([visual, self.vision2(pixels)], dim=-1) if self.cfg.vision2 else visual
 
     def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
@@ -250,14 +252,15 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
-    def forward(self, x, cache=None, pos=None, end=None):
-        """(B, T, D) embeddings -> (B, T, D) ready for lm_head, causally.
+    def forward(self, x, cache=None, pos=None, end=None, at=None, mask=None):
+        """(B, T, D) embeddings -> (B, T, D) ready for lm_head, causally; or at the positions `at` (B, T) and seeing what `mask` (B, 1, T, T) lets.
 
         With a cache and no `pos`: positions 0..T-1 are computed and remembered. With `pos` (B,): T is 1, each row's token stands at
         its own position and sees its cache up to there; `end` bounds all positions so that the unused tail is not read.
         """
-        at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None]                       # (1 or B, T)
-        rope, mask = rotary(at, self.cfg), None if pos is None else (torch.arange(end, device=x.device) <= at)[:, None, None]
+        if at is None:
+            at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None]                   # (1 or B, T)
+        rope, mask = rotary(at, self.cfg), mask if pos is None else (torch.arange(end, device=x.device) <= at)[:, None, None]
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, None if cache is None else cache[i], pos, mask)
         return self.norm(x)

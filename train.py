@@ -121,20 +121,20 @@ def main(argv=None):
         raise
 
 
-def fit(cfg):
+def fit(cfg, lesson=None, open_records=Records):
+    """The loop. What it teaches is a lesson: Answers, or the pairs of mpo.py."""
     # Data, model, optimizer.
     print(f"config: {json.dumps({k: v for k, v in asdict(cfg).items() if v not in ('', False)})}", flush=True)
     out, device = Path(cfg.out), pick_device(cfg.device)
     checkpoint, state = find_checkpoint(out, cfg) if cfg.resume else (None, {"step": 0, "skipped": 0})
     torch.manual_seed(cfg.seed)
-    records = Records(cfg.data, cfg.image_root)
+    records = open_records(cfg.data, cfg.image_root)
     vlm, tok = build(cfg, checkpoint)
     vlm.to(device)
-    template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
-    examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, cfg.max_length or vlm.cfg.decoder.block_size, cfg.bad_records)
     questions, looks = read_held_out(cfg, vlm, tok) if cfg.val else ([], [])
     first, steps = state["step"], cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
     params = freeze(vlm, cfg)
+    lesson = (lesson or Answers)(cfg, records, vlm, tok, device, state)
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
          {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}], lr=cfg.lr, betas=(0.9, 0.999), fused=True)
@@ -146,8 +146,8 @@ def fit(cfg):
     save_processor(out, tok.path, vlm.cfg)
     tok.path = out / "tokenizer.model"                                      # the checkpoint it may have come from will be deleted
     order = list(batches(len(records), cfg.batch_size, steps, cfg.seed))[first:]
-    loader = iter(DataLoader(examples, batch_sampler=order, num_workers=cfg.workers, pin_memory=device.type == "cuda",
-                             collate_fn=functools.partial(micro_batches, size=cfg.micro_batch_size, pad=tok.pad)))
+    loader = iter(DataLoader(lesson.examples, batch_sampler=order, num_workers=cfg.workers, pin_memory=device.type == "cuda",
+                             collate_fn=functools.partial(micro_batches, size=cfg.micro_batch_size, pad=tok.pad, collate=lesson.collate)))
     half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
     autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
     count = lambda ps: f"{sum(p.numel() for p in ps) / 1e6:.2f}M"
@@ -163,13 +163,14 @@ def fit(cfg):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             micro = next(loader)
-            loss, supervised = backward(vlm, micro, device, autocast)
+            loss, measured = lesson.backward(micro, autocast)
             norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip).item()
             if not math.isfinite((loss or 0) + norm):
                 raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; lower --lr, or look at the records "
                                 + ", ".join([i for m in micro for i in m["ids"]][:8]))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            lesson.stepped(step)
 
             for reason in (reason for m in micro for reason in m["skipped"]):
                 skipped += 1
@@ -177,8 +178,10 @@ def fit(cfg):
                     bar.write(f"skipped: {reason}" + ("; from here on they are only counted" if skipped == 5 else ""))
             seen, busy = seen + sum(int(m["lengths"].sum()) for m in micro), busy + time.time() - start
             left = (time.time() - began) / (step - first) * (steps - step)
-            log.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "supervised": supervised, "time": round(time.time() - began, 2)}) + "\n")
+            log.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, **measured, "time": round(time.time() - began, 2)}
+                                 | ({"skipped": wrong} if (wrong := [reason for m in micro for reason in m["skipped"]]) else {})) + "\n")
             said, rate = "no usable record" if loss is None else f"loss {loss:.4f}", f"{seen / busy:,.0f} tokens/s"
+            said += "".join(f"  {name} {measured[name]:.3f}" for name in lesson.shown if loss is not None)
             bar.set_postfix_str(f"{said}, {rate}")
             bar.update()
             if step % cfg.log_every == 0 or step in (first + 1, steps):
@@ -189,9 +192,10 @@ def fit(cfg):
                 bar.write(f"held-out loss {val_loss:.4f}\n" + sample_answers(vlm, tok, questions, step, device))
             if step % 50 == 0 or step == steps or stop:
                 draw_curve(out / "loss.png", out / "log.jsonl")
+                lesson.draw(out)
             sys.stdout.flush()
             if stop or step == steps or cfg.save_every and step % cfg.save_every == 0:
-                save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped)
+                save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped, lesson.state())
             if stop:
                 bar.write(f"interrupted: step {step} is saved; go on with the same command and --resume")
                 return 130
@@ -209,6 +213,29 @@ def fit(cfg):
     return 0
 
 
+class Answers:
+    """What the loop teaches: to give the answers of the conversations. Another lesson has the same five methods (mpo.Pairs)."""
+    shown, collate = (), staticmethod(collate)   # what of `measured` is printed beside the loss; examples -> batch
+
+    def __init__(self, cfg, records, vlm, tok, device, state):
+        self.vlm, self.device = vlm, device
+        template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
+        self.examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, cfg.max_length or vlm.cfg.decoder.block_size, cfg.bad_records)
+
+    def backward(self, micro, autocast):         # -> loss of the step (None: nothing could be used), what else the log should hold
+        loss, supervised = backward(self.vlm, micro, self.device, autocast)
+        return loss, {"supervised": supervised}
+
+    def stepped(self, step):                     # after each step of the optimizer
+        pass
+
+    def state(self):                             # what a checkpoint must hold besides weights and optimizer
+        return {}
+
+    def draw(self, out):                         # a picture beside loss.png
+        pass
+
+
 # ---- the parts, in the order of their use ------------------------------------------------------------------------------
 
 
@@ -218,6 +245,18 @@ def parse(argv=None):
     cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                 usage="python train.py [--stage {pretrain,finetune}] [--model PRESET|DIR] [--data FILE] [any flag below]",
                 epilog="The defaults shown are those of the --model and --stage given beside --help.")
+    cfg = read_flags(cli, TrainConfig, recipe_of(argv), argv)
+    if not cfg.data:
+        try:
+            toyworld.write_world("toyworld")
+        except OSError as error:
+            raise UserError(f"the toy world could not be drawn: {error}; or give your own --data") from None
+        cfg = replace(cfg, data="toyworld/pretrain.json" if cfg.stage == "pretrain" else "toyworld/train.json")
+    return find_files(cfg)
+
+
+def recipe_of(argv):
+    """What the flags --model, --stage, --epochs and --from-scratch change in the defaults of others."""
     peek = argparse.ArgumentParser(add_help=False)                          # the flags that decide on the defaults of others
     peek.add_argument("--model", default="toy")
     peek.add_argument("--stage", default="finetune")
@@ -225,13 +264,17 @@ def parse(argv=None):
     peek.add_argument("--from-scratch", "--from_scratch", action="store_true")
     choice, _ = peek.parse_known_args(argv)
     recipe = RECIPES.get((choice.model, choice.stage), {})
-    recipe = recipe | (dict(vision="", llm="") if choice.from_scratch else {}) | (dict(max_steps=0) if choice.epochs else {})
-    for f in fields(TrainConfig):
+    return recipe | (dict(vision="", llm="") if choice.from_scratch else {}) | (dict(max_steps=0) if choice.epochs else {})
+
+
+def read_flags(cli, Config, recipe, argv):
+    """A flag for each field that has a help text; -> Config, its values checked."""
+    for f in (f for f in fields(Config) if f.metadata["help"]):
         default = recipe.get(f.name, f.default)
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}[f.type])
         said = "" if default == "" else f" (default {('no', 'yes')[default] if f.type is bool else default})"
         cli.add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"] + said, **kind)
-    cfg = TrainConfig(**vars(parse_args(cli, argv)))
+    cfg = Config(**vars(parse_args(cli, argv)))
     one_of("--stage", cfg.stage, ["pretrain", "finetune"])
     one_of("--bad-records", cfg.bad_records, ["stop", "skip"])
     one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
@@ -242,12 +285,11 @@ def parse(argv=None):
         for name in names:
             if not fits(asdict(cfg)[name]):
                 raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]}: must be {rule}")
-    if not cfg.data:
-        try:
-            toyworld.write_world("toyworld")
-        except OSError as error:
-            raise UserError(f"the toy world could not be drawn: {error}; or give your own --data") from None
-        cfg = replace(cfg, data="toyworld/pretrain.json" if cfg.stage == "pretrain" else "toyworld/train.json")
+    return cfg
+
+
+def find_files(cfg):
+    """Fill in the paths that were not given, and check that the files are there."""
     beside = Path(cfg.data).parent
     cfg = replace(cfg, image_root=cfg.image_root or str(beside), out=cfg.out or f"out/{cfg.stage}",
                   val=cfg.val or (str(beside / "val.jsonl") if (beside / "val.jsonl").exists() else ""))
@@ -334,7 +376,7 @@ def batches(n, size, steps, seed):
         queue = queue[size:]
 
 
-def micro_batches(rows, size, pad):
+def micro_batches(rows, size, pad, collate=collate):
     """The examples of a step -> batches of at most `size` of them (0: one batch). Done in the loader process."""
     size = size or len(rows)
     return [collate(rows[i : i + size], pad) for i in range(0, len(rows), size)]
@@ -511,14 +553,14 @@ def save_model(directory, vlm, tok):
     vlm.save_pretrained(directory)
 
 
-def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped):
+def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped, lesson=None):
     """out/checkpoint-N, built under a hidden name and renamed when it is on the disk; only then does the older one go, hidden first:
     whatever is called checkpoint-N is whole, at any moment."""
     final = out / f"checkpoint-{step:06d}"
     hidden = out / f".{final.name}.tmp"
     try:
         save_model(hidden, vlm, tok)
-        state = {"optimizer": optimizer.state_dict(), "step": step, "config": asdict(cfg), "skipped": skipped}
+        state = {"optimizer": optimizer.state_dict(), "step": step, "config": asdict(cfg), "skipped": skipped, "lesson": lesson}
         write_whole(hidden / "trainer.pt", lambda path: torch.save(state, path))
         os.replace(hidden, final)
         for old in checkpoints(out)[:-1]:
@@ -552,6 +594,16 @@ def find_checkpoint(out, cfg):
                             "give the same flags, or start a new run in another --out")
     print(f"resuming after step {state['step']}")
     return newest, state
+
+
+def newest_run(root="out"):
+    """The model directory under out/ that was finished last: config.json is the last file a run writes."""
+    newest = lambda pattern: max(Path(root).glob(pattern), key=lambda p: p.stat().st_mtime, default=None)
+    if found := newest("*/config.json"):
+        return found.parent
+    half = newest("*/checkpoint-*/config.json")
+    raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune) or give --model DIR"
+                    + (f". From an unfinished one there is --model {half.parent}" if half else ""))
 
 
 def rewind(out, step):
