@@ -106,8 +106,13 @@ FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval
 
 
 def main(argv=None):
+    return guarded(lambda: fit(parse(argv)))
+
+
+def guarded(train):
+    """train(), with what went wrong outside of us said in one line."""
     try:
-        return fit(parse(argv))
+        return train()
     except BrokenPipeError:
         raise
     except (OSError, RuntimeError) as error:                                # not our mistake, nor quite the user's: the machine's
@@ -148,8 +153,7 @@ def fit(cfg, lesson=None, open_records=Records):
     order = list(batches(len(records), cfg.batch_size, steps, cfg.seed))[first:]
     loader = iter(DataLoader(lesson.examples, batch_sampler=order, num_workers=cfg.workers, pin_memory=device.type == "cuda",
                              collate_fn=functools.partial(micro_batches, size=cfg.micro_batch_size, pad=tok.pad, collate=lesson.collate)))
-    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
+    autocast = precision(cfg, device)
     count = lambda ps: f"{sum(p.numel() for p in ps) / 1e6:.2f}M"
     print(f"{count(params)} of {count(vlm.parameters())} parameters train, on {len(records):,} records, {steps:,} steps of {cfg.batch_size}", flush=True)
 
@@ -319,6 +323,11 @@ def pick_device(name):
     if name != "cpu" and int(name[5:] or 0) >= n:
         raise UserError(f"--device {name}: PyTorch sees {n} GPUs here; choose cpu or auto" + (f", or cuda:0 to cuda:{n - 1}" if n else ""))
     return torch.device(name)
+
+
+def precision(cfg, device):
+    half = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
 
 def build(cfg, checkpoint=None):
