@@ -178,7 +178,7 @@ class PairExamples(Dataset):
             tiles, n_visual = zip(*(cut_tiles(recompressed(open_image(path), i) if recompress else open_image(path), self.vision_cfg, self.image_mode)
                                     for path in paths)) if paths else ((), ())
             prefix, chosen, rejected = encode_pair(self.tok, record["question"], record["chosen"], record["rejected"], self.template, n_visual)
-            if chosen == rejected:
+            if chosen == rejected or record["chosen"].strip() == record["rejected"].strip():
                 raise UserError("chosen and rejected are the same answer; drop the pair")
             longest = len(prefix) + max(len(chosen), len(rejected))
             if longest > self.max_length:                                  # never cut: half an answer is neither good nor bad

@@ -1,5 +1,6 @@
 """What preference learning promises. Every name is a claim; models are tiny and random, pictures 32 pixels wide."""
 
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -206,7 +207,8 @@ def test_what_a_name_stands_for():
 @pytest.fixture(scope="session")
 def trl_loss():
     """trl_loss(name, s, ref, epsilon) -> losses (B,). TRL 0.28 is the last version whose bco_pair keeps delta; 0.29 and later have none."""
-    pytest.importorskip("trl", reason="TRL is not installed: pip install trl==0.28.0")
+    if not importlib.util.find_spec("trl"):
+        pytest.skip("TRL is not installed: pip install trl==0.28.0")
     import transformers.utils.import_utils as utils
     have = utils._is_package_available                   # it takes the answer for true or false; transformers 5 gives (is it there, version)
     utils._is_package_available = lambda *a, **k: type("Answer", (tuple,), {"__bool__": lambda self: bool(self[0])})(have(*a, **k))
@@ -512,7 +514,7 @@ def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_endin
 
 
 def test_a_right_answer_is_written_as_the_truth_is():
-    assert mpo.fix_answer("a\nb\n**Final answer:** **Red**", "red", 2) == "a\nb\nFinal answer:** red" or True
+    assert mpo.fix_answer("a\nb\n**Final answer:** **Red**", "red", 2) == "a\nb\nFinal answer: red"
     assert mpo.fix_answer("a\nb\nFinal answer: A Red one", "red", 2) == "a\nb\nFinal answer: red"
 
 
@@ -572,7 +574,7 @@ def test_a_prediction_within_the_other_is_no_pair_and_pairs_are_capped(tiny, fol
 
 def test_dropout_keeps_words_and_completes_them_without_the_picture(tiny, folder, asked, tok, talkative):
     write(folder / "questions.jsonl", [{"image": "a.png", "question": "<image>\nDescribe.", "chosen": "A red cat and a big dog."}])
-    calls = talkative(" blue bird.")
+    calls = talkative("blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--ratio", 0.5) == 0
     pair, = lines("pairs/made.jsonl")
     assert pair["chosen"] == "A red cat and a big dog." and pair["rejected"] == "A red cat blue bird." and pair["image"] == "a.png"
@@ -585,14 +587,14 @@ def test_dropout_keeps_words_and_completes_them_without_the_picture(tiny, folder
 @pytest.mark.parametrize("ratio, begin", [(0.25, "A"), (0.75, "A red cat and a"), (0.0, "")])
 def test_the_ratio_counts_words_and_rounds_down(tiny, folder, asked, talkative, ratio, begin):
     write(folder / "questions.jsonl", [{"image": "a.png", "question": "Describe.", "chosen": "A red cat and a big dog."}])
-    talkative(" blue bird.")
+    talkative("blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--ratio", ratio) == 0
     assert lines("pairs/made.jsonl")[0]["rejected"] == f"{begin} blue bird.".strip()
 
 
 def test_cut_off_and_same_completions_make_no_pair(tiny, folder, asked, talkative, capfd):
     write(folder / "questions.jsonl", [{"image": "a.png", "question": "Describe.", "chosen": "A red cat and a big dog."}])
-    for text, why in ((" and a ...", "completions cut off"), (" and a big dog.", "completions the same")):
+    for text, why in (("and a ...", "completions cut off"), ("and a big dog.", "completions the same")):
         talkative(text)
         assert build(tiny, folder, "dropout-ntp") == 1 and "not one pair" in errors(capfd)[-1]
         assert json.loads(Path("pairs/made.jsonl.stats.json").read_text())["counts"][why] == 1
@@ -600,7 +602,7 @@ def test_cut_off_and_same_completions_make_no_pair(tiny, folder, asked, talkativ
 
 
 def test_without_a_chosen_answer_the_model_gives_its_own_with_the_picture(tiny, folder, asked, talkative):
-    calls = talkative("one two three four", " blue bird.")
+    calls = talkative("one two three four", "blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--batch-size", 2) == 0
     assert len(calls) == 2 * 4 and calls[0][0][1] and not calls[1][0][1]
 
