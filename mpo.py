@@ -458,7 +458,7 @@ def draw_rewards(path, log, width=800, height=760):
         low, high, top = min(values), max(values), k * tall + 30
         low, high = (low - 0.05, high + 0.05) if high - low < 1e-6 else (low, high)
         y = lambda v: top + (tall - 44) * (high - v) / (high - low)
-        for v in (low, (low + high) / 2, high, *([0.0] if low < 0 < high else [])):
+        for v in (low, 0.0 if low < 0 < high else (low + high) / 2, high):
             pen.line([(70, y(v)), (width - 24, y(v))], fill="#e6e6e6")
             write((62, y(v)), f"{v:.3g}", "rm")
         write((70, top - 18), title, "lt", "#222222")
