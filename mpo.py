@@ -327,8 +327,9 @@ class Pairs:
                 if vlm.cfg.vision2:
                     self.ref.vision2 = vlm.vision2
             self.ref.load_state_dict(saved.get("reference", {}), strict=False)              # tr-dpo's has moved
-        elif not getattr(vlm, "lora", None):
-            raise UserError("--reference lora-off: the policy has no LoRA; give --lora-r, or --reference precomputed")
+        elif beside := [name for name, p in vlm.named_parameters() if p.requires_grad and ".lora_" not in name]:
+            raise UserError(f"--reference lora-off: {len(beside)} tensors train that are no LoRA, such as {beside[0]}, so the policy without its LoRA is not "
+                            "what it began as; give --lora-r N --train llm, or --reference precomputed")
 
     def backward(self, micro, autocast):
         """Add the gradient of L over all pairs of a step; -> L (None: no pair could be used), what the log should hold."""
