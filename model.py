@@ -142,8 +142,8 @@ class VLM(nn.Module):
         logits = self.decoder.lm_head(h[:, :-1][keep])                      # (supervised, V): the head is run where it is asked
         return F.cross_entropy(logits.float(), target[keep])
 
-    def embed(self, tokens, pixels, seen=None):
-        """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S) -> (B, T, D). `seen`: what look(pixels) gave."""
+    def embed(self, tokens, pixels):
+        """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S) -> (B, T, D)."""
         here = tokens == self.cfg.image_token                               # (B, T)
         beyond = tokens == max(self.cfg.pad_token, self.cfg.decoder.vocab_size)             # <pad>, where it lies beyond the table as
         x = self.decoder.embed_tokens(tokens.masked_fill(here | beyond, 0))                 # <image> may too: LLaVA's own has 32000 rows
@@ -152,14 +152,15 @@ class VLM(nn.Module):
             raise ValueError(f"{n_slot} image tokens in the batch, {n_visual} visual tokens from the pictures: "
                              f"each picture needs a run of {self.cfg.vision.n_token} (data.encode_conversation makes it)")
         if n_visual:
-            visual = self.connector(self.look(pixels) if seen is None else seen)            # (n, N, D)
+            visual = self.connector(self.features(pixels))                  # (n, N, D)
             x = x.masked_scatter(here[:, :, None], visual.flatten(0, 1).to(x.dtype))
         return x
 
-    def look(self, pixels):
-        """What the tower sees, or both side by side: (n, 3, S, S) -> (n, N, D_vision)."""
-        visual = self.vision(pixels)
-        return torch.cat([visual, self.vision2(pixels)], dim=-1) if self.cfg.vision2 else visual
+    def features(self, pixels):
+        """What the connector reads: (n, 3, S, S) -> (n, N, D_vision). Features that were kept (mpo.py, for policy and reference) pass."""
+        if pixels.ndim == 3:
+            return pixels.to(self.connector.linear_1.weight.dtype)
+        return torch.cat([self.vision(pixels), self.vision2(pixels)], dim=-1) if self.cfg.vision2 else self.vision(pixels)
 
     def generate(self, tokens, pixels=None, max_new_tokens=128, temperature=0.0, top_p=1.0, top_k=0, lengths=None, seed=None, stop=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.

@@ -139,12 +139,12 @@ def log_probs(vlm, batch, seen=None, rows=1024):
     """A batch of pairs -> s (B, 2) float32, n (B, 2): sums of log-probabilities and numbers of tokens of chosen and rejected answers.
 
     Prompt, picture and padding count zero. The head is run on answer tokens only, `rows` of them at a time, each time once more on
-    the way back: no more than (rows, V) logits exist at any moment. `seen`: what vlm.look gave for the batch's pictures.
+    the way back: no more than (rows, V) logits exist at any moment. `seen`: the pictures' vlm.features, if they are known.
     """
     part, keep = batch["part"], batch["labels"] != IGNORE                                    # (B, T)
     now = torch.arange(part.shape[1], device=part.device)
     mask = (now[:, None] >= now) & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))      # (B, T, T)
-    h = vlm.decoder(vlm.embed(batch["tokens"], batch["pixels"], seen), at=batch["at"], mask=mask[:, None])
+    h = vlm.decoder(vlm.embed(batch["tokens"], batch["pixels"] if seen is None else seen), at=batch["at"], mask=mask[:, None])
     row = keep.nonzero()[:, 0]
     h, y, slot = h[row, batch["source"][keep]], batch["labels"][keep], 2 * row + (part[keep] == REJECTED)
     one = lambda h, y: -F.cross_entropy(vlm.decoder.lm_head(h).float(), y, reduction="none")
@@ -356,7 +356,7 @@ class Pairs:
     @torch.no_grad()
     def look(self, batch):
         """The pictures' features for policy and reference alike, where the tower stays as it is; else None, and each looks by itself."""
-        return self.vlm.look(batch["pixels"]) if self.frozen_tower and len(batch["pixels"]) else None
+        return self.vlm.features(batch["pixels"]) if self.frozen_tower and len(batch["pixels"]) else None
 
     @torch.no_grad()
     def reference(self, batch, seen):
@@ -377,6 +377,8 @@ class Pairs:
         done = whole_lines(path)
         if len(done) < n:
             vlm, size = first(), cfg.micro_batch_size or cfg.batch_size
+            training = vlm.training
+            vlm.eval()                                                      # no dropout in a reference
             loader = DataLoader(Subset(self.examples, range(len(done), n)), batch_size=size, num_workers=cfg.workers, collate_fn=list)
             with open(path, "a") as file, precision(cfg, self.device), tqdm(total=n, initial=len(done), desc="reference", unit="pair", disable=None) as bar:
                 for examples in loader:
@@ -387,6 +389,7 @@ class Pairs:
                     file.flush()
                     done += lines
                     bar.update(len(lines))
+            vlm.train(training)
             print(f"reference log-probabilities of {n:,} pairs in {time.time() - began:.0f} s, kept in {path}")
         return torch.tensor(done)
 
