@@ -9,7 +9,8 @@ Labels stand under their own token (the model shifts them): the token's id where
 marked when its text is appended, so nothing is tokenised twice, compared or guessed afterwards.
 
 FILE is a LLaVA list [{"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}, ...], the same
-with one record per line (JSONL), or questions {"question_id", "image", "text", "answer"}, one per line.
+with one record per line (JSONL), or questions {"question_id", "image", "text", "answer"}, one per line; "question" may stand for "text",
+and of a preference pair {"image", "question", "chosen", "rejected"} the chosen answer is the answer.
 
 Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL (arXiv:2411.10442):
   - a conversation that does not fit is an error or a counted skip; the originals cut it, or set all its labels to IGNORE;
@@ -363,9 +364,10 @@ class Records:
         record["images"] = [] if images is None else images if isinstance(images, list) else [images]
         if not all(isinstance(name, str) and name for name in record["images"]):
             raise UserError(f"{self.where(i, record['id'])}: \"image\" is {images!r}; it must be a file name or a list of file names")
-        if "conversations" not in record and isinstance(record.get("text"), str):
-            turns = [{"from": "human", "value": record["text"]}]
-            turns += [{"from": "gpt", "value": record["answer"]}] if "answer" in record else []
+        question, said = record.get("text", record.get("question")), record.get("chosen", record.get("answer"))
+        if "conversations" not in record and isinstance(question, str):
+            turns = [{"from": "human", "value": question}]
+            turns += [{"from": "gpt", "value": said}] if said is not None else []
         if not isinstance(turns, list) or not turns:
             raise UserError(f"{self.where(i, record['id'])}: no conversation; expected {RECORD}, or a question in \"text\"")
         for k, turn in enumerate(turns, 1):

@@ -1,6 +1,7 @@
 """The toy's own CLIP and Vicuna, from nothing: what LLaVA starts from, at a size that a laptop trains in an hour.
 
     python lab.py ingredients                   # writes assets/toy-clip and assets/toy-vicuna
+    python lab.py mpo                           # preference learning in miniature: finetune, pairs, every loss, three seeds, one table
 
 toy-clip    A tower of CLIP's architecture, trained to match pictures with texts. Its class token: whole pictures with captions, as in
             CLIP (arXiv:2103.00020). Its patches, where a VLM reads them: each with the phrases that are true of the thing it shows ("a
@@ -27,6 +28,7 @@ tile-speed  Training tokens/s of the decoder with HD's packing and without, at e
 """
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -34,6 +36,7 @@ import re
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import mpo
 import toyworld
 import train
 from data import IGNORE, Examples, Records, Tokenizer, encode_conversation, parse_args, run
@@ -58,21 +62,29 @@ NOTHING, UNSURE = -1, -2                         # of a patch that shows none of
 
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("what", choices=["ingredients", "hd", "tile-speed"], help="ingredients: make toy-clip and toy-vicuna; hd, tile-speed: see above")
-    cli.add_argument("--out", default="", help="folder to write to (default assets, of hd out/hd)")
+    cli.add_argument("what", choices=["ingredients", "hd", "tile-speed", "mpo"],
+                     help="ingredients: make toy-clip and toy-vicuna; the others: see above")
+    cli.add_argument("--out", default="", help="folder to write to (default assets, of hd out/hd, of mpo out/lab-mpo)")
     cli.add_argument("--clip-steps", type=int, default=3000, help="steps of 48 pictures (default 3000)")
     cli.add_argument("--vicuna-steps", type=int, default=3000, help="steps of 32 texts (default 3000)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna"], help="make one of the two")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
     cli.add_argument("--tokens", type=int, default=3_000_000, help="hd: training tokens of each run (default 3000000)")
-    cli.add_argument("--seeds", type=int, default=3, help="hd: runs of each kind (default 3)")
+    cli.add_argument("--seeds", type=int, default=3, help="hd, mpo: runs of each kind (default 3)")
     cli.add_argument("--eval-limit", type=int, default=0, help="hd: answer only this many of the held-out questions; 0: all (default 0)")
     cli.add_argument("--pictures", type=int, default=6000, help="hd: training pictures (default 6000)")
+    cli.add_argument("--model", default="out/finetune", help="mpo: the model before; trained first where it is not there (default out/finetune)")
+    cli.add_argument("--questions", type=int, default=300, help="mpo: training pictures to ask about, for each method (default 300)")
+    cli.add_argument("--samples", type=int, default=8, help="mpo: answers to each question (default 8)")
+    cli.add_argument("--steps", type=int, default=60, help="mpo: steps of 16 pairs (default 60)")
+    cli.add_argument("--held-out", type=int, default=200, help="mpo: held-out pictures to ask about, each directly, step by step and for a caption (default 200)")
     cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
     if cfg.what == "hd":
         return hd(Path(cfg.out or "out/hd"), cfg)
     if cfg.what == "tile-speed":
         return tile_speed()
+    if cfg.what == "mpo":
+        return compare_losses(cfg)
     out = Path(cfg.out or "assets")
     (out / "toy-vicuna").mkdir(parents=True, exist_ok=True)
     if not (out / "toy-vicuna/tokenizer.model").exists() or not cfg.only:
@@ -442,6 +454,131 @@ def tile_speed(B=8, size=192, rounds=15):
     print(f"hd/pad, median of the rounds: {mid(b / a for a, b in zip(seconds['pad'], seconds['hd'])):.3f} of the time of a step, "
           f"{mid((b - tower) / (a - tower) for a, b in zip(seconds['pad'], seconds['hd'])):.3f} without the tower")
     return 0
+
+
+# ---- preference learning in miniature ----------------------------------------------------------------------------------
+
+VARIANTS = {                                     # row of the table -> (--loss, its pairs: correctness, and DropoutNTP's at these ratios)
+    "SFT on chosen": ("sft", True, 0.5), "DPO": ("dpo", True, 0.5), "DPO+sft": ("dpo+sft", True, 0.5), "BCO+sft": ("bco+sft", True, 0.5),
+    "MPO": ("mpo", True, 0.5), "MPO, DropoutNTP 0.25 alone": ("mpo", False, 0.25), "MPO, DropoutNTP 0.5 alone": ("mpo", False, 0.5),
+    "MPO, DropoutNTP 0.75 alone": ("mpo", False, 0.75)}
+COLUMNS = {"direct": "direct", "cot": "step by step", "no_format": "no final answer", "hallucinated": "things that are not there", "captions": "captions with one"}
+CLAIMS = (                                       # (what the paper says, the difference that must then be above 0), a column being (row, name)
+    ("MPO is better than SFT on the chosen answers, step by step (Table 3)", ("MPO", "cot"), ("SFT on chosen", "cot")),
+    ("DPO alone makes step by step worse than direct (Table 6)", ("DPO", "direct"), ("DPO", "cot")),
+    ("with SFT beside it DPO is better step by step (Table 6)", ("DPO+sft", "cot"), ("DPO", "cot")),
+    ("DPO alone loses the format, SFT keeps it (section 10)", ("DPO", "no_format"), ("DPO+sft", "no_format")),
+    ("MPO is better than DPO+sft, step by step (Table 6)", ("MPO", "cot"), ("DPO+sft", "cot")),
+    ("DropoutNTP lessens hallucination (Table 4)", ("before", "hallucinated"), ("MPO, DropoutNTP 0.5 alone", "hallucinated")),
+    ("and at half of the answer more than at a quarter (Table 9)", ("MPO, DropoutNTP 0.25 alone", "hallucinated"), ("MPO, DropoutNTP 0.5 alone", "hallucinated")),
+    ("or at three quarters (Table 9)", ("MPO, DropoutNTP 0.75 alone", "hallucinated"), ("MPO, DropoutNTP 0.5 alone", "hallucinated")))
+
+
+def compare_losses(cfg):
+    """Finetune, let the model make its own pairs, train each variant on them, examine all: out/lab-mpo/table.md (arXiv:2411.10442v2).
+
+    The questions to make pairs from are about training pictures, those of the examination about held-out ones. What is there already,
+    pairs or a finished run, is not made again: remove the folder for that.
+    """
+    out, began = Path(cfg.out or "out/lab-mpo"), time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    toyworld.write_world("toyworld")
+    quietly(out, train, ["--stage", "finetune", "--out", cfg.model, "--eval-every", 0, "--save-every", 0, "--no-final-eval", "--seed", cfg.seed], Path(cfg.model))
+    write_questions(out, cfg.questions)
+    exam = make_exam(cfg.held_out)
+    rows = {"before": [take_exam(cfg.model, exam)]}
+    print(f"before: {line_of(rows['before'])}", flush=True)
+    for seed in range(cfg.seeds):
+        here = out / f"seed{seed}"
+        common = ["--model", cfg.model, "--image-root", "toyworld", "--seed", seed]
+        quietly(out, mpo, ["pairs", "--method", "correctness", *common, "--data", out / "reasoning.jsonl", "--out", here / "correctness.jsonl",
+                           "--samples", cfg.samples, "--min-newlines", 1, "--max-new-tokens", 96], here / "correctness.jsonl")
+        for ratio in (0.25, 0.5, 0.75):
+            quietly(out, mpo, ["pairs", "--method", "dropout-ntp", *common, "--data", out / "captions.jsonl", "--out", here / f"dropout{ratio}.jsonl",
+                               "--ratio", ratio, "--max-new-tokens", 96], here / f"dropout{ratio}.jsonl")
+        for name, (loss, correctness, ratio) in VARIANTS.items():
+            files = [here / "correctness.jsonl"] * correctness + [here / f"dropout{ratio}.jsonl"]
+            run_dir = here / re.sub(r"\W+", "-", name.lower())
+            meta = here / f"{run_dir.name}.json"
+            meta.write_text(json.dumps({f.stem: {"root": str(Path("toyworld").absolute()), "annotation": str(f.absolute())} for f in files}))
+            quietly(out, mpo, ["train", *common, "--data", meta, "--out", run_dir, "--loss", loss, "--max-steps", cfg.steps, "--save-every", 0, "--eval-every", 0,
+                               "--no-final-eval"], run_dir)
+            rows.setdefault(name, []).append(take_exam(run_dir, exam))
+            print(f"seed {seed}, {name}: {line_of(rows[name][-1:])}", flush=True)
+    table = [f"| | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS), *(f"| {name} | {line_of(found, ' | ')} |" for name, found in rows.items())]
+    for claim, (row, column), (other, column2) in CLAIMS:
+        gaps = [a[column] - b[column2] for a, b in zip(rows[row] * (cfg.seeds if row == "before" else 1), rows[other])]
+        shows = "shows" if min(gaps) > 0 else "the contrary shows" if max(gaps) < 0 else "not to be told at this size"
+        table.append(f"- {claim}: {shows} ({', '.join(f'{100 * g:+.1f}' for g in gaps)} points by seed)")
+    (out / "table.md").write_text("\n".join(table) + "\n")
+    (out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print("\n".join(table) + f"\nin {(time.time() - began) / 60:.1f} minutes; the runs, their logs and the table are in {out}")
+    return 0
+
+
+def quietly(out, program, flags, made):
+    """Run one of our programs unless what it makes is there; what it prints goes to a file."""
+    if not (made / "config.json" if made.suffix != ".jsonl" else made).exists():
+        with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            program.main([str(word) for word in flags])
+
+
+def line_of(found, between=", "):
+    """Mean of the seeds, and half the distance from the lowest to the highest."""
+    cells = []
+    for key, name in COLUMNS.items():
+        values = [100 * f[key] for f in found]
+        cells.append(f"{statistics.mean(values):.1f}%" + (f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else "") + (f" {name}" if between == ", " else ""))
+    return between.join(cells)
+
+
+def scene_of(split, i):
+    """The scene of a picture of the toy world, and its generator, as toyworld.make_picture had them."""
+    rng = random.Random(f"0 {split} {i}")
+    return toyworld.random_scene(rng, held_out=split == "val"), random.Random(f"lab {split} {i}")
+
+
+def write_questions(out, n):
+    """reasoning.jsonl with answers, captions.jsonl without, both about the first n training pictures."""
+    reasoning, captions = [], []
+    for i in range(n):
+        scene, rng = scene_of("train", i)
+        question, truth, _ = toyworld.reason(scene, rng)
+        image = f"images/train_{i:05d}.png"
+        reasoning.append({"image": image, "question": f"{question}\n{toyworld.SHORT}", "answer": str(truth)})
+        captions.append({"image": image, "question": toyworld.CAPTION})
+    for name, lines in (("reasoning", reasoning), ("captions", captions)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_exam(n):
+    """[(picture, question, answer, scene)] about held-out pictures."""
+    exam = []
+    for i in range(min(n, 240)):
+        scene, rng = scene_of("val", i)
+        question, truth, _ = toyworld.reason(scene, rng)
+        exam.append((Path(f"toyworld/images/val_{i:05d}.png"), question, str(truth), scene))
+    return exam
+
+
+def take_exam(model, exam):
+    """-> shares: right answers asked directly and step by step, worked answers without a final one, things in captions that are not in the picture."""
+    vlm, tok = VLM.from_pretrained(model), Tokenizer(model)
+    ask = lambda question: [said for said, _ in train.answer(vlm, tok, [([p], question(q)) for p, q, _, _ in exam], torch.device("cpu"))]
+    direct, worked, captions = ask(lambda q: f"{q}\n{toyworld.SHORT}"), ask(lambda q: mpo.worked(q, 1, "en")), ask(lambda q: toyworld.CAPTION)
+    final = [mpo.parse_answer(said, 1) for said in worked]
+    wrong = [made_up(said, scene) for said, (*_, scene) in zip(captions, exam)]
+    share = lambda found: sum(found) / len(exam)
+    return {"direct": share(mpo.judge(said, truth) for said, (_, _, truth, _) in zip(direct, exam)),
+            "cot": share(bool(f) and mpo.judge(f[1], truth) for f, (_, _, truth, _) in zip(final, exam)), "no_format": share(f is None for f in final),
+            "hallucinated": sum(n for n, _ in wrong) / max(1, sum(n for _, n in wrong)), "captions": share(n > 0 for n, _ in wrong)}
+
+
+def made_up(caption, scene):
+    """-> how many of the things a caption names are not in the picture, how many it names (CHAIR, arXiv:1809.02156). A sign counts by its word."""
+    named = Counter(re.findall(rf"({'|'.join(toyworld.COLORS)}) ({'|'.join(toyworld.KINDS)})\b", caption)) + Counter(re.findall(r"says (\w+)", caption))
+    there = Counter((thing.color, thing.kind) for thing in scene.things) + Counter([scene.sign.word] if scene.sign else [])
+    return (named - there).total(), named.total()
 
 
 if __name__ == "__main__":

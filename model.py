@@ -175,7 +175,7 @@ class VLM(nn.Module):
         return x
 
     def features(self, pixels):
-        """What the connector reads: (n, 3, S, S) -> (n, N, D_vision). Features that were kept (train.py, --cache-features) pass."""
+        """What the connector reads: (n, 3, S, S) -> (n, N, D_vision). Features that were kept (train.py, --cache-features; mpo.py) pass."""
         if pixels.ndim == 3:
             return pixels.to(self.connector.linear_1.weight.dtype)
         return torch.cat([self.vision(pixels), self.vision2(pixels)], dim=-1) if self.cfg.vision2 else self.vision(pixels)
@@ -324,17 +324,18 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
-    def forward(self, x, cache=None, pos=None, end=None):
-        """(B, T, D) embeddings -> (B, T, D) ready for lm_head, causally.
+    def forward(self, x, cache=None, pos=None, end=None, at=None, mask=None):
+        """(B, T, D) embeddings -> (B, T, D) ready for lm_head, causally; or at the positions `at` (B, T) and seeing what `mask` (B, 1, T, T) lets.
 
         With a cache and no `pos`: positions 0..T-1 are computed and remembered. With `pos` (B,): each row's tokens stand from its own
         position on and see its cache up to themselves; `end` bounds all positions so that the unused tail is not read.
         """
-        at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None] + torch.arange(x.shape[1], device=x.device)     # (1 or B, T)
-        rope, mask = rotary(at, self.cfg), None if pos is None else (torch.arange(end, device=x.device) <= at[:, :, None])[:, None]           # (B, 1, T, end)
+        if at is None:
+            at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None] + torch.arange(x.shape[1], device=x.device)     # (1 or B, T)
+        rope, mask = rotary(at, self.cfg), mask if pos is None else (torch.arange(end, device=x.device) <= at[:, :, None])[:, None]           # (B, 1, T, end)
         for i, layer in enumerate(self.layers):
             if i < self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, None, None, None, use_reentrant=False)
+                x = checkpoint(layer, x, rope, None, None, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, None if cache is None else cache[i], None if pos is None else at, mask)
         return self.norm(x)

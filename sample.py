@@ -10,13 +10,12 @@ is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Gree
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
 from data import Tokenizer, cut_at_stop, encode_prompt, parse_args, run, stop_ids
 from model import VLM, check_image_mode, check_tokenizer
-from train import Flags, one_of, pick_device
+from train import Flags, newest_run, one_of, pick_device
 from vision import MODES, UserError, cut_tiles, join, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
@@ -88,16 +87,6 @@ def ask():
         print("<image> cannot be typed here: pictures come from --image, before the first question")
         return ask()
     return question or None
-
-
-def newest_run(root="out"):
-    """The model directory under out/ that was finished last: config.json is the last file a run writes."""
-    newest = lambda pattern: max(Path(root).glob(pattern), key=lambda p: p.stat().st_mtime, default=None)
-    if found := newest("*/config.json"):
-        return found.parent
-    half = newest("*/checkpoint-*/config.json")
-    raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune) or give --model DIR"
-                    + (f". From an unfinished one there is --model {half.parent}" if half else ""))
 
 
 def parse(argv):

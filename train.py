@@ -138,8 +138,13 @@ FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval
 
 
 def main(argv=None):
+    return guarded(lambda: fit(parse(argv)))
+
+
+def guarded(train):
+    """train(), with what went wrong outside of us said in one line."""
     try:
-        return fit(parse(argv))
+        return train()
     except BrokenPipeError:
         raise
     except (OSError, RuntimeError) as error:                                # not our mistake, nor quite the user's: the machine's
@@ -157,12 +162,14 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-def fit(cfg):
+def fit(cfg, lesson=None):
+    """The loop. What it teaches is a lesson: Answers, or the pairs of mpo.py."""
+    lesson = lesson or Answers
     # Data, model, optimizer.
     device = meet(cfg)
     print(f"config: {json.dumps({k: v for k, v in asdict(cfg).items() if v not in ('', False)})}", flush=True)
     out = Path(cfg.out)
-    records = open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+    records = lesson.read(cfg)
     if cfg.dry_run:
         return dry_run(cfg, records, device)
     checkpoint, state = find_checkpoint(out, cfg) if cfg.resume else (None, {"step": 0, "skipped": 0})
@@ -170,13 +177,12 @@ def fit(cfg):
     vlm, tok = build(cfg, checkpoint)
     freeze(vlm, cfg, checkpoint)
     vlm.to(device).train()
-    template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
-    examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, cfg.max_length or vlm.cfg.decoder.block_size, cfg.bad_records)
     questions, looks = read_held_out(cfg, vlm, tok) if cfg.val else ([], [])
     first, steps = state["step"], cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+    lesson = lesson(cfg, records, vlm, tok, device, state)
     count = lambda ps: f"{sum(p.numel() for p in ps) / 1e6:.2f}M"
     print(f"{count(p for p in vlm.parameters() if p.requires_grad)} of {count(vlm.parameters())} parameters train, on {len(records):,} records, {steps:,} steps of {cfg.batch_size}", flush=True)
-    half = cfg.weights == "float32" and (cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda")
+    half, examples = is_half(cfg, device), lesson.examples
     if rank() == 0:
         rewind(out, first) if checkpoint else move_aside(out, cfg)
         save_processor(out, tok.path, vlm.cfg)
@@ -195,8 +201,8 @@ def fit(cfg):
     order = itertools.islice(batches(len(records), cfg.batch_size, steps, cfg.seed), first, None)
     loader = iter(DataLoader(examples, batch_sampler=(share(batch, records, vlm.cfg.vision.n_token) for batch in order), num_workers=cfg.workers,
                              pin_memory=device.type == "cuda", collate_fn=functools.partial(
-                                 micro_batches, size=cfg.micro_batch_size, pad=tok.pad, budget=cfg.token_budget)))
-    autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
+                                 micro_batches, size=cfg.micro_batch_size, pad=tok.pad, budget=cfg.token_budget, collate=lesson.collate)))
+    autocast = precision(cfg, device)
 
     # The loop.
     began, busy, seen, padded, skipped, untested = time.time(), 0.0, 0, 0, state["skipped"], True
@@ -212,17 +218,18 @@ def fit(cfg):
             micro = next(loader)
             if step == 1:
                 say_coverage(micro)
-            loss, supervised = backward(net, micro, device, autocast)
+            loss, measured = lesson.backward(net, micro, autocast)
             norm = whole(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
             if not math.isfinite((loss or 0) + norm):
                 raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {norm}; lower --lr, or look at the records "
-                                + blame(net, micro, device, autocast))
+                                + lesson.blame(net, micro, autocast))
             before = fingerprints(vlm) if untested and norm > 0 else None
             optimizer.step()
             if before:
                 check_moved(vlm, before, optimizer, step)
                 untested = False
             optimizer.zero_grad(set_to_none=True)
+            lesson.stepped(step)
 
             bad = [reason for m in micro for reason in m["skipped"]]
             for k, reason in enumerate(bad[: max(0, 5 - skipped)], skipped + 1):
@@ -231,8 +238,10 @@ def fit(cfg):
             seen, padded, skipped, halt = (int(a + b) for a, b in zip((seen, padded, skipped, 0), totals.sum(0)))
             busy += time.time() - start
             left = (time.time() - began) / (step - first) * (steps - step)
-            log.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "supervised": supervised, "time": round(time.time() - began, 2)}) + "\n")
+            log.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, **measured, "time": round(time.time() - began, 2)}
+                                 | ({"skipped": bad} if bad else {})) + "\n")
             said, rate = "no usable record" if loss is None else f"loss {loss:.4f}", f"{seen / busy:,.0f} tokens/s"
+            said += "".join(f"  {name} {measured[name]:.3f}" for name in lesson.shown if loss is not None)
             bar.set_postfix_str(f"{said}, {rate}")
             bar.update()
             if step % cfg.log_every == 0 or step in (first + 1, steps):
@@ -247,9 +256,10 @@ def fit(cfg):
                 vlm.train()
             if rank() == 0 and (step % 50 == 0 or step == steps or halt):
                 draw_curve(out / "loss.png", out / "log.jsonl")
+                lesson.draw(out)
             sys.stdout.flush()
             if halt or step == steps or cfg.save_every and step % cfg.save_every == 0:
-                save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped)
+                save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped, lesson.state())
             if halt:
                 bar.write(f"interrupted: step {step} is saved; go on with the same command and --resume")
                 return 130
@@ -269,6 +279,35 @@ def fit(cfg):
     return 0
 
 
+class Answers:
+    """What the loop teaches: to give the answers of the conversations. Another lesson has the same methods (mpo.Pairs)."""
+    shown, collate = (), staticmethod(collate)   # what of `measured` is printed beside the loss; examples -> batch
+
+    def __init__(self, cfg, records, vlm, tok, device, state):
+        self.device, template = device, cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
+        self.examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, cfg.max_length or vlm.cfg.decoder.block_size, cfg.bad_records)
+
+    @staticmethod
+    def read(cfg):
+        return open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+
+    def backward(self, net, micro, autocast):    # -> loss of the step (None: nothing could be used), what else the log should hold
+        loss, supervised = backward(net, micro, self.device, autocast)
+        return loss, {"supervised": supervised}
+
+    def blame(self, net, micro, autocast):       # the ids of records whose loss is no number
+        return blame(net, micro, self.device, autocast)
+
+    def stepped(self, step):                     # after each step of the optimizer
+        pass
+
+    def state(self):                             # what a checkpoint must hold besides weights and optimizer
+        return {}
+
+    def draw(self, out):                         # a picture beside loss.png
+        pass
+
+
 # ---- the parts, in the order of their use ------------------------------------------------------------------------------
 
 
@@ -278,6 +317,18 @@ def parse(argv=None):
     cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                 usage="python train.py [--stage {pretrain,finetune}] [--model PRESET|DIR] [--data FILE] [any flag below]",
                 epilog="The defaults shown are those of the --model and --stage given beside --help.")
+    cfg = read_flags(cli, TrainConfig, recipe_of(argv), argv)
+    if not cfg.data:
+        try:
+            toyworld.write_world("toyworld")
+        except OSError as error:
+            raise UserError(f"the toy world could not be drawn: {error}; or give your own --data") from None
+        cfg = replace(cfg, data="toyworld/pretrain.json" if cfg.stage == "pretrain" else "toyworld/train.json")
+    return find_files(cfg)
+
+
+def recipe_of(argv):
+    """What the flags --model, --stage, --epochs and --from-scratch change in the defaults of others."""
     peek = argparse.ArgumentParser(add_help=False)                          # the flags that decide on the defaults of others
     peek.add_argument("--model", default="toy")
     peek.add_argument("--stage", default="finetune")
@@ -285,13 +336,17 @@ def parse(argv=None):
     peek.add_argument("--from-scratch", "--from_scratch", action="store_true")
     choice, _ = peek.parse_known_args(argv)
     recipe = RECIPES.get((choice.model, choice.stage), {})
-    recipe = recipe | (dict(vision="", llm="") if choice.from_scratch else {}) | (dict(max_steps=0) if choice.epochs else {})
-    for f in fields(TrainConfig):
+    return recipe | (dict(vision="", llm="") if choice.from_scratch else {}) | (dict(max_steps=0) if choice.epochs else {})
+
+
+def read_flags(cli, Config, recipe, argv):
+    """A flag for each field that has a help text; -> Config, its values checked."""
+    for f in (f for f in fields(Config) if f.metadata["help"]):
         default = recipe.get(f.name, f.default)
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}[f.type])
         said = "" if default == "" else f" (default {('no', 'yes')[default] if f.type is bool else default})"
         cli.add_argument("--" + f.name.replace("_", "-"), default=default, help=f.metadata["help"] + said, **kind)
-    cfg = TrainConfig(**vars(parse_args(cli, argv)))
+    cfg = Config(**vars(parse_args(cli, argv)))
     one_of("--stage", cfg.stage, ["pretrain", "finetune"])
     one_of("--bad-records", cfg.bad_records, ["stop", "skip"])
     one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
@@ -308,12 +363,11 @@ def parse(argv=None):
         for name in names:
             if not fits(asdict(cfg)[name]):
                 raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]}: must be {rule}")
-    if not cfg.data:
-        try:
-            toyworld.write_world("toyworld")
-        except OSError as error:
-            raise UserError(f"the toy world could not be drawn: {error}; or give your own --data") from None
-        cfg = replace(cfg, data="toyworld/pretrain.json" if cfg.stage == "pretrain" else "toyworld/train.json")
+    return cfg
+
+
+def find_files(cfg):
+    """Fill in the paths that were not given, and check that the files are there."""
     beside = Path(cfg.data).parent
     cfg = replace(cfg, image_root=cfg.image_root or str(beside), out=cfg.out or f"out/{cfg.stage}",
                   val=cfg.val or (str(beside / "val.jsonl") if (beside / "val.jsonl").exists() else ""))
@@ -344,6 +398,14 @@ def pick_device(name):
     if name != "cpu" and int(name[5:] or 0) >= n:
         raise UserError(f"--device {name}: PyTorch sees {n} GPUs here; choose cpu or auto" + (f", or cuda:0 to cuda:{n - 1}" if n else ""))
     return torch.device(name)
+
+
+def is_half(cfg, device):
+    return cfg.weights == "float32" and (cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda")
+
+
+def precision(cfg, device):
+    return torch.autocast(device.type, torch.bfloat16) if is_half(cfg, device) else contextlib.nullcontext()
 
 
 def blueprint(cfg):
@@ -500,7 +562,7 @@ def share(batch, records, n_token):
     return hands[rank()]
 
 
-def micro_batches(rows, size, pad, budget=0):
+def micro_batches(rows, size, pad, budget=0, collate=collate):
     """The examples of a step -> batches of at most `size` of them (0: one batch), done in the loader process.
 
     With a budget, instead: sorted by length and cut where that pads least, no batch having more tokens than that, its padding counted. Lengths are
@@ -984,7 +1046,7 @@ def what_to_save(vlm):
     return state
 
 
-def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped):
+def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped, lesson=None):
     """out/checkpoint-N, built under a hidden name, read again, and renamed when it is on the disk; only then does the older one go, hidden
     first: whatever is called checkpoint-N is whole, at any moment. Sharded, each process writes the moments that it has."""
     final = out / f"checkpoint-{step:06d}"
@@ -995,7 +1057,7 @@ def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped):
         wait()                                                              # process 0 has made the folder
         names = {p: name for name, p in vlm.named_parameters()}
         moments = {names[p]: {key: mine(t) for key, t in state.items()} for p, state in optimizer.state.items()}
-        state = {"step": step, "config": asdict(cfg), "skipped": skipped}
+        state = {"step": step, "config": asdict(cfg), "skipped": skipped, "lesson": lesson or {}}
         files = {hidden / "trainer.pt": state | ({} if cfg.shard and world() > 1 else {"optimizer": moments})} if rank() == 0 else {}
         if cfg.shard and world() > 1:
             files[hidden / f"optimizer-{rank()}-of-{world()}.pt"] = moments
@@ -1072,6 +1134,16 @@ def find_checkpoint(out, cfg):
                             "give the same flags, or start a new run in another --out")
     print(f"resuming after step {state['step']}")
     return newest, state
+
+
+def newest_run(root="out"):
+    """The model directory under out/ that was finished last: config.json is the last file a run writes."""
+    newest = lambda pattern: max(Path(root).glob(pattern), key=lambda p: p.stat().st_mtime, default=None)
+    if found := newest("*/config.json"):
+        return found.parent
+    half = newest("*/checkpoint-*/config.json")
+    raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune) or give --model DIR"
+                    + (f". From an unfinished one there is --model {half.parent}" if half else ""))
 
 
 def rewind(out, step):

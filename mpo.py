@@ -1,0 +1,837 @@
+"""Mixed Preference Optimization: teach a finetuned VLM to prefer its better answers (arXiv:2411.10442v2).
+
+For a prompt x (picture and question), a chosen answer y_c and a rejected one y_r:
+    s(y) = sum over the tokens of y of log pi(token | x, tokens before)         a sum, not a mean: beta 0.1 is made for sums
+    r(y) = beta (s(y) - s_ref(y))                                               the reward; the reference is the model before training
+    L    = w_p L_p + w_q L_q + w_g L_g      L_p  which of the two is better (DPO)
+                                            L_q  is each one good by itself (BCO, rewards shifted by delta)
+                                            L_g  keep writing good answers  (SFT on y_c, mean over its tokens)
+
+    python mpo.py pairs --method correctness --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
+    python mpo.py pairs --method dropout-ntp --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
+    python mpo.py train --model DIR --data PAIRS.jsonl --image-root DIR         # through train.py's loop: its checkpoints, logs, --resume
+
+A pair is one row, [picture and question | chosen | rejected]: the rejected answer stands at the positions of the chosen one and neither
+sees the other, so the sums are those of two rows, and picture and question are computed once. A frozen tower looks once for policy and
+reference. Deviations from the authors' code, all of them:
+  - delta, the running mean of all rewards, is saved in the checkpoint (the original restarts it at 0); as there it grows with every
+    micro-batch, but each pair counts the same. So --micro-batch-size changes nothing but delta within a step;
+  - L_g is the mean over the pairs of each one's mean over its tokens, as the paper has it (the code: one mean over the tokens of a batch);
+  - a pair that does not fit is skipped, counted and named in log.jsonl; the original cuts it and trains on the rest;
+  - answers that ran out of tokens make no pair; the original takes them for wrong ones, or for whole ones.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+import model
+from data import IGNORE, Records, Tokenizer, cut_at_stop, encode_conversation, encode_prompt, find_template, no_picture, parse_args, read_json, run, stop_ids
+from model import PRESETS, VLM, check_tokenizer, write_whole
+from train import Flags, TrainConfig, arg, build, find_files, fit, guarded, is_right, newest_run, one_of, pick_device, precision, read_flags
+from vision import UserError, cut_tiles, join, open_image
+
+
+# ---- the losses: each a mean over pairs of what its equation says, of tensors (B,) ---------------------------------------
+
+
+def dpo_loss(r_c, r_r):
+    """L_p = -log s(r_c - r_r)                                       arXiv:2305.18290, Eq. 7"""
+    return -F.logsigmoid(r_c - r_r).mean()
+
+
+def bco_loss(r_c, r_r, delta):
+    """L_q = -log s(r_c - delta) - log s(-(r_r - delta))             arXiv:2404.04656; a sum of two terms, not their mean"""
+    return -(F.logsigmoid(r_c - delta) + F.logsigmoid(delta - r_r)).mean()
+
+
+def sft_loss(s_c, n_c):
+    """L_g = -log pi(y_c | x) / |y_c|                                arXiv:2411.10442v2, Eq. 5: here the mean over tokens"""
+    return -(s_c / n_c).mean()
+
+
+def shift(delta, n, r_c, r_r):
+    """The reward shift: the mean of all rewards so far, these included. (delta, n) of n pairs -> (delta, n) with the new ones; no gradient."""
+    total = n + len(r_c)
+    return delta + (torch.cat([r_c, r_r]).detach().mean().item() - delta) * len(r_c) / total, total
+
+
+def cdpo_loss(r_c, r_r, epsilon):
+    """-(1 - e) log s(r_c - r_r) - e log s(r_r - r_c)                ericmitchell.ai/cdpo.pdf: a label is wrong with probability e"""
+    return -((1 - epsilon) * F.logsigmoid(r_c - r_r) + epsilon * F.logsigmoid(r_r - r_c)).mean()
+
+
+def robust_dpo_loss(r_c, r_r, epsilon):
+    """(-(1 - e) log s(r_c - r_r) + e log s(r_r - r_c)) / (1 - 2e)   arXiv:2403.00409, Eq. 12: unbiased under such labels"""
+    return (epsilon * F.logsigmoid(r_r - r_c) - (1 - epsilon) * F.logsigmoid(r_c - r_r)).mean() / (1 - 2 * epsilon)
+
+
+def hinge_loss(r_c, r_r):
+    """max(0, 1 - (r_c - r_r))                                       RSO, arXiv:2309.06657, Eq. 8"""
+    return F.relu(1 - (r_c - r_r)).mean()
+
+
+def ipo_loss(d_c, d_r, n_c, n_r, beta):
+    """(d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2, d = s - s_ref      arXiv:2310.12036, Eq. 17; means over tokens, as in the ablation"""
+    return (d_c / n_c - d_r / n_r - 1 / (2 * beta)).square().mean()
+
+
+def sppo_loss(d_c, d_r, beta):
+    """(d_c - 1 / 2 beta)^2 + (d_r + 1 / 2 beta)^2                   arXiv:2405.00675, Eq. 4.7, the winner winning surely"""
+    return ((d_c - 0.5 / beta).square() + (d_r + 0.5 / beta).square()).mean()
+
+
+def aot_loss(gap, gap_ref, beta):
+    """-log s(beta (sort(gap) - sort(gap_ref))), gap = s_c - s_r     arXiv:2406.05882, paired; sorted over the batch: of one pair it is DPO"""
+    return -F.logsigmoid(beta * (gap.sort().values - gap_ref.sort().values)).mean()
+
+
+def orpo_loss(s_c, s_r, n_c, n_r):
+    """-log s(log odds_c - log odds_r), odds = p / (1 - p), p = exp(s / |y|)         arXiv:2403.07691, Eq. 7; no reference"""
+    odds = lambda mean: mean - torch.log(-torch.expm1(mean))               # log p - log(1 - p), p so near 1 that 1 - p must not be rounded
+    return -F.logsigmoid(odds(s_c / n_c) - odds(s_r / n_r)).mean()
+
+
+TERMS = {                                        # name -> the term, of what preference() gives
+    "dpo": lambda p: dpo_loss(p.r_c, p.r_r), "tr-dpo": lambda p: dpo_loss(p.r_c, p.r_r), "bco": lambda p: bco_loss(p.r_c, p.r_r, p.delta),
+    "sft": lambda p: sft_loss(p.s_c, p.n_c), "cdpo": lambda p: cdpo_loss(p.r_c, p.r_r, p.epsilon),
+    "robust-dpo": lambda p: robust_dpo_loss(p.r_c, p.r_r, p.epsilon), "hinge": lambda p: hinge_loss(p.r_c, p.r_r),
+    "rso": lambda p: hinge_loss(p.r_c, p.r_r), "ipo": lambda p: ipo_loss(p.d_c, p.d_r, p.n_c, p.n_r, p.beta),
+    "sppo": lambda p: sppo_loss(p.d_c, p.d_r, p.beta), "aot": lambda p: aot_loss(p.s_c - p.s_r, p.ref_c - p.ref_r, p.beta),
+    "orpo": lambda p: orpo_loss(p.s_c, p.s_r, p.n_c, p.n_r),
+}
+
+
+def loss_weights(cfg):
+    """--loss -> {term: weight}. ORPO brings its own NLL, with its term at the paper's 0.1 beside it."""
+    name, plus, sft = cfg.loss.partition("+")
+    one_of("--loss", name, ["mpo", *TERMS])
+    if plus and (sft != "sft" or name in ("mpo", "sft", "orpo")):
+        raise UserError(f"--loss {cfg.loss}: " + (f"{name} has the SFT term already" if sft == "sft" else "only +sft can follow a name"))
+    if name in ("mpo", "orpo"):
+        return {"dpo": cfg.w_p, "bco": cfg.w_q, "sft": cfg.w_g} if name == "mpo" else {"sft": cfg.w_g, "orpo": 0.1}
+    return {name: 1.0} | ({"sft": cfg.w_g} if plus else {})
+
+
+# ---- log-probabilities -------------------------------------------------------------------------------------------------
+
+
+def log_probs(vlm, batch, seen=None, rows=1024):
+    """A batch of pairs -> s (B, 2) float32, n (B, 2): sums of log-probabilities and numbers of tokens of chosen and rejected answers.
+
+    Prompt, picture and padding count zero. The head is run on answer tokens only, `rows` of them at a time, each time once more on
+    the way back: no more than (rows, V) logits exist at any moment. `seen`: the pictures' vlm.features, if they are known.
+    """
+    part, keep = batch["part"], batch["labels"] != IGNORE                                    # (B, T)
+    now = torch.arange(part.shape[1], device=part.device)
+    mask = (now[:, None] >= now) & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))      # (B, T, T)
+    h = vlm.decoder(vlm.embed(batch["tokens"], batch["pixels"] if seen is None else seen, batch["layout"]), at=batch["at"], mask=mask[:, None])
+    row = keep.nonzero()[:, 0]
+    h, y, slot = h[row, batch["source"][keep]], batch["labels"][keep], 2 * row + (part[keep] == REJECTED)
+    one = lambda h, y: -F.cross_entropy(vlm.decoder.lm_head(h).float(), y, reduction="none")
+    many = len(y) > rows and torch.is_grad_enabled()
+    s = torch.cat([checkpoint(one, *some, use_reentrant=False) if many else one(*some) for some in zip(h.split(rows), y.split(rows))])
+    add = lambda values: torch.zeros(2 * len(part), device=h.device).index_add(0, slot, values).view(-1, 2)
+    return add(s), add(torch.ones_like(s))
+
+
+PREFIX, CHOSEN, REJECTED, PADDING = range(4)     # the parts of a row; each sees the prefix and itself
+
+
+class PairExamples(Dataset):
+    """Pairs as rows. `bad`: a pair that cannot be used stops the run ("stop"), or says why it is skipped ("skip")."""
+
+    def __init__(self, records, tok, template, vision_cfg, image_mode, max_length, bad):
+        find_template(template)
+        self.records, self.tok, self.template, self.bad = records, tok, template, bad
+        self.vision_cfg, self.image_mode, self.max_length = vision_cfg, image_mode, max_length
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        where = f"pair {i}"
+        try:
+            record, where, paths, recompress = self.records[i]
+            for name in "question", "chosen", "rejected":
+                if not isinstance(record.get(name), str):
+                    raise UserError(f'"{name}" is {record.get(name)!r}; a pair is {{"image", "question", "chosen", "rejected"}}')
+            pictures = [cut_tiles(recompressed(open_image(path), i) if recompress else open_image(path), self.vision_cfg, self.image_mode) for path in paths]
+            n_visual = [len(layout) for _, layout in pictures]
+            prefix, chosen, rejected = encode_pair(self.tok, record["question"], record["chosen"], record["rejected"], self.template, n_visual)
+            if chosen == rejected or record["chosen"].strip() == record["rejected"].strip():
+                raise UserError("chosen and rejected are the same answer; drop the pair")
+            longest = len(prefix) + max(len(chosen), len(rejected))
+            if longest > self.max_length:                                  # never cut: half an answer is neither good nor bad
+                raise UserError(f"{longest} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; raise --max-length, or drop the pair")
+        except UserError as error:
+            reason = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            if self.bad == "stop":
+                raise UserError(reason) from None
+            return {"skipped": reason, "index": i}
+        pixels, layout = join(pictures or [no_picture(self.vision_cfg.image_size)])
+        p, c, r = len(prefix), len(chosen), len(rejected)
+        at = [*range(p + c), *range(p, p + r)]                             # the rejected answer stands where the chosen one does
+        before = [*range(-1, p + c - 1), p - 1, *range(p + c, p + c + r - 1)]                # the row that predicts each token
+        return {"tokens": torch.tensor(prefix + chosen + rejected), "labels": torch.tensor([IGNORE] * p + chosen + rejected), "at": torch.tensor(at),
+                "source": torch.tensor(before).clamp(min=0), "part": torch.tensor([PREFIX] * p + [CHOSEN] * c + [REJECTED] * r),
+                "pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+
+
+def encode_pair(tok, question, chosen, rejected, template, n_visual):
+    """-> ids of the common prefix, of the chosen answer and of the rejected one; an answer ends with its stop token."""
+    rows = []
+    for name, answer in ("chosen", chosen), ("rejected", rejected):
+        try:
+            tokens, labels = encode_conversation(tok, [("human", question), ("gpt", answer)], template, n_visual)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        answered = [k for k, label in enumerate(labels) if label != IGNORE]
+        if answered != list(range(answered[0], answered[-1] + 1)):
+            raise UserError(f"template {template} supervises an answer in pieces; use another --template")
+        rows.append((tokens[: answered[0]], tokens[answered[0] : answered[-1] + 1]))
+    assert rows[0][0] == rows[1][0], "the prompt of a pair depends on its answer"
+    return rows[0][0], rows[0][1], rows[1][1]
+
+
+def collate_pairs(examples, pad):
+    """Rows of unequal length -> one batch, padded on the right; `skipped` says why each of the others is not in it."""
+    used = [e for e in examples if "skipped" not in e]
+    fill = {"tokens": pad, "labels": IGNORE, "at": 0, "source": 0, "part": PADDING}
+    batch = {name: torch.nn.utils.rnn.pad_sequence([e[name] for e in used] or [torch.zeros(0, dtype=torch.int64)], batch_first=True, padding_value=value)
+             for name, value in fill.items()}
+    pixels, layout = join([(e["pixels"], e["layout"]) for e in used] or [no_picture(0)])
+    return batch | {"pixels": pixels, "layout": layout, "lengths": torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64),
+                    "ids": [e["id"] for e in used], "index": [e["index"] for e in used], "skipped": [e["skipped"] for e in examples if "skipped" in e]}
+
+
+class PairFiles:
+    """The pairs of a JSONL file, or of a meta.json that mixes several: {name: {"root", "annotation", "repeat_time", "data_augment", ...}}.
+
+    Relative paths in a meta.json start from --image-root. repeat_time below 1 is a random part of the set (the same at every start).
+    """
+
+    def __init__(self, path, image_root):
+        meta = read_json(Path(path)) if Path(path).suffix == ".json" and open(path, "rb").read(64).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"{" else {}
+        if not meta or "chosen" in meta:
+            self.sets = [(Records(path, image_root), False)]
+            self.index = [(0, i) for i in range(len(self.sets[0][0]))]
+            self.files = [Path(path)]
+            return
+        self.sets, self.index, self.files, one_tile = [], [], [Path(path)], []
+        for k, (name, given) in enumerate(meta.items()):
+            if not isinstance(given, dict) or not all(isinstance(given.get(key), str) for key in ("root", "annotation")):
+                raise UserError(f'{path}: {name!r} needs "root" (folder of its pictures) and "annotation" (its JSONL file)')
+            file, root, times = Path(image_root) / given["annotation"], Path(image_root) / given["root"], given.get("repeat_time", 1)
+            if not file.is_file() or not root.is_dir():
+                raise UserError(f"{path}, {name!r}: {file if not file.is_file() else root} is not there; "
+                                "rewrite its root and annotation, relative ones start from --image-root")
+            if not isinstance(times, (int, float)) or times <= 0:
+                raise UserError(f"{path}, {name!r}: repeat_time is {times!r}; it must be a number above 0")
+            records = Records(file, root)
+            self.sets.append((records, bool(given.get("data_augment"))))
+            self.files.append(file)
+            one_tile += [name] if given.get("max_dynamic_patch", 1) != 1 else []
+            rows = list(range(len(records)))
+            rows = rows * int(times) if times >= 1 else random.Random(k).sample(rows, max(1, round(len(rows) * times)))
+            self.index += [(k, i) for i in rows]
+            print(f"{name}: {len(records):,} pairs in {file}, {len(rows):,} of them in an epoch")
+        if one_tile:
+            print(f"{path}: max_dynamic_patch of {', '.join(one_tile)} is not used: pictures are cut as the model's image mode says")
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        """-> record, where it is, its picture files, whether they are to be re-compressed."""
+        k, j = self.index[i]
+        records, recompress = self.sets[k]
+        record = records[j]
+        where = records.where(j, record["id"])
+        try:
+            return record, where, [records.image_path(name) for name in record["images"]], recompress
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def recompressed(image, i):
+    """A picture after JPEG at a quality of 75 to 100, drawn by the pair's number: data_augment."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=random.Random(i).randint(75, 100))
+    return Image.open(file)
+
+
+# ---- training: what the loop of train.py teaches -----------------------------------------------------------------------
+
+
+@dataclass
+class MPOConfig(TrainConfig):
+    model: str = arg("", "model directory to go on from, and the reference; empty: the newest finished run under out/")
+    data: str = arg("", "pairs: JSONL of {image, question, chosen, rejected} (MMPR), or a meta.json that mixes such files")
+    out: str = arg("out/mpo", "folder for the run. An earlier run that is there is moved aside")
+    loss: str = arg("mpo", f"mpo (w_p dpo + w_q bco + w_g sft), or one of {', '.join(TERMS)}, alone or with +sft")
+    beta: float = arg(0.1, "scale of the rewards")
+    w_p: float = arg(0.8, "weight of the preference term, DPO, in mpo")
+    w_q: float = arg(0.2, "weight of the quality term, BCO, in mpo")
+    w_g: float = arg(1.0, "weight of the generation term, SFT, in mpo, in orpo and behind +sft")
+    epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume, 0 to 0.5")
+    reference: str = arg("precomputed", "precomputed (once, kept in reference/ beside --out), copy (a second model) or lora-off (the policy without its LoRA)")
+    ref_alpha: float = arg(0.6, "tr-dpo: the reference becomes alpha policy + (1 - alpha) reference")
+    ref_every: int = arg(512, "tr-dpo: steps between such updates")
+    lr: float = arg(1e-4, "peak learning rate, after warmup; the toy's. The published ones are 5e-6 (8B) and 1e-6")
+    weight_decay: float = arg(0.05, "AdamW's, on matrices only")
+    bad_records: str = arg("skip", "what to do with a pair that cannot be used: stop, or skip, count and name in log.jsonl")
+    stage: str = arg("finetune", "")             # without a help text: no flag
+    from_scratch: bool = arg(False, "")
+    projector: str = arg("", "")
+    tokenizer: str = arg("", "")
+    image_size: int = arg(0, "")
+    data_weights: str = arg("", "")
+    data_fraction: float = arg(1.0, "")
+    token_budget: int = arg(0, "")
+    shard: bool = arg(False, "")
+    cache_features: float = arg(0.0, "")
+    dry_run: bool = arg(False, "")
+
+
+class Pairs:
+    """The lesson of preference learning; train.Answers is the other one."""
+    shown, collate = ("margin", "accuracy"), staticmethod(collate_pairs)
+
+    def __init__(self, cfg, records, vlm, tok, device, state):
+        self.cfg, self.vlm, self.device, self.terms, saved = cfg, vlm, device, loss_weights(cfg), state.get("lesson") or {}
+        self.examples = PairExamples(records, tok, cfg.template or vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode,
+                                     cfg.max_length or vlm.cfg.decoder.block_size, cfg.bad_records)
+        self.delta, self.n_delta = saved.get("delta", 0.0), saved.get("n_delta", 0)
+        self.frozen_tower = not any(p.requires_grad for name, p in vlm.named_parameters() if name.startswith("vision"))
+        first = lambda: vlm if state["step"] == 0 else build(cfg)[0].to(device)             # the model before training
+        if cfg.reference == "precomputed":
+            self.sums = self.precompute(first, tok, records)
+        elif cfg.reference == "copy":
+            self.ref = build(cfg)[0].to(device).requires_grad_(False)
+            if self.frozen_tower:                                           # one tower is enough for both
+                self.ref.vision = vlm.vision
+                if vlm.cfg.vision2:
+                    self.ref.vision2 = vlm.vision2
+            self.ref.load_state_dict(saved.get("reference", {}), strict=False)              # tr-dpo's has moved
+        elif beside := [name for name, p in vlm.named_parameters() if p.requires_grad and ".lora_" not in name]:
+            raise UserError(f"--reference lora-off: {len(beside)} tensors train that are no LoRA, such as {beside[0]}, so the policy without its LoRA is not "
+                            "what it began as; give --lora-r N --train llm, or --reference precomputed")
+
+    @staticmethod
+    def read(cfg):
+        return PairFiles(cfg.data, cfg.image_root)
+
+    def blame(self, net, micro, autocast):
+        everyone = [name for m in micro for name in m["ids"]]
+        return ", ".join(everyone[:8]) + (f" and {len(everyone) - 8} more" if len(everyone) > 8 else "")
+
+    def backward(self, net, micro, autocast):
+        """Add the gradient of L over all pairs of a step; -> L (None: no pair could be used), what the log should hold."""
+        n_pair, sums = sum(len(m["ids"]) for m in micro), Counter()
+        for m in micro:
+            if not m["ids"]:
+                continue
+            batch, share = to(m, self.device), len(m["ids"]) / n_pair
+            with autocast:
+                seen = self.look(batch)
+                s, n = log_probs(self.vlm, batch, seen)
+                p = preference(s, self.reference(batch, seen), n, self.cfg)
+            self.delta, self.n_delta = shift(self.delta, self.n_delta, p.r_c, p.r_r)
+            p.delta = self.delta
+            terms = {name: TERMS[name](p) for name in self.terms}
+            loss = sum(self.terms[name] * term for name, term in terms.items())
+            (loss * share).backward()
+            found = terms | {"loss": loss, "reward_chosen": p.r_c, "reward_rejected": p.r_r, "margin": p.r_c - p.r_r, "accuracy": (p.r_c > p.r_r).float(),
+                             "logp_chosen": p.s_c, "logp_rejected": p.s_r, "nll": sft_loss(p.s_c, p.n_c)}
+            for name, value in found.items():
+                sums[name] += share * value.detach().mean().item()
+        return (sums.pop("loss") if n_pair else None), {"pairs": n_pair, **sums, "delta": self.delta}
+
+    @torch.no_grad()
+    def look(self, batch):
+        """The pictures' features for policy and reference alike, where the tower stays as it is; else None, and each looks by itself."""
+        return self.vlm.features(batch["pixels"]) if self.frozen_tower and len(batch["pixels"]) else None
+
+    @torch.no_grad()
+    def reference(self, batch, seen):
+        """s_ref (B, 2)."""
+        if self.cfg.reference == "precomputed":
+            return self.sums[batch["index"]].to(self.device)
+        with model.lora_off(self.vlm) if self.cfg.reference == "lora-off" else contextlib.nullcontext():
+            return log_probs(self.vlm if self.cfg.reference == "lora-off" else self.ref, batch, seen)[0]
+
+    @torch.no_grad()
+    def precompute(self, first, tok, records):
+        """s_ref of every pair, (n, 2), from a file named by all it depends on; what of it is missing is computed by first() and appended."""
+        cfg, n, began = self.cfg, len(self.examples), time.time()
+        what = [self.examples.template, self.examples.image_mode, str(self.examples.vision_cfg.tiling), self.examples.max_length, cfg.dtype, self.device.type, records.index]
+        key = fingerprint([Path(cfg.model), *(Path(p) for p in [*cfg.vision.split(","), cfg.llm] if p)], records.files, what)
+        path = Path(cfg.out).parent / "reference" / f"{key}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = whole_lines(path)
+        if len(done) < n:
+            vlm, size = first(), cfg.micro_batch_size or cfg.batch_size
+            training = vlm.training
+            vlm.eval()                                                      # no dropout in a reference
+            loader = DataLoader(Subset(self.examples, range(len(done), n)), batch_size=size, num_workers=cfg.workers, collate_fn=list)
+            with open(path, "a") as file, precision(cfg, self.device), tqdm(total=n, initial=len(done), desc="reference", unit="pair", disable=None) as bar:
+                for examples in loader:
+                    batch = to(collate_pairs(examples, tok.pad), self.device)
+                    found = dict(zip(batch["index"], log_probs(vlm, batch)[0].tolist())) if batch["ids"] else {}
+                    lines = [found.get(e["index"], [0.0, 0.0]) for e in examples]           # of a skipped pair nobody will ask
+                    file.write("".join(json.dumps(line) + "\n" for line in lines))
+                    file.flush()
+                    done += lines
+                    bar.update(len(lines))
+            vlm.train(training)
+            print(f"reference log-probabilities of {n:,} pairs in {time.time() - began:.0f} s, kept in {path}")
+        return torch.tensor(done)
+
+    def stepped(self, step):
+        """TR-DPO (arXiv:2404.09656, Eq. 3): the reference follows the policy."""
+        if "tr-dpo" in self.terms and step % self.cfg.ref_every == 0:
+            with torch.no_grad():
+                for p, ref in zip(self.vlm.parameters(), self.ref.parameters()):
+                    if p.requires_grad:
+                        ref.lerp_(p, self.cfg.ref_alpha)
+
+    def state(self):
+        moved = {name: t for name, t in self.ref.state_dict().items() if not name.startswith("vision")} if "tr-dpo" in self.terms else {}
+        return {"delta": self.delta, "n_delta": self.n_delta} | ({"reference": moved} if moved else {})
+
+    def draw(self, out):
+        draw_rewards(out / "mpo.png", out / "log.jsonl")
+
+
+def preference(s, s_ref, n, cfg):
+    """All that the terms are made of, each (B,): sums, differences to the reference, rewards, lengths."""
+    d = s - s_ref
+    r = cfg.beta * d
+    return SimpleNamespace(s_c=s[:, 0], s_r=s[:, 1], ref_c=s_ref[:, 0], ref_r=s_ref[:, 1], d_c=d[:, 0], d_r=d[:, 1], r_c=r[:, 0], r_r=r[:, 1],
+                           n_c=n[:, 0], n_r=n[:, 1], beta=cfg.beta, epsilon=cfg.epsilon, delta=0.0)
+
+
+def to(batch, device):
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def fingerprint(models, files, more):
+    """16 characters that change when a weight, a config or a byte of the files does. Of a directory its weights and JSON files count."""
+    said = hashlib.blake2b(json.dumps(more).encode())
+    beside = lambda d: sorted(p for p in d.iterdir() if p.suffix in (".safetensors", ".bin", ".pt") or p.name in ("config.json", "adapter_config.json"))
+    for path in [p for m in models for p in (beside(m) if m.is_dir() else [m])] + list(files):
+        said.update(path.name.encode())
+        with open(path, "rb") as file:
+            said.update(hashlib.file_digest(file, "blake2b").digest())
+    return said.hexdigest()[:16]
+
+
+def whole_lines(path):
+    """The lines of a JSONL file that a kill may have torn: its last half line is cut off the file."""
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    if not raw.endswith(b"\n"):
+        raw = raw[: raw.rfind(b"\n") + 1]
+        with open(path, "r+b") as file:
+            file.truncate(len(raw))
+    return [json.loads(line) for line in raw.splitlines()]
+
+
+def draw_rewards(path, log, width=800, height=760):
+    """mpo.png: rewards and their margin; share of pairs told apart; delta; NLL. Each line is the mean of the steps around it."""
+    lines = [line for line in map(json.loads, open(log)) if line.get("margin") is not None]
+    if not lines:
+        return
+    panels = [(("reward_chosen", "reward_rejected", "margin"), "rewards, beta (s - s_ref)"), (("accuracy",), "share of pairs with the chosen answer ahead"),
+              (("delta",), "delta, the mean of all rewards so far"), (("nll",), "NLL of the chosen answer per token")]
+    colors, tall, w = ("#1f6fb5", "#d6502b", "#3a9a4a"), (height - 30) // len(panels), len(lines) // 50
+    image = Image.new("RGB", (width, height), "white")
+    pen, steps = ImageDraw.Draw(image), [line["step"] for line in lines]
+    write = lambda at, text, anchor, fill="#555555": pen.text(at, text, fill=fill, anchor=anchor, font_size=13)
+    x = lambda step: 70 + (width - 94) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
+    for k, (names, title) in enumerate(panels):
+        curves = {name: [sum(near) / len(near) for near in ([line[name] for line in lines[max(0, i - w) : i + w + 1]] for i in range(len(lines)))] for name in names}
+        values = [v for curve in curves.values() for v in curve] + ([0.0, 1.0] if "accuracy" in names else [])
+        low, high, top = min(values), max(values), k * tall + 30
+        low, high = (low - 0.05, high + 0.05) if high - low < 1e-6 else (low, high)
+        y = lambda v: top + (tall - 44) * (high - v) / (high - low)
+        for v in (low, 0.0 if low < 0 < high else (low + high) / 2, high):
+            pen.line([(70, y(v)), (width - 24, y(v))], fill="#e6e6e6")
+            write((62, y(v)), f"{v:.3g}", "rm")
+        write((70, top - 18), title, "lt", "#222222")
+        for j, (name, curve) in enumerate(curves.items()):
+            pen.line([(x(s), y(v)) for s, v in zip(steps, curve)], fill=colors[j], width=2)
+            write((width - 24 - 170 * (len(names) - 1 - j), top - 18), f"{name.replace('_', ' ')} {curve[-1]:.3f}", "rt", colors[j])
+    write((70, height - 18), f"step {steps[0]:,} to {steps[-1]:,}", "lt")
+    write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
+
+
+# ---- building pairs ----------------------------------------------------------------------------------------------------
+
+PROMPTS = {                                      # for step-by-step answers, exactly the authors' (MMPR v1, v1.1 and their CoT evaluation)
+    "en": "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to answer, "
+          'please use the format "Final answer: .."\n\nQuestion:\n\n{question}',
+    "zh": "你的任务是回答以下问题。在回答之前，请逐步推理说明您的思路。当你准备好给出答案时，请使用以下格式：\"答案: ...\"\n\n问题:\n\n{question}",
+}
+TRIGGERS = ("Final answer:", "Final Answer:", "答案:")
+DIRECT = ("Answer the question using a single word or phrase.", "Answer with the option's letter from the given choices directly.",
+          "Please answer Yes or No.", r"Please answer the question and put the final answer within \boxed{}.")
+NUMBERS = {word: str(i) for i, word in enumerate("none one two three four five six seven eight nine ten".split())} | {"zero": "0"}
+
+
+def parse_answer(response, min_newlines=2):
+    """A worked answer -> (the rationale with its trigger, the final answer), or None where the format was not kept: a trigger once or twice,
+    the last of them counts; something before it; newlines, because reasoning has lines; one line after it."""
+    trigger = next((t for t in TRIGGERS if t in response), None)
+    if trigger is None or response.count(trigger) > 2 or response.count("\n") < min_newlines:
+        return None
+    rationale, _, final = response.rpartition(trigger)
+    if not rationale.strip() or not final.strip() or "\n" in final.strip():
+        return None
+    return rationale + trigger, final.strip()
+
+
+def letter(text):
+    """B of "B", "B. cat", "(B)"; else None."""
+    found = re.match(r"\(?([A-N])\)?(?:[.:)\s]|$)", text.strip().strip("*"))
+    return found and found[1]
+
+
+def judge(said, truth):
+    """Is this the answer? Case, articles and punctuation do not matter, two for 2 is right, numbers agree to 1 part in 1000, letters by
+    themselves, boxes by IoU. (MMPR's fourth scorer, math-verify, is not here: formulas must be written alike.)"""
+    if len(truth.strip()) == 1 and letter(truth):
+        return letter(said) == letter(truth)
+    plain = lambda text: " ".join(NUMBERS.get(w, w) for w in re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split() if w not in ("a", "an", "the"))
+    a, b = plain(said), plain(truth)
+    if a == b and b:
+        return True
+    try:
+        bare = lambda text: float(re.sub(r"(degrees?|cm|%)$", "", text).strip())
+        return abs(bare(a) - bare(b)) <= 1e-3 * abs(bare(b))
+    except ValueError:
+        return is_right(said, truth)
+
+
+def fix_answer(response, truth, min_newlines):
+    """A right answer's last line as the truth writes it, and without bold: so that the model learns that form."""
+    head, final = parse_answer(response, min_newlines)
+    bare = final.strip("*").strip()
+    lines = (head + " " + (truth if truth.lower() in bare.lower().replace(",", "").strip(".") else bare)).split("\n")
+    return "\n".join(lines[:-1] + [lines[-1].replace("**Final", "Final")])
+
+
+def read_questions(records, method):
+    """-> [{"where", "image", "paths", "question", "truth", "chosen"}], one for each question of each record; and why others are none."""
+    found, wrong = [], []
+    for i in range(len(records)):
+        try:
+            record = records[i]
+            paths = [records.image_path(name) for name in record["images"]]
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        turns = record["turns"] if record["turns"][0][0] == "human" else record["turns"][1:]
+        for k in range(0, len(turns), 2):
+            where = records.where(i, record["id"]) + (f", turn {k + 1}" if len(turns) > 2 else "")
+            truth, text = turns[k + 1][1].strip() if k + 1 < len(turns) else "", turns[k][1]
+            if method == "correctness" and not truth:
+                wrong.append(f"{where}: no answer to judge by")
+            elif not text.replace("<image>", "").strip():
+                wrong.append(f"{where}: no question")
+            else:
+                found.append({"where": where, "image": record.get("image"), "paths": paths, "question": text, "truth": truth, "chosen": record.get("chosen")})
+    return found, wrong
+
+
+def worked(question, n_image, prompt):
+    """The question in the step-by-step prompt: without the ending that asks for a short answer, its one picture in front."""
+    text = question.replace("<image>", "").strip() if n_image <= 1 else question.strip()
+    for ending in DIRECT:
+        text = text.removesuffix(ending).strip()
+    return "<image>\n" * (n_image == 1) + PROMPTS[prompt].replace("{question}", text)
+
+
+def complete(vlm, tok, rows, cfg, seed):
+    """[(prompt ids, pictures), ...] -> [(new ids without the stop, whether it ended by itself, tokens generated), ...]; cfg.batch_size rows at a time."""
+    done, stop, device = [], stop_ids(tok, vlm.cfg.template), vlm.decoder.lm_head.weight.device
+    for at in range(0, len(rows), cfg.batch_size):
+        some = rows[at : at + cfg.batch_size]
+        lengths, pictures = [len(ids) for ids, _ in some], [picture for _, pictures in some for picture in pictures]
+        tokens = torch.tensor([ids + [tok.pad] * (max(lengths) - len(ids)) for ids, _ in some], device=device)
+        room = min(cfg.max_new_tokens, vlm.cfg.decoder.block_size - max(lengths))
+        pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
+        new = vlm.generate(tokens, pixels, room, cfg.temperature, cfg.top_p, cfg.top_k, lengths, seed + at, stop, layout=layout)
+        for ids in new.tolist():
+            end = next((k for k, t in enumerate(ids) if t in stop), None)
+            done.append((ids[:end], end is not None, len(ids) if end is None else end + 1))
+    return done
+
+
+def text_of(tok, template, ids, ended):
+    """-> text, whether it is whole. Some templates end an answer by a string and not by a token."""
+    text = tok.decode(ids)
+    said = cut_at_stop(text, template)
+    return said.strip(), ended or said != text
+
+
+def pairs_by_correctness(vlm, tok, asked, cfg, seed):
+    """Sample answers to the worked question, and pair the right with the wrong and with those that kept no format -> [(pairs, counts)]"""
+    form, ready, results = vlm.cfg.template, [], []
+    for q in asked:
+        q["prompt"] = worked(q["question"], len(q["paths"]), cfg.prompt)
+        ready.append(encode_asked(vlm, tok, q["prompt"], q["paths"], cfg))
+    rows = [row for row in ready if not isinstance(row, str) for _ in range(cfg.samples)]
+    said = iter(complete(vlm, tok, rows, cfg, seed))
+    for q, row in zip(asked, ready):
+        count, right, wrong = Counter(), {}, {}
+        if isinstance(row, str):
+            results.append(([], Counter({"questions": 1, "unusable": 1}), row))
+            continue
+        for ids, ended, n in (next(said) for _ in range(cfg.samples)):
+            text, whole = text_of(tok, form, ids, ended)
+            found = parse_answer(text, cfg.min_newlines)
+            kind = "cut off" if not whole else "empty" if not text else "no format" if not found else "right" if judge(found[1], q["truth"]) else "wrong"
+            count += Counter({"answers": 1, "tokens": n, f"answers {kind}": 1})
+            if kind == "right":
+                right[fix_answer(text, q["truth"], cfg.min_newlines)] = found[1]
+            elif kind in ("wrong", "no format"):
+                wrong[text] = found and found[1]
+        made = []
+        for (good, a), (bad, b) in product(right.items(), wrong.items()):
+            if b is not None and a.lower() in b.lower():                    # "2" in "12 or 2": perhaps right after all
+                count["pairs in doubt"] += 1
+            else:
+                made.append({"image": q["image"], "question": q["prompt"], "chosen": good, "rejected": bad, "answer_gt": q["truth"],
+                             "rule": "format" if b is None else "answer"})
+        kept = random.Random(f"{cfg.seed} {q['where']}").sample(made, min(len(made), cfg.pairs_per_question))
+        count += Counter({"pairs": len(kept), "pairs beyond the cap": len(made) - len(kept), "questions": 1})
+        count[f"questions {'all right' if not wrong else 'none right' if not right else 'right and wrong'}"] += 1
+        results.append((kept, +count, ""))
+    return results
+
+
+def pairs_by_dropout(vlm, tok, asked, cfg, seed):
+    """DropoutNTP: keep the first words of an answer that was given with the picture, and complete it without -> [(pairs, counts)]"""
+    form, results, with_picture = vlm.cfg.template, [], []
+    ready = [encode_asked(vlm, tok, q["question"], q["paths"], cfg) for q in asked]
+    said = iter(complete(vlm, tok, [row for row, q in zip(ready, asked) if q["chosen"] is None and not isinstance(row, str)], cfg, seed))
+    for q, row in zip(asked, ready):             # the chosen answers: those of the file, else the model's own
+        ids, ended, n = (row, True, 0) if isinstance(row, str) else next(said) if q["chosen"] is None else (None, True, 0)
+        text, whole = (q["chosen"] or "", True) if ids is None else ("", True) if isinstance(ids, str) else text_of(tok, form, ids, ended)
+        with_picture.append((text.strip(), whole, n))
+    rows, opened = [], []
+    lead = find_template(form).answer.split("{}")[0].replace("«", "")       # the space that opens an answer in LLaVA's templates
+    for q, row, (text, whole, _) in zip(asked, ready, with_picture):
+        words = text.split(" ")
+        begin = " ".join(words[: int(len(words) * cfg.ratio)]).strip()
+        if isinstance(row, str) or not text or not whole:
+            opened.append(None)
+            continue
+        blind = row if cfg.load_image else encode_asked(vlm, tok, q["question"].replace("<image>", "").strip(), [], cfg)
+        ids = tok.encode(lead + begin, dummy_prefix=False) if begin else []
+        opened.append((begin, ids))
+        rows.append((blind[0] + ids, blind[1]))
+    said = iter(complete(vlm, tok, rows, cfg, seed + 2**31))
+    for q, row, (text, whole, n), start in zip(asked, ready, with_picture, opened):
+        count, made, why = Counter({"questions": 1, "tokens": n}), [], row if isinstance(row, str) else ""
+        if start is None:
+            count["unusable" if why else "answers cut off" if not whole else "answers empty"] += 1
+        else:
+            ids, ended, more = next(said)
+            rejected, whole = text_of(tok, form, start[1] + ids, ended)
+            count += Counter({"tokens": more, "answers": 1})
+            if not whole or not rejected or rejected == text:
+                count["completions cut off" if not whole else "completions empty" if not rejected else "completions the same"] += 1
+            else:
+                front = "<image>\n" if len(q["paths"]) == 1 and "<image>" not in q["question"] else ""
+                made = [{"image": q["image"], "question": front + q["question"], "chosen": text, "rejected": rejected}]
+                count["pairs"] += 1
+        results.append((made, +count, why))
+    return results
+
+
+def encode_asked(vlm, tok, question, paths, cfg):
+    """-> prompt ids and [(tiles, layout), ...]; or in words why it cannot be asked."""
+    try:
+        pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
+        ids = encode_prompt(tok, [("human", question)], vlm.cfg.template, [len(layout) for _, layout in pictures])
+        if len(ids) >= vlm.cfg.decoder.block_size * 3 // 4:
+            raise UserError(f"a question of {len(ids)} tokens leaves little room for an answer in {vlm.cfg.decoder.block_size}")
+        return ids, pictures
+    except UserError as error:
+        return str(error)
+
+
+def make_pairs(argv):
+    """Groups of questions, one after the other; what a group gave is appended to PAIRS.jsonl.part at once, so a killed run goes on there."""
+    cfg = parse_pairs(argv)
+    out, device = Path(cfg.out), pick_device(cfg.device)
+    part = out.with_name(out.name + ".part")
+    if out.exists():
+        raise UserError(f"--out {out} is there already; remove it, or give another")
+    records = Records(cfg.data, cfg.image_root)
+    vlm, tok = VLM.from_pretrained(cfg.model, device, getattr(torch, cfg.dtype)), Tokenizer(cfg.model)
+    check_tokenizer(vlm, tok)
+    vlm.cfg.template = cfg.template or vlm.cfg.template
+    asked, wrong = read_questions(records, cfg.method)
+    asked = asked[:: math.ceil(len(asked) / cfg.limit)][: cfg.limit] if cfg.limit else asked
+    if not asked:
+        raise UserError(f"{cfg.data}: no question that could be used" + (f"; the first: {wrong[0]}" if wrong else ""))
+    for reason in wrong[:5]:
+        print(f"skipped: {reason}" + ("; the others are only counted" if reason == wrong[4:5] else ""))
+    flags = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "model", "data", "image_root")}
+    head = {"made by": "mpo.py pairs", "key": fingerprint([Path(cfg.model)], [Path(cfg.data)], flags), **flags}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = whole_lines(part)
+    if lines and lines[0] != head:
+        raise UserError(f"{part} was begun with another model, data or flags; give the same ones, or remove it")
+    if not lines:
+        part.write_text(json.dumps(head) + "\n")
+    done, method = lines[1:], pairs_by_correctness if cfg.method == "correctness" else pairs_by_dropout
+    size = max(1, cfg.batch_size // (cfg.samples if cfg.method == "correctness" else 1))
+    first = len(done) - len(done) % size if len(done) < len(asked) else len(done)           # a half-written group is made again
+    print(f"{len(asked):,} questions in groups of {size}" + (f"; {first:,} were answered before" if first else ""), flush=True)
+    if first < len(done):
+        keep = part.read_bytes().splitlines(keepends=True)[: 1 + first]
+        write_whole(part, lambda tmp: tmp.write_bytes(b"".join(keep)))
+    done, began, n_before = done[:first], time.time(), sum(line["counts"].get("tokens", 0) for line in done[:first])
+    with open(part, "a") as file, tqdm(total=len(asked), initial=first, desc=cfg.method, unit="question", disable=not sys.stderr.isatty()) as bar:
+        for at in range(first, len(asked), size):
+            group = asked[at : at + size]
+            results = method(vlm, tok, group, cfg, cfg.seed * 2**32 + at * 2**12)
+            done += [{"pairs": made, "counts": dict(count)} | ({"why": f"{q['where']}: {why}"} if why else {}) for q, (made, count, why) in zip(group, results)]
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in done[at:]))
+            file.flush()
+            total = sum((Counter(line["counts"]) for line in done), Counter())
+            rate = f"{total['pairs']:,} pairs, {(total['tokens'] - n_before) / (time.time() - began):,.0f} tokens/s"
+            bar.update(len(group))
+            bar.set_postfix_str(rate)
+            if not sys.stderr.isatty() and (len(done) * 10 // len(asked) > at * 10 // len(asked)):
+                print(f"{len(done):,} of {len(asked):,} questions, {rate}", flush=True)
+    made = [pair for line in done for pair in line["pairs"]]
+    counts = sum((Counter(line["counts"]) for line in done), Counter({"unreadable": len(wrong)}))
+    for why in [line["why"] for line in done if "why" in line][:5]:
+        print(f"skipped: {why}")
+    report(made, counts, tok, out)
+    if not made:
+        raise UserError(f"not one pair could be made; the counts are above, {part} holds what there is")
+    write_whole(out, lambda tmp: tmp.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in made), encoding="utf-8"))
+    part.unlink()
+    print(f"{len(made):,} pairs are in {out}; train on them: python mpo.py train --model {cfg.model} --data {out} --image-root {cfg.image_root}")
+    return 0
+
+
+def report(made, counts, tok, out):
+    """Print what was kept, what was dropped and why, and how long the answers are; the same as JSON beside the pairs."""
+    counts = dict(+counts)
+    for name in sorted(counts):
+        print(f"{name:26s}{counts[name]:10,}")
+    summary = {"counts": counts}
+    if made:
+        lengths = {name: [len(tok.encode(pair[name])) for pair in made] for name in ("question", "chosen", "rejected")}
+        summary |= {"tokens_generated_per_pair": counts["tokens"] / len(made),
+                    "tokens": {name: {"mean": sum(n) / len(n), "min": min(n), "max": max(n)} for name, n in lengths.items()}}
+        print(f"{'tokens generated per pair':26s}{summary['tokens_generated_per_pair']:10.1f}")
+        for name, n in summary["tokens"].items():
+            print(f"{'tokens of the ' + name:26s}{n['mean']:10.1f}   {n['min']} to {n['max']}")
+    write_whole(out.with_name(out.name + ".stats.json"), lambda tmp: tmp.write_text(json.dumps(summary, indent=1) + "\n"))
+
+
+# ---- programs ----------------------------------------------------------------------------------------------------------
+
+
+def train(argv):
+    cli = Flags(prog="mpo.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cfg = read_flags(cli, MPOConfig, {}, argv)
+    one_of("--reference", cfg.reference, ["precomputed", "copy", "lora-off"])
+    terms = loss_weights(cfg)
+    for name, fits, rule in (("beta", cfg.beta > 0, "above 0"), ("epsilon", 0 <= cfg.epsilon < 0.5, "from 0 to below 0.5"),
+                             ("ref_alpha", 0 < cfg.ref_alpha <= 1, "above 0, at most 1"), ("ref_every", cfg.ref_every >= 1, "at least 1"),
+                             *((w, getattr(cfg, w) >= 0, "0 or more") for w in ("w_p", "w_q", "w_g"))):
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {rule}")
+    if "tr-dpo" in terms and cfg.reference != "copy":
+        raise UserError(f"--loss {cfg.loss} moves its reference: add --reference copy")
+    if "tr-dpo" in terms and cfg.lora_r:
+        raise UserError(f"--loss {cfg.loss}: the reference follows the policy's own weights, and a LoRA is beside them; leave out --lora-r")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("mpo.py train runs in one process: start it without torchrun")
+    if not cfg.data:
+        raise UserError("--data: which pairs? python mpo.py pairs makes some")
+    if cfg.model in PRESETS:
+        raise UserError(f"--model {cfg.model} is a preset: preferences are for a model that can answer; give its directory, such as out/finetune")
+    cfg.model = cfg.model or str(newest_run())
+    return guarded(lambda: fit(find_files(cfg), Pairs))
+
+
+def parse_pairs(argv):
+    cli = Flags(prog="mpo.py pairs", description=make_pairs.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    cli.add_argument("--method", required=True, help="correctness: right against wrong answers to questions with one true answer; dropout-ntp: "
+                                                    "answers against their completion without the picture")
+    cli.add_argument("--data", required=True, metavar="FILE", help="questions: JSONL of {image, question, answer}, or LLaVA's JSON; for dropout-ntp "
+                                                                  '"chosen" in a record is taken for the answer, else the model gives it')
+    cli.add_argument("--out", required=True, metavar="FILE", help="JSONL for the pairs")
+    cli.add_argument("--model", default="", metavar="DIR", help="model directory; empty: the newest finished run under out/")
+    cli.add_argument("--image-root", default="", metavar="DIR", help="folder that the pictures' names start from; empty: that of --data")
+    cli.add_argument("--samples", type=int, default=32, help="correctness: answers to each question")
+    cli.add_argument("--pairs-per-question", type=int, default=15, help="correctness: at most so many, drawn at random")
+    cli.add_argument("--min-newlines", type=int, default=2, help="correctness: an answer with fewer has not reasoned in lines")
+    cli.add_argument("--prompt", default="en", help=f"correctness: language of the step-by-step prompt, {' or '.join(PROMPTS)}")
+    cli.add_argument("--ratio", type=float, default=0.5, help="dropout-ntp: share of an answer's words that is kept, 0 to 1")
+    cli.add_argument("--load-image", action=argparse.BooleanOptionalAction, default=False, help="dropout-ntp: complete with the picture after all")
+    cli.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest word, more draws at random")
+    cli.add_argument("--top-k", type=int, default=50, help="draw from so many likeliest words; 0: all")
+    cli.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set of words holding this probability")
+    cli.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer in tokens; one that reaches it makes no pair")
+    cli.add_argument("--batch-size", type=int, default=64, help="answers generated at once")
+    cli.add_argument("--limit", type=int, default=0, help="questions, evenly spread over the file; 0: all")
+    cli.add_argument("--template", default="", help="conversation template; empty: the model's own")
+    cli.add_argument("--seed", type=int, default=0, help="of the draws")
+    cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    cli.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    cfg = parse_args(cli, argv)
+    one_of("--method", cfg.method, ["correctness", "dropout-ntp"])
+    one_of("--prompt", cfg.prompt, list(PROMPTS))
+    for name, fits, rule in (("ratio", 0 <= cfg.ratio < 1, "from 0 to below 1"), ("temperature", 0 <= cfg.temperature < math.inf, "0 or more"),
+                             ("seed", 0 <= cfg.seed < 2**30, "from 0 to 2^30 - 1"), *((n, getattr(cfg, n) >= 0, "0 or more") for n in ("min_newlines", "limit", "top_k")),
+                             *((n, getattr(cfg, n) >= 1, "at least 1") for n in ("samples", "pairs_per_question", "max_new_tokens", "batch_size"))):
+        if not fits:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {rule}")
+    cfg.model, cfg.image_root = cfg.model or str(newest_run()), cfg.image_root or str(Path(cfg.data).parent)
+    return cfg
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__ + "\npython mpo.py pairs --help and python mpo.py train --help list the flags.")
+        return 0 if argv else 1
+    one_of("mpo.py", argv[0], ["pairs", "train"])
+    return (make_pairs if argv[0] == "pairs" else train)(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
