@@ -742,7 +742,7 @@ def load_decoder(decoder, directory):
 
 def grow_words(found, rows):
     """The same with more rows in both tables of words, the new ones the mean of the old."""
-    grow = lambda x: torch.cat([x.float(), x.float().mean(0, keepdim=True).expand(rows - len(x), -1)])
+    grow = lambda x: torch.cat([x, x.mean(0, keepdim=True, dtype=torch.float32).to(x.dtype).expand(rows - len(x), -1)])
     tables = {name: found[name] for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight") if name in found}
     return found | {name: t.cut(grow) for name, t in tables.items() if len(t.shape) == 2 and t.shape[0] < rows}
 
