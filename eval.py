@@ -27,7 +27,6 @@ import argparse
 import ast
 import base64
 import csv
-import difflib
 import io
 import json
 import math

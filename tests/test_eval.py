@@ -1,16 +1,10 @@
 """What eval.py reads, asks and scores. The worked cases come from the official scorers; the rest is small enough to check by hand."""
 
-import base64
-import contextlib
-import csv
 import io
 import json
 import os
 import pickle
-import subprocess
-import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -321,10 +315,6 @@ def stand_ins(items, root):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 Image.new("RGB", (40 + k % 3 * 10, 30), (k * 37 % 256, k * 91 % 256, 90)).save(path)
-
-
-def small(cfg):
-    return ev.some_of(ev.BENCHMARKS[cfg.benchmark[0]].read(cfg), 8)
 
 
 @pytest.fixture
