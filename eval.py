@@ -83,7 +83,7 @@ def evaluate(name, cfg, model):
     if not items:
         raise UserError(f"{cfg.data}: no question of {name} in it; check --data and --split")
     if cfg.predictions:
-        rows = join(bench, items, cfg)
+        rows = match_up(bench, items, cfg)
         items = some_of(items, cfg.limit)
         columns = {"score": grade(bench, items, rows, cfg)}
     else:
@@ -584,7 +584,7 @@ def said(row):
     return str(next((row[k] for k in TEXT_KEYS if row.get(k) is not None), ""))
 
 
-def join(bench, items, cfg):
+def match_up(bench, items, cfg):
     """--predictions -> {item id: row}, joined by id and never by position. Unknown and repeated ids are errors."""
     found, index = {}, {}
     for item in items:

@@ -346,7 +346,6 @@ def test_every_reference_gives_the_same_losses(tiny, folder):
     assert abs(log("copy")[-1]["margin"]) > 0.1                             # and it did learn something in between
 
 
-@pytest.mark.skipif(not hasattr(model, "lora_off"), reason="the decoder has no LoRA yet")
 def test_the_policy_without_its_lora_is_the_reference(tiny, folder):
     for kind in ("precomputed", "lora-off"):
         assert go(tiny, folder, "--reference", kind, "--lora-r", 4, "--train", "llm", out=kind) == 0

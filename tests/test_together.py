@@ -1,0 +1,133 @@
+"""What is promised of tiles, of LoRA, of kept features and of preferences, where they meet."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+import data
+import eval as ev
+import mpo
+import toyworld
+import train
+from data import Tokenizer
+from model import VLM, DecoderConfig, VLMConfig, init_weights, save_processor
+from vision import VisionConfig, cut_tiles
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return Tokenizer(ROOT / "assets/toy-vicuna")
+
+
+@pytest.fixture(params=["hd", "internvl"])
+def mode(request):
+    return request.param
+
+
+@pytest.fixture
+def start(tok, tmp_path, monkeypatch):
+    """A tiny model of one tile of 28 px, saved in start/ beside a world of larger pictures."""
+    torch.manual_seed(0)
+    vlm = VLM(VLMConfig(VisionConfig(image_size=28, patch_size=7, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
+                        DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=64, block_size=1024),
+                        image_token=tok.image, pad_token=tok.pad))
+    init_weights(vlm.vision), init_weights(vlm.decoder)
+    toyworld.write_world(tmp_path / "world", 12, 3, 64)
+    save_processor(tmp_path / "start", tok.path, vlm.cfg)
+    vlm.save_pretrained(tmp_path / "start")
+    monkeypatch.chdir(tmp_path)
+
+
+def go(mode, *flags, out, model="start"):
+    base = ["--model", model, "--data", "world/train.json", "--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--lr", "3e-3", "--image-mode", mode,
+            "--workers", 0, "--out", out, "--eval-every", 0, "--no-final-eval", "--device", "cpu"]
+    return data.run(lambda: train.main([str(x) for x in (*base, *flags)]))
+
+
+def weights(out):
+    return VLM.from_pretrained(out).state_dict()
+
+
+def losses(out):
+    return [line["loss"] for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
+
+
+def test_kept_features_of_tiles_train_the_same_model(start, mode):
+    flags = ["--train", "connector"]
+    assert go(mode, *flags, out="plain") == 0 and go(mode, *flags, "--cache-features", 1, out="kept") == 0
+    assert losses("plain") == losses("kept")
+    assert all(torch.equal(t, weights("kept")[name]) for name, t in weights("plain").items())
+
+
+def test_a_lora_learned_on_tiles_opens_with_its_row_end_and_resumes(start, tok):
+    flags = ["--lora-r", 4, "--micro-batch-size", 2]
+    assert go("hd", *flags, out="whole") == 0 and go("hd", *flags, "--max-steps", 2, "--warmup", 1, out="other") == 0
+    vlm, base = VLM.from_pretrained("whole"), VLM.from_pretrained("whole/base")
+    assert vlm.cfg.image_mode == "hd" and not torch.equal(vlm.connector.row_end, base.connector.row_end)
+    picture = cut_tiles(Image.open("world/images/train_00000.png").convert("RGB"), vlm.cfg.vision, "hd")
+    tokens = torch.tensor([[tok.bos] + [tok.image] * len(picture[1]) + [5, 6]])
+    assert vlm(tokens, picture[0], layout=picture[1]).isfinite().all()
+    assert go("hd", *flags, "--resume", out="whole") == 0
+
+
+def test_a_dry_run_counts_the_tiles(start, capfd):
+    assert go("pad", "--dry-run", out="x") == 0
+    one = capfd.readouterr().out
+    assert go("hd", "--dry-run", out="x") == 0
+    several = capfd.readouterr().out
+    tokens = lambda said: float(said.split("of them ")[1].split(" tokens each")[0])
+    assert "1.00 pictures in 1.00 tiles" in one and "1.00 pictures in 10" not in several
+    vlm = VLM.from_pretrained("start")
+    n = len(cut_tiles(Image.open("world/images/train_00000.png").convert("RGB"), vlm.cfg.vision, "hd")[1])
+    assert abs(tokens(several) - tokens(one) - (n - 16)) <= 1               # all pictures of the world are alike in size
+
+
+def test_questions_about_one_picture_of_tiles_share_its_look(start, mode):
+    assert go(mode, out="tiled") == 0
+    model = ev.Model(ev.parse(["--model", "tiled"]))
+    pictures = sorted(Path("world/images").glob("train*"))[:2]
+    encoded = [model.encode([("human", f"Is there a {kind}?")], [pictures[k % 2]]) for k, kind in enumerate(toyworld.KINDS[:6])]
+    tokens, lengths, seen = model.batch(encoded)
+    assert seen["shared"] == [0, 1] * 3 and len(seen["pixels"]) == 2 * len(encoded[0][1][0])
+    assert model.generate(encoded, 6) == [model.generate([e], 6)[0] for e in encoded]
+
+
+def test_preferences_are_learned_about_tiles_and_two_references_agree(start, mode):
+    assert go(mode, out="tiled") == 0
+    images = sorted(p.name for p in Path("world/images").glob("train*"))[:4]
+    Path("pairs.jsonl").write_text("".join(json.dumps({"image": f"images/{name}", "question": "<image>\nWhat?", "chosen": f"a cat {k}", "rejected": "a dog"}) + "\n"
+                                           for k, name in enumerate(images)))
+    logs = {}
+    for kind in ("precomputed", "copy"):
+        flags = ["train", "--model", "tiled", "--data", "pairs.jsonl", "--image-root", "world", "--batch-size", 4, "--max-steps", 3, "--lr", "3e-3", "--workers", 0,
+                 "--eval-every", 0, "--no-final-eval", "--reference", kind, "--out", kind, "--device", "cpu"]
+        assert data.run(lambda: mpo.main([str(x) for x in flags])) == 0
+        logs[kind] = losses(kind)
+    assert_close(torch.tensor(logs["precomputed"]), torch.tensor(logs["copy"]), rtol=1e-5, atol=1e-6)
+
+
+def test_recomputed_blocks_change_no_gradient_of_a_row_of_two_answers(start, tok):
+    vlm = VLM.from_pretrained("start")
+    Path("pairs.jsonl").write_text(json.dumps({"question": "What?", "chosen": "a red cat", "rejected": "a dog and a ball"}) + "\n")
+    rows = mpo.PairExamples(mpo.PairFiles("pairs.jsonl", "."), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, "stop")
+    batch, grads = mpo.collate_pairs([rows[0]], tok.pad), []
+    for n in (0, 2):
+        vlm.decoder.recompute = n
+        vlm.zero_grad()
+        s, _ = mpo.log_probs(vlm, batch)
+        (s[:, 0] - s[:, 1]).sum().backward()
+        grads.append([p.grad.clone() for p in vlm.decoder.parameters()])
+    assert_close(*grads)
+
+
+def test_one_process_is_asked_for_where_only_one_can_be(start, monkeypatch, capfd):
+    Path("pairs.jsonl").write_text(json.dumps({"question": "What?", "chosen": "a", "rejected": "b"}) + "\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert data.run(lambda: mpo.main(["train", "--model", "start", "--data", "pairs.jsonl"])) == 1
+    assert "without torchrun" in capfd.readouterr().err.splitlines()[-1]
