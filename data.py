@@ -327,6 +327,8 @@ def encode_turns(tok, turns, template, n_visual):
 class Records:
     """The records of a file, each read when it is asked for: in memory there are 8 bytes a record, where it begins in the file."""
 
+    recompress = False               # whether mpo.py compresses their pictures anew
+
     def __init__(self, path, image_root=None):
         self.path, self.image_root = Path(path), image_root and Path(os.path.abspath(image_root))
         if image_root and not self.image_root.is_dir():
@@ -460,7 +462,7 @@ class Mixture:
 
 def open_records(path, image_root=None, weights="", fraction=1.0, seed=0):
     """FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's {name: {"root", "annotation", "repeat_time"}} -> Records or a Mixture."""
-    paths, meta = path.split(","), read_meta(path)
+    paths, meta = str(path).split(","), read_meta(str(path), image_root)
     parts = meta or [(Records(p, image_root), 1.0) for p in paths]
     if weights:
         try:
@@ -478,8 +480,11 @@ def open_records(path, image_root=None, weights="", fraction=1.0, seed=0):
     return mixture
 
 
-def read_meta(path):
-    """MMPR's meta.json -> [(Records, repeat_time)]; [] if the file is none. Relative paths start at its folder."""
+def read_meta(path, image_root=None):
+    """MMPR's meta.json -> [(Records, repeat_time)]; [] if the file is none. Relative paths start at --image-root, or at its folder.
+
+    data_augment becomes Records.recompress, which mpo.py minds; the other fields are not used.
+    """
     if not path.endswith(".json") or "," in path or os.path.getsize(path) > 2**24:
         return []
     try:
@@ -488,15 +493,18 @@ def read_meta(path):
         return []                                                          # Records will say what is wrong with it
     if not isinstance(content, dict) or not all(isinstance(one, dict) and isinstance(one.get("annotation"), str) for one in content.values()):
         return []
-    parts = []
+    parts, base = [], Path(image_root or Path(path).parent)
     for name, one in content.items():
         repeat, root = one.get("repeat_time", 1), one.get("root", "")
         if not isinstance(repeat, (int, float)) or repeat <= 0 or not isinstance(root, str):
             raise UserError(f"{path}: {name!r} has repeat_time {repeat!r} and root {root!r}; they must be a number above 0 and a folder")
         try:
-            parts.append((Records(Path(path).parent / one["annotation"], str(Path(path).parent / root)), float(repeat)))
+            parts.append((Records(base / one["annotation"], str(base / root)), float(repeat)))
         except UserError as error:
             raise UserError(f"{path}, {name!r}: {error}. The released files hold their authors' paths: write yours") from None
+        parts[-1][0].recompress = bool(one.get("data_augment"))
+    if tiled := [name for name, one in content.items() if one.get("max_dynamic_patch", 1) != 1]:
+        print(f"{path}: max_dynamic_patch of {', '.join(tiled)} is not used: pictures are cut as the model's image mode says")
     return parts
 
 

@@ -52,7 +52,7 @@ import toyworld
 from data import Tokenizer, cut_at_stop, encode_prompt, parse_args, run, stop_ids
 from model import VLM, check_image_mode, check_tokenizer, write_whole
 from toyworld import COT, INSUFFICIENT, LETTER, SHORT
-from train import Flags, iou, one_of, pick_device
+from train import Flags, iou, newest_run, one_of, pick_device
 from vision import MODES, UserError, cut_tiles, join, open_image
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -370,13 +370,6 @@ def open_picture(source):
 def stamp(directory):
     """Size and time of the weights: --resume must not mix two models under one name."""
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(directory).glob("*.safetensors"))]
-
-
-def newest_run(root="out"):
-    """The model directory under out/ that was finished last, as in sample.py."""
-    if found := max(Path(root).glob("*/config.json"), key=lambda p: p.stat().st_mtime, default=None):
-        return found.parent
-    raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune), give --model DIR, or score a file with --predictions")
 
 
 def some_of(items, limit):

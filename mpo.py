@@ -46,7 +46,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import model
-from data import IGNORE, Records, Tokenizer, cut_at_stop, encode_conversation, encode_prompt, find_template, no_picture, parse_args, read_json, run, stop_ids
+from data import (IGNORE, Mixture, Records, Tokenizer, cut_at_stop, encode_conversation, encode_prompt, find_template, no_picture, open_records, parse_args,
+                  run, stop_ids)
 from model import PRESETS, VLM, check_tokenizer, write_whole
 from train import Flags, TrainConfig, arg, build, find_files, fit, guarded, is_right, newest_run, one_of, pick_device, precision, read_flags
 from vision import UserError, cut_tiles, join, open_image
@@ -226,50 +227,23 @@ def collate_pairs(examples, pad):
 
 
 class PairFiles:
-    """The pairs of a JSONL file, or of a meta.json that mixes several: {name: {"root", "annotation", "repeat_time", "data_augment", ...}}.
+    """The pairs of FILE, of FILE,FILE or of a meta.json that mixes several, as data.open_records opens them."""
 
-    Relative paths in a meta.json start from --image-root. repeat_time below 1 is a random part of the set (the same at every start).
-    """
-
-    def __init__(self, path, image_root):
-        meta = read_json(Path(path)) if Path(path).suffix == ".json" and open(path, "rb").read(64).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] == b"{" else {}
-        if not meta or "chosen" in meta:
-            self.sets = [(Records(path, image_root), False)]
-            self.index = [(0, i) for i in range(len(self.sets[0][0]))]
-            self.files = [Path(path)]
-            return
-        self.sets, self.index, self.files, one_tile = [], [], [Path(path)], []
-        for k, (name, given) in enumerate(meta.items()):
-            if not isinstance(given, dict) or not all(isinstance(given.get(key), str) for key in ("root", "annotation")):
-                raise UserError(f'{path}: {name!r} needs "root" (folder of its pictures) and "annotation" (its JSONL file)')
-            file, root, times = Path(image_root) / given["annotation"], Path(image_root) / given["root"], given.get("repeat_time", 1)
-            if not file.is_file() or not root.is_dir():
-                raise UserError(f"{path}, {name!r}: {file if not file.is_file() else root} is not there; "
-                                "rewrite its root and annotation, relative ones start from --image-root")
-            if not isinstance(times, (int, float)) or times <= 0:
-                raise UserError(f"{path}, {name!r}: repeat_time is {times!r}; it must be a number above 0")
-            records = Records(file, root)
-            self.sets.append((records, bool(given.get("data_augment"))))
-            self.files.append(file)
-            one_tile += [name] if given.get("max_dynamic_patch", 1) != 1 else []
-            rows = list(range(len(records)))
-            rows = rows * int(times) if times >= 1 else random.Random(k).sample(rows, max(1, round(len(rows) * times)))
-            self.index += [(k, i) for i in rows]
-            print(f"{name}: {len(records):,} pairs in {file}, {len(rows):,} of them in an epoch")
-        if one_tile:
-            print(f"{path}: max_dynamic_patch of {', '.join(one_tile)} is not used: pictures are cut as the model's image mode says")
+    def __init__(self, path, image_root, weights="", fraction=1.0, seed=0):
+        self.records = open_records(path, image_root, weights, fraction, seed)
+        parts, self.index = (self.records.parts, self.records.rows.tolist()) if isinstance(self.records, Mixture) else ([self.records], [])
+        self.files = list(dict.fromkeys([*map(Path, str(path).split(",")), *(part.path for part in parts)]))
 
     def __len__(self):
-        return len(self.index)
+        return len(self.records)
 
     def __getitem__(self, i):
         """-> record, where it is, its picture files, whether they are to be re-compressed."""
-        k, j = self.index[i]
-        records, recompress = self.sets[k]
-        record = records[j]
-        where = records.where(j, record["id"])
+        part, row = self.records.at(i) if isinstance(self.records, Mixture) else (self.records, i)
+        record = part[row]
+        where = part.where(row, record["id"])
         try:
-            return record, where, [records.image_path(name) for name in record["images"]], recompress
+            return record, where, [part.image_path(name) for name in record["images"]], part.recompress
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
@@ -287,7 +261,7 @@ def recompressed(image, i):
 @dataclass
 class MPOConfig(TrainConfig):
     model: str = arg("", "model directory to go on from, and the reference; empty: the newest finished run under out/")
-    data: str = arg("", "pairs: JSONL of {image, question, chosen, rejected} (MMPR), or a meta.json that mixes such files")
+    data: str = arg("", "pairs: JSONL of {image, question, chosen, rejected} (MMPR), FILE,FILE, or a meta.json that mixes such files")
     out: str = arg("out/mpo", "folder for the run. An earlier run that is there is moved aside")
     loss: str = arg("mpo", f"mpo (w_p dpo + w_q bco + w_g sft), or one of {', '.join(TERMS)}, alone or with +sft")
     beta: float = arg(0.1, "scale of the rewards")
@@ -306,8 +280,6 @@ class MPOConfig(TrainConfig):
     projector: str = arg("", "")
     tokenizer: str = arg("", "")
     image_size: int = arg(0, "")
-    data_weights: str = arg("", "")
-    data_fraction: float = arg(1.0, "")
     token_budget: int = arg(0, "")
     shard: bool = arg(False, "")
     cache_features: float = arg(0.0, "")
@@ -340,7 +312,7 @@ class Pairs:
 
     @staticmethod
     def read(cfg):
-        return PairFiles(cfg.data, cfg.image_root)
+        return PairFiles(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
 
     def blame(self, net, micro, autocast):
         everyone = [name for m in micro for name in m["ids"]]

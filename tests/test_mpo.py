@@ -479,7 +479,7 @@ def test_meta_json_mixes_files_with_their_own_roots_and_repeats(tiny, folder, to
     assert len({made[i]["tokens"].tolist().__repr__() for i in range(6, 9)}) == 3
     assert go(tiny, folder, data="meta.json") == 0 and log("run")[0]["pairs"] == 4
     (folder / "meta.json").write_text(json.dumps({"red": dict(meta["red"], root="/cluster/images")}))
-    assert go(tiny, folder, data="meta.json", out="b") == 1 and "rewrite its root" in errors(capfd)[-1]
+    assert go(tiny, folder, data="meta.json", out="b") == 1 and "write yours" in errors(capfd)[-1]
 
 
 # ---- building pairs: reading answers -----------------------------------------------------------------------------------
