@@ -204,7 +204,8 @@ class Model:
     def __init__(self, cfg):
         self.device, directory = pick_device(cfg.device), cfg.model or newest_run()
         self.vlm = VLM.from_pretrained(directory, self.device, getattr(torch, cfg.dtype), cfg.vision, cfg.llm)
-        self.tok, self.name = Tokenizer(directory), str(directory)
+        base = cfg.llm and not (Path(directory) / "tokenizer.model").exists()           # a LoRA is published without
+        self.tok, self.name = Tokenizer(cfg.llm if base else directory), str(directory)
         check_tokenizer(self.vlm, self.tok)
         self.template, self.mode = cfg.template or self.vlm.cfg.template, cfg.image_mode or self.vlm.cfg.image_mode
         check_image_mode(self.vlm, self.mode, directory)

@@ -10,6 +10,7 @@ is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Gree
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
