@@ -35,13 +35,14 @@ from tqdm import tqdm
 
 import toyworld
 from data import IGNORE, Tokenizer, encode_conversation, parse_args, run
-from model import PRESETS, Decoder, clip_json, init_weights, llama_json, rename, LLAMA_NAMES, write_model
+from model import LLAMA_NAMES, PRESETS, Decoder, clip_json, init_weights, llama_json, load_decoder, rename, write_model
 from train import is_right
 from vision import CLIP_NAMES, ViT
 
 ATTRIBUTES = ("size", "color", "kind", "place", "word")
 VALUES = (toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
 FALSE, TRUE, UNTOLD = 0, 1, 2                    # of a phrase and a thing
+HARD = ("choice", "spatial", "caption")
 NOTHING, UNSURE = -1, -2                         # of a patch that shows none of the things, or too little of one to say
 
 
@@ -50,7 +51,8 @@ def main(argv=None):
     cli.add_argument("what", choices=["ingredients"], help="ingredients: make toy-clip and toy-vicuna")
     cli.add_argument("--out", default="assets", help="folder to write them to (default assets)")
     cli.add_argument("--clip-steps", type=int, default=3000, help="steps of 48 pictures (default 3000)")
-    cli.add_argument("--vicuna-steps", type=int, default=3000, help="steps of 32 texts (default 3000)")
+    cli.add_argument("--vicuna-steps", type=int, default=4200, help="steps of 32 texts (default 4200)")
+    cli.add_argument("--go-on", action="store_true", help="begin toy-vicuna's second round, from what the first has left in OUT")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna"], help="make one of the two")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
     cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
@@ -232,15 +234,25 @@ def named(clip, tok, n=128):
 # ---- toy-vicuna --------------------------------------------------------------------------------------------------------
 
 
-def make_vicuna(out, cfg, lr=1e-3):
+def make_vicuna(out, cfg):
+    """Two rounds, the second with more of what is hard: choosing among letters, comparing places, naming everything."""
     torch.manual_seed(cfg.seed)
-    tok, began, n = Tokenizer(out / "toy-vicuna"), time.time(), cfg.vicuna_steps
+    tok, began, first = Tokenizer(out / "toy-vicuna"), time.time(), round(cfg.vicuna_steps * 5 / 7)
     decoder = init_weights(Decoder(replace(PRESETS["toy"].decoder, vocab_size=tok.n_text)))
+    if cfg.go_on:
+        load_decoder(decoder, out / "toy-vicuna")
+    else:
+        teach(decoder, tok, out, first, lambda step, i: lesson(tok, random.Random(f"{cfg.seed} {step} {i}"), step / first))
+    teach(decoder, tok, out, cfg.vicuna_steps - first, lambda step, i: lesson(tok, random.Random(f"{cfg.seed} again {step} {i}"), 1.0, hard=True))
+    print(f"toy-vicuna: {cfg.vicuna_steps - first * cfg.go_on} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-vicuna'}")
+
+
+def teach(decoder, tok, out, n, prepare, lr=1e-3):
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     bar = tqdm(range(1, n + 1), desc="toy-vicuna", dynamic_ncols=True)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * min(1, step / 100, (n - step) / (0.4 * n))
-        loss, _ = text_loss(decoder, tok, [lesson(tok, random.Random(f"{cfg.seed} {step} {i}"), step / n) for i in range(32)], noise=0.2)
+        loss, _ = text_loss(decoder, tok, [prepare(step, i) for i in range(32)], noise=0.2)
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
@@ -251,7 +263,6 @@ def make_vicuna(out, cfg, lr=1e-3):
             sys.stdout.flush()
             tensors = {rename(name, LLAMA_NAMES): p.half() for name, p in decoder.state_dict().items()}
             write_model(out / "toy-vicuna", tensors, llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]})
-    print(f"toy-vicuna: {n} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-vicuna'}")
 
 
 def spell(scene, tok, rng=None):
@@ -282,7 +293,7 @@ def text_loss(decoder, tok, lessons, noise=0.0):
     return F.cross_entropy(logits, labels[keep]), [g.tolist() for g in logits.argmax(-1).split(keep.sum(1).tolist())]
 
 
-def lesson(tok, rng, progress):
+def lesson(tok, rng, progress, hard=False):
     """A picture in words, then what there is to say of it -> tokens, labels, spelled. First terse questions ("color cat": "red"),
     then bare ones, then whole conversations: where the answer follows the word it depends on, finding it is learned within 300 steps;
     with a format prompt between them, not within 1,600."""
@@ -292,6 +303,7 @@ def lesson(tok, rng, progress):
     spelled = spell(scene, tok, rng)
     if form == "conversation":
         asked = toyworld.questions(scene, rng)
+        asked += [item for _ in range(2 * hard) for item in toyworld.questions(scene, rng) if item[0] in HARD and item not in asked]
         turns = [turn for _, question, answer in rng.sample(asked, min(5, len(asked))) for turn in (("human", question), ("gpt", answer))]
         return *encode_conversation(tok, turns, "vicuna_v1", [len(spelled)]), spelled
     pairs = terse(scene, rng) if form == "terse" else [(bare(q), a) for _ in range(2) for _, q, a in toyworld.questions(scene, rng)]
