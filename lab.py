@@ -1,4 +1,4 @@
-"""The toy's own CLIP and Vicuna, from nothing: what LLaVA starts from, at a size that a laptop trains in an hour.
+"""The toy's own CLIP and Vicuna, from nothing: what LLaVA starts from, at a size that a laptop trains in two hours.
 
     python lab.py ingredients                   # writes assets/toy-clip and assets/toy-vicuna
 
@@ -9,11 +9,11 @@ toy-clip    A tower of CLIP's architecture, trained to match pictures with texts
                 L = mean over true (i, q) of log (e^s_iq + sum of e^s over what is false) - s_iq, once for the texts q' that are
                     false of i, once for the pictures or patches i' that q is false of.
             Half of the phrases are a true one with one word changed, most often the kind: colors and places alone go a long way.
-            Matched with whole pictures only, patches know little: 400 million pictures make up for it, these few thousand do not.
+            What would make a pair that training never shows counts neither as true nor as false: see holds().
 toy-vicuna  A Llama that has never seen a picture, trained on pictures that are spelled: 64 places in reading order, each the sum of the
             embeddings of the words that are true there (column "c", row "5", "red", "cat", "small"), then questions and answers. So
             it knows words, counting and space, and all that is left for the connector is to turn patches into such words.
-            (A real Vicuna learned to read from text alone, and LLaVA needs 1.2 million conversations to show it pictures.)
+            (A real Vicuna learned from text alone, and LLaVA shows it 1.2 million pictures before it reads them well.)
 
 Both learn from training scenes only: no (kind, color) pair of toyworld.UNSEEN is ever drawn or named.
 """
