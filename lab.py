@@ -1,4 +1,4 @@
-"""The toy's own CLIP and Vicuna, from nothing: what LLaVA starts from, at a size that a laptop trains in an hour.
+"""The toy's own CLIP and Vicuna, from nothing: what LLaVA starts from, at a size that a laptop trains in two hours.
 
     python lab.py ingredients                   # writes assets/toy-clip and assets/toy-vicuna
     python lab.py mpo                           # preference learning in miniature: finetune, pairs, every loss, three seeds, one table
@@ -10,11 +10,11 @@ toy-clip    A tower of CLIP's architecture, trained to match pictures with texts
                 L = mean over true (i, q) of log (e^s_iq + sum of e^s over what is false) - s_iq, once for the texts q' that are
                     false of i, once for the pictures or patches i' that q is false of.
             Half of the phrases are a true one with one word changed, most often the kind: colors and places alone go a long way.
-            Matched with whole pictures only, patches know little: 400 million pictures make up for it, these few thousand do not.
+            What would make a pair that training never shows counts neither as true nor as false: see holds().
 toy-vicuna  A Llama that has never seen a picture, trained on pictures that are spelled: 64 places in reading order, each the sum of the
             embeddings of the words that are true there (column "c", row "5", "red", "cat", "small"), then questions and answers. So
             it knows words, counting and space, and all that is left for the connector is to turn patches into such words.
-            (A real Vicuna learned to read from text alone, and LLaVA needs 1.2 million conversations to show it pictures.)
+            (A real Vicuna learned from text alone, and LLaVA shows it 1.2 million pictures before it reads them well.)
 
 Both learn from training scenes only: no (kind, color) pair of toyworld.UNSEEN is ever drawn or named.
 
@@ -50,13 +50,14 @@ import mpo
 import toyworld
 import train
 from data import IGNORE, Examples, Records, Tokenizer, encode_conversation, parse_args, run
-from model import PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, rename, LLAMA_NAMES, write_model
+from model import LLAMA_NAMES, PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, load_decoder, rename, write_model
 from train import is_right
 from vision import CLIP_NAMES, TILINGS, UserError, ViT, cut_tiles, join
 
 ATTRIBUTES = ("size", "color", "kind", "place", "word")
 VALUES = (toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
 FALSE, TRUE, UNTOLD = 0, 1, 2                    # of a phrase and a thing
+HARD = ("choice", "spatial", "caption")
 NOTHING, UNSURE = -1, -2                         # of a patch that shows none of the things, or too little of one to say
 
 
@@ -66,7 +67,8 @@ def main(argv=None):
                      help="ingredients: make toy-clip and toy-vicuna; the others: see above")
     cli.add_argument("--out", default="", help="folder to write to (default assets, of hd out/hd, of mpo out/lab-mpo)")
     cli.add_argument("--clip-steps", type=int, default=3000, help="steps of 48 pictures (default 3000)")
-    cli.add_argument("--vicuna-steps", type=int, default=3000, help="steps of 32 texts (default 3000)")
+    cli.add_argument("--vicuna-steps", type=int, default=4200, help="steps of 32 texts (default 4200)")
+    cli.add_argument("--go-on", action="store_true", help="begin toy-vicuna's second round, from what the first has left in OUT")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna"], help="make one of the two")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
     cli.add_argument("--tokens", type=int, default=3_000_000, help="hd: training tokens of each run (default 3000000)")
@@ -263,15 +265,25 @@ def named(clip, tok, n=128):
 # ---- toy-vicuna --------------------------------------------------------------------------------------------------------
 
 
-def make_vicuna(out, cfg, lr=1e-3):
+def make_vicuna(out, cfg):
+    """Two rounds, the second with more of what is hard: choosing among letters, comparing places, naming everything."""
     torch.manual_seed(cfg.seed)
-    tok, began, n = Tokenizer(out / "toy-vicuna"), time.time(), cfg.vicuna_steps
+    tok, began, first = Tokenizer(out / "toy-vicuna"), time.time(), round(cfg.vicuna_steps * 5 / 7)
     decoder = init_weights(Decoder(replace(PRESETS["toy"].decoder, vocab_size=tok.n_text)))
+    if cfg.go_on:
+        load_decoder(decoder, out / "toy-vicuna")
+    else:
+        teach(decoder, tok, out, first, lambda step, i: lesson(tok, random.Random(f"{cfg.seed} {step} {i}"), step / first))
+    teach(decoder, tok, out, cfg.vicuna_steps - first, lambda step, i: lesson(tok, random.Random(f"{cfg.seed} again {step} {i}"), 1.0, hard=True))
+    print(f"toy-vicuna: {cfg.vicuna_steps - first * cfg.go_on} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-vicuna'}")
+
+
+def teach(decoder, tok, out, n, prepare, lr=1e-3):
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     bar = tqdm(range(1, n + 1), desc="toy-vicuna", dynamic_ncols=True)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr * min(1, step / 100, (n - step) / (0.4 * n))
-        loss, _ = text_loss(decoder, tok, [lesson(tok, random.Random(f"{cfg.seed} {step} {i}"), step / n) for i in range(32)], noise=0.2)
+        loss, _ = text_loss(decoder, tok, [prepare(step, i) for i in range(32)], noise=0.2)
         loss.backward()
         nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
@@ -282,7 +294,6 @@ def make_vicuna(out, cfg, lr=1e-3):
             sys.stdout.flush()
             tensors = {rename(name, LLAMA_NAMES): p.half() for name, p in decoder.state_dict().items()}
             write_model(out / "toy-vicuna", tensors, llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]})
-    print(f"toy-vicuna: {n} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-vicuna'}")
 
 
 def spell(scene, tok, rng=None):
@@ -313,7 +324,7 @@ def text_loss(decoder, tok, lessons, noise=0.0):
     return F.cross_entropy(logits, labels[keep]), [g.tolist() for g in logits.argmax(-1).split(keep.sum(1).tolist())]
 
 
-def lesson(tok, rng, progress):
+def lesson(tok, rng, progress, hard=False):
     """A picture in words, then what there is to say of it -> tokens, labels, spelled. First terse questions ("color cat": "red"),
     then bare ones, then whole conversations: where the answer follows the word it depends on, finding it is learned within 300 steps;
     with a format prompt between them, not within 1,600."""
@@ -323,6 +334,7 @@ def lesson(tok, rng, progress):
     spelled = spell(scene, tok, rng)
     if form == "conversation":
         asked = toyworld.questions(scene, rng)
+        asked += [item for _ in range(2 * hard) for item in toyworld.questions(scene, rng) if item[0] in HARD and item not in asked]
         turns = [turn for _, question, answer in rng.sample(asked, min(5, len(asked))) for turn in (("human", question), ("gpt", answer))]
         return *encode_conversation(tok, turns, "vicuna_v1", [len(spelled)]), spelled
     pairs = terse(scene, rng) if form == "terse" else [(bare(q), a) for _ in range(2) for _, q, a in toyworld.questions(scene, rng)]
