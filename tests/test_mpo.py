@@ -273,7 +273,7 @@ def test_one_row_gives_the_sums_of_two_and_padding_prompt_and_picture_count_zero
     s, n = mpo.log_probs(vlm, batch, rows=rows)
     for i, record in enumerate(PAIRS):
         for k, (value, count) in enumerate(two_rows(vlm, tok, record, made[i]["pixels"])):
-            assert abs(float(s[i, k]) - float(value)) < 1e-4 and n[i, k] == count
+            assert abs(s[i, k].item() - value.item()) < 1e-4 and n[i, k] == count
         alone = mpo.log_probs(vlm, mpo.collate_pairs([made[i]], tok.pad))[0]
         torch.testing.assert_close(alone[0], s[i], atol=1e-4, rtol=0)
 
@@ -320,7 +320,7 @@ def test_every_template_has_one_row_for_two(vlm, tok, folder, template):
     made = mpo.PairExamples(mpo.PairFiles(folder / "pairs.jsonl", folder), tok, template, vlm.cfg.vision, "pad", 256, "stop")
     s, _ = mpo.log_probs(vlm, mpo.collate_pairs([made[0]], tok.pad))
     for k, (value, _) in enumerate(two_rows(vlm, tok, PAIRS[0], made[0]["pixels"], template)):
-        assert abs(float(s[0, k]) - float(value)) < 1e-4
+        assert abs(s[0, k].item() - value.item()) < 1e-4
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------

@@ -628,7 +628,7 @@ def test_help_gives_every_flag_with_its_default():
         entry = " ".join(entries["--" + f.name.replace("_", "-")].split())
         assert ("empty: " if f.type is str and f.default == "" else "(default ") in entry, entry
         assert {str: " TEXT ", int: " N ", float: " X ", bool: "--no-"}[f.type] in entry, entry
-    assert "(default 0.001)" in entries["--lr"] and "assets/toy-clip)" in "".join(entries["--vision"].split())
+    assert f"(default {train.RECIPES['toy', 'finetune']['lr']})" in entries["--lr"] and "assets/toy-clip)" in "".join(entries["--vision"].split())
 
 
 def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(tiny, world, tmp_path):
