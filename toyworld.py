@@ -48,7 +48,7 @@ class Config:
     words: float = arg(1.0, "size of the signs and their words, above 0 and at most 1: 0.5 draws them half as large")
     hello: str = arg("", "write one 480-pixel picture to this file, and nothing else")
 
-VERSION = 1                                      # of pictures and questions: raise it when either changes
+VERSION = 2                                      # of pictures and questions: raise it when either changes
 COLORS = {"red": (216, 40, 42), "orange": (250, 138, 24), "yellow": (250, 222, 50), "green": (44, 158, 68), "blue": (38, 92, 222),
           "purple": (146, 58, 186), "white": (252, 252, 252), "black": (34, 34, 40)}
 GRID = 20                                        # boxes lie on a grid of 1/20 of the side, so two decimals say them exactly
@@ -486,9 +486,10 @@ def make_picture(job):
         return name, asked
     scarce = [item for item in asked if item[0] == "reading"]                 # few pictures have a sign: always ask what it says
     turns = scarce + rng.sample([item for item in asked if item not in scarce], 6)
-    rng.shuffle(turns)
+    rng.shuffle(turns)                                                        # people leave the format prompt out, too
+    plain = [(category, question.removesuffix("\n" + SHORT) if rng.random() < 0.25 else question, answer) for category, question, answer in turns]
     brief = [(rng.choice(BRIEF), caption(scene))]
-    return record(f"train-{i}", name, [pair for _, *pair in turns]), record(f"pretrain-{i}", name, brief)
+    return record(f"train-{i}", name, [pair for _, *pair in plain]), record(f"pretrain-{i}", name, brief)
 
 def record(id, image, pairs):
     turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
