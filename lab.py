@@ -1,6 +1,8 @@
 """The toy's own CLIP and Vicuna, from nothing: what LLaVA starts from, at a size that a laptop trains in two hours.
 
     python lab.py ingredients                   # writes assets/toy-clip and assets/toy-vicuna
+    python lab.py hd                            # pictures of one tile and of several, three seeds, one table
+    python lab.py tile-speed                    # training tokens/s with tiles and without
     python lab.py mpo                           # preference learning in miniature: finetune, pairs, every loss, three seeds, one table
 
 toy-clip    A tower of CLIP's architecture, trained to match pictures with texts. Its class token: whole pictures with captions, as in
@@ -22,9 +24,7 @@ hd          The toy world with words that one tile of 96 px cannot show, trained
             without the global view, at the same budget of training tokens: held-out accuracy, mean and standard deviation over seeds
             (the paper's own ablation, arXiv:2310.03744v2, A.1). Runs that are finished are not repeated.
 tile-speed  Training tokens/s of the decoder with HD's packing and without, at equal sequence length and equally many tiles.
-
-    python lab.py hd --out out/hd --tokens 3000000 --seeds 3
-    python lab.py tile-speed
+mpo         SFT, DPO, BCO and their sums on pairs that the model itself made: see compare_losses().
 """
 
 import argparse
@@ -102,25 +102,37 @@ def main(argv=None):
 
 def make_clip(out, cfg, size=48, lr=6e-4):
     torch.manual_seed(cfg.seed)
-    rng, tok, began = random.Random(cfg.seed), Tokenizer(out / "toy-vicuna"), time.time()
+    rng, tok, began, n = random.Random(cfg.seed), Tokenizer(out / "toy-vicuna"), time.time(), cfg.clip_steps
     clip = CLIP(PRESETS["toy"], tok.vocab_size)
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    bar = tqdm(range(1, cfg.clip_steps + 1), desc="toy-clip", dynamic_ncols=True)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = lr * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / cfg.clip_steps))
+
+    def loss_at(step):
         pixels, captions, phrases, patches, holding = contrastive_batch(rng, size)
         whole, parts = clip(pixels, tokenize(tok, captions), tokenize(tok, phrases))
-        loss = contrastive_loss(whole, torch.eye(size)) + contrastive_loss(parts.flatten(0, 1)[patches], holding)
+        return contrastive_loss(whole, torch.eye(size)) + contrastive_loss(parts.flatten(0, 1)[patches], holding)
+
+    def look():
+        write_clip(out, clip)
+        return "unseen pairs, right word of: " + "  ".join(f"{k} {v:.1%}" for k, v in named(clip, tok).items())
+
+    descend("toy-clip", clip, n, lambda step: lr * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / n)), loss_at, look)
+    print(f"toy-clip: {n} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-clip'}")
+
+
+def descend(name, module, n, lr_at, loss_at, look):
+    """The loop of both: n steps of AdamW at lr_at(step) on loss_at(step), and now and then a look, which also saves."""
+    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    bar = tqdm(range(1, n + 1), desc=name, dynamic_ncols=True)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = lr_at(step)
+        loss = loss_at(step)
         loss.backward()
-        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bar.set_postfix_str(f"loss {loss.item():.3f}")
-        if step % 250 == 0 or step == cfg.clip_steps:
-            bar.write(f"step {step}  loss {loss.item():.3f}  unseen pairs, right word of: " + "  ".join(f"{k} {v:.1%}" for k, v in named(clip, tok).items()))
+        if step % 250 == 0 or step == n:
+            bar.write(f"step {step}  loss {loss.item():.3f}  {look()}")
             sys.stdout.flush()
-            write_clip(out, clip)
-    print(f"toy-clip: {cfg.clip_steps} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-clip'}")
 
 
 def write_clip(out, clip):
@@ -178,9 +190,8 @@ def contrastive_batch(rng, size):
     for k, scene in enumerate(scenes):
         rows = [[holds(phrase, fact) for phrase in phrases] + [FALSE] for fact in facts(scene)] + [[FALSE] * len(phrases) + [TRUE]]
         shown = covered(scene)
-        n_part = (shown >= 0).sum().item()
-        empty = rng.sample((shown == NOTHING).nonzero()[:, 0].tolist(), min(n_part, (shown == NOTHING).sum().item()))   # as many as things have
-        for n in (shown >= 0).nonzero()[:, 0].tolist() + empty:
+        full, empty = (at.nonzero()[:, 0].tolist() for at in (shown >= 0, shown == NOTHING))
+        for n in full + rng.sample(empty, min(len(full), len(empty))):      # as many that show nothing
             patches.append(k * len(shown) + n)
             holding.append(rows[shown[n]])                                  # NOTHING is -1: the last row
     texts = [words(phrase) for phrase in phrases] + ["a picture of nothing"]
@@ -279,21 +290,13 @@ def make_vicuna(out, cfg):
 
 
 def teach(decoder, tok, out, n, prepare, lr=1e-3):
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    bar = tqdm(range(1, n + 1), desc="toy-vicuna", dynamic_ncols=True)
-    for step in bar:
-        optimizer.param_groups[0]["lr"] = lr * min(1, step / 100, (n - step) / (0.4 * n))
-        loss, _ = text_loss(decoder, tok, [prepare(step, i) for i in range(32)], noise=0.2)
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
-        if step % 250 == 0 or step == n:
-            bar.write(f"step {step}  loss {loss.item():.3f}  told, unseen pairs: " + "  ".join(f"{k} {v:.0%}" for k, v in told(decoder, tok).items()))
-            sys.stdout.flush()
-            tensors = {rename(name, LLAMA_NAMES): p.half() for name, p in decoder.state_dict().items()}
-            write_model(out / "toy-vicuna", tensors, llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]})
+    def look():
+        tensors = {rename(name, LLAMA_NAMES): p.half() for name, p in decoder.state_dict().items()}
+        write_model(out / "toy-vicuna", tensors, llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]})
+        return "told, unseen pairs: " + "  ".join(f"{k} {v:.0%}" for k, v in told(decoder, tok).items())
+
+    descend("toy-vicuna", decoder, n, lambda step: lr * min(1, step / 100, (n - step) / (0.4 * n)),
+            lambda step: text_loss(decoder, tok, [prepare(step, i) for i in range(32)], noise=0.2)[0], look)
 
 
 def spell(scene, tok, rng=None):

@@ -486,10 +486,10 @@ def make_picture(job):
         return name, asked
     scarce = [item for item in asked if item[0] == "reading"]                 # few pictures have a sign: always ask what it says
     turns = scarce + rng.sample([item for item in asked if item not in scarce], 6)
-    rng.shuffle(turns)                                                        # people leave the format prompt out, too
-    plain = [(category, question.removesuffix("\n" + SHORT) if rng.random() < 0.25 else question, answer) for category, question, answer in turns]
+    rng.shuffle(turns)
+    pairs = [(question.removesuffix("\n" + SHORT) if rng.random() < 0.25 else question, answer) for _, question, answer in turns]  # as people ask, too
     brief = [(rng.choice(BRIEF), caption(scene))]
-    return record(f"train-{i}", name, [pair for _, *pair in plain]), record(f"pretrain-{i}", name, brief)
+    return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, brief)
 
 def record(id, image, pairs):
     turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]

@@ -15,7 +15,9 @@ from PIL import Image
 import eval as ev
 import toyworld
 from data import run
-from test_train import ROOT, errors, one_thread, tiny, tok, world  # noqa: F401 (fixtures)
+from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = ROOT.parent / "shared/benchmarks" if (ROOT.parent / "shared").is_dir() else Path("/nowhere")
 needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/benchmarks, the worked cases of the official scorers")

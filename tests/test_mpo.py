@@ -25,20 +25,11 @@ from vision import UserError, VisionConfig
 
 ROOT = Path(mpo.__file__).parent
 fork = multiprocessing.get_context("fork").Process
+pytestmark = pytest.mark.usefixtures("one_thread")
 T = lambda *values: torch.tensor(values, dtype=torch.float64)
 CFG = SimpleNamespace(beta=0.1, epsilon=0.1, w_p=0.8, w_q=0.2, w_g=1.0, loss="mpo")
 ONE = dict(s=T([-120.0, -161.0]), s_ref=T([-123.0, -160.0]), n=T([60.0, 80.0]))        # the vectors of internvl_mpo.md 1.3
 TWO = dict(s=T([-118.0, -167.0]), s_ref=T([-123.0, -160.0]), n=T([60.0, 80.0]))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tok():
-    return Tokenizer(ROOT / "assets/toy-vicuna")
 
 
 @pytest.fixture(scope="session")

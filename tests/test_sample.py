@@ -13,8 +13,10 @@ import torch
 import sample
 from data import encode_prompt, run
 from model import VLM
-from test_train import ROOT, errors, one_thread, tiny, tok, world  # noqa: F401 (fixtures)
+from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 from vision import cut_tiles, open_image
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NO_IMAGE = "nothing to answer: give --image, --prompt or both"
 

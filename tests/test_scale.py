@@ -23,22 +23,13 @@ from torch.testing import assert_close
 import bench
 import model
 import train
-from data import IGNORE, Tokenizer, open_records, run
+from data import IGNORE, open_records, run
 from model import VLM, DecoderConfig, VLMConfig, add_lora, head_loss, load_adapter, lora_off, merged_state, save_adapter, save_processor
 from vision import UserError, VisionConfig, patches_of
 
 ROOT = Path(train.__file__).parent
 fork = multiprocessing.get_context("fork").Process
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tok():
-    return Tokenizer(ROOT / "assets/toy-vicuna")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_config(tok, **changes):

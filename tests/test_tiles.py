@@ -15,7 +15,7 @@ import data
 import sample
 import toyworld
 import train
-from data import Examples, Records, Tokenizer, collate, encode_prompt
+from data import Examples, Records, collate, encode_prompt
 from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig, info, read_config, save_processor
 from vision import MODES, TILINGS, UserError, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join, normalize
 
@@ -160,11 +160,6 @@ def test_the_tiles_are_those_of_transformers_image_processors(size):
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def tok():
-    return Tokenizer(ROOT / "assets/toy-vicuna")
-
 
 def lively(module):
     torch.manual_seed(0)

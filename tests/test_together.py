@@ -13,16 +13,10 @@ import eval as ev
 import mpo
 import toyworld
 import train
-from data import Tokenizer
 from model import VLM, DecoderConfig, VLMConfig, init_weights, save_processor
 from vision import VisionConfig, cut_tiles
 
 ROOT = Path(train.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def tok():
-    return Tokenizer(ROOT / "assets/toy-vicuna")
 
 
 @pytest.fixture(params=["hd", "internvl"])

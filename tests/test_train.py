@@ -33,16 +33,7 @@ from vision import UserError, VisionConfig
 
 ROOT = Path(train.__file__).parent
 fork = multiprocessing.get_context("fork").Process
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)                     # children of a fork must not wait for threads that they do not have
-
-
-@pytest.fixture(scope="session")
-def tok():
-    return Tokenizer(ROOT / "assets/toy-vicuna")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_config(tok):
