@@ -1,0 +1,93 @@
+"""The toy's ingredients: what they are taught is true, and holds nothing that only held-out pictures may show."""
+import itertools
+import math
+import random
+import re
+
+import pytest
+import torch
+
+import lab
+import toyworld
+from data import IGNORE
+from lab import FALSE, NOTHING, TRUE, UNTOLD
+from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
+
+CAT = Thing("cat", "red", "big", "top left", (0.0, 0.0, 0.25, 0.25))                    # 2 x 2 of the 8 x 8 patches
+SCENE = Scene("meadow", (CAT,), Sign("OPEN", "bottom", (0.25, 0.75, 0.75, 1.0)))        # 4 x 2
+
+
+def test_a_spelled_picture_tells_of_each_patch_its_column_its_row_and_what_it_shows(tok):
+    said = [{tok.decode([i]).strip() for i in ids if i >= 0} for ids in lab.spell(SCENE, tok)]
+    assert said[0] == {"a", "1", "cat", "red", "big", "top", "left"} and said[9] == {"b", "2", "cat", "red", "big", "top", "left"}
+    assert said[2] == {"c", "1"} and said[63] == {"h", "8"}
+    assert said[8 * 6 + 2] == {"c", "7", "sign", "OPEN", "bottom"} and sum("sign" in words for words in said) == 8
+
+
+def test_no_lesson_spells_or_says_a_pair_that_only_held_out_pictures_show(tok):
+    forms = set()
+    for i, progress in itertools.product(range(60), (0.1, 0.25, 0.4, 0.9)):
+        tokens, labels, spelled = lab.lesson(tok, random.Random(f"{i} {progress}"), progress)
+        assert len(tokens) == len(labels) and len(spelled) == tokens.count(tok.image) == 64 and any(label != IGNORE for label in labels)
+        words = [{tok.decode([id]).strip() for id in ids if id >= 0} for ids in spelled]
+        text = tok.decode([id for id in tokens if id < tok.n_text])
+        assert not any({kind, color} <= patch for kind, color in UNSEEN for patch in words)
+        assert not any(re.search(rf"\b{color} {kind}\b", text) for kind, color in UNSEEN), text
+        text = tok.decode([id for id in lab.plain_lesson(tok, random.Random(f"{i} {progress}"), progress)[0] if id < tok.n_text])
+        forms.add("conversation" if "USER:" in text else "terse" if "how many" in text else "bare")
+    assert forms == {"conversation", "terse", "bare"}
+
+
+def test_words_that_stand_for_a_kind_or_a_color_do_so_in_the_picture_and_in_what_is_said(tok):
+    renamed = 0
+    for i in range(40):
+        plain, lesson = lab.plain_lesson(tok, random.Random(i), 0.9), lab.lesson(tok, random.Random(i), 0.9)
+        pairs = {(a, b) for before, after in zip((plain[0], plain[1], *plain[2]), (lesson[0], lesson[1], *lesson[2]), strict=True)
+                 for a, b in zip(before, after, strict=True)}
+        assert len({a for a, _ in pairs}) == len(pairs)                     # each word by one other, everywhere
+        changed = {a: b for a, b in pairs if a != b}
+        assert {tok.decode([a]).strip() for a in changed} <= {*COLORS, *KINDS, *(toyworld.several(0, kind) for kind in KINDS)}
+        assert not any(tok.decode([b]).strip() in {*COLORS, *KINDS} for b in changed.values())
+        renamed += bool(changed)
+    assert 5 < renamed < 35
+
+
+def test_terse_questions_have_the_true_answer():
+    two = Scene("snow", (CAT, Thing("cat", "black", "small", "right", (0.7, 0.4, 0.9, 0.6))), SCENE.sign)
+    said = dict(lab.terse(two, random.Random(0)))
+    assert said["first"] == "red cat" and said["after red cat"] == "black cat" and said["after black cat"] == "OPEN" and said["after OPEN"] == "none"
+    assert said["how many cat"] == "2" and said["size red cat"] == "big" and said["place black cat"] == "right" and said["thing top left"] == "cat"
+    assert said["sign"] == "OPEN" and said["any red cat"] == "yes" and said["all"] == toyworld.caption(two)
+    letters = [(question, answer) for question, answer in lab.terse(two, random.Random(0)) if answer in "ABCD"]
+    assert len(letters) == 4
+    for question, letter in letters[1::2]:                                  # the word is the last one, after its list
+        assert question.endswith(re.search(rf"{letter}\. ([\w ]+?)(?= [A-D]\.| {question.split()[-1]}$)", question)[1])
+
+
+def test_a_phrase_is_true_false_or_left_untold_of_a_thing():
+    fact = ("big", "red", "cat", "top left", None)
+    assert lab.holds((None, "red", "cat", None, None), fact) == lab.holds((None, None, None, "top left", None), fact) == TRUE
+    assert lab.holds((None, "red", "dog", None, None), fact) == lab.holds(("small", "red", "cat", None, None), fact) == FALSE
+    assert lab.holds((None, None, "fish", None, None), fact) == UNTOLD                 # a red fish is never drawn in training
+    assert lab.holds((None, "blue", None, None, None), fact) == UNTOLD                 # nor a blue cat
+
+
+def test_the_contrastive_loss_equals_a_number_worked_out_by_hand():
+    s = torch.tensor([[2.0, 0.0, 1.0]])                                     # one patch, three texts: true, false, untold
+    with_texts = math.log(math.exp(2) + math.exp(0)) - 2                    # the untold one counts nowhere
+    assert lab.contrastive_loss(s, torch.tensor([[TRUE, FALSE, UNTOLD]])).item() == pytest.approx(with_texts, abs=1e-6)      # and no other patch to be wrong
+
+
+def test_a_patch_belongs_to_what_covers_most_of_it():
+    shown = lab.covered(SCENE).view(8, 8)
+    assert (shown[:2, :2] == 0).all() and (shown[6:, 2:6] == 1).all() and (shown == NOTHING).sum() == 64 - 4 - 8
+    half = Scene("meadow", (Thing("cat", "red", "big", "top left", (0.0, 0.0, 0.14, 0.125)),))
+    assert lab.covered(half)[1] == lab.UNSURE                               # an eighth of it: too little to say
+
+
+def test_contrastive_batches_name_no_unseen_pair_and_hold_as_many_empty_patches_as_full_ones():
+    pixels, captions, texts, patches, holding = lab.contrastive_batch(random.Random(0), 6)
+    assert pixels.shape == (6, 3, 96, 96) and len(captions) == 6 and holding.shape == (len(patches), len(texts))
+    assert not any(f"{color} {kind}" in text for kind, color in UNSEEN for text in texts + captions)
+    assert texts[-1] == "a picture of nothing" and (holding[:, -1] == TRUE).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (holding == TRUE).any(1).all() and len(COLORS) == len(KINDS) == 8
