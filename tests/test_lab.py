@@ -72,6 +72,12 @@ def test_a_phrase_is_true_false_or_left_untold_of_a_thing():
     assert lab.holds((None, "blue", None, None, None), fact) == UNTOLD                 # nor a blue cat
 
 
+def test_the_color_of_a_gray_thing_is_left_untold_and_its_kind_is_not():
+    gray = ("big", None, "cat", "top left", None)
+    assert lab.holds((None, "red", "cat", None, None), gray) == lab.holds((None, "red", None, None, None), gray) == UNTOLD
+    assert lab.holds((None, "red", "tree", None, None), gray) == FALSE and lab.holds(("big", None, "cat", None, None), gray) == TRUE
+
+
 def test_the_contrastive_loss_equals_a_number_worked_out_by_hand():
     s = torch.tensor([[2.0, 0.0, 1.0]])                                     # one patch, three texts: true, false, untold
     with_texts = math.log(math.exp(2) + math.exp(0)) - 2                    # the untold one counts nowhere
