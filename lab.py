@@ -204,8 +204,8 @@ def contrastive_batch(rng, size):
 
 
 def covered(scene, g=8, enough=0.25):
-    """Whose patch is it? (g * g,) in reading order: the index of the part (things, then the sign) that covers most of it, NOTHING, or
-    UNSURE where it covers less than `enough` of the patch."""
+    """Whose patch is it? (g * g,) in reading order: the index of the part (things, then the sign) that covers most of it, UNSURE where it
+    covers less than `enough` of the patch, NOTHING where less than half of that: where a thing ends has to be learned, too."""
     low = np.arange(g) / g
     shares = []
     for part in scene.things + ((scene.sign,) if scene.sign else ()):
@@ -213,7 +213,7 @@ def covered(scene, g=8, enough=0.25):
         across, down = (g * np.clip(np.minimum(high, low + 1 / g) - np.maximum(start, low), 0, None) for start, high in ((x1, x2), (y1, y2)))
         shares.append((down[:, None] * across[None]).ravel())
     most, who = np.max(shares, 0), np.argmax(shares, 0)
-    return torch.from_numpy(np.where(most >= enough, who, np.where(most <= 0.02, NOTHING, UNSURE)))
+    return torch.from_numpy(np.where(most >= enough, who, np.where(most <= enough / 2, NOTHING, UNSURE)))
 
 
 def facts(scene):

@@ -87,8 +87,9 @@ def test_the_contrastive_loss_equals_a_number_worked_out_by_hand():
 def test_a_patch_belongs_to_what_covers_most_of_it():
     shown = lab.covered(SCENE).view(8, 8)
     assert (shown[:2, :2] == 0).all() and (shown[6:, 2:6] == 1).all() and (shown == NOTHING).sum() == 64 - 4 - 8
-    half = Scene("meadow", (Thing("cat", "red", "big", "top left", (0.0, 0.0, 0.14, 0.125)),))
-    assert lab.covered(half)[1] == lab.UNSURE                               # an eighth of it: too little to say
+    for share, whose in (0.3, 0), (0.2, lab.UNSURE), (0.1, NOTHING):
+        cat = Thing("cat", "red", "big", "top left", (0.0, 0.0, (1 + share) / 8, 1 / 8))
+        assert lab.covered(Scene("meadow", (cat,)))[:2].tolist() == [0, whose]
 
 
 def test_contrastive_batches_name_no_unseen_pair_and_hold_as_many_empty_patches_as_full_ones():
