@@ -460,6 +460,60 @@ class Mixture:
         return part.has_picture(row)
 
 
+class Questions:
+    """The same records, but every question with its answer is one of its own. The records are read once, to count their questions.
+
+    A decoder that starts from nothing learns from short rows which words matter, long before it does so in long ones.
+    """
+
+    def __init__(self, records):
+        self.records, n = records, []
+        for i in range(len(records)):
+            try:
+                n.append(max(1, len(pairs_of(records[i]["turns"]))))
+            except UserError:                                              # said, or counted, when it is asked for
+                n.append(1)
+        self.ends = np.cumsum(n)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def at(self, i):
+        """-> index of the record, and which of its questions."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        row = int(np.searchsorted(self.ends, i, side="right"))
+        return row, i - int(self.ends[row - 1]) if row else i
+
+    def __getitem__(self, i):
+        row, k = self.at(i)
+        record = self.records[row]
+        pairs = pairs_of(record["turns"])
+        if len(pairs) > 1:
+            (role, text), answer = pairs[k]
+            missing = len(record["images"]) - text.count("<image>")        # pictures that other questions brought along
+            record["turns"] = [(role, "<image>\n" * missing + text), answer]
+        return record
+
+    def where(self, i, id=None):
+        row, k = self.at(i)
+        return f"{self.records.where(row, id)}, question {k + 1}"
+
+    def image_path(self, name):
+        return self.records.image_path(name)
+
+    def n_bytes(self, i):
+        return self.records.n_bytes(self.at(i)[0])
+
+    def has_picture(self, i):
+        return self.records.has_picture(self.at(i)[0])
+
+
+def pairs_of(turns):
+    """[(question, answer), ...], each (role, text): where somebody asks and the other answers."""
+    return [(a, b) for a, b in zip(turns, turns[1:]) if (a[0], b[0]) == ("human", "gpt")]
+
+
 def open_records(path, image_root=None, weights="", fraction=1.0, seed=0):
     """FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's {name: {"root", "annotation", "repeat_time"}} -> Records or a Mixture."""
     paths, meta = str(path).split(","), read_meta(str(path), image_root)

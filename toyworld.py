@@ -48,7 +48,7 @@ class Config:
     words: float = arg(1.0, "size of the signs and their words, above 0 and at most 1: 0.5 draws them half as large")
     hello: str = arg("", "write one 480-pixel picture to this file, and nothing else")
 
-VERSION = 2                                      # of pictures and questions: raise it when either changes
+VERSION = 3                                      # of pictures and questions: raise it when either changes
 COLORS = {"red": (216, 40, 42), "orange": (250, 138, 24), "yellow": (250, 222, 50), "green": (44, 158, 68), "blue": (38, 92, 222),
           "purple": (146, 58, 186), "white": (252, 252, 252), "black": (34, 34, 40)}
 GRID = 20                                        # boxes lie on a grid of 1/20 of the side, so two decimals say them exactly
@@ -65,6 +65,7 @@ UNSEEN = {("cat", "blue"), ("fish", "red"), ("bird", "white"), ("tree", "orange"
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")    # of the template vicuna_v1
+DETAIL = "Describe the image in detail."
 CAPTION = "Provide a one-sentence caption for the provided image."
 BRIEF = ("Provide a brief description of the given image.", "Give a short and clear explanation of the image.",
          "Describe the image concisely.", "Write a terse but informative summary of the picture.")
@@ -283,7 +284,7 @@ def caption(scene):
     return text[0].upper() + text[1:] + "."
 
 def describe(scene, boxes=True):
-    """Everything there is to say: text alone, to teach a decoder the words of this world."""
+    """Everything there is to say, each thing with its box, as LLaVA's detailed descriptions and Shikra's boxes (arXiv:2306.15195)."""
     say = lambda p: f"a {p.size} {p.color} {p.kind} {at(p)}" if isinstance(p, Thing) else f"a sign {at(p)} that says {p.word}"
     return "; ".join(say(p) + (f" {coordinates(p.box)}" if boxes else "") for p in scene.parts)
 
@@ -485,8 +486,9 @@ def make_picture(job):
     if split == "val":
         return name, asked
     scarce = [item for item in asked if item[0] == "reading"]                 # few pictures have a sign: always ask what it says
-    turns = scarce + rng.sample([item for item in asked if item not in scarce], 6)
+    turns = scarce + rng.sample([item for item in asked if item not in scarce], 5)
     rng.shuffle(turns)
+    turns.append(("detail", DETAIL, describe(scene)))                        # last, so that no answer can be copied from it
     pairs = [(question.removesuffix("\n" + SHORT) if rng.random() < 0.25 else question, answer) for _, question, answer in turns]  # as people ask, too
     brief = [(rng.choice(BRIEF), caption(scene))]
     return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, brief)

@@ -51,7 +51,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import toyworld
-from data import IGNORE, Examples, Records, Tokenizer, collate, open_records, cut_at_stop, encode_conversation, encode_prompt, parse_args, run, stop_ids
+from data import IGNORE, Examples, Questions, Records, Tokenizer, collate, open_records, cut_at_stop, encode_conversation, encode_prompt, parse_args, run, stop_ids
 from model import (LORA_TARGETS, PRESETS, VLM, add_lora, adapter_name, check_tokenizer, decoder_config, init_weights, load_adapter, load_connector,
                    load_decoder, load_vision, open_weights, public_layout, read_config, read_json, read_tensors, read_tower, our_names,
                    save_adapter, save_processor, write_whole)
@@ -71,6 +71,7 @@ class TrainConfig:
     data: str = arg("", "LLaVA-format JSON or JSONL file; FILE,FILE: several as one; a meta.json as MMPR's; empty: the toy world, drawn into toyworld/ on first use")
     data_weights: str = arg("", "how often an epoch shows each file of --data, X,X; empty: once, or as meta.json says")
     data_fraction: float = arg(1.0, "share of the records to train on, above 0 to 1; a smaller share is part of a larger one of the same --seed")
+    split_questions: bool = arg(False, "each question of a conversation and its answer as a record of its own; the file is read once before")
     image_root: str = arg("", "folder that the records' image paths start from; empty: the folder of --data")
     val: str = arg("", "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if it is there")
     out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")
@@ -127,7 +128,7 @@ TOY = dict(vision=str(HERE / "assets/toy-clip"), llm=str(HERE / "assets/toy-vicu
 RECIPES = {
     ("toy", "pretrain"): TOY | dict(lr=2e-3, batch_size=32, max_steps=150),
     ("toy", "finetune"): TOY | dict(lr=3e-4, lr_connector=5e-3, batch_size=16, max_steps=420),
-    ("photo", "finetune"): dict(lr=1e-3, batch_size=32, max_steps=3000, eval_every=500, save_every=500),
+    ("photo", "finetune"): dict(lr=1e-3, batch_size=64, max_steps=3000, split_questions=True, eval_every=500, save_every=500),
     ("llava-1.5-7b", "pretrain"): dict(lr=1e-3, batch_size=256, clip=math.inf, image_mode="crop", max_length=2048, token_budget=16384, compile=True),
     ("llava-1.5-7b", "finetune"): dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048, token_budget=8192, compile=True),
 }
@@ -289,7 +290,8 @@ class Answers:
 
     @staticmethod
     def read(cfg):
-        return open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+        records = open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+        return Questions(records) if cfg.split_questions else records
 
     def backward(self, net, micro, autocast):    # -> loss of the step (None: nothing could be used), what else the log should hold
         loss, supervised = backward(net, micro, self.device, autocast)

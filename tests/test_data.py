@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import data
-from data import (IGNORE, TEMPLATES, Examples, Records, Tokenizer, collate, cut_at_stop, encode_conversation,
+from data import (IGNORE, TEMPLATES, Examples, Questions, Records, Tokenizer, collate, cut_at_stop, encode_conversation,
                   encode_prompt, find_template, stop_ids)
 from vision import UserError, VisionConfig, default_template, open_image
 
@@ -730,3 +730,20 @@ def test_the_photo_questions_are_whole(llama, capsys):
     argv = ["--image-root", str(PHOTOS), "--model", str(LLAMA), "--limit", "20"]
     assert data.main(["check", str(PHOTOS / "train.json"), *argv]) == 0 and data.main(["check", str(PHOTOS / "val.jsonl"), *argv]) == 0
     assert "20 good, 0 wrong" in capsys.readouterr().out
+
+
+def test_split_questions_makes_of_every_question_a_record_with_all_the_pictures(tmp_path, tok):
+    turn = lambda who, text: {"from": who, "value": text}
+    talk = [turn("human", "<image>\nWhat?"), turn("gpt", "A cat."), turn("human", "Why?\n<image>"), turn("gpt", "Fur."), turn("human", "And?"), turn("gpt", "So.")]
+    lines = [{"id": "a", "image": ["1.png", "2.png"], "conversations": talk}, {"id": "b", "conversations": talk[4:]}, {"id": "c"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = Questions(Records(tmp_path / "x.jsonl", tmp_path))
+    assert len(records) == 3 + 1 + 1 and records.has_picture(2) and not records.has_picture(3)
+    assert [records[i]["turns"] for i in range(4)] == [
+        [("human", "<image>\n<image>\nWhat?"), ("gpt", "A cat.")], [("human", "<image>\nWhy?\n<image>"), ("gpt", "Fur.")],
+        [("human", "<image>\n<image>\nAnd?"), ("gpt", "So.")], [("human", "And?"), ("gpt", "So.")]]
+    assert records.where(2, "a") == f"{tmp_path / 'x.jsonl'}, line 1 (id 'a'), question 3"
+    with pytest.raises(UserError, match="line 3.*no conversation"):
+        records[4]
+    with pytest.raises(IndexError):
+        records[5]

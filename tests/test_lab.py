@@ -68,12 +68,6 @@ def test_a_phrase_is_true_false_or_left_untold_of_a_thing():
     assert lab.holds((None, "blue", None, None, None), fact) == UNTOLD                 # nor a blue cat
 
 
-def test_the_color_of_a_gray_thing_is_left_untold_and_its_kind_is_not():
-    gray = ("big", None, "cat", "top left", None)
-    assert lab.holds((None, "red", "cat", None, None), gray) == lab.holds((None, "red", None, None, None), gray) == UNTOLD
-    assert lab.holds((None, "red", "tree", None, None), gray) == FALSE and lab.holds(("big", None, "cat", None, None), gray) == TRUE
-
-
 def test_the_contrastive_loss_equals_a_number_worked_out_by_hand():
     s = torch.tensor([[2.0, 0.0, 1.0]])                                     # one patch, three texts: true, false, untold
     with_texts = math.log(math.exp(2) + math.exp(0)) - 2                    # the untold one counts nowhere
@@ -83,7 +77,7 @@ def test_the_contrastive_loss_equals_a_number_worked_out_by_hand():
 def test_a_patch_belongs_to_what_covers_most_of_it():
     shown = lab.covered(SCENE).view(8, 8)
     assert (shown[:2, :2] == 0).all() and (shown[6:, 2:6] == 1).all() and (shown == NOTHING).sum() == 64 - 4 - 8
-    for share, whose in (0.3, 0), (0.2, lab.UNSURE), (0.1, NOTHING):
+    for share, whose in (0.3, 0), (0.2, lab.UNSURE), (0.01, NOTHING):
         cat = Thing("cat", "red", "big", "top left", (0.0, 0.0, (1 + share) / 8, 1 / 8))
         assert lab.covered(Scene("meadow", (cat,)))[:2].tolist() == [0, whose]
 
