@@ -14,7 +14,7 @@ from PIL import Image
 
 import eval as ev
 import toyworld
-from data import run
+from data import read_pickle, run
 from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -298,7 +298,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capfd):
 
 def test_python_2_pickles_open(tmp_path):
     (tmp_path / "old.p").write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xe9'\np3\nsa.")
-    assert ev.read_pickle(tmp_path / "old.p") == [{"sent": "caf\xe9"}]
+    assert read_pickle(tmp_path / "old.p") == [{"sent": "caf\xe9"}]
 
 
 def test_an_unknown_benchmark_is_told_the_nearest(capfd):
@@ -369,7 +369,7 @@ def test_what_is_handed_in_scores_the_same(tmp_path, name, file):
 def test_prompts_are_the_papers(official, tmp_path):
     root, _ = official
     cfg = lambda name, *flags: ev.argparse.Namespace(**vars(ev.parse(["--benchmark", name, "--data", str(root / name), *flags])) | {"name": name, "likelihood": "--likelihood" in flags})
-    first = lambda name, *flags: ev.prompt_of(ev.BENCHMARKS[name].read(cfg(name, *flags))[0], cfg(name, *flags))
+    first = lambda name, *flags: ev.prompt_of(next(ev.BENCHMARKS[name].read(cfg(name, *flags))), "--cot" in flags)
     assert first("vqav2") == "What color?\nAnswer the question using a single word or phrase."
     assert first("seed-bench") == "How?\nA. One\nB. Two\nC. 3\nD. 4\nAnswer with the option's letter from the given choices directly."
     assert first("vsr") == 'Based on the image, is this statement "True" or "False"? The cup is left of the plate.\nRespond with "True" or "False" directly.'
@@ -389,7 +389,7 @@ def test_the_toy_benchmarks_ask_what_the_toy_was_trained_on(toy, world, tmp_path
     assert toy() == 0
     trained = {json.loads(line)["text"] for line in (world / "val.jsonl").read_text().splitlines()}
     trained |= {f"{text.removeprefix(toyworld.COT)}\n{toyworld.SHORT}" for text in trained if text.startswith(toyworld.COT)}      # a worked question, asked directly
-    for name in ev.TOY:
+    for name in toyworld.OFFICIAL:
         result = json.loads((tmp_path / f"toy/toy-{name}/results.json").read_text())
         prompts = [r["prompt"] for r in result["records"]]
         assert result["n"] and (name in ("refcoco", "mme", "mmbench") or set(prompts) <= trained), name   # quoted; mirrored; rotated
