@@ -79,6 +79,8 @@ def evaluate(name, cfg, model):
     items = list(bench.read(cfg))
     if not items:
         raise UserError(f"{cfg.data}: no question of {name} in it; check --data and --split")
+    if twice := [id for id, n in Counter(item["id"] for item in items).items() if n > 1]:
+        raise UserError(f"{cfg.data}: two questions of {name} have the id {twice[0]!r}, so their answers cannot be told apart; get the files again")
     if cfg.predictions:
         rows = match_up(bench, items, cfg)
         items = some_of(items, cfg.limit)
@@ -1430,7 +1432,7 @@ def read_m3cot(cfg):
     for where, _, row in entries(path or cfg.predictions):
         id, choices, truth, domain, topic = need(where, row, id=str, choices=list, answer=OPTIONAL, domain=str, topic=str)
         question, context = need(where, row, question=OPTIONAL, context=OPTIONAL)
-        if id in seen and path is None:
+        if id in seen:                                                      # the first record of an id counts
             continue
         if truth and truth not in list(LETTERS[: len(choices)]) or not all(isinstance(c, str) for c in choices):
             raise UserError(f'{where}: "answer" is {truth!r}, of {len(choices)} choices; it must be one of their letters')
