@@ -53,14 +53,12 @@ from vision import MODES, UserError, cut_tiles, join, open_image
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-
 def main(argv=None):
     cfg = parse(argv)
     model = None if cfg.predictions else Model(cfg)
     results = [evaluate(name, cfg, model) for name in cfg.benchmark]
     print("\n" + table(results))
     return 0
-
 
 def evaluate(name, cfg, model):
     """One benchmark from its files to results.json, which is returned."""
@@ -116,10 +114,8 @@ def evaluate(name, cfg, model):
     report(result, files, out, time.time() - began)
     return result
 
-
 def but(cfg, **changes):
     return argparse.Namespace(**vars(cfg) | changes)
-
 
 def grade(bench, items, rows, cfg, cot):
     """Answers {item id: row} -> the result of one column, with its records. A missing answer counts as wrong."""
@@ -157,14 +153,12 @@ def grade(bench, items, rows, cfg, cot):
         "unparsed": bad / len(given) if given else 0.0, "n_unparsed": bad, "missing": len(records) - len(given),
         "cut_off": sum("cut_off" in r for r in records), "metric": bench.metric} | metrics | {"records": records}
 
-
 def interval(tally, headline, n=1000):
     """95% percentile bootstrap over the rows of `tally`, the benchmark's units; the same every time."""
     draw, u = np.random.default_rng(0), len(tally)
     figures = [headline(np.bincount(draw.integers(u, size=u), minlength=u) @ tally) for _ in range(n)]
     figures = [f for f in figures if f is not None and math.isfinite(f)]
     return [float(x) for x in np.percentile(figures, [2.5, 97.5])] if figures else None
-
 
 def compare(records, file):
     """Paired test against another results.json: the same units, their difference, and how often chance signs alone give as much."""
@@ -185,7 +179,6 @@ def compare(records, file):
             "better": int((d > 0).sum()), "worse": int((d < 0).sum()), "p": float(p),
             "test": "paired sign-flip permutation of per-unit scores, two-sided"}
 
-
 def per_unit(records):
     """{question, picture or circular group: its score}"""
     scores = defaultdict(list)
@@ -194,11 +187,9 @@ def per_unit(records):
             scores[r.get("unit", r["id"])].append(r.get("unit_score", r["score"]))
     return {unit: mean(found) for unit, found in scores.items()}
 
-
 def percent(sums):
     """Mean in percent, of columns (score, 1)."""
     return 100 * float(sums[0] / sums[1]) if sums[1] else None
-
 
 def mean(scores):
     scores = list(scores)
@@ -206,7 +197,6 @@ def mean(scores):
 
 
 # ---- the model's answers -----------------------------------------------------------------------------------------------
-
 
 class Model:
     """A VLM, its tokenizer, and which family's prompts it is asked with."""
@@ -266,7 +256,6 @@ class Model:
         pixels, layout = (x.to(self.device) for x in join(pictures)) if pictures else (None, None)
         return tokens, lengths, {"pixels": pixels, "layout": layout, "shared": shared}
 
-
 def ask(model, bench, items, modes, cfg, out):
     """Every item in every mode -> {mode: {id: {"text", ...}}}. Batches are cut once, by length, from all items: --resume leaves out whole
     batches only, so that each answer comes from the same arithmetic as in an uninterrupted run."""
@@ -311,7 +300,6 @@ def ask(model, bench, items, modes, cfg, out):
             bar.update(len(batch))
     return {mode: {item["id"]: row for item in items if not (row := done[mode, item["id"]]).get("too_long")} for mode in modes}
 
-
 def answer(model, bench, batch, turns, shown, encoded, cot, cfg):
     """One batch -> rows {"text", ...} in its order. A question near the model's length is asked alone: nobody's answer depends on its neighbours."""
     if cfg.likelihood and "candidates" in batch[0] and not cot:
@@ -338,13 +326,11 @@ def answer(model, bench, batch, turns, shown, encoded, cot, cfg):
             rows[k]["first"] = first[k]
     return rows
 
-
 def prompt_of(item, cot):
     """The text after the picture. `cot`: the direct instruction makes way for InternVL's frame, or for the benchmark's own."""
     if cot:
         return item.get("cot", COT + item["question"])
     return item["question"] + ("\n" + item["suffix"] if item["suffix"] else "")
-
 
 def pictures_of(items, cfg):
     """{id: (its pictures, the pictures of the blind baseline: none, or another record's)}; what is missing is said before the first answer."""
@@ -359,7 +345,6 @@ def pictures_of(items, cfg):
     other = {p: some[(i + max(1, len(some) // 2)) % len(some)] for i, p in enumerate(some)} if cfg.blind == "other" else {}
     return {id: (paths, [other.get(p, p) for p in paths] if cfg.blind == "other" else []) for id, paths in found.items()}
 
-
 def find_picture(root, name, id):
     """The official place under the image root, or the bare name in it, or in a folder images/; as .jpg or .png, for SEED-Bench's names
     have no ending."""
@@ -372,15 +357,12 @@ def find_picture(root, name, id):
             return place
     raise UserError(f"{path}: no such picture (record {id}); check the path and --image-root")
 
-
 def open_picture(source):
     return open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
-
 
 def stamp(directory):
     """Size and time of the weights: --resume must not mix two models under one name."""
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(directory).glob("*.safetensors"))]
-
 
 def some_of(items, limit):
     """--limit: a random sample, the same every time, in file order. Units (MME's pictures, MMBench's circular groups) stay whole, so a
@@ -391,7 +373,6 @@ def some_of(items, limit):
     kept = set(sample(units, limit * len(units) / len(items)))
     return [item for item in items if item.get("unit", item["id"]) in kept]
 
-
 def sample(rows, n):
     """About n of them, in their order. Not the first ones, which would be of one kind, nor every k-th: POPE's answers alternate."""
     return [rows[i] for i in sorted(np.random.default_rng(21).permutation(len(rows))[: max(1, round(n))])]
@@ -401,10 +382,8 @@ def sample(rows, n):
 
 OPTIONAL = (str, type(None))
 
-
 def folder(data):
     return Path(data).parent if Path(data).is_file() else Path(data)
-
 
 def find(data, *names, optional=False):
     """The first of these official names in the data folder or two folders down; where --data is a file, it is the one that is meant."""
@@ -418,14 +397,11 @@ def find(data, *names, optional=False):
         return None
     raise UserError(f"{data}: no {' or '.join(names)} in it; --data is the folder with the official files, under their official names")
 
-
 def lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-
 def dump(value):
     return json.dumps(value, ensure_ascii=False)
-
 
 def toy_files(name, cfg, out):
     """Write the toy world's held-out questions of one kind as that benchmark's official files, which `read` then reads like any others:
@@ -440,11 +416,9 @@ def toy_files(name, cfg, out):
         write_whole(out / file, lambda tmp: tmp.write_text(content, encoding="utf-8"))
     return out
 
-
 TEXT_KEYS = ("text", "prediction", "response", "answer", "extraction", "content", "output")
 ID_KEYS = ("question_id", "questionId", "index", "pid", "id", "sent_id", "image")
 QUESTION_KEYS = ("question", "prompt", "caption", "sent", "sentence")
-
 
 def answer_in(row):
     """The answer in a result row of any benchmark's own format, None where there is none."""
@@ -452,7 +426,6 @@ def answer_in(row):
         return str(row["messages"][-1]) if row["messages"] else ""
     keys = [k for k in TEXT_KEYS if k != "answer" or "choices" not in row]  # a row that repeats its problem has the truth there
     return next((str(row[k]) for k in keys if isinstance(row.get(k), (str, int, float))), None)
-
 
 def match_up(bench, items, cfg):
     """--predictions -> {item id: row}, joined by id and never by position. Unknown and repeated ids are errors."""
@@ -480,7 +453,6 @@ def match_up(bench, items, cfg):
         raise UserError(f"{cfg.predictions}: no answer to {lost[0]!r} ({len(lost)} of {len(items)} are missing); "
                         "the official scorer refuses such a file")
     return found
-
 
 def predicted(cfg, items):
     """(where, row) of a file in any of the usual forms; {id: text} and {id: {...}} become rows too."""
@@ -719,6 +691,9 @@ def ask_for(id, image, question, suffix, truth, **more):
 
 def options(choices):
     return "".join(f"\n{LETTERS[i]}. {choice}" for i, choice in enumerate(choices))
+
+def bracketed(choices):
+    return "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
 
 def right(label, truth):
     return {"parsed": label, "score": float(label is not None and label == truth)}
@@ -1295,6 +1270,8 @@ def region(where, id, image, sentence, box, w, h, cfg, **more):
     """The item of one sentence; `box` has corners in pixels."""
     if len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
         raise UserError(f'{where}: "bbox" is {box}; it must be four numbers')
+    if not all(isinstance(side, (int, float)) and side > 0 for side in (w, h)):
+        raise UserError(f"{where}: the picture is {w} x {h} pixels; both sides must be above 0")
     quoted = f"<ref>{sentence}</ref>" if cfg.family == "internvl" else f'"{sentence}"'
     return ask_for(id, image, f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}", "", box,
                    size=(w, h), keys=[(image, sentence.strip().lower())], **more)
@@ -1391,7 +1368,8 @@ def read_mathvista(cfg):
         question, image, choices, unit, truth = need(where, row, question=str, image=str, choices=(list, type(None)), unit=OPTIONAL, answer=OPTIONAL)
         kind, answer_type = need(where, row, question_type=str, answer_type=str)
         precision = row.get("precision")
-        if kind == "multi_choice" and not choices or answer_type not in ("text", "integer", "float", "list"):
+        told = kind != "multi_choice" or choices and all(isinstance(c, str) for c in choices)
+        if not told or answer_type not in ("text", "integer", "float", "list"):
             raise UserError(f'{where}: a {kind} question of type {answer_type} with "choices" {choices}')
         which = "choice" if kind == "multi_choice" else f"float{int(precision or 1)}" if answer_type == "float" else answer_type
         shown = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + ("\nChoices:" + bracketed(choices) if choices else "")
@@ -1405,7 +1383,7 @@ def mathvista_judge(item, text, row, cfg):
     """Scoring starts from `extraction`. Where there is none, as from a model, a rule stands in for the official GPT-4."""
     extraction, ours = (row["extraction"], False) if "extraction" in row else mathvista_extract(text, item)
     label = mathvista_normal(extraction, item)
-    score = float(label == item["truth"])
+    score = float(label is not None and label == item["truth"])
     return {"parsed": label, "score": score, "extraction": extraction, "prediction": label, "true_false": bool(score),
             "by_rule": ours, "rule_extracted": "extraction" not in row}
 
@@ -1421,9 +1399,6 @@ def submit_mathvista(items, records):
     return {"mathvista_predictions.json": dump({
         r["id"]: {"pid": r["id"], "response": r["answer"] or "", "extraction": r.get("extraction", "")} for r in records})}
 
-
-def bracketed(choices):
-    return "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
 
 def read_m3cot(cfg):
     """test.jsonl; without it the predictions, whose lines carry choices, answer, domain and topic too."""
@@ -1479,8 +1454,9 @@ def read_llava_bench(cfg):
         id, image, category, text = need(where, row, question_id=int, image=str, category=str, text=str)
         if not isinstance(reference.get(id), str) or captions.get(image) is None:
             raise UserError(f"{where}: no reference answer in answers_gpt4.jsonl, or no caption of {image} in context.jsonl")
-        caption = captions[image] if isinstance(captions[image], str) else "\n".join(captions[image])
-        yield ask_for(id, f"images/{image}", text, "", reference[id], category=category.removeprefix("llava_bench_"), caption=caption)
+        caption = captions[image] if isinstance(captions[image], list) else [captions[image]]
+        yield ask_for(id, f"images/{image}", text, "", reference[id], category=category.removeprefix("llava_bench_"),
+                      caption="\n".join(map(str, caption)))
 
 def judge_pair(text):
     """The two scores on the first line of GPT-4's review; anything else is (-1, -1), which the official mean does not drop."""
@@ -1591,12 +1567,10 @@ class Benchmark:
     predictions: object = None                   # reader of result files that `predicted` cannot read
     all_needed: bool = False                     # the official scorer refuses a file that lacks an answer
 
-
 def paper(llava7=None, llava13=None, prism7=None, prism13=None, **others):
     """LLaVA-1.5 by its own table 3 and 4 or, where it has none, by Prismatic's table; Prism is DINOSigLIP."""
     named = {"LLaVA-1.5-7B": llava7, "LLaVA-1.5-13B": llava13, "Prism-7B": prism7, "Prism-13B": prism13} | others
     return {k: v for k, v in named.items() if v is not None}
-
 
 CIRCULAR = {"judge": reads(lambda text, item: mmbench_letter(text, item["choices"])), "total": total_mmbench, "units": units_mmbench,
             "submit": submit_mmbench, "metric": "circular accuracy %"}
@@ -1646,7 +1620,6 @@ ALIASES = {"seed": "seed-bench", "llavabenchinthewild": "llava-bench", "llavaben
 
 # ---- what people look at ---------------------------------------------------------------------------------------------------
 
-
 def table(results):
     """Score with interval, items, unparsed, the other columns, the papers' figures."""
     number = lambda x: "-" if x is None else f"{x:.2f}"
@@ -1660,7 +1633,6 @@ def table(results):
                      "proxy, compares with nothing" if "proxy" in r else r["metric"], ", ".join(f"{k} {v}" for k, v in r["paper"].items())])
     width, words = [max(map(len, column)) for column in zip(*rows)], (0, len(head) - 2, len(head) - 1)
     return "\n".join("  ".join(cell.ljust(width[k]) if k in words else cell.rjust(width[k]) for k, cell in enumerate(row)).rstrip() for row in rows)
-
 
 def report(result, files, out, seconds):
     """What else must be known of one benchmark, in a line or two."""
@@ -1677,7 +1649,6 @@ def report(result, files, out, seconds):
         said.append(f"against {c['with']}: {c['difference']:+.2f} points ({c['ci95'][0]:+.2f} to {c['ci95'][1]:+.2f}), "
                      f"{c['better']} better, {c['worse']} worse of {c['n']}, p = {c['p']:.3g}")
     print("; ".join(said) + f"\n  {out / 'results.json'}, {', '.join(files)}", flush=True)
-
 
 def contact_sheet(items, records, cfg, path, columns=4, side=240):
     """--show: wrong answers, spread over the file, each with picture, question, answer and truth."""
@@ -1706,7 +1677,6 @@ def contact_sheet(items, records, cfg, path, columns=4, side=240):
     write_whole(path, lambda tmp: sheet.save(tmp, format="PNG"))
     print(f"{len(wrong)} wrong answers are in {path}")
 
-
 def wrapped(text, pen, side):
     """The text in lines that fit, also where a language has no spaces."""
     found = []
@@ -1717,7 +1687,6 @@ def wrapped(text, pen, side):
                 found.append("")
             found[-1] += word
     return found
-
 
 def parse(argv):
     cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1766,7 +1735,6 @@ def parse(argv):
     if cfg.resume and cfg.predictions:
         raise UserError("--resume is for a model's answers; --predictions has them all")
     return cfg
-
 
 def find_name(name):
     """MMBench, mm_vet, seed: any spelling of one name."""

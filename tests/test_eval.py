@@ -228,7 +228,10 @@ def official(tmp_path_factory):
     return root, world
 
 
-@pytest.mark.parametrize("name", ["vqav2", "seed-bench", "ai2d", "tallyqa", "vsr", "refcoco", "refcoco+", "refcocog", "ocid-ref", "llava-bench", "mm-vet", "mmbench-cn"])
+BY_HAND = ["vqav2", "seed-bench", "ai2d", "tallyqa", "vsr", "refcoco", "refcoco+", "refcocog", "ocid-ref", "llava-bench", "mm-vet", "mmbench-cn"]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
 def test_the_rule_of_each_other_benchmark_by_hand(tmp_path, official, name):
     root, world = official
     answers, score = world[name]
@@ -303,9 +306,10 @@ def test_mathvista_normalises_whatever_stands_in_extraction(tmp_path):
 def test_a_question_asked_twice_about_one_picture_takes_its_answers_in_turn(tmp_path):
     put(tmp_path, "TextVQA_0.5.1_val.json", {"data": [
         {"question": "What word?", "image_id": "a", "question_id": k, "answers": [word] * 10} for k, word in ((1, "stop"), (2, "open"))]})
-    told = put(tmp_path, "told.jsonl", jsonl([{"question_id": "a", "prompt": f"What word?\n{toyworld.SHORT}", "text": text} for text in ("Stop.", "open")]))
+    row = {"question_id": "a", "prompt": f"What word?\n{toyworld.SHORT}"}
+    told = put(tmp_path, "told.jsonl", jsonl([row | {"text": "Stop."}, row | {"text": "open"}]))
     assert scored(tmp_path, "textvqa", "--data", tmp_path, "--predictions", told)["score"] == 100
-    told = put(tmp_path, "told.jsonl", jsonl([{"question_id": "a", "prompt": f"Reference OCR token: x\nWhat word?\n{toyworld.SHORT}", "text": "stop"}]))
+    told = put(tmp_path, "told.jsonl", jsonl([row | {"prompt": "Reference OCR token: x\n" + row["prompt"], "text": "stop"}]))
     result = scored(tmp_path, "textvqa", "--data", tmp_path, "--predictions", told)
     assert (result["score"], result["missing"]) == (50, 1)
 
@@ -369,6 +373,13 @@ def test_a_malformed_file_is_one_clear_line(tmp_path, capfd, file, content, said
     assert said in complaint(capfd)
 
 
+def test_a_picture_without_size_has_no_boxes(tmp_path, capfd):
+    put(tmp_path, "refcoco_val.jsonl", jsonl([{"image": "a.jpg", "sent": "car", "bbox": [0, 0, 5, 5], "width": 0, "height": 9}]))
+    told = put(tmp_path, "told.jsonl", jsonl([{"question_id": 0, "text": "[0, 0, 1, 1]"}]))
+    assert run(lambda: ev.main(["--benchmark", "refcoco", "--data", str(tmp_path), "--predictions", str(told), "--out", str(tmp_path / "out")])) == 1
+    assert "line 1: the picture is 0 x 9 pixels" in complaint(capfd)
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/pickle-was-run",)
@@ -418,11 +429,11 @@ def asked(tiny, tmp_path):
     return asked
 
 
-@pytest.mark.parametrize("name", ["vqav2", "seed-bench", "ai2d", "tallyqa", "vsr", "refcoco", "refcoco+", "refcocog", "ocid-ref", "llava-bench", "mm-vet",
-                                  "mmbench-cn"])
+@pytest.mark.parametrize("name", BY_HAND)
 def test_the_whole_way_from_official_files_to_a_score(asked, official, name):
     result = asked(name, official[0] / name)
-    assert result["missing"] == 0 and len(result["records"]) == result.get("rows", result["n"]) and all(r["answer"] is not None and r["prompt"] for r in result["records"])
+    assert result["missing"] == 0 and len(result["records"]) == result.get("rows", result["n"])
+    assert all(r["answer"] is not None and r["prompt"] for r in result["records"])
 
 
 @needs_cases
