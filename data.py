@@ -27,16 +27,22 @@ Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2
 """
 
 import argparse
+import csv
 import difflib
+import io
 import json
 import os
+import pickle
 import re
 import sys
+import zipfile
 from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import count, groupby
 from pathlib import Path
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import numpy as np
 import sentencepiece
@@ -161,6 +167,174 @@ def read_json(path):
     if not isinstance(found, dict):
         raise UserError(f"{path}: a {type(found).__name__}, not a JSON object; copy it anew")
     return found
+
+
+# ---- other people's files: JSON, JSON lines, TSV, XLSX, pickles ------------------------------------------------------
+
+def read_any(path):
+    """JSON, JSON lines, TSV or XLSX, told apart by content -> (a list or dict, name): name(k) says in a message where record k stands."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        text = "" if raw.startswith(ZIP) else raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); get the file again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if raw.startswith(ZIP) or path.suffix == ".tsv":
+        numbered = read_xlsx(path) if raw.startswith(ZIP) else read_tsv(text, path)
+        return [row for _, row in numbered], lambda k: f"{path}, row {numbered[k][0]}"
+    numbered = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]     # blank lines count, and hold nothing
+    if not numbered:
+        raise UserError(f"{path}: is empty; get the file again")
+    try:
+        found = json.loads(text)
+        alone = isinstance(found, dict) and (path.suffix == ".jsonl" or {"question_id", "questionId", "id", "pid"} & found.keys())
+        if not alone:
+            return found, lambda k: f"{path}, record {k!r}"
+        found = [found]                                                     # one record per line, and only one line
+    except (ValueError, RecursionError) as error:
+        found = json_lines(numbered, path, error)
+    return found, lambda k: f"{path}, line {numbered[k][0]}"
+
+
+def json_lines(numbered, path, whole):
+    """Records of the numbered lines. `whole`: what is wrong with the file as one JSON value."""
+    rows = []
+    for i, line in numbered:
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            if not rows or len(numbered) == 1 or numbered[0][1].lstrip()[0] == "[":          # it never was one record per line
+                break
+            raise UserError(f"{path}, line {i}: not valid JSON ({error}); expected one record per line") from None
+    if len(rows) < len(numbered) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: not valid JSON ({whole}); get the file again")
+    return rows
+
+
+def read_tsv(text, path):
+    """-> [(number, {column: cell}), ...]; row 1 is the one below the names."""
+    csv.field_size_limit(2**31 - 1)                                         # a cell may hold a whole picture in base64
+    try:
+        head, *rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
+    except csv.Error as error:
+        raise UserError(f"{path}: not a table with tabs ({error}); get the file again") from None
+    except ValueError:
+        raise UserError(f"{path}: is empty; get the file again") from None
+    for i, row in enumerate(rows, 1):
+        if row and len(row) != len(head):
+            raise UserError(f"{path}, row {i}: {len(row)} cells under {len(head)} column names; get the file again")
+    if not any(rows):
+        raise UserError(f"{path}: holds no row; get the file again")
+    return [(i, dict(zip(head, row))) for i, row in enumerate(rows, 1) if row]
+
+
+OFFICE, PACKAGE = "http://schemas.openxmlformats.org/officeDocument/2006", "http://schemas.openxmlformats.org/package/2006"
+SHEET, KIND = "http://schemas.openxmlformats.org/spreadsheetml/2006/main", "application/vnd.openxmlformats-officedocument.spreadsheetml"
+ZIP = b"PK\x03\x04"
+
+
+def read_xlsx(path):
+    """The first sheet as [(number, {column: cell}), ...], named by its first row: a zip of XML, cells inline or in a table of strings."""
+    space = {"": SHEET}
+    words = lambda node: "".join(t.text or "" for t in node.iter(f"{{{SHEET}}}t"))
+    shared, rows = [], []
+    try:
+        with zipfile.ZipFile(path) as box:
+            if "xl/sharedStrings.xml" in box.namelist():
+                shared = [words(si) for si in ElementTree.fromstring(box.read("xl/sharedStrings.xml")).findall("si", space)]
+            for row in ElementTree.fromstring(box.read("xl/worksheets/sheet1.xml")).findall("sheetData/row", space):
+                rows.append({})
+                for cell in row.findall("c", space):
+                    value = words(cell) if cell.get("t") == "inlineStr" else cell.findtext("v", "", space)
+                    rows[-1][re.sub(r"\d", "", cell.get("r", ""))] = shared[int(value)] if cell.get("t") == "s" else value
+    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, ElementTree.ParseError) as error:
+        raise UserError(f"{path}: not an .xlsx that can be read ({error}); save it again") from None
+    head, *rows = rows or [{}]
+    return [(i, {name: row.get(column, "") for column, name in head.items()}) for i, row in enumerate(rows, 1)]
+
+
+def write_xlsx(rows, numeric=()):
+    """[{column: text}] -> the bytes of a workbook with one sheet, the same for the same rows; the columns `numeric` hold numbers."""
+    names = list(rows[0])
+    column = lambda i: (chr(64 + i // 26) if i >= 26 else "") + chr(65 + i % 26)
+    legal = lambda text: escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f]", "", str(text)))
+
+    def cell(r, i, name, value):
+        if name in numeric and r > 1:
+            return f'<c r="{column(i)}{r}"><v>{value}</v></c>'
+        return f'<c r="{column(i)}{r}" t="inlineStr"><is><t xml:space="preserve">{legal(value)}</t></is></c>'
+    sheet = "".join(f'<row r="{r}">' + "".join(cell(r, i, name, row[name]) for i, name in enumerate(names)) + "</row>"
+                    for r, row in enumerate([dict(zip(names, names)), *rows], 1))
+    files = {
+        "[Content_Types].xml": f'<Types xmlns="{PACKAGE}/content-types">'
+                               '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+                               '<Default Extension="xml" ContentType="application/xml"/>'
+                               f'<Override PartName="/xl/workbook.xml" ContentType="{KIND}.sheet.main+xml"/>'
+                               f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{KIND}.worksheet+xml"/></Types>',
+        "_rels/.rels": f'<Relationships xmlns="{PACKAGE}/relationships">'
+                       f'<Relationship Id="rId1" Type="{OFFICE}/relationships/officeDocument" Target="xl/workbook.xml"/></Relationships>',
+        "xl/workbook.xml": f'<workbook xmlns="{SHEET}" xmlns:r="{OFFICE}/relationships">'
+                           '<sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>',
+        "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{PACKAGE}/relationships">'
+                                      f'<Relationship Id="rId1" Type="{OFFICE}/relationships/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
+        "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{SHEET}"><sheetData>{sheet}</sheetData></worksheet>'}
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as box:
+        for name, text in files.items():
+            box.writestr(zipfile.ZipInfo(name), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + text, zipfile.ZIP_DEFLATED)
+    return raw.getvalue()
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """REFER's annotations are lists, dicts, strings and numbers, for which a pickle need not name any class: one that does is refused,
+    because to load it would be to run it."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}; only plain lists, dicts, strings and numbers are read")
+
+
+def read_pickle(path):
+    for encoding in ("ASCII", "latin1"):                                    # written by Python 2, whose strings were bytes
+        try:
+            with open(path, "rb") as file:
+                return PlainUnpickler(file, encoding=encoding).load()
+        except UnicodeDecodeError:
+            continue
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except Exception as error:                                          # a broken pickle makes the unpickler raise anything
+            raise UserError(f"{path}: not a pickle of plain containers ({error}); get the file again") from None
+
+
+def entries(path, key=None):
+    """(where, key, row) of each record of a file; `key`: the list lies under this name of a JSON object."""
+    found, name = read_any(path)
+    if key is not None:
+        if not isinstance(found, dict) or not isinstance(found.get(key), (list, dict)):
+            raise UserError(f'{path}: no list "{key}" in it; it does not look like the official file')
+        found = found[key]
+    if not isinstance(found, (list, dict)):
+        raise UserError(f"{path}: a {type(found).__name__}, neither a list nor an object of records")
+    for k, row in found.items() if isinstance(found, dict) else enumerate(found):
+        if not isinstance(row, dict):
+            raise UserError(f"{name(k)}: {str(row)[:60]!r} is not a record")
+        yield name(k), k, row
+
+
+def need(where, row, **kinds):
+    """Values of the named fields, each of its type; what is missing or of another type is an error that names file and record."""
+    values = []
+    for name, kind in kinds.items():
+        kind = kind if isinstance(kind, tuple) else (kind,)
+        value = row.get(name)
+        if name not in row and type(None) not in kind:
+            raise UserError(f'{where}: no field "{name}"')
+        if not isinstance(value, kind) or isinstance(value, bool) and bool not in kind:
+            raise UserError(f'{where}: "{name}" is {str(value)[:60]!r}; expected {" or ".join(k.__name__ for k in kind)}')
+        values.append(value)
+    return values[0] if len(values) == 1 else values
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What eval.py reads, asks and scores. The worked cases come from the official scorers; the rest is small enough to check by hand."""
 
+import base64
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from PIL import Image
 
 import eval as ev
 import toyworld
-from data import run
+from data import read_pickle, run
 from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,6 +110,9 @@ def test_the_vqa_normaliser_keeps_its_oddities():
     assert ev.normalise("Dont") == "don't" and ev.normalise("shes") == "shes" and ev.normalise("somebody'd") == "somebodyd"
     assert ev.normalise("." * 40) == "." * 8                                 # 32 of them: a flag that landed in `count`
     assert ev.normalise("dont", ev.BACKTICKS) == "don`t" and len(ev.CONTRACTIONS) == 120
+    assert ev.CONTRACTIONS["couldnt've"] == ev.CONTRACTIONS["couldn'tve"] == "couldn't've" and ev.CONTRACTIONS["'ow'sat"] == "'ow's'at"
+    kept = "hed've somebody'd mightn'tve"                                    # VizWiz: keys with a backtick never meet a word
+    assert ev.normalise(kept, ev.BACKTICKS) == kept and ev.normalise("hadn'tve weve", ev.BACKTICKS) == "hadn`t`ve we've"
 
 
 @pytest.mark.parametrize("n, score", [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
@@ -123,6 +127,8 @@ def test_letters_are_read_as_each_benchmark_reads_them():
     assert [ev.mmbench_letter(t, options) for t in said] == ["A", "B", None, "B", "B", None, "Z", "Z"]
     choices = ["a cat", "a dog"]
     assert [ev.m3cot_letter(t, choices) for t in ("(A) or (b)", "[Answer] (A) [Rationale] (B)", "A cat, no, a dog", "B", "take a look", "none")] == ["B", "A", "B", "B", "A", None]
+    said = ["b", "B", "Because", "It is a dog", "So B. it is", "say (A)", "none", ""]
+    assert [ev.internvl_letter(t, choices) for t in said] == [None, "B", "B", "B", "B", "A", None, None]
     assert [ev.option_letter(t, 4) for t in ("B", "B.", "(B)", "B. leaf", "B) leaf", "Bee", "E", "b", "")] == ["B"] * 5 + [None] * 4
 
 
@@ -136,6 +142,7 @@ def test_a_box_is_a_list_literal_of_four_fractions_or_nothing(text, box):
 def test_internvls_boxes_are_thousandths_when_they_are_large():
     assert ev.internvl_box("<box>[[100, 200, 300, 400]]</box>", 100, 50).tolist() == pytest.approx([10, 10, 30, 20])
     assert ev.internvl_box("[0.1, 0.2, 0.3, 0.4]", 100, 50).tolist() == pytest.approx([10, 10, 30, 20])
+    assert ev.internvl_box("[nan, 0, 1, 1]", 100, 50) is None and ev.internvl_box("[inf, 0, 1, 1]", 100, 50) is None
     assert ev.internvl_box("nothing", 100, 50) is None and ev.iou32([30, 30, 10, 10], [10, 10, 30, 30]) == 0
 
 
@@ -167,6 +174,7 @@ def ten(answer, n=10, other="other"):
     return [{"answer": answer if i < n else f"{other}{i}", "answer_confidence": "yes", "answer_id": i + 1} for i in range(10)]
 
 
+PIXEL = base64.b64encode((lambda raw: Image.new("RGB", (8, 8), "red").save(raw, "PNG") or raw.getvalue())(io.BytesIO())).decode()
 REFS = [{"sent_ids": [0, 1], "file_name": "x_7.jpg", "ann_id": 7, "ref_id": 3, "image_id": 42, "split": "val", "category_id": 1,
          "sentences": [{"tokens": ["car"], "raw": "Car.", "sent_id": 0, "sent": "car"}, {"tokens": ["red"], "raw": "Red", "sent_id": 1, "sent": "red"}]},
         {"sent_ids": [2], "file_name": "x_8.jpg", "ann_id": 7, "ref_id": 4, "image_id": 42, "split": "testA", "category_id": 1,
@@ -177,6 +185,11 @@ REFS = [{"sent_ids": [0, 1], "file_name": "x_7.jpg", "ann_id": 7, "ref_id": 3, "
 def official(tmp_path_factory):
     """One small folder per benchmark in the official form -> (folder, name -> (answers as {id: text}, score))."""
     root, world = tmp_path_factory.mktemp("official"), {}
+    table = ["index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tsource\tl2-category"]
+    for index, a, b, answer in ((1_000_005, "狗", "猫", "A"), (5, "猫", "狗", "B"), (6, "树", "车", "A"), (1_000_006, "车", "树", "B")):
+        table.append(f"{index}\t这是什么?\t\t{a}\t{b}\t\t\t{answer}\tkind\t{PIXEL}\ttoy\tFP-S")
+    put(root, "mmbench-cn/mmbench_dev_cn_20231003.tsv", "\n".join(table) + "\n")
+    world["mmbench-cn"] = {1_000_005: "B", 5: "B.", 6: "A", 1_000_006: "B"}, 50.0     # question 5 is right in its first pass only
     put(root, "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", {"questions": [
         {"image_id": 42, "question": "What color?", "question_id": 420}, {"image_id": 42, "question": "Is it?", "question_id": 421}, {"image_id": 43, "question": "How many?", "question_id": 430}]})
     put(root, "vqav2/v2_mscoco_val2014_annotations.json", {"annotations": [
@@ -215,13 +228,17 @@ def official(tmp_path_factory):
     return root, world
 
 
-@pytest.mark.parametrize("name", ["vqav2", "seed-bench", "ai2d", "tallyqa", "vsr", "refcoco", "refcoco+", "refcocog", "ocid-ref", "llava-bench", "mm-vet"])
+BY_HAND = ["vqav2", "seed-bench", "ai2d", "tallyqa", "vsr", "refcoco", "refcoco+", "refcocog", "ocid-ref", "llava-bench", "mm-vet", "mmbench-cn"]
+
+
+@pytest.mark.parametrize("name", BY_HAND)
 def test_the_rule_of_each_other_benchmark_by_hand(tmp_path, official, name):
     root, world = official
     answers, score = world[name]
     told = put(tmp_path, "answers.jsonl", jsonl([{"question_id": id, "text": text} for id, text in answers.items()]))
     result = scored(tmp_path, name, "--data", root / name, "--predictions", told)
-    assert result["score"] == (None if score is None else pytest.approx(score)) and result["n"] == len(answers)
+    assert result["score"] == (None if score is None else pytest.approx(score))
+    assert result["n"] == (2 if name == "mmbench-cn" else len(answers))
     if name == "vqav2":
         assert result["overall"] == 50.0 and result["perAnswerType"] == {"number": 90.0, "other": 60.0, "yes/no": 0.0}
     if name == "ocid-ref":
@@ -234,6 +251,76 @@ def test_the_rule_of_each_other_benchmark_by_hand(tmp_path, official, name):
         assert request["messages"][1]["content"].startswith("[Context]\nA cat.\nOn a mat.\n\n[Question]\nWhat is it?\n\n[Assistant 1]\na red cat\n\n[End of Assistant 1]\n\n[Assistant 2]\nred dog")
     if name == "mm-vet":
         assert result["proxy"] == 50.0                                        # one of two <AND> parts
+    if name == "mmbench-cn":                                                  # the first pass is the row of the lower index, wherever it stands
+        assert result["vanilla_first_pass_exact_matching"] == 1 and result["group_hit"] == {"5": 0, "6": 1} and result["circular_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("right, vqa, gqa", [(23, 14.38, 14.37), (49, 30.62, 30.63)])
+def test_percentages_are_rounded_in_the_order_of_each_scorers_arithmetic(tmp_path, right, vqa, gqa):
+    """Of 160: 100 * 23 / 160 is 14.375, halfway; 100 * (23 / 160) is 14.374999999999998."""
+    put(tmp_path, "vizwiz/val.json", [{"image": f"{k}.jpg", "question": "What?", "answers": ten("cup"), "answerable": 1} for k in range(160)])
+    put(tmp_path, "gqa/testdev_balanced_questions.json", {str(k): {
+        "semantic": [], "question": "What?", "imageId": "n1", "isBalanced": True, "groups": {"global": None}, "answer": "cup",
+        "types": {"structural": "query", "semantic": "obj"}} for k in range(160)})
+    told = put(tmp_path, "vizwiz.json", [{"image": f"{k}.jpg", "answer": "cup" if k < right else "hat"} for k in range(160)])
+    assert scored(tmp_path, "vizwiz", "--data", tmp_path / "vizwiz", "--predictions", told)["score"] == vqa
+    told = put(tmp_path, "gqa.json", [{"questionId": str(k), "prediction": "cup" if k < right else "hat"} for k in range(160)])
+    assert scored(tmp_path, "gqa", "--data", tmp_path / "gqa", "--predictions", told)["score"] == gqa
+
+
+def test_gqas_distribution_is_chi_square_weighted_by_group(tmp_path):
+    questions = [("color", "red", "red"), ("color", "red", "blue"), ("color", "blue", "blue"), ("size", "big", "small"), (None, "yes", "no")]
+    put(tmp_path, "testdev_balanced_questions.json", {str(k): {
+        "semantic": [{"operation": "select", "argument": "hat (1)"}, {"operation": "exist", "argument": "?"}], "question": "Is it so?", "imageId": "n1",
+        "isBalanced": True, "groups": {"global": group}, "answer": gold, "types": {"structural": "query", "semantic": "attr"}}
+        for k, (group, gold, _) in enumerate(questions)})
+    told = put(tmp_path, "told.json", [{"questionId": str(k), "prediction": text} for k, (_, _, text) in enumerate(questions)])
+    result = scored(tmp_path, "gqa", "--data", tmp_path, "--predictions", told)
+    assert result["distribution"] == round((3 * (1 / 2 + 1 / 1) + 1 * 1) / 4 / 100, 2) == 0.01     # red 1 of 2, blue 2 of 1; big 0 of 1
+    assert result["accuracy_per_steps_number"] == {"1": {"score": 40.0, "count": 5}}               # "exist" is no step
+
+
+def test_a_row_that_repeats_its_problem_does_not_answer_with_the_truth(tmp_path, capfd):
+    row = {"id": "a-1", "choices": ["3", "4"], "answer": "B", "domain": "mathematics", "topic": "algebra"}
+    told = put(tmp_path, "told.jsonl", jsonl([row]))
+    assert run(lambda: ev.main(["--benchmark", "m3cot", "--data", str(tmp_path), "--predictions", str(told), "--out", str(tmp_path / "out")])) == 1
+    assert "line 1: no answer in it" in complaint(capfd)
+    told = put(tmp_path, "told.jsonl", jsonl([row | {"messages": []}, row | {"messages": ["which?", "(B)"]}]))
+    result = scored(tmp_path, "m3cot", "--data", tmp_path, "--predictions", told)
+    assert (result["score"], result["n"], result["n_unparsed"]) == (0.0, 1, 1)                     # an id's first record counts
+
+
+def test_mathvista_normalises_whatever_stands_in_extraction(tmp_path):
+    base = {"question": "?", "image": "images/1.jpg", "unit": None, "precision": None, "metadata": {"skills": ["a", "b"]}}
+    put(tmp_path, "testmini.json", {
+        "1": base | {"choices": ["Nine", "Four"], "answer": "Nine", "question_type": "multi_choice", "answer_type": "text"},
+        "2": base | {"choices": None, "answer": "3", "question_type": "free_form", "answer_type": "integer"},
+        "3": base | {"choices": None, "answer": "[1, 2]", "question_type": "free_form", "answer_type": "list"}})
+    told = put(tmp_path, "told.json", {"1": {"response": "", "extraction": None}, "2": {"response": "3", "extraction": "3.9"},
+                                       "3": {"response": "[1, 2]", "extraction": [1, 2]}})
+    result = scored(tmp_path, "mathvista", "--data", tmp_path, "--predictions", told)
+    assert [r["prediction"] for r in result["records"]] == ["Nine", "3", "[1, 2]"]                 # "None" is two edits from "Nine", three from "Four"
+    assert result["correct"] == 3 and result["groups"]["skills"]["b"] == {"correct": 3, "total": 3}
+
+
+def test_a_question_asked_twice_about_one_picture_takes_its_answers_in_turn(tmp_path):
+    put(tmp_path, "TextVQA_0.5.1_val.json", {"data": [
+        {"question": "What word?", "image_id": "a", "question_id": k, "answers": [word] * 10} for k, word in ((1, "stop"), (2, "open"))]})
+    row = {"question_id": "a", "prompt": f"What word?\n{toyworld.SHORT}"}
+    told = put(tmp_path, "told.jsonl", jsonl([row | {"text": "Stop."}, row | {"text": "open"}]))
+    assert scored(tmp_path, "textvqa", "--data", tmp_path, "--predictions", told)["score"] == 100
+    told = put(tmp_path, "told.jsonl", jsonl([row | {"prompt": "Reference OCR token: x\n" + row["prompt"], "text": "stop"}]))
+    result = scored(tmp_path, "textvqa", "--data", tmp_path, "--predictions", told)
+    assert (result["score"], result["missing"]) == (50, 1)
+
+
+def test_pope_ids_may_be_written_as_text(tmp_path):
+    rows = [{"question_id": k, "image": "1.jpg", "text": f"Is there a {thing} in the image?", "label": label}
+            for k, (thing, label) in enumerate([("cat", "yes"), ("dog", "yes"), ("car", "no"), ("hat", "no")], 1)]
+    put(tmp_path, "coco_pope_random.json", jsonl(rows))
+    told = put(tmp_path, "told.jsonl", jsonl([{"question_id": str(k), "text": text} for k, text in enumerate(["Yes", "No, none.", "yes no", "None"], 1)]))
+    result = scored(tmp_path, "pope", "--data", tmp_path, "--predictions", told)
+    assert [result["random"][k] for k in ("TP", "FP", "TN", "FN", "f1", "yes_ratio")] == [1, 1, 1, 1, 0.5, 0.5] and result["score"] == 50
 
 
 def test_what_a_judge_gave_is_the_official_score(tmp_path, official):
@@ -274,7 +361,9 @@ def test_an_mme_picture_counts_double_when_both_its_questions_are_right(tmp_path
     ("answers.jsonl", '{"question_id": 1, "text": "3"}\n{"question_id": 1', "answers.jsonl, line 2: not valid JSON"),
     ("answers.jsonl", jsonl([{"question_id": 9, "text": "3"}]), "'9', which is no question of"), ("answers.jsonl", jsonl([{"text": "3"}]), "no id in it"),
     ("answers.jsonl", jsonl([{"question_id": 1, "text": None}]), "no answer in it"), ("answers.jsonl", "", "is empty"), ("answers.jsonl", "[]", "holds no answers"),
-    ("answers.jsonl", jsonl([{"question_id": 1, "text": "3"}] * 2), "line 2: a second answer to 1")])
+    ("answers.jsonl", jsonl([{"question_id": 1, "text": "3"}] * 2), "line 2: a second answer to 1"),
+    ("answers.jsonl", "\n\n" + jsonl([{"question_id": 1, "text": "3"}]) + "\n" + jsonl([{"text": "3"}]), "line 5: no id in it"),    # blank lines are lines
+    ("test.json", [{"question_id": 1, "image": "a.jpg", "question": "How many?", "answer": 1}] * 2, "two questions of tallyqa have the id 1")])
 def test_a_malformed_file_is_one_clear_line(tmp_path, capfd, file, content, said):
     if file != "other.json":
         put(tmp_path, "test.json", [{"question_id": 1, "image": "a.jpg", "question": "How many?", "answer": 1}])
@@ -282,6 +371,13 @@ def test_a_malformed_file_is_one_clear_line(tmp_path, capfd, file, content, said
     (tmp_path / file).write_bytes(content) if isinstance(content, bytes) else put(tmp_path, file, content)
     assert run(lambda: ev.main(["--benchmark", "tallyqa", "--data", str(tmp_path), "--predictions", str(tmp_path / "answers.jsonl"), "--out", str(tmp_path / "out")])) == 1
     assert said in complaint(capfd)
+
+
+def test_a_picture_without_size_has_no_boxes(tmp_path, capfd):
+    put(tmp_path, "refcoco_val.jsonl", jsonl([{"image": "a.jpg", "sent": "car", "bbox": [0, 0, 5, 5], "width": 0, "height": 9}]))
+    told = put(tmp_path, "told.jsonl", jsonl([{"question_id": 0, "text": "[0, 0, 1, 1]"}]))
+    assert run(lambda: ev.main(["--benchmark", "refcoco", "--data", str(tmp_path), "--predictions", str(told), "--out", str(tmp_path / "out")])) == 1
+    assert "line 1: the picture is 0 x 9 pixels" in complaint(capfd)
 
 
 class Evil:
@@ -298,7 +394,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capfd):
 
 def test_python_2_pickles_open(tmp_path):
     (tmp_path / "old.p").write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xe9'\np3\nsa.")
-    assert ev.read_pickle(tmp_path / "old.p") == [{"sent": "caf\xe9"}]
+    assert read_pickle(tmp_path / "old.p") == [{"sent": "caf\xe9"}]
 
 
 def test_an_unknown_benchmark_is_told_the_nearest(capfd):
@@ -333,10 +429,11 @@ def asked(tiny, tmp_path):
     return asked
 
 
-@pytest.mark.parametrize("name", ["vqav2", "seed-bench", "ai2d", "tallyqa", "vsr", "refcoco", "ocid-ref", "llava-bench", "mm-vet"])
+@pytest.mark.parametrize("name", BY_HAND)
 def test_the_whole_way_from_official_files_to_a_score(asked, official, name):
     result = asked(name, official[0] / name)
-    assert result["missing"] == 0 and len(result["records"]) == result["n"] and all(r["answer"] is not None and r["prompt"] for r in result["records"])
+    assert result["missing"] == 0 and len(result["records"]) == result.get("rows", result["n"])
+    assert all(r["answer"] is not None and r["prompt"] for r in result["records"])
 
 
 @needs_cases
@@ -369,7 +466,7 @@ def test_what_is_handed_in_scores_the_same(tmp_path, name, file):
 def test_prompts_are_the_papers(official, tmp_path):
     root, _ = official
     cfg = lambda name, *flags: ev.argparse.Namespace(**vars(ev.parse(["--benchmark", name, "--data", str(root / name), *flags])) | {"name": name, "likelihood": "--likelihood" in flags})
-    first = lambda name, *flags: ev.prompt_of(ev.BENCHMARKS[name].read(cfg(name, *flags))[0], cfg(name, *flags))
+    first = lambda name, *flags: ev.prompt_of(next(ev.BENCHMARKS[name].read(cfg(name, *flags))), "--cot" in flags)
     assert first("vqav2") == "What color?\nAnswer the question using a single word or phrase."
     assert first("seed-bench") == "How?\nA. One\nB. Two\nC. 3\nD. 4\nAnswer with the option's letter from the given choices directly."
     assert first("vsr") == 'Based on the image, is this statement "True" or "False"? The cup is left of the plate.\nRespond with "True" or "False" directly.'
@@ -389,7 +486,7 @@ def test_the_toy_benchmarks_ask_what_the_toy_was_trained_on(toy, world, tmp_path
     assert toy() == 0
     trained = {json.loads(line)["text"] for line in (world / "val.jsonl").read_text().splitlines()}
     trained |= {f"{text.removeprefix(toyworld.COT)}\n{toyworld.SHORT}" for text in trained if text.startswith(toyworld.COT)}      # a worked question, asked directly
-    for name in ev.TOY:
+    for name in toyworld.OFFICIAL:
         result = json.loads((tmp_path / f"toy/toy-{name}/results.json").read_text())
         prompts = [r["prompt"] for r in result["records"]]
         assert result["n"] and (name in ("refcoco", "mme", "mmbench") or set(prompts) <= trained), name   # quoted; mirrored; rotated
@@ -425,6 +522,7 @@ def test_limit_keeps_circular_groups_and_pairs_whole(toy, tmp_path):
     assert toy("--benchmark", "toy-mmbench", "--limit", 8) == 0
     result = json.loads((tmp_path / "toy/results.json").read_text())
     assert (result["groups"], result["rows"]) == (2, 8)
+    assert len((tmp_path / "toy/official/mmbench_dev_20230712.tsv").read_text().splitlines()) == 1 + 8     # no more is written than asked for
 
 
 def test_compare_pairs_the_questions_of_two_runs(tmp_path, official):
@@ -435,6 +533,11 @@ def test_compare_pairs_the_questions_of_two_runs(tmp_path, official):
     (tmp_path / "out").rename(tmp_path / "theirs")
     got = scored(tmp_path, "tallyqa", "--data", root / "tallyqa", "--predictions", good, "--compare", tmp_path / "theirs/results.json")["compare"]
     assert (got["n"], got["difference"], got["better"], got["worse"], got["p"]) == (2, 50.0, 1, 0, 1.0)     # one difference tells nothing
+
+
+def test_compare_weighs_both_questions_of_a_picture():
+    record = lambda id, unit, score: {"id": id, "unit": unit, "score": score}
+    assert ev.per_unit([record("1#1", "1", 1.0), record("1#2", "1", 0.0), {"id": "2", "score": 1.0}, {"id": "3", "score": None}]) == {"1": 0.5, "2": 1.0}
 
 
 def test_the_interval_of_a_mean_is_that_of_the_binomial():
