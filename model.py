@@ -824,7 +824,7 @@ def read_json(path, absent=None):
 def read_model(directory, vision=None, llm=None):
     """A directory of any layout -> VLMConfig, {our name: Stored}, {public name: Stored}, and how our names are called there."""
     directory = Path(directory)
-    tensors = read_lora(directory, llm) if (directory / "adapter_config.json").exists() else None
+    tensors = read_lora(directory, llm) if is_lora(directory) else None
     if llm and tensors is None:
         raise UserError(f"{directory}: is a whole model; --llm is for presets, and for the base of a LoRA")
     config_reader(directory / "config.json")                                # an unknown architecture is said before anything about its weights
@@ -852,14 +852,30 @@ def wanted_tower(directory):
     return f" (its config names {name})" if name else ""
 
 
-def read_lora(directory, llm=None):
-    """What LLaVA's LoRA training writes, over its base: {public name: Stored} with W + alpha/r B A where W is read."""
-    c = read_json(directory / "adapter_config.json")
-    base = Path(llm or take(c, "base_model_name_or_path", str, ""))
+def is_lora(directory):
+    return (Path(directory) / "adapter_config.json").exists()
+
+
+def base_of(directory, llm=None):
+    """The directory of the model that a LoRA is over: --llm, or the one that adapter_config.json names, there or beside the LoRA."""
+    directory = Path(directory)
+    base = Path(llm or take(read_json(directory / "adapter_config.json"), "base_model_name_or_path", str, ""))
     beside = (directory / base.name, directory.parent / base.name)          # where train.py saves the base of a preset
     base = next((d for d in (base, *beside) if base.name and d.is_dir()), base)
     if not base.is_dir():
         raise UserError(f"{directory}: is a LoRA over {str(base)!r}, which is no directory here; give that model's by --llm DIR")
+    return base
+
+
+def tokenizer_home(directory, llm=None):
+    """Where the tokenizer of a model lies: in its own directory, or, of a LoRA that was published without, in its base's."""
+    own = (Path(directory) / "tokenizer.model").exists() or not is_lora(directory)
+    return Path(directory) if own else base_of(directory, llm)
+
+
+def read_lora(directory, llm=None):
+    """What LLaVA's LoRA training writes, over its base: {public name: Stored} with W + alpha/r B A where W is read."""
+    c, base = read_json(directory / "adapter_config.json"), base_of(directory, llm)
     only(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False)
     scale = take(c, "lora_alpha", float) / take(c, "r", int)
     file = next((directory / f for f in ("adapter_model.safetensors", "adapter_model.bin") if (directory / f).exists()), None)
@@ -1237,7 +1253,7 @@ def main(argv=None):
 
 def whole(path):
     """Whether a directory holds a vision-language model, and no tower or decoder alone."""
-    return (path / "adapter_config.json").exists() or (path / "config.json").exists() and config_reader(path / "config.json", strict=False) is not None
+    return is_lora(path) or (path / "config.json").exists() and config_reader(path / "config.json", strict=False) is not None
 
 
 def convert(src, out, vision=None, llm=None):
@@ -1252,7 +1268,7 @@ def convert(src, out, vision=None, llm=None):
         write_model(out, tensors, read_json(src / "config.json", {}))
         print(f"{out}: {len(tensors)} tensors under their own names")
         return
-    lora = (src / "adapter_config.json").exists()
+    lora = is_lora(src)
     cfg, found, tensors, public = read_model(src, vision, llm if lora else None)
     dtype = stored_dtype(found)
     rows = max(cfg.image_token, cfg.pad_token) + 1
@@ -1262,7 +1278,7 @@ def convert(src, out, vision=None, llm=None):
     with torch.device("meta"):
         vlm = VLM(cfg)
     load_strict(vlm, found, src, tensors, dtype=dtype, public=public)
-    tokenizer = next((Path(d) / "tokenizer.model" for d in (src, llm) if d and (Path(d) / "tokenizer.model").exists()), None)
+    tokenizer = next((Path(d) / "tokenizer.model" for d in (src, llm or lora and base_of(src)) if d and (Path(d) / "tokenizer.model").exists()), None)
     if tokenizer:
         save_processor(out, tokenizer, cfg)
     vlm.save_pretrained(out)
@@ -1277,7 +1293,7 @@ def info(name, vision=None, llm=None):
     elif not folder.is_dir():
         raise UserError(f"{name}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
     elif whole(folder):                                                     # of a config without weights what it says is told
-        cfg = read_model(folder, vision, llm)[0] if weights_file(folder) or (folder / "adapter_config.json").exists() else read_config(folder)
+        cfg = read_model(folder, vision, llm)[0] if weights_file(folder) or is_lora(folder) else read_config(folder)
     else:
         c = read_json(folder / "config.json", {})
         cfg = decoder_config(c) if c.get("model_type") in ("llama", "mistral", "internlm2") else read_tower(folder)

@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import eval
 import model
+import mpo
 import sample
 from data import Tokenizer, run
 from model import PRESETS, VLM, Decoder, DecoderConfig, Stored, VLMConfig, decoder_config, llama_json, llava_name, our_names, save_processor, vision_config
 from test_data import intern  # noqa: F401 (a fixture)
 from test_layouts import LLAMA, LM2, TINY, close, internlm2, intern_names, lively, narrow, original, parts, projector, same, size, timm_names, write
+from train import open_model
 from vision import VisionConfig, ViT, tower_tensors
 
 transformers = tr = pytest.importorskip("transformers")
@@ -183,6 +186,26 @@ def test_a_model_says_the_same_as_published_and_converted(tmp_path, capfd, layou
     said = capfd.readouterr().out
     assert model.main(["convert", str(folder), str(tmp_path / "out"), *flags]) == 0 and "in the llava-hf layout" in capfd.readouterr().out
     assert ask("--model", str(tmp_path / "out")) == 0 and capfd.readouterr().out == said and len(said) > 12
+
+
+def test_sample_eval_and_pairs_open_a_lora_whose_tokenizer_lies_with_its_base(tmp_path, capfd):
+    lora, flags = published(tmp_path)["lora"]
+    base = Path(flags[-1])
+    assert not (lora / "tokenizer.model").exists()
+    for named in False, True:                                               # the base by --llm, or where adapter_config.json says
+        if named:
+            (lora / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}))
+            flags = flags[:2]
+        vlm, tok = open_model(lora, vision=flags[1], llm=None if named else str(base), dtype="float32", image_mode="crop", template="llava_v1")
+        assert tok.path == base / "tokenizer.model" and (vlm.cfg.image_mode, vlm.cfg.template) == ("crop", "llava_v1")
+        assert run(lambda: sample.main(["--model", str(lora), *flags, "--prompt", "What?", "--max-new-tokens", "2"])) == 0
+        asked = eval.Model(eval.parse(["--model", str(lora), *flags, "--device", "cpu"]))
+        assert asked.tok.path == tok.path and asked.vlm.decoder.lm_head.weight.dtype == torch.float32
+        (tmp_path / "q.jsonl").write_text('{"text": "What?", "answer": "A cat.", "chosen": "A cat."}\n')
+        pairs = ["pairs", "--method", "dropout-ntp", "--data", tmp_path / "q.jsonl", "--out", tmp_path / f"pairs{named}", "--model", lora, *flags, "--max-new-tokens", 2]
+        assert run(lambda: mpo.main([str(word) for word in pairs])) == 1 and "not one pair could be made" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="did you mean 'vicuna_v1'"):
+        open_model(tmp_path / "none", template="vicuna")                    # before anything is read
 
 
 def test_internvl_is_asked_with_its_own_tokens_and_ends_at_its_own(tmp_path, monkeypatch, capfd, intern):
