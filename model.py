@@ -45,7 +45,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, find_tiling,
+from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, draw, find_tiling,
                     picture_mode, rename, tower_by_shapes, tower_tensors)
 
 IGNORE = -100                        # the label of a token that is not supervised
@@ -303,7 +303,7 @@ class Connector(nn.Module):
         if wanted != (self.row_end is not None):
             w = self.linear_1.bias
             D = (self.linear_2 if hasattr(self, "linear_2") else self.linear_1).out_features
-            self.row_end = nn.Parameter(torch.randn(D, device=w.device, dtype=w.dtype) * D**-0.5) if wanted else None
+            self.row_end = nn.Parameter(draw(D, std=D**-0.5, device=w.device, dtype=w.dtype)) if wanted else None
 
     def forward(self, x, index=None):
         x = x if index is None else x.index_select(0, index.clamp(min=0))
@@ -319,7 +319,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.embed_tokens = nn.Embedding.from_pretrained(draw(cfg.vocab_size, cfg.n_embd), freeze=False)
         self.layers = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -609,6 +609,7 @@ INTERNLM2_NAMES = [
     (".feed_forward.w3.", ".mlp.up_proj."), (".feed_forward.w2.", ".mlp.down_proj."), (".attention_norm.", ".input_layernorm."),
     (".ffn_norm.", ".post_attention_layernorm."),
 ]
+MAPPED = 2**27                       # bytes to read of a mapped file before it is opened anew: till then, pages once read count as ours
 FILES = ("model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
          "mm_projector.bin")
 
@@ -696,7 +697,7 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     """Fill every parameter from `found` {our name: Stored}; whatever is missing, left over or of another shape is an error.
 
     `tensors` is all that lies in the files; what `found` leaves out of it is known to be of no use. `public` is how a missing one is called.
-    Each tensor is copied out of its mapped file once, straight to its device and dtype.
+    Each tensor is copied out of its mapped file once, straight to its device and dtype; a table of words in pieces, as it is large.
     """
     state = module.state_dict()
     missing, unused = sorted(public(name) for name in state.keys() - found.keys()), sorted(found[name].name for name in found.keys() - state.keys())
@@ -714,11 +715,14 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     for name in sorted(state, key=lambda name: str(found[name].file)):
         t = found[name]
         n_bytes = t.meta.numel() * t.meta.element_size()
-        if t.file != file or n_read + n_bytes > 2**27 and mapped(file):     # open anew now and then: pages once read count as ours till then
-            opened, file, n_read = None, t.file, 0
-            opened = open_weights(file)
-        weights[name] = t.of(opened).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-        n_read += n_bytes
+        n = 1 if t.cuts else 1 + 2 * n_bytes // MAPPED
+        weights[name] = torch.empty(t.shape, device=device, dtype=dtype)
+        for k, piece in enumerate(weights[name].tensor_split(n)):
+            if t.file != file or n_read + n_bytes // n > MAPPED and mapped(file):
+                opened, file, n_read = None, t.file, 0
+                opened = open_weights(file)
+            piece.copy_(t.of(opened).tensor_split(n)[k])
+            n_read += n_bytes // n
     module.load_state_dict(weights, strict=True, assign=True)
     used = {(t.file, t.name) for t in found.values()}
     rest = [t.name for t in tensors.values() if (t.file, t.name) not in used]

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -325,6 +327,25 @@ def test_without_a_wish_the_weights_stay_as_they_are_stored_but_a_cpu_computes_f
     lively(VLM(TINY)).to(stored).save_pretrained(tmp_path)
     assert {p.dtype for p in VLM.from_pretrained(tmp_path, dtype=None).parameters()} == {opened}
     assert {p.dtype for p in VLM.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
+
+def test_opening_a_model_holds_it_once_and_does_not_import_the_compiler(tmp_path):
+    """float16 .bin to bfloat16 in a process of its own: beside the weights only so much of the files is mapped. The tables of words are larger than that."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from Linux's /proc")
+    tok, vlm = toy(decoder=DecoderConfig(vocab_size=32064, n_layer=1, n_head=8, n_kv_head=1, n_embd=768, head_dim=32, n_hidden=64))
+    model.save_processor(tmp_path, tok.path, vlm.cfg)
+    torch.save({llava_name(n): t.half() for n, t in vlm.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(model.llava_config(vlm.cfg, "float16")))
+    del vlm
+    code = """if True:
+        import re, sys, torch, model
+        peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        model.MAPPED = 2**22
+        before, vlm = peak(), model.VLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+        print(peak() - before, sum(2 * p.numel() for p in vlm.parameters()), "torch._dynamo" in sys.modules)"""
+    grown, size, compiler = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ASSETS.parent, capture_output=True, text=True, check=True).stdout.split()
+    assert int(grown) < int(size) + 25e6 and compiler == "False"
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
