@@ -5,7 +5,8 @@
     python sample.py --image a.png b.png --prompt "What differs?"     # several pictures, in this order
 
 Without --model the newest finished run under out/ answers. The answer is printed while it is written. In the chat every question
-is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy unless --temperature is above 0.
+is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy unless --temperature is above 0. Pictures stand
+before the first question; an <image> or </s> in what is typed is text.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 
 import torch
 
-from data import cut_at_stop, encode_prompt, parse_args, run, stop_ids
+from data import as_text, cut_at_stop, encode_prompt, parse_args, run, stop_ids
 from train import Flags, newest_run, one_of, open_model, pick_device
 from vision import MODES, UserError, cut_tiles, join, open_image
 
@@ -34,10 +35,11 @@ def main(argv=None):
     if not cfg.prompt and images:
         print(f"> {question}")
     while question:
-        turns.append(("human", "<image>" * len(images) + "\n" + question if images and not turns else question))
+        front = "<image>" * len(images) + "\n" if images and not turns else ""
+        turns.append(("human", front + as_text(question)))
         prompt = torch.tensor([encode_prompt(tok, turns, vlm.cfg.template, [len(cut) for _, cut in pictures])], device=device)
         answer = say(vlm, tok, prompt, pixels, layout, cfg)
-        turns = turns + [("gpt", answer)] if answer else turns[:-1]         # an empty answer is no turn to go on from
+        turns = turns + [("gpt", as_text(answer))] if answer else turns[:-1]  # an empty answer is no turn to go on from
         question = ask() if chat else None
     return 0
 
@@ -76,9 +78,6 @@ def ask():
     except (EOFError, KeyboardInterrupt):
         print()
         return None
-    if "<image>" in question:
-        print("<image> cannot be typed here: pictures come from --image, before the first question")
-        return ask()
     return question or None
 
 
@@ -106,8 +105,6 @@ def parse(argv):
         if not fits:
             raise UserError(f"--{flag} {value}: must be {rule}")
     one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
-    if "<image>" in cfg.prompt:
-        raise UserError("--prompt: <image> in it has no picture of its own; name the files with --image, they come before the question")
     return cfg
 
 

@@ -259,7 +259,7 @@ def test_control_tokens_on_the_command_line_stay_text(tmp_path, monkeypatch):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     asked = []
     monkeypatch.setattr(VLM, "stream", lambda self, tokens, *rest, **flags: asked.append(tokens[0].tolist()) or iter([torch.tensor([tok.eos])]))
-    typed = "</s> <s> <|im_end|> <IMG_CONTEXT> <pad> <unk>"
+    typed = "</s> <s> <|im_end|> <IMG_CONTEXT> <image> <pad> <unk>"
     assert run(lambda: sample.main(["--model", str(tmp_path / "m"), "--image", str(tmp_path / "a.png"), "--prompt", typed])) == 0
     assert typed in tok.decode(asked[0]) and [i for i in asked[0] if i in tok.names] == [tok.bos] + [tok.image] * 16
 
