@@ -454,6 +454,14 @@ def tidy(text, role, form, n_image):
     return rest if form.turn == "strip" else text
 
 
+TYPED = "<\0image>"                  # how as_text writes an <image>. Nobody can type a NUL
+
+
+def as_text(text):
+    """What a user or a model has written, of which <image> is a word and no picture's place, for a conversation that has pictures."""
+    return text.replace("<image>", TYPED)
+
+
 CONTROL = r"(</?s>|<\|im_start\|>|<\|im_end\|>|<image>|[«»])"           # what a template's own strings are cut at
 
 
@@ -483,7 +491,7 @@ def encode_turns(tok, turns, template, n_visual):
     fresh = True                                                           # the next text opens a stretch: it gets the dummy prefix
     for special, text, supervised in spans:
         if not special:
-            ids = tok.encode(text, dummy_prefix=fresh)
+            ids = tok.encode(text.replace(TYPED, "<image>"), dummy_prefix=fresh)
         elif text == "<image>":
             ids = [tok.image] * next(n_visual)
             if form.around:

@@ -45,10 +45,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import toyworld
-from data import Tokenizer, cut_at_stop, encode_prompt, entries, need, parse_args, read_any, read_pickle, run, stop_ids, write_xlsx
-from model import VLM, check_image_mode, check_tokenizer, write_whole
+from data import cut_at_stop, encode_prompt, entries, need, parse_args, read_any, read_pickle, run, stop_ids, write_xlsx
+from model import write_whole
 from toyworld import COT, INSUFFICIENT, LETTER, SHORT
-from train import Flags, iou, newest_run, one_of, pick_device
+from train import Flags, iou, newest_run, one_of, open_model, pick_device
 from vision import MODES, UserError, cut_tiles, join, open_image
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -203,12 +203,8 @@ class Model:
 
     def __init__(self, cfg):
         self.device, directory = pick_device(cfg.device), cfg.model or newest_run()
-        self.vlm = VLM.from_pretrained(directory, self.device, getattr(torch, cfg.dtype), cfg.vision, cfg.llm)
-        base = cfg.llm and not (Path(directory) / "tokenizer.model").exists()           # a LoRA is published without
-        self.tok, self.name = Tokenizer(cfg.llm if base else directory), str(directory)
-        check_tokenizer(self.vlm, self.tok)
-        self.template, self.mode = cfg.template or self.vlm.cfg.template, cfg.image_mode or self.vlm.cfg.image_mode
-        check_image_mode(self.vlm, self.mode, directory)
+        self.vlm, self.tok = open_model(directory, self.device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
+        self.name, self.template, self.mode = str(directory), self.vlm.cfg.template, self.vlm.cfg.image_mode
         self.family = "internvl" if self.template.startswith("intern") else "prismatic" if self.template.startswith("prism_") else "llava"
         self.longest = self.vlm.cfg.decoder.block_size
         self.stop = stop_ids(self.tok, self.template)

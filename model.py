@@ -45,7 +45,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, find_tiling,
+from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, draw, find_tiling,
                     picture_mode, rename, tower_by_shapes, tower_tensors)
 
 IGNORE = -100                        # the label of a token that is not supervised
@@ -304,7 +304,7 @@ class Connector(nn.Module):
         if wanted != (self.row_end is not None):
             w = self.linear_1.bias
             D = (self.linear_2 if hasattr(self, "linear_2") else self.linear_1).out_features
-            self.row_end = nn.Parameter(torch.randn(D, device=w.device, dtype=w.dtype) * D**-0.5) if wanted else None
+            self.row_end = nn.Parameter(draw(D, std=D**-0.5, device=w.device, dtype=w.dtype)) if wanted else None
 
     def forward(self, x, index=None):
         x = x if index is None else x.index_select(0, index.clamp(min=0))
@@ -320,7 +320,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.embed_tokens = nn.Embedding.from_pretrained(draw(cfg.vocab_size, cfg.n_embd), freeze=False)
         self.layers = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -610,6 +610,7 @@ INTERNLM2_NAMES = [
     (".feed_forward.w3.", ".mlp.up_proj."), (".feed_forward.w2.", ".mlp.down_proj."), (".attention_norm.", ".input_layernorm."),
     (".ffn_norm.", ".post_attention_layernorm."),
 ]
+MAPPED = 2**27                       # bytes to read of a mapped file before it is opened anew: till then, pages once read count as ours
 FILES = ("model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
          "mm_projector.bin")
 
@@ -697,7 +698,7 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     """Fill every parameter from `found` {our name: Stored}; whatever is missing, left over or of another shape is an error.
 
     `tensors` is all that lies in the files; what `found` leaves out of it is known to be of no use. `public` is how a missing one is called.
-    Each tensor is copied out of its mapped file once, straight to its device and dtype.
+    Each tensor is copied out of its mapped file once, straight to its device and dtype; a table of words in pieces, as it is large.
     """
     state = module.state_dict()
     missing, unused = sorted(public(name) for name in state.keys() - found.keys()), sorted(found[name].name for name in found.keys() - state.keys())
@@ -715,11 +716,14 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     for name in sorted(state, key=lambda name: str(found[name].file)):
         t = found[name]
         n_bytes = t.meta.numel() * t.meta.element_size()
-        if t.file != file or n_read + n_bytes > 2**27 and mapped(file):     # open anew now and then: pages once read count as ours till then
-            opened, file, n_read = None, t.file, 0
-            opened = open_weights(file)
-        weights[name] = t.of(opened).to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-        n_read += n_bytes
+        n = 1 if t.cuts else 1 + 2 * n_bytes // MAPPED
+        weights[name] = torch.empty(t.shape, device=device, dtype=dtype)
+        for k, piece in enumerate(weights[name].tensor_split(n)):
+            if t.file != file or n_read + n_bytes // n > MAPPED and mapped(file):
+                opened, file, n_read = None, t.file, 0
+                opened = open_weights(file)
+            piece.copy_(t.of(opened).tensor_split(n)[k])
+            n_read += n_bytes // n
     module.load_state_dict(weights, strict=True, assign=True)
     used = {(t.file, t.name) for t in found.values()}
     rest = [t.name for t in tensors.values() if (t.file, t.name) not in used]
@@ -825,7 +829,7 @@ def read_json(path, absent=None):
 def read_model(directory, vision=None, llm=None):
     """A directory of any layout -> VLMConfig, {our name: Stored}, {public name: Stored}, and how our names are called there."""
     directory = Path(directory)
-    tensors = read_lora(directory, llm) if (directory / "adapter_config.json").exists() else None
+    tensors = read_lora(directory, llm) if is_lora(directory) else None
     if llm and tensors is None:
         raise UserError(f"{directory}: is a whole model; --llm is for presets, and for the base of a LoRA")
     config_reader(directory / "config.json")                                # an unknown architecture is said before anything about its weights
@@ -853,14 +857,30 @@ def wanted_tower(directory):
     return f" (its config names {name})" if name else ""
 
 
-def read_lora(directory, llm=None):
-    """What LLaVA's LoRA training writes, over its base: {public name: Stored} with W + alpha/r B A where W is read."""
-    c = read_json(directory / "adapter_config.json")
-    base = Path(llm or take(c, "base_model_name_or_path", str, ""))
+def is_lora(directory):
+    return (Path(directory) / "adapter_config.json").exists()
+
+
+def base_of(directory, llm=None):
+    """The directory of the model that a LoRA is over: --llm, or the one that adapter_config.json names, there or beside the LoRA."""
+    directory = Path(directory)
+    base = Path(llm or take(read_json(directory / "adapter_config.json"), "base_model_name_or_path", str, ""))
     beside = (directory / base.name, directory.parent / base.name)          # where train.py saves the base of a preset
     base = next((d for d in (base, *beside) if base.name and d.is_dir()), base)
     if not base.is_dir():
         raise UserError(f"{directory}: is a LoRA over {str(base)!r}, which is no directory here; give that model's by --llm DIR")
+    return base
+
+
+def tokenizer_home(directory, llm=None):
+    """Where the tokenizer of a model lies: in its own directory, or, of a LoRA that was published without, in its base's."""
+    own = (Path(directory) / "tokenizer.model").exists() or not is_lora(directory)
+    return Path(directory) if own else base_of(directory, llm)
+
+
+def read_lora(directory, llm=None):
+    """What LLaVA's LoRA training writes, over its base: {public name: Stored} with W + alpha/r B A where W is read."""
+    c, base = read_json(directory / "adapter_config.json"), base_of(directory, llm)
     only(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False)
     scale = take(c, "lora_alpha", float) / take(c, "r", int)
     file = next((directory / f for f in ("adapter_model.safetensors", "adapter_model.bin") if (directory / f).exists()), None)
@@ -1238,7 +1258,7 @@ def main(argv=None):
 
 def whole(path):
     """Whether a directory holds a vision-language model, and no tower or decoder alone."""
-    return (path / "adapter_config.json").exists() or (path / "config.json").exists() and config_reader(path / "config.json", strict=False) is not None
+    return is_lora(path) or (path / "config.json").exists() and config_reader(path / "config.json", strict=False) is not None
 
 
 def convert(src, out, vision=None, llm=None):
@@ -1253,7 +1273,7 @@ def convert(src, out, vision=None, llm=None):
         write_model(out, tensors, read_json(src / "config.json", {}))
         print(f"{out}: {len(tensors)} tensors under their own names")
         return
-    lora = (src / "adapter_config.json").exists()
+    lora = is_lora(src)
     cfg, found, tensors, public = read_model(src, vision, llm if lora else None)
     dtype = stored_dtype(found)
     rows = max(cfg.image_token, cfg.pad_token) + 1
@@ -1263,7 +1283,7 @@ def convert(src, out, vision=None, llm=None):
     with torch.device("meta"):
         vlm = VLM(cfg)
     load_strict(vlm, found, src, tensors, dtype=dtype, public=public)
-    tokenizer = next((Path(d) / "tokenizer.model" for d in (src, llm) if d and (Path(d) / "tokenizer.model").exists()), None)
+    tokenizer = next((Path(d) / "tokenizer.model" for d in (src, llm or lora and base_of(src)) if d and (Path(d) / "tokenizer.model").exists()), None)
     if tokenizer:
         save_processor(out, tokenizer, cfg)
     vlm.save_pretrained(out)
@@ -1278,7 +1298,7 @@ def info(name, vision=None, llm=None):
     elif not folder.is_dir():
         raise UserError(f"{name}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
     elif whole(folder):                                                     # of a config without weights what it says is told
-        cfg = read_model(folder, vision, llm)[0] if weights_file(folder) or (folder / "adapter_config.json").exists() else read_config(folder)
+        cfg = read_model(folder, vision, llm)[0] if weights_file(folder) or is_lora(folder) else read_config(folder)
     else:
         c = read_json(folder / "config.json", {})
         cfg = decoder_config(c) if c.get("model_type") in ("llama", "mistral", "internlm2") else read_tower(folder)

@@ -46,11 +46,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import model
-from data import (IGNORE, Mixture, Records, Tokenizer, cut_at_stop, encode_conversation, encode_prompt, find_template, no_picture, open_records, parse_args,
+from data import (IGNORE, Mixture, Records, cut_at_stop, encode_conversation, encode_prompt, find_template, no_picture, open_records, parse_args,
                   run, stop_ids)
-from model import PRESETS, VLM, check_tokenizer, write_whole
-from train import Flags, TrainConfig, arg, build, find_files, fit, guarded, is_right, newest_run, one_of, pick_device, precision, read_flags
-from vision import UserError, cut_tiles, join, open_image
+from model import PRESETS, write_whole
+from train import Flags, TrainConfig, arg, build, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device, precision, read_flags
+from vision import MODES, UserError, cut_tiles, join, open_image
 
 
 # ---- the losses: each a mean over pairs of what its equation says, of tensors (B,) ---------------------------------------
@@ -358,7 +358,7 @@ class Pairs:
         """s_ref of every pair, (n, 2), from a file named by all it depends on; what of it is missing is computed by first() and appended."""
         cfg, n, began = self.cfg, len(self.examples), time.time()
         what = [self.examples.template, self.examples.image_mode, str(self.examples.vision_cfg.tiling), self.examples.max_length, cfg.dtype, self.device.type, records.index]
-        key = fingerprint([Path(cfg.model), *(Path(p) for p in [*cfg.vision.split(","), cfg.llm] if p)], records.files, what)
+        key = fingerprint(model_files(cfg), records.files, what)
         path = Path(cfg.out).parent / "reference" / f"{key}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         done = whole_lines(path)
@@ -406,6 +406,12 @@ def preference(s, s_ref, n, cfg):
 
 def to(batch, device):
     return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def model_files(cfg):
+    """The directories that a model is read from: its own, its towers', and of a LoRA its base's."""
+    base = model.base_of(cfg.model, cfg.llm) if model.is_lora(cfg.model) else ""
+    return [Path(p) for p in (cfg.model, *cfg.vision.split(","), base) if p]
 
 
 def fingerprint(models, files, more):
@@ -665,9 +671,7 @@ def make_pairs(argv):
     if out.exists():
         raise UserError(f"--out {out} is there already; remove it, or give another")
     records = Records(cfg.data, cfg.image_root)
-    vlm, tok = VLM.from_pretrained(cfg.model, device, getattr(torch, cfg.dtype)), Tokenizer(cfg.model)
-    check_tokenizer(vlm, tok)
-    vlm.cfg.template = cfg.template or vlm.cfg.template
+    vlm, tok = open_model(cfg.model, device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
     asked, wrong = read_questions(records, cfg.method)
     asked = asked[:: math.ceil(len(asked) / cfg.limit)][: cfg.limit] if cfg.limit else asked
     if not asked:
@@ -675,7 +679,7 @@ def make_pairs(argv):
     for reason in wrong[:5]:
         print(f"skipped: {reason}" + ("; the others are only counted" if reason == wrong[4:5] else ""))
     flags = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "model", "data", "image_root")}
-    head = {"made by": "mpo.py pairs", "key": fingerprint([Path(cfg.model)], [Path(cfg.data)], flags), **flags}
+    head = {"made by": "mpo.py pairs", "key": fingerprint(model_files(cfg), [Path(cfg.data)], flags), **flags}
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = whole_lines(part)
     if lines and lines[0] != head:
@@ -767,6 +771,8 @@ def parse_pairs(argv):
                                                                   '"chosen" in a record is taken for the answer, else the model gives it')
     cli.add_argument("--out", required=True, metavar="FILE", help="JSONL for the pairs")
     cli.add_argument("--model", default="", metavar="DIR", help="model directory; empty: the newest finished run under out/")
+    cli.add_argument("--vision", default="", metavar="DIR[,DIR]", help="tower of a model that was published without")
+    cli.add_argument("--llm", default="", metavar="DIR", help="base of a LoRA")
     cli.add_argument("--image-root", default="", metavar="DIR", help="folder that the pictures' names start from; empty: that of --data")
     cli.add_argument("--samples", type=int, default=32, help="correctness: answers to each question")
     cli.add_argument("--pairs-per-question", type=int, default=15, help="correctness: at most so many, drawn at random")
@@ -781,10 +787,13 @@ def parse_pairs(argv):
     cli.add_argument("--batch-size", type=int, default=64, help="answers generated at once")
     cli.add_argument("--limit", type=int, default=0, help="questions, evenly spread over the file; 0: all")
     cli.add_argument("--template", default="", help="conversation template; empty: the model's own")
+    cli.add_argument("--image-mode", default="", help=f"{', '.join(MODES)}; empty: the model's own")
     cli.add_argument("--seed", type=int, default=0, help="of the draws")
     cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
-    cli.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    cli.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"],
+                     help="of the weights; auto: as they are stored, but bfloat16 for float16 on a CPU")
     cfg = parse_args(cli, argv)
+    one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
     one_of("--method", cfg.method, ["correctness", "dropout-ntp"])
     one_of("--prompt", cfg.prompt, list(PROMPTS))
     for name, fits, rule in (("ratio", 0 <= cfg.ratio < 1, "from 0 to below 1"), ("temperature", 0 <= cfg.temperature < math.inf, "0 or more"),

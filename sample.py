@@ -5,18 +5,17 @@
     python sample.py --image a.png b.png --prompt "What differs?"     # several pictures, in this order
 
 Without --model the newest finished run under out/ answers. The answer is printed while it is written. In the chat every question
-is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy unless --temperature is above 0.
+is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy unless --temperature is above 0. Pictures stand
+before the first question; an <image> or </s> in what is typed is text.
 """
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
-from data import Tokenizer, cut_at_stop, encode_prompt, parse_args, run, stop_ids
-from model import VLM, check_image_mode, check_tokenizer
-from train import Flags, newest_run, one_of, pick_device
+from data import as_text, cut_at_stop, encode_prompt, parse_args, run, stop_ids
+from train import Flags, newest_run, one_of, open_model, pick_device
 from vision import MODES, UserError, cut_tiles, join, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
@@ -28,31 +27,26 @@ def main(argv=None):
     chat = not cfg.prompt and sys.stdin is not None and sys.stdin.isatty()
     if not (cfg.prompt or images or chat):
         raise UserError("nothing to answer: give --image, --prompt or both")
-    directory = cfg.model or newest_run()
-    vlm = VLM.from_pretrained(directory, device, None if cfg.dtype == "auto" else getattr(torch, cfg.dtype), cfg.vision, cfg.llm)
-    tok = Tokenizer(cfg.llm if cfg.llm and not (Path(directory) / "tokenizer.model").exists() else directory)    # a LoRA is published without
-    check_tokenizer(vlm, tok)
-    mode = cfg.image_mode or vlm.cfg.image_mode
-    check_image_mode(vlm, mode, directory)
-    pictures = [cut_tiles(image, vlm.cfg.vision, mode) for image in images]
+    vlm, tok = open_model(cfg.model or newest_run(), device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
+    pictures = [cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode) for image in images]
     pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
 
     turns, question = [], cfg.prompt or (DESCRIBE if images else ask())
     if not cfg.prompt and images:
         print(f"> {question}")
     while question:
-        turns.append(("human", "<image>" * len(images) + "\n" + question if images and not turns else question))
-        template = cfg.template or vlm.cfg.template
-        prompt = torch.tensor([encode_prompt(tok, turns, template, [len(cut) for _, cut in pictures])], device=device)
-        answer = say(vlm, tok, prompt, pixels, layout, template, cfg)
-        turns = turns + [("gpt", answer)] if answer else turns[:-1]         # an empty answer is no turn to go on from
+        front = "<image>" * len(images) + "\n" if images and not turns else ""
+        turns.append(("human", front + as_text(question)))
+        prompt = torch.tensor([encode_prompt(tok, turns, vlm.cfg.template, [len(cut) for _, cut in pictures])], device=device)
+        answer = say(vlm, tok, prompt, pixels, layout, cfg)
+        turns = turns + [("gpt", as_text(answer))] if answer else turns[:-1]  # an empty answer is no turn to go on from
         question = ask() if chat else None
     return 0
 
 
-def say(vlm, tok, prompt, pixels, layout, template, cfg):
+def say(vlm, tok, prompt, pixels, layout, cfg):
     """Print the answer word by word and return it."""
-    T, longest = prompt.shape[1], vlm.cfg.decoder.block_size
+    T, longest, template = prompt.shape[1], vlm.cfg.decoder.block_size, vlm.cfg.template
     if T >= longest:
         raise UserError(f"question and earlier turns are {T} tokens, the model takes {longest} with its answer; ask less, or begin a new chat")
     ids, shown, stop = [], "", stop_ids(tok, template)
@@ -84,9 +78,6 @@ def ask():
     except (EOFError, KeyboardInterrupt):
         print()
         return None
-    if "<image>" in question:
-        print("<image> cannot be typed here: pictures come from --image, before the first question")
-        return ask()
     return question or None
 
 
@@ -114,8 +105,6 @@ def parse(argv):
         if not fits:
             raise UserError(f"--{flag} {value}: must be {rule}")
     one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
-    if "<image>" in cfg.prompt:
-        raise UserError("--prompt: <image> in it has no picture of its own; name the files with --image, they come before the question")
     return cfg
 
 

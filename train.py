@@ -51,10 +51,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import toyworld
-from data import IGNORE, Examples, Questions, Records, Tokenizer, collate, open_records, cut_at_stop, encode_conversation, encode_prompt, parse_args, run, stop_ids
-from model import (LORA_TARGETS, PRESETS, VLM, add_lora, adapter_name, check_tokenizer, decoder_config, init_weights, load_adapter, load_connector,
-                   load_decoder, load_vision, open_weights, public_layout, read_config, read_json, read_tensors, read_tower, our_names,
-                   save_adapter, save_processor, write_whole)
+from data import (IGNORE, Examples, Questions, Records, Tokenizer, collate, cut_at_stop, encode_conversation, encode_prompt, find_template, open_records,
+                  parse_args, run, stop_ids)
+from model import (LORA_TARGETS, PRESETS, VLM, adapter_name, add_lora, check_image_mode, check_tokenizer, decoder_config, init_weights, load_adapter,
+                   load_connector, load_decoder, load_vision, open_weights, public_layout, read_json, read_model, read_tower, save_adapter,
+                   save_processor, tokenizer_home, write_whole)
 from vision import MODES, TILINGS, UserError, cut_tiles, find_tiling, grids_up_to, join, open_image
 
 HERE = Path(__file__).parent
@@ -435,7 +436,7 @@ def build(cfg, checkpoint=None):
         if not checkpoint and (cfg.tokenizer or cfg.from_scratch):
             raise UserError(f"--model {cfg.model} is a whole model; --tokenizer and --from-scratch are for presets ({', '.join(PRESETS)})")
         given = (None, None) if checkpoint and directory != cfg.model else (cfg.vision or None, cfg.llm or None)
-        vlm, tok = VLM.from_pretrained(directory, vision=given[0], llm=given[1]), Tokenizer(directory)
+        vlm, tok = VLM.from_pretrained(directory, vision=given[0], llm=given[1]), Tokenizer(tokenizer_home(directory, given[1]))
     else:
         plan, tok, paths = blueprint(cfg)
         vlm = VLM(plan)
@@ -450,6 +451,19 @@ def build(cfg, checkpoint=None):
         load_connector(vlm.connector, cfg.projector)
     if cfg.stage == "finetune":                  # what a model is asked with later is the template of its conversations, not of its captions
         vlm.cfg.template = cfg.template or vlm.cfg.template
+    return vlm, tok
+
+
+def open_model(directory, device="cpu", dtype="auto", vision=None, llm=None, template="", image_mode=""):
+    """A model that others ask, by their flags of these names -> VLM, which has the template and the image mode in its cfg, and its Tokenizer."""
+    if template:
+        find_template(template)                                             # said before gigabytes are read
+    vlm = VLM.from_pretrained(directory, device, None if dtype == "auto" else getattr(torch, dtype), vision, llm)
+    tok = Tokenizer(tokenizer_home(directory, llm))
+    check_tokenizer(vlm, tok)
+    mode = image_mode or vlm.cfg.image_mode
+    check_image_mode(vlm, mode, directory)
+    vlm.cfg = replace(vlm.cfg, template=template or vlm.cfg.template, image_mode=mode)
     return vlm, tok
 
 
@@ -696,7 +710,7 @@ def dry_run(cfg, records, device, n=200):
     if cfg.model in PRESETS:
         plan, tok, _ = blueprint(cfg)
     else:
-        plan, tok = read_config(cfg.model, our_names(read_tensors(cfg.model))), Tokenizer(cfg.model)
+        plan, tok = read_model(cfg.model, cfg.vision or None, cfg.llm or None)[0], Tokenizer(tokenizer_home(cfg.model, cfg.llm))
     with torch.device("meta"):
         vlm = VLM(plan)
         set_mode(vlm, cfg)

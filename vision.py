@@ -108,10 +108,10 @@ class ViT(nn.Module):
         self.cfg, D, P = cfg, cfg.n_embd, cfg.patch_size
         self.patch = nn.Conv2d(3, D, kernel_size=P, stride=P, bias=cfg.patch_bias)
         if cfg.class_token:
-            self.class_token = nn.Parameter(torch.randn(D) * D**-0.5)
+            self.class_token = nn.Parameter(draw(D, std=D**-0.5))
         if cfg.n_register:
-            self.registers = nn.Parameter(torch.randn(cfg.n_register, D) * D**-0.5)
-        self.pos = nn.Parameter(torch.cat([torch.zeros(int(cfg.class_token), D), waves(cfg.grid, D)]))
+            self.registers = nn.Parameter(draw(cfg.n_register, D, std=D**-0.5))
+        self.pos = nn.Parameter(waves(cfg.grid, D, int(cfg.class_token)))
         self.pre_norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = norm(cfg) if cfg.final_norm else nn.Identity()
@@ -298,15 +298,23 @@ def tower_by_shapes(tensors, image_size=None, quick_gelu=True):
                         1e-5 if clip else 1e-6, cls, t["registers"][0] if "registers" in t else 0, clip, "patch.bias" in t, dino, mean=mean, std=std)
 
 
-def waves(grid, D):
-    """Where a fresh position table starts: sines and cosines of row and column, (grid^2, D). Random rows as small as
-    a fresh table's are drowned by the pixels of a bright patch; these are as large as what they stand beside."""
+def draw(*shape, std=1.0, device=None, dtype=None):
+    """N(0, std^2). On the meta device nothing but the shape: to compute there PyTorch imports its whole compiler, over a second and 75 MB."""
+    device = device or torch.get_default_device()
+    return torch.empty(shape, device=device, dtype=dtype) if device.type == "meta" else torch.randn(shape, device=device, dtype=dtype) * std
+
+
+def waves(grid, D, n_class=0):
+    """Where a fresh position table starts: zeros for the class token, then sines and cosines of row and column, (n_class + grid^2, D). Random
+    rows as small as a fresh table's are drowned by the pixels of a bright patch; these are as large as what they stand beside."""
     device = torch.get_default_device()                                     # said, because transformers 5 makes linspace forget a `with device`
+    if device.type == "meta":                                               # as in draw
+        return torch.empty(n_class + grid**2, D)
     freq = math.pi * 2 ** torch.linspace(-1, math.log2(max(grid, 2) / 2), D // 4, device=device)    # from half a wave a side to one in two patches
     angle = (torch.arange(grid) + 0.5)[:, None] / grid * freq
     one = torch.cat([angle.sin(), angle.cos()], dim=1)                      # (grid, D/2)
     both = torch.cat([one[:, None].expand(grid, grid, -1), one[None].expand(grid, grid, -1)], dim=-1).flatten(0, 1)
-    return 0.7 * F.pad(both, (0, D - both.shape[1]))
+    return 0.7 * F.pad(both, (0, D - both.shape[1], n_class, 0))
 
 
 def normalize(pixels, cfg, dtype):

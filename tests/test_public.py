@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import eval
 import model
+import mpo
 import sample
 from data import Tokenizer, run
 from model import PRESETS, VLM, Decoder, DecoderConfig, Stored, VLMConfig, decoder_config, llama_json, llava_name, our_names, save_processor, vision_config
 from test_data import intern  # noqa: F401 (a fixture)
 from test_layouts import LLAMA, LM2, TINY, close, internlm2, intern_names, lively, narrow, original, parts, projector, same, size, timm_names, write
+from train import open_model
 from vision import VisionConfig, ViT, tower_tensors
 
 transformers = tr = pytest.importorskip("transformers")
@@ -185,6 +190,26 @@ def test_a_model_says_the_same_as_published_and_converted(tmp_path, capfd, layou
     assert ask("--model", str(tmp_path / "out")) == 0 and capfd.readouterr().out == said and len(said) > 12
 
 
+def test_sample_eval_and_pairs_open_a_lora_whose_tokenizer_lies_with_its_base(tmp_path, capfd):
+    lora, flags = published(tmp_path)["lora"]
+    base = Path(flags[-1])
+    assert not (lora / "tokenizer.model").exists()
+    for named in False, True:                                               # the base by --llm, or where adapter_config.json says
+        if named:
+            (lora / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "base_model_name_or_path": str(base)}))
+            flags = flags[:2]
+        vlm, tok = open_model(lora, vision=flags[1], llm=None if named else str(base), dtype="float32", image_mode="crop", template="llava_v1")
+        assert tok.path == base / "tokenizer.model" and (vlm.cfg.image_mode, vlm.cfg.template) == ("crop", "llava_v1")
+        assert run(lambda: sample.main(["--model", str(lora), *flags, "--prompt", "What?", "--max-new-tokens", "2"])) == 0
+        asked = eval.Model(eval.parse(["--model", str(lora), *flags, "--device", "cpu"]))
+        assert asked.tok.path == tok.path and asked.vlm.decoder.lm_head.weight.dtype == torch.float32
+        (tmp_path / "q.jsonl").write_text('{"text": "What?", "answer": "A cat.", "chosen": "A cat."}\n')
+        pairs = ["pairs", "--method", "dropout-ntp", "--data", tmp_path / "q.jsonl", "--out", tmp_path / f"pairs{named}", "--model", lora, *flags, "--max-new-tokens", 2]
+        assert run(lambda: mpo.main([str(word) for word in pairs])) == 1 and "not one pair could be made" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="did you mean 'vicuna_v1'"):
+        open_model(tmp_path / "none", template="vicuna")                    # before anything is read
+
+
 def test_internvl_is_asked_with_its_own_tokens_and_ends_at_its_own(tmp_path, monkeypatch, capfd, intern):
     folder = internvl(tmp_path / "m", intern.vocab_size)
     (folder / "tokenizer.model").write_bytes(intern.path.read_bytes())
@@ -234,7 +259,7 @@ def test_control_tokens_on_the_command_line_stay_text(tmp_path, monkeypatch):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     asked = []
     monkeypatch.setattr(VLM, "stream", lambda self, tokens, *rest, **flags: asked.append(tokens[0].tolist()) or iter([torch.tensor([tok.eos])]))
-    typed = "</s> <s> <|im_end|> <IMG_CONTEXT> <pad> <unk>"
+    typed = "</s> <s> <|im_end|> <IMG_CONTEXT> <image> <pad> <unk>"
     assert run(lambda: sample.main(["--model", str(tmp_path / "m"), "--image", str(tmp_path / "a.png"), "--prompt", typed])) == 0
     assert typed in tok.decode(asked[0]) and [i for i in asked[0] if i in tok.names] == [tok.bos] + [tok.image] * 16
 
@@ -302,6 +327,25 @@ def test_without_a_wish_the_weights_stay_as_they_are_stored_but_a_cpu_computes_f
     lively(VLM(TINY)).to(stored).save_pretrained(tmp_path)
     assert {p.dtype for p in VLM.from_pretrained(tmp_path, dtype=None).parameters()} == {opened}
     assert {p.dtype for p in VLM.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
+
+def test_opening_a_model_holds_it_once_and_does_not_import_the_compiler(tmp_path):
+    """float16 .bin to bfloat16 in a process of its own: beside the weights only so much of the files is mapped. The tables of words are larger than that."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from Linux's /proc")
+    tok, vlm = toy(decoder=DecoderConfig(vocab_size=32064, n_layer=1, n_head=8, n_kv_head=1, n_embd=768, head_dim=32, n_hidden=64))
+    model.save_processor(tmp_path, tok.path, vlm.cfg)
+    torch.save({llava_name(n): t.half() for n, t in vlm.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(model.llava_config(vlm.cfg, "float16")))
+    del vlm
+    code = """if True:
+        import re, sys, torch, model
+        peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        model.MAPPED = 2**22
+        before, vlm = peak(), model.VLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+        print(peak() - before, sum(2 * p.numel() for p in vlm.parameters()), "torch._dynamo" in sys.modules)"""
+    grown, size, compiler = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ASSETS.parent, capture_output=True, text=True, check=True).stdout.split()
+    assert int(grown) < int(size) + 25e6 and compiler == "False"
 
 
 # ---- damage ---------------------------------------------------------------------------------------------------------
