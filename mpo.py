@@ -146,9 +146,10 @@ def log_probs(vlm, batch, seen=None, rows=1024):
     part, keep = batch["part"], batch["labels"] != IGNORE                                    # (B, T)
     now = torch.arange(part.shape[1], device=part.device)
     mask = (now[:, None] >= now) & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))      # (B, T, T)
-    h = vlm.decoder(vlm.embed(batch["tokens"], batch["pixels"] if seen is None else seen, batch["layout"]), at=batch["at"], mask=mask[:, None])
     row = keep.nonzero()[:, 0]
-    h, y, slot = h[row, batch["source"][keep]], batch["labels"][keep], 2 * row + (part[keep] == REJECTED)
+    x = vlm.embed(batch["tokens"], batch["pixels"] if seen is None else seen, batch["layout"])
+    h = vlm.decoder(x, at=batch["at"], mask=mask[:, None], rows=row * part.shape[1] + batch["source"][keep])
+    y, slot = batch["labels"][keep], 2 * row + (part[keep] == REJECTED)
     one = lambda h, y: -F.cross_entropy(vlm.decoder.lm_head(h).float(), y, reduction="none")
     many = len(y) > rows and torch.is_grad_enabled()
     s = torch.cat([checkpoint(one, *some, use_reentrant=False) if many else one(*some) for some in zip(h.split(rows), y.split(rows))])
