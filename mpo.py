@@ -192,12 +192,16 @@ class PairExamples(Dataset):
                 raise UserError(reason) from None
             return {"skipped": reason, "index": i}
         pixels, layout = join(pictures or [no_picture(self.vision_cfg.image_size)])
-        p, c, r = len(prefix), len(chosen), len(rejected)
-        at = [*range(p + c), *range(p, p + r)]                             # the rejected answer stands where the chosen one does
-        before = [*range(-1, p + c - 1), p - 1, *range(p + c, p + c + r - 1)]                # the row that predicts each token
-        return {"tokens": torch.tensor(prefix + chosen + rejected), "labels": torch.tensor([IGNORE] * p + chosen + rejected), "at": torch.tensor(at),
-                "source": torch.tensor(before).clamp(min=0), "part": torch.tensor([PREFIX] * p + [CHOSEN] * c + [REJECTED] * r),
-                "pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+        return pair_row(prefix, chosen, rejected) | {"pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+
+
+def pair_row(prefix, chosen, rejected):
+    """Three lists of ids -> one row of all: tokens, labels, their positions, the row that predicts each, the part it belongs to; (T,) each."""
+    p, c, r = len(prefix), len(chosen), len(rejected)
+    at = [*range(p + c), *range(p, p + r)]                                 # the rejected answer stands where the chosen one does
+    before = [*range(-1, p + c - 1), p - 1, *range(p + c, p + c + r - 1)]
+    return {"tokens": torch.tensor(prefix + chosen + rejected), "labels": torch.tensor([IGNORE] * p + chosen + rejected), "at": torch.tensor(at),
+            "source": torch.tensor(before).clamp(min=0), "part": torch.tensor([PREFIX] * p + [CHOSEN] * c + [REJECTED] * r)}
 
 
 def encode_pair(tok, question, chosen, rejected, template, n_visual):
