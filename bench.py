@@ -379,12 +379,12 @@ def grow(args):
     if args.grow == "length":                                               # of a whole record, its picture included
         values = [r["tokens"] for r in results]
     lines = {}
-    for what, unit, scale in ("seconds", "ms", 1e3), ("step_bytes", "MB", 1e-6):
+    for name, what, unit, scale in ("time", "seconds", "ms", 1e3), ("memory", "step_bytes", "MB", 1e-6):
         ys = [r["sides"]["plainvlm"].get(what) for r in results]
         if all(ys):
-            lines[unit] = {name: [scale * r["sides"][name][what] for r in results] for name in results[0]["sides"]}
+            lines[unit] = {side: [scale * r["sides"][side][what] for r in results] for side in results[0]["sides"]}
             if values[-2]:
-                print(f"{unit} grow with {args.grow} to the power {math.log(ys[-1] / ys[-2]) / math.log(values[-1] / values[-2]):.2f} (last two)")
+                print(f"{name} grows with {args.grow} to the power {math.log(ys[-1] / ys[-2]) / math.log(values[-1] / values[-2]):.2f} (last two)")
     Path(f"{args.out}.json").write_text(json.dumps(results, indent=1))
     plot(f"{args.out}.png", args.grow, values, lines)
     return 0
