@@ -3,23 +3,30 @@
     python bench.py train --peer transformers                       # one optimizer step of LLaVA's second stage, 10M parameters
     python bench.py train --preset 100m --dtype bfloat16 --peer transformers --compile
     python bench.py train --grow length                             # time and memory against one size; a table, and bench.png
+    python bench.py mpo --peer transformers                         # one step of preference learning
     python bench.py sample --peer transformers                      # greedy decoding
+    python bench.py data                                            # records a second that one core prepares, and that a step takes
 
 Two runs on a busy machine cannot be compared, so both sides run step by step in turn in one process, each ratio is of two neighbouring
 steps, and the median of the ratios counts. On a CPU time is the process's own, on one thread: what others do on the machine is not in it.
 Memory is the highest a process of its own ever held, with and without what it held before its first step.
 
-Model FLOPs of a step, with n_t tokens through the decoder's blocks (P weights) and n_s supervised ones through the head, n_v patch rows
-through the frozen tower (W weights) and connector (C weights), attention causal:
-    6 (P n_t + V D n_s) + 12 L D T n_t / 2 + 2 W n_v + 4 S D_v L_v n_v + 6 C n_v
-The peer's head runs on every token; that is work nobody asked for and is not counted. MFU is against a square matrix product in the same run.
+Model FLOPs of a step, with n_t tokens through the decoder's blocks (P weights), n_s supervised ones through the head and what follows the
+last block's attention (Q of the P weights), n_v patch rows through the frozen tower (W weights) and connector (C weights), attention causal:
+    6 ((P - Q) n_t + (Q + V D) n_s) + 12 L D T n_t / 2 + 2 W n_v + 4 S D_v L_v n_v + 6 C n_v
+The peer runs head and last block on every token; that is work nobody asked for and is not counted. MFU is against a square matrix product
+in the same run.
+
+A step of mpo: pairs with 256 visual tokens and 60 tokens an answer, and the three losses of mpo.py on both sides. Here a pair is one row, its
+picture is looked at once, and what the reference says is known (--no-precomputed: asked in every step). The peer does it the usual way: two
+rows a pair, the picture encoded for each, the reference asked in every step, a log-softmax of all logits.
 """
 
 import argparse
+import copy
 import json
 import math
-import os
-import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -28,13 +35,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data import parse_args, run
+import mpo
+from data import Examples, Records, Tokenizer, encode_conversation, parse_args, run
 from model import PRESETS, VLM, DecoderConfig, VLMConfig, init_weights
-from train import Flags, matmul_rate, one_of, pick_device
-from vision import UserError, VisionConfig
+from train import TOY, Flags, matmul_rate, micro_batches, one_of, pick_device
+from vision import UserError, VisionConfig, cut_tiles, open_image
 
 # Sizes, and a batch: records, words a record, of which supervised
 SIZES = {
@@ -44,56 +53,70 @@ SIZES = {
 }
 GROW = {"length": ("words", (32, 64, 128, 256, 512)), "pictures": ("pictures", (0, 1, 2, 4, 8)), "vocab": ("vocab", (2048, 8192, 32000, 92553)),
         "batch": ("rows", (4, 8, 16, 32, 64))}
+WHAT = {"train": "one optimizer step", "mpo": "one step of preference learning", "sample": "greedy decoding",
+        "data": "records a second that one core prepares, and that a step takes"}
 
 
 def main(argv=None):
-    cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    programs = cli.add_subparsers(required=True, dest="program", metavar="{train,sample}")
-    for name in "train", "sample":
-        sub = programs.add_parser(name, help="one optimizer step" if name == "train" else "greedy decoding",
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--preset", default="10m", help=f"the model's size: {', '.join(SIZES)}")
-        sub.add_argument("--peer", default="", help="transformers: LlavaForConditionalGeneration (sdpa); empty: none")
-        sub.add_argument("--rows", type=int, default=0, help="records in the batch; 0: as the preset says, one for sample")
-        sub.add_argument("--words", type=int, default=0, help="text tokens a record; 0: as the preset says")
-        sub.add_argument("--supervised", type=int, default=0, help="of them supervised; 0: as the preset says")
-        sub.add_argument("--pictures", type=int, default=1, help="pictures a record")
-        sub.add_argument("--vocab", type=int, default=0, help="words in the vocabulary; 0: as the preset says")
-        sub.add_argument("--layers", type=int, default=0, help="decoder blocks; 0: as the preset says")
-        sub.add_argument("--dtype", default="float32", help="float32, or bfloat16 (autocast, on both sides)")
-        sub.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile: here the blocks, there the model")
-        sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory in processes of their own")
-        sub.add_argument("--repeats", type=int, default=7, help="steps of each side that count, after two that do not")
-        sub.add_argument("--new-tokens", type=int, default=64, help="sample: tokens to generate")
-        sub.add_argument("--threads", type=int, default=1, help="CPU threads; above 1 the time is the clock's, and a busy machine is in it")
-        sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-        sub.add_argument("--grow", default="", help=f"train: step through sizes of one of {', '.join(GROW)}, alone or beside the peer")
-        sub.add_argument("--side", default="both", help=argparse.SUPPRESS)      # for the processes that measure memory
-        sub.add_argument("--out", default="bench", help="name of the files .json and, of --grow, .png")
-    args = parse_args(cli, sys.argv[1:] if argv is None else argv)
-    one_of("--preset", args.preset, list(SIZES))
-    one_of("--peer", args.peer, ["", "transformers"])
-    one_of("--dtype", args.dtype, ["float32", "bfloat16"])
+    args = read(sys.argv[1:] if argv is None else argv)
     torch.set_num_threads(args.threads)
     if args.side != "both":
         return alone(args)
     if args.grow:
         one_of("--grow", args.grow, list(GROW))
         return grow(args)
-    result = compare(args)
-    report(result)
+    result = data_path(args) if args.program == "data" else compare(args)
+    if args.program != "data":
+        report(result)
     Path(f"{args.out}.json").write_text(json.dumps(result, indent=1))
     return 0
 
 
+def read(argv):
+    """Flags -> their values, checked."""
+    cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    programs = cli.add_subparsers(required=True, dest="program", metavar=f"{{{','.join(WHAT)}}}")
+    for name in WHAT:
+        sub = programs.add_parser(name, help=WHAT[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--preset", default="10m", help=f"the model's size: {', '.join(SIZES)}")
+        sub.add_argument("--peer", default="", help="transformers: LlavaForConditionalGeneration (sdpa); empty: none")
+        sub.add_argument("--rows", type=int, default=0, help="records or pairs in the batch; 0: as the preset says, one for sample")
+        sub.add_argument("--words", type=int, default=0, help="text tokens a record, for mpo without the answers; 0: as the preset says")
+        sub.add_argument("--supervised", type=int, default=0, help="of them supervised, for mpo the length of an answer; 0: as the preset says")
+        sub.add_argument("--pictures", type=int, default=1, help="pictures a record")
+        sub.add_argument("--vocab", type=int, default=0, help="words in the vocabulary; 0: as the preset says")
+        sub.add_argument("--layers", type=int, default=0, help="decoder blocks; 0: as the preset says")
+        sub.add_argument("--dtype", default="float32", help="float32, or bfloat16 (autocast, on both sides)")
+        sub.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile: here the blocks, there the model")
+        sub.add_argument("--compile-peer", action=argparse.BooleanOptionalAction, default=True, help="--no-compile-peer: --compile leaves the peer as it is")
+        sub.add_argument("--precomputed", action=argparse.BooleanOptionalAction, default=True, help="mpo: here the reference is not asked again in every step")
+        sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory in processes of their own")
+        sub.add_argument("--repeats", type=int, default=7, help="steps of each side that count, after two that do not")
+        sub.add_argument("--new-tokens", type=int, default=64, help="sample: tokens to generate")
+        sub.add_argument("--threads", type=int, default=1, help="CPU threads; above 1 the time is the clock's, and a busy machine is in it")
+        sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+        sub.add_argument("--grow", default="", help=f"train: step through sizes of one of {', '.join(GROW)}, alone or beside the peer")
+        sub.add_argument("--records", type=int, default=3_000_000, help="data: lines of the JSONL file that is opened")
+        sub.add_argument("--side", default="both", help=argparse.SUPPRESS)      # for the processes that measure memory
+        sub.add_argument("--out", default="bench", help="name of the files .json and, of --grow, .png")
+    args = parse_args(cli, argv)
+    args.command = shlex.join(["python", "bench.py", *argv])
+    one_of("--preset", args.preset, list(SIZES))
+    one_of("--peer", args.peer, ["", "transformers"])
+    one_of("--dtype", args.dtype, ["float32", "bfloat16"])
+    return args
+
+
 def setting(args):
-    """-> VLMConfig, (rows, words, supervised) with the flags put in."""
+    """-> VLMConfig, (rows, words, supervised) with the flags put in; for mpo (pairs, words of the question, words of an answer)."""
     cfg, rows, words, supervised = SIZES[args.preset]
-    words, V = args.words or words, args.vocab or cfg.decoder.vocab_size
-    length = cfg.vision.n_token * args.pictures + words + (args.new_tokens if args.program == "sample" else 0)
+    if args.program == "mpo":
+        cfg, rows, words, supervised = replace(cfg, vision=replace(cfg.vision, image_size=16 * cfg.vision.patch_size)), 8, 32, 60
+    words, supervised, V = args.words or words, args.supervised or supervised, args.vocab or cfg.decoder.vocab_size
+    length = cfg.vision.n_token * args.pictures + words + {"sample": args.new_tokens, "mpo": 2 * supervised}.get(args.program, 0)
     decoder = replace(cfg.decoder, vocab_size=V, n_layer=args.layers or cfg.decoder.n_layer, block_size=max(cfg.decoder.block_size, length))
     cfg = replace(cfg, decoder=decoder, image_token=V - 2, pad_token=V - 1)
-    return cfg, (args.rows or (rows if args.program == "train" else 1), words, min(args.supervised or supervised, words - 1))
+    return cfg, (args.rows or (1 if args.program == "sample" else rows), words, supervised if args.program == "mpo" else min(supervised, words - 1))
 
 
 def batch_of(cfg, args, rows, words, supervised, device):
@@ -108,9 +131,9 @@ def batch_of(cfg, args, rows, words, supervised, device):
 
 
 def sides(args, cfg, device):
-    """{name: (model, step)}; both models have the same weights. A step returns its loss (train) or the ids (sample)."""
+    """{name: (model, step)}; both models have the same weights. A step returns its loss, or the ids (sample)."""
     rows, words, supervised = setting(args)[1]
-    tokens, labels, pixels = batch_of(cfg, args, rows, words, supervised, device)
+    tokens, labels, pixels = batch_of(cfg, args, rows, words + 2 * supervised * (args.program == "mpo"), supervised, device)
     torch.manual_seed(0)
     vlm = init_weights(VLM(cfg))
     models = {"plainvlm": vlm}
@@ -133,19 +156,73 @@ def sides(args, cfg, device):
         if name == "plainvlm" and args.compile:
             for block in [*model.decoder.layers, *model.vision.blocks]:
                 block.compile(dynamic=None)
-        call = torch.compile(model) if name != "plainvlm" and args.compile else model
-        if args.program == "train" and name == "plainvlm":
+        call = torch.compile(model) if name != "plainvlm" and args.compile and args.compile_peer else model
+        if args.program == "sample":
+            made[name] = model, decoding(name, model.eval(), tokens, pixels, args)
+            continue
+        if args.program == "mpo":
+            loss_of = (pairs_here if name == "plainvlm" else pairs_there)(model, call, tokens, pixels, supervised, args)
+        elif name == "plainvlm":
             loss_of = lambda call=call: call(tokens, pixels, labels)
-        elif args.program == "train":
+        else:
             mask = torch.ones_like(tokens)
             loss_of = lambda call=call: call(input_ids=tokens, attention_mask=mask, pixel_values=pixels if len(pixels) else None, labels=labels).loss
-        made[name] = model, (lambda loss_of=loss_of, optimizer=optimizer: step_of(loss_of, optimizer, args, device)) if args.program == "train" else (
-            decoding(name, model.eval(), tokens, pixels, args))
+        made[name] = model, lambda loss_of=loss_of, optimizer=optimizer: step_of(loss_of, optimizer, args, device)
     return made
 
 
+def pairs_here(model, call, tokens, pixels, n, args):
+    """tokens (B, prefix + 2n) hold a pair as one row, and are collated as mpo.py does it."""
+    p, N = tokens.shape[1] - 2 * n, model.cfg.vision.n_token
+    layout = torch.cartesian_prod(torch.arange(args.pictures), torch.arange(N))
+    examples = [mpo.pair_row(row[:p], row[p:-n], row[-n:]) | {"pixels": some, "layout": layout, "id": "", "index": 0}
+                for row, some in zip(tokens.tolist(), pixels.split(args.pictures))]
+    batch = mpo.to(mpo.collate_pairs(examples, model.cfg.pad_token), tokens.device)
+    ref = None
+    if args.precomputed:
+        with torch.no_grad(), half(args, tokens.device):
+            known = mpo.log_probs(model, batch)[0]
+    else:
+        ref = copy.deepcopy(model).requires_grad_(False)
+        ref.vision = model.vision                                           # frozen: one is enough
+
+    def loss_of():
+        with torch.no_grad():
+            seen = model.features(batch["pixels"])
+            s_ref = known if ref is None else mpo.log_probs(ref, batch, seen)[0]
+        return pair_loss(mpo.log_probs(call, batch, seen)[0], s_ref, n)
+    return loss_of
+
+
+def pairs_there(model, call, tokens, pixels, n, args):
+    """The same pairs as 2 B rows, the chosen answers first."""
+    two = torch.cat([tokens[:, :-n], torch.cat([tokens[:, : -2 * n], tokens[:, -n:]], dim=1)])              # (2B, prefix + n)
+    both, mask, ref = torch.cat([pixels, pixels]), torch.ones_like(two), copy.deepcopy(model).requires_grad_(False)
+    answer = torch.arange(1, two.shape[1], device=two.device) >= two.shape[1] - n
+
+    def sums(model):
+        logits = model(input_ids=two, attention_mask=mask, pixel_values=both).logits[:, :-1].float()
+        return (logits.log_softmax(-1).gather(-1, two[:, 1:, None])[:, :, 0] * answer).sum(1).view(2, -1).T              # (B, 2)
+
+    def loss_of():
+        with torch.no_grad():
+            s_ref = sums(ref)
+        return pair_loss(sums(call), s_ref, n)
+    return loss_of
+
+
+def pair_loss(s, s_ref, n, cfg=mpo.MPOConfig()):
+    p = mpo.preference(s, s_ref, torch.full_like(s, n), cfg)
+    p.delta, _ = mpo.shift(0.0, 0, p.r_c, p.r_r)
+    return sum(weight * mpo.TERMS[name](p) for name, weight in mpo.loss_weights(cfg).items())
+
+
+def half(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
 def step_of(loss_of, optimizer, args, device):
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    with half(args, device):
         loss = loss_of()
     loss.backward()
     optimizer.step()
@@ -191,30 +268,29 @@ def compare(args):
             took, value = seconds(step, args, device)
             times[name] += [took] * (i >= 2)
             said[name].append(value.tolist() if args.program == "sample" else value.item())
-    if args.peer and args.program == "train":
+    if args.peer and args.program != "sample":
         ours, theirs = said["plainvlm"], said["transformers"]
         worst = max(abs(a - b) / b for a, b in zip(ours, theirs))
         if worst > (1e-3 if args.dtype == "float32" else 3e-2):
             raise UserError(f"the losses differ by {worst:.1e}: {ours[:3]} here, {theirs[:3]} there; this would compare two different things")
-    same = None if not args.peer else worst if args.program == "train" else sum(a == b for a, b in zip(
+    same = None if not args.peer else worst if args.program != "sample" else sum(a == b for a, b in zip(
         sum(said["plainvlm"][0], []), sum(said["transformers"][0], []))) / (rows * args.new_tokens)
-    d, v = cfg.decoder, cfg.vision
-    n_t, n_v, T = rows * (words + v.n_token * args.pictures), rows * args.pictures * (v.grid**2 + v.n_prefix), words + v.n_token * args.pictures
-    vlm = made["plainvlm"][0]
-    size = lambda ps: sum(p.numel() for p in ps)
-    flops = (6 * (size(vlm.decoder.layers.parameters()) * n_t + d.vocab_size * d.n_embd * rows * supervised) + 6 * d.n_layer * d.n_head * d.head_dim * T * n_t
-             + 2 * size(vlm.vision.blocks[: v.depth].parameters()) * n_v + 4 * (v.grid**2 + v.n_prefix) * v.n_embd * v.depth * n_v
-             + 6 * size(vlm.connector.parameters()) * rows * args.pictures * v.n_token)
-    result = {"program": args.program, "preset": args.preset, "parameters": size(vlm.parameters()), "dtype": args.dtype, "compile": args.compile, "rows": rows, "tokens": T,
-              "supervised": supervised, "vocab": d.vocab_size, "pictures": args.pictures, "device": str(device), "threads": args.threads, "torch": torch.__version__,
-              "matmul": matmul_rate(device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32, clock=clock_of(args, device)), "flops": flops,
-              "agreement": same, "sides": {}}
+    T = words + cfg.vision.n_token * args.pictures + (2 * supervised if args.program == "mpo" else 0)
+    flops, matmul = flops_of(cfg, rows, T, supervised, args.pictures), matmul_rate(
+        device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32, clock=clock_of(args, device))
+    result = {"command": args.command, "program": args.program, "preset": args.preset, "parameters": size(made["plainvlm"][0].parameters()), "dtype": args.dtype,
+              "compile": args.compile, "compile_peer": args.compile and args.compile_peer, "rows": rows, "tokens": T,
+              "supervised": supervised, "vocab": cfg.decoder.vocab_size, "pictures": args.pictures, "device": str(device), "threads": args.threads, "torch": torch.__version__,
+              "matmul": matmul, "flops": flops, "agreement": same, "sides": {}}
+    # How many tokens each side sends through a decoder in a step
+    computed = {"train": dict.fromkeys(made, rows * T), "sample": dict.fromkeys(made, rows * args.new_tokens),
+                "mpo": {"plainvlm": rows * T * (1 if args.precomputed else 2), "transformers": 2 * 2 * rows * (T - supervised)}}[args.program]
     for name in made:
         middle = statistics.median(times[name])
         result["sides"][name] = {"seconds": middle, "least": min(times[name]), "most": max(times[name]),
-                                 "tokens_per_second": (n_t if args.program == "train" else rows * args.new_tokens) / middle}
+                                 "tokens": computed[name], "tokens_per_second": computed[name] / middle, "rows_per_second": rows / middle}
         if args.program == "train":
-            result["sides"][name]["mfu"] = flops / middle / result["matmul"]
+            result["sides"][name]["mfu"] = flops / middle / matmul
     if args.peer:
         ratios = sorted(b / a for a, b in zip(times["plainvlm"], times["transformers"]))
         result["ratio"], result["ratio_spread"] = statistics.median(ratios), [ratios[0], ratios[-1]]
@@ -224,10 +300,26 @@ def compare(args):
     return result
 
 
+def size(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def flops_of(cfg, rows, T, supervised, pictures):
+    """Of a training step, as the docstring above counts them."""
+    d, v = cfg.decoder, cfg.vision
+    with torch.device("meta"):
+        vlm = VLM(cfg)
+    n_t, n_s, n_v, end = rows * T, rows * supervised, rows * pictures * (v.grid**2 + v.n_prefix), vlm.decoder.layers[-1]
+    late = size([*end.mlp.parameters(), *end.self_attn.o_proj.parameters()])
+    return (6 * ((size(vlm.decoder.layers.parameters()) - late) * n_t + (late + d.vocab_size * d.n_embd) * n_s) + 6 * d.n_layer * d.n_head * d.head_dim * T * n_t
+            + 2 * size(vlm.vision.blocks[: v.depth].parameters()) * n_v + 4 * (v.grid**2 + v.n_prefix) * v.n_embd * v.depth * n_v
+            + 6 * size(vlm.connector.parameters()) * rows * pictures * v.n_token)
+
+
 def memory_of(args, name):
     """Peak memory of a process that does nothing but two steps of one side."""
     flags = [x for key in ("preset", "peer", "rows", "words", "supervised", "pictures", "vocab", "layers", "dtype", "new_tokens", "threads", "device")
-             for x in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
+             for x in (f"--{key.replace('_', '-')}", str(getattr(args, key)))] + ["--precomputed" if args.precomputed else "--no-precomputed"]
     said = subprocess.run([sys.executable, __file__, args.program, *flags, "--side", name], capture_output=True, text=True)
     if said.returncode:
         raise UserError(f"the process that measures the memory of {name} failed: {said.stderr.strip().splitlines()[-1]}")
@@ -237,18 +329,30 @@ def memory_of(args, name):
 def alone(args):
     device = pick_device(args.device)
     (_, step), = sides(args, setting(args)[0], device).values()
-    before = int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
-    open("/proc/self/clear_refs", "w").write("5")                           # what was held for a moment while building does not count
-    step(), step()
-    peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+    before, peak = held_while(lambda: (step(), step()))
     print(json.dumps({"peak_bytes": peak, "step_bytes": peak - before}))
     return 0
 
 
+def held_while(work):
+    """Bytes that this process held before, and at most during work()."""
+    status = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                                     # what was held for a moment earlier does not count
+    work()
+    return before, status("VmHWM")
+
+
 def report(r):
     what = f"{r['rows']} records of {r['tokens']} tokens" + (f", {r['supervised']} supervised" if r["program"] == "train" else "")
-    print(f"{r['program']}: {r['preset']}, {r['parameters'] / 1e6:.1f}M parameters, vocabulary {r['vocab']:,}, {what}, {r['dtype']}{', compiled' if r['compile'] else ''}, "
+    if r["program"] == "mpo":
+        what = f"{r['rows']} pairs of {r['tokens'] - 2 * r['supervised']} tokens and {r['supervised']} each answer"
+    print(f"$ {r['command']}")
+    print(f"{r['program']}: {r['preset']}, {r['parameters'] / 1e6:.1f}M parameters, vocabulary {r['vocab']:,}, {what}, {r['dtype']}{', compiled' if r['compile'] else ''}{' here alone' if r['compile'] > r['compile_peer'] else ''}, "
           f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] > 1)}, torch {r['torch']}")
+    if r["program"] == "mpo":
+        print("tokens through a decoder: " + ", ".join(f"{s['tokens']:,} {name}" for name, s in r["sides"].items()))
     print(f"{'':14}{'ms':>9}{'least':>9}{'most':>9}{'tokens/s':>11}{'MFU':>7}{'peak MB':>9}{'step MB':>9}")
     for name, s in r["sides"].items():
         print(f"{name:14}{1e3 * s['seconds']:9.1f}{1e3 * s['least']:9.1f}{1e3 * s['most']:9.1f}{s['tokens_per_second']:11,.0f}"
@@ -257,43 +361,110 @@ def report(r):
         a, b = r["sides"]["plainvlm"], r["sides"]["transformers"]
         print(f"{r['ratio']:.2f} times as fast ({r['ratio_spread'][0]:.2f} to {r['ratio_spread'][1]:.2f})"
               + (f"; peak memory {a['peak_bytes'] / b['peak_bytes']:.2f}, of the step alone {a['step_bytes'] / b['step_bytes']:.2f} times" if "peak_bytes" in a else "")
-              + (f"; losses agree to {r['agreement']:.0e}" if r["program"] == "train" else f"; {r['agreement']:.0%} of the tokens are the same"))
-    print(f"a square matrix product: {r['matmul'] / 1e9:,.0f} GFLOP/s" + (f"; a step: {r['flops'] / 1e9:,.1f} GFLOP" if r["program"] == "train" else ""))
+              + (f"; losses agree to {r['agreement']:.0e}" if r["program"] != "sample" else f"; {r['agreement']:.0%} of the tokens are the same"))
+    print(f"a square matrix product: {r['matmul'] / 1e9:,.0f} GFLOP/s" + (f"; a step: {r['flops'] / 1e9:,.1f} GFLOP" if r["program"] == "train" else "")
+          + ("; on a GPU: not measured" if r["device"] == "cpu" else ""))
 
 
 def grow(args):
-    """A table and a plot of time and memory against one size; the power says how they grow: 1 is linear."""
+    """A table and a plot of time and memory against one size. The power says how they grow over the last two sizes: 1 is linear."""
     flag, values = GROW[args.grow]
     results = []
+    print(f"$ {args.command}\n{args.grow:>10}{'ms':>10}{'step MB':>10}{'tokens/s':>11}" + f"{'times the peer':>16}" * bool(args.peer), flush=True)
     for value in values:
         results.append(compare(argparse.Namespace(**vars(args) | {flag: value, "supervised": args.supervised or 16})))
         s = results[-1]["sides"]["plainvlm"]
-        print(f"{args.grow} {value:6}  {1e3 * s['seconds']:9.1f} ms  {s.get('step_bytes', 0) / 1e6:9,.0f} MB  {s['tokens_per_second']:9,.0f} tokens/s"
-              + (f"  {results[-1]['ratio']:.2f} times the peer" if args.peer else ""), flush=True)
-    for what in ("seconds", "step_bytes"):
+        print(f"{results[-1]['tokens'] if args.grow == 'length' else value:10,}{1e3 * s['seconds']:10.1f}{s.get('step_bytes', 0) / 1e6:10,.0f}{s['tokens_per_second']:11,.0f}"
+              + (f"{results[-1]['ratio']:16.2f}" if args.peer else ""), flush=True)
+    if args.grow == "length":                                               # of a whole record, its picture included
+        values = [r["tokens"] for r in results]
+    lines = {}
+    for name, what, unit, scale in ("time", "seconds", "ms", 1e3), ("memory", "step_bytes", "MB", 1e-6):
         ys = [r["sides"]["plainvlm"].get(what) for r in results]
-        if all(ys) and values[-2]:
-            print(f"{what} grows with {args.grow} to the power {math.log(ys[-1] / ys[-2]) / math.log(values[-1] / values[-2]):.2f} (last two)")
+        if all(ys):
+            lines[unit] = {side: [scale * r["sides"][side][what] for r in results] for side in results[0]["sides"]}
+            if values[-2]:
+                print(f"{name} grows with {args.grow} to the power {math.log(ys[-1] / ys[-2]) / math.log(values[-1] / values[-2]):.2f} (last two)")
     Path(f"{args.out}.json").write_text(json.dumps(results, indent=1))
-    plot(f"{args.out}.png", args.grow, values, {name: [r["sides"][name]["seconds"] for r in results] for name in results[0]["sides"]})
+    plot(f"{args.out}.png", args.grow, values, lines)
     return 0
 
 
-def plot(path, name, values, lines, width=640, height=400):
-    """Milliseconds a step against a size, both from 0: what is linear looks it."""
-    image = Image.new("RGB", (width, height), "white")
-    draw, most = ImageDraw.Draw(image), max(map(max, lines.values()))
-    x, y = lambda v: 64 + (width - 96) * v / values[-1], lambda s: height - 44 - (height - 84) * s / most
-    draw.line([(64, 40), (64, height - 44), (width - 32, height - 44)], fill="#999999")
-    for v in values:
-        draw.text((x(v), height - 36), f"{v:,}", fill="#555555", anchor="mt", font_size=13)
-    for part in (0.25, 0.5, 0.75, 1.0):
-        draw.text((58, y(part * most)), f"{1e3 * part * most:.0f}", fill="#555555", anchor="rm", font_size=13)
-    for (side, ys), color in zip(lines.items(), ("#1f6fb5", "#d6502b")):
-        draw.line([(x(v), y(s)) for v, s in zip(values, ys)], fill=color, width=2)
-        draw.text((x(values[-1]), y(ys[-1]) - 6), side, fill=color, anchor="rb", font_size=13)
-    draw.text((64, 14), f"ms a step against {name}", fill="#222222", font_size=14)
+def plot(path, name, values, panels, width=640, height=400):
+    """Time, and memory if it was measured, of a step against a size, all from 0: what is linear looks it."""
+    image = Image.new("RGB", (width * len(panels), height), "white")
+    draw = ImageDraw.Draw(image)
+    for left, (unit, lines) in zip(range(0, width * len(panels), width), panels.items()):
+        most = max(map(max, lines.values()))
+        x, y = lambda v: left + 64 + (width - 96) * v / values[-1], lambda s: height - 44 - (height - 84) * s / most
+        draw.line([(x(0), y(most)), (x(0), y(0)), (x(values[-1]), y(0))], fill="#999999")
+        for v in values:
+            draw.text((x(v), height - 36), f"{v:,}", fill="#555555", anchor="mt", font_size=13)
+        for part in (0.25, 0.5, 0.75, 1.0):
+            draw.text((x(0) - 6, y(part * most)), f"{part * most:.0f}", fill="#555555", anchor="rm", font_size=13)
+        for (side, ys), color in zip(lines.items(), ("#1f6fb5", "#d6502b")):
+            draw.line([(x(v), y(s)) for v, s in zip(values, ys)], fill=color, width=2)
+            draw.text((x(values[-1]), y(ys[-1]) - 6), side, fill=color, anchor="rb", font_size=13)
+        draw.text((x(0), 14), f"{unit} a step against {name}", fill="#222222", font_size=14)
     image.save(path)
+
+
+def data_path(args, pictures=16, some=96):
+    """One core: a long file is opened; `some` of its records are prepared, piece by piece, then as train.py's loader does; beside what a step takes."""
+    cfg, (rows, *_) = setting(args)
+    clock, took, tok, template = clock_of(args, torch.device("cpu")), {}, Tokenizer(TOY["llm"]), "vicuna_v1"
+
+    def timed(name, work, *given):
+        began = clock()
+        made = work(*given)
+        took[name] = took.get(name, 0.0) + clock() - began
+        return made
+
+    print(f"$ {args.command}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "long.jsonl"
+        draw_photos(folder, pictures)
+        said = [("human", "<image>\nWhat can be seen in this picture?"), ("gpt", "A dog lies on a lawn, and behind it stands a house. ")]
+        lines = "".join(json.dumps({"id": str(i), "image": f"{i % pictures}.jpg", "conversations": [
+            {"from": who, "value": text * (1 + i % 8 * (who == "gpt"))} for who, text in said]}) + "\n" for i in range(min(args.records, 1000)))
+        with open(file, "w") as f:
+            for _ in range(max(1, args.records // 1000)):
+                f.write(lines)
+        kept = []
+        before, most = held_while(lambda: kept.append(timed("open", Records, file, folder)))
+        records, opened, n_bytes = kept[0], took.pop("open"), file.stat().st_size
+        examples = Examples(records, tok, template, cfg.vision, cfg.image_mode, 10**6)
+        picked = [int(i) for i in np.linspace(0, len(records) - 1, some)]
+        for i in picked:
+            record = timed("find and parse the record", records.__getitem__, i)
+            image = timed("decode the JPEG", open_image, records.image_path(record["images"][0]))
+            _, layout = timed("pad and resize", cut_tiles, image, cfg.vision, cfg.image_mode)
+            tokens, _ = timed("tokenise", encode_conversation, tok, record["turns"], template, [len(layout)])
+        each = [timed("prepare", examples.__getitem__, i) for i in picked]
+        timed("batch", micro_batches, each, rows, tok.pad)
+    prepare = took.pop("prepare")
+    print(f"{len(records):,} records, {n_bytes / 1e6:,.0f} MB of JSONL: opened in {opened:.1f} s, {(most - before) / 1e6:,.0f} MB more held")
+    for name, seconds in took.items():
+        print(f"{name:28}{1e3 * seconds / some:9.3f} ms a record")
+    rate = some / (prepare + took["batch"])
+    print(f"{'all, as in training':28}{1e3 / rate:9.3f} ms a record: {rate:,.0f} records a second and core ({image.width}x{image.height} JPEG to {cfg.vision.image_size} px)")
+    result = {"command": args.command, "records": len(records), "open_seconds": opened, "open_bytes": most - before, "rate": rate,
+              "milliseconds": {name: 1e3 * seconds / some for name, seconds in took.items()}}
+    if args.preset in PRESETS:                                              # too large to be run here
+        flops = flops_of(cfg, *setting(args)[1][:1], cfg.vision.n_token + setting(args)[1][1], setting(args)[1][2], 1) / rows
+        print(f"a record of {args.preset} is {flops / 1e12:.1f} TFLOP: one core keeps up with a GPU that does {rate * flops / 1e12:,.0f} TFLOP/s of them (computed); its step: not measured")
+        return result | {"flops": flops}
+    step = compare(argparse.Namespace(**vars(args) | {"program": "train", "peer": "", "memory": False}))["sides"]["plainvlm"]
+    print(f"a training step of {args.preset} takes {step['rows_per_second']:,.1f} records a second and core: {rate / step['rows_per_second']:.1f} times that is ready. On a GPU: not measured")
+    return result | {"step_rate": step["rows_per_second"], "times": rate / step["rows_per_second"]}
+
+
+def draw_photos(folder, n, w=640, h=480):
+    """JPEGs as large as COCO's, soft shapes with grain: flat drawings would be decoded faster than photos are."""
+    draw = np.random.default_rng(0)
+    for i in range(n):
+        soft = Image.fromarray(draw.integers(0, 256, (h // 32, w // 32, 3), dtype=np.uint8)).resize((w, h), Image.BICUBIC)
+        Image.fromarray((np.asarray(soft) + draw.normal(0, 8, (h, w, 1))).clip(0, 255).astype(np.uint8)).save(Path(folder) / f"{i}.jpg", quality=90)
 
 
 if __name__ == "__main__":

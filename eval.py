@@ -235,8 +235,8 @@ class Model:
             raise UserError(f"--likelihood: {wrong[0]!r} is not one token of {self.tok.path}; use --no-likelihood")
         tokens, lengths, pictures = self.batch(encoded)
         cache = self.vlm.decoder.new_cache(*tokens.shape)
-        h, begun = self.vlm.prefill(tokens, cache=cache, **pictures)        # (B, T - begun, D)
-        logits = self.vlm.decoder.lm_head(h[torch.arange(len(lengths)), torch.tensor(lengths) - 1 - begun]).float()
+        h = self.vlm.prefill(tokens, cache=cache, lengths=torch.tensor(lengths, device=self.device), **pictures)         # (B, D)
+        logits = self.vlm.decoder.lm_head(h).float()
         p = logits[:, [i for i, in ids]].softmax(-1).cpu()                  # (B, candidates): the rest of the vocabulary divides out
         return [(candidates[int(row.argmax())], [round(x, 6) for x in row.tolist()]) for row in p]
 

@@ -143,14 +143,14 @@ class VLM(nn.Module):
         layout (M, 2), which picks the visual tokens from their features (vision.cut_tiles; None: all features in their order).
         The loss is the mean over supervised tokens. ValueError when runs and pictures differ, or nothing is supervised.
         """
-        h = self.decoder(self.embed(tokens, pixels, layout))                # (B, T, D)
+        x = self.embed(tokens, pixels, layout)                              # (B, T, D)
         if labels is None:
-            return self.decoder.lm_head(h)                                  # (B, T, V)
-        target = labels[:, 1:]                                              # position t predicts token t + 1
-        keep = target != IGNORE
-        if not keep.any():
+            return self.decoder.lm_head(self.decoder(x))                    # (B, T, V)
+        target = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()       # (B T,): position t predicts token t + 1
+        rows = (target != IGNORE).nonzero()[:, 0]
+        if not len(rows):
             raise ValueError("no supervised token in the batch: its loss would be 0/0; check the labels (python data.py show)")
-        return head_loss(h[:, :-1][keep], self.decoder.lm_head.weight, target[keep]) / keep.sum()
+        return head_loss(self.decoder(x, rows=rows), self.decoder.lm_head.weight, target[rows]) / len(rows)
 
     def embed(self, tokens, pixels, layout=None):
         """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S), (M, 2) -> (B, T, D)."""
@@ -210,8 +210,7 @@ class VLM(nn.Module):
         stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
         draw = torch.Generator(device).manual_seed(seed) if seed is not None else None
         cache = self.decoder.new_cache(B, longest)
-        h, begun = self.prefill(tokens, pixels, cache, shared, layout)
-        h = h[torch.arange(B, device=device), pos - 1 - begun]              # (B, D) at each row's last prompt token
+        h = self.prefill(tokens, pixels, cache, pos, shared, layout)        # (B, D) at each row's last prompt token
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             logits = self.decoder.lm_head(h).float()                        # (B, V)
@@ -225,19 +224,21 @@ class VLM(nn.Module):
             h = self.decoder(x, cache=cache, pos=pos, end=T + step + 1)[:, 0]
             pos = pos + 1
 
-    def prefill(self, tokens, pixels, cache, shared=None, layout=None):
-        """Fill the cache with the prompts (B, T) -> h (B, T - begun, D), begun. Padding writes rows that are overwritten unseen."""
+    def prefill(self, tokens, pixels, cache, lengths, shared=None, layout=None):
+        """Fill the cache with the prompts (B, T) -> h (B, D) at the last token of each, of `lengths` (B,). Padding writes rows that are overwritten unseen."""
+        (B, T), last = tokens.shape, lengths - 1
         if shared is None:
-            return self.decoder(self.embed(tokens, pixels, layout), cache=cache), 0
-        (B, T), shared = tokens.shape, torch.as_tensor(shared, device=tokens.device)
+            return self.decoder(self.embed(tokens, pixels, layout), cache=cache, rows=torch.arange(B, device=tokens.device) * T + last)
+        shared = torch.as_tensor(shared, device=tokens.device)
         begun = int((tokens[0] == self.cfg.image_token).nonzero()[-1]) + 1  # one past the last picture, the same in all rows
         first = [int((shared == i).nonzero()[0]) for i in range(int(shared.max()) + 1)]      # a row of each beginning
         few = self.decoder.new_cache(len(first), begun)
-        self.decoder(self.embed(tokens[first, :begun], pixels, layout), cache=few)
+        self.decoder(self.embed(tokens[first, :begun], pixels, layout), cache=few, rows=last[:0])            # of these the cache alone is wanted
         for layer, once in zip(cache, few):
             layer[:, :, :, :begun] = once[:, shared]
         x = self.embed(tokens[:, begun:], None)                             # (B, T - begun, D)
-        return self.decoder(x, cache=cache, pos=torch.full((B,), begun, device=tokens.device), end=T), begun
+        rows = torch.arange(B, device=tokens.device) * (T - begun) + last - begun
+        return self.decoder(x, cache=cache, pos=torch.full((B,), begun, device=tokens.device), end=T, rows=rows)
 
     def set_image_mode(self, mode, **choices):
         """How pictures become tiles from now on; `choices` are fields of vision.Tiling. A row-end embedding comes with the modes that want one."""
@@ -325,8 +326,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
-    def forward(self, x, cache=None, pos=None, end=None, at=None, mask=None):
+    def forward(self, x, cache=None, pos=None, end=None, at=None, mask=None, rows=None):
         """(B, T, D) embeddings -> (B, T, D) ready for lm_head, causally; or at the positions `at` (B, T) and seeing what `mask` (B, 1, T, T) lets.
+        `rows` (n,), of the B T ones: -> (n, D), and the last block is spared what it would compute for the others after they were attended to.
 
         With a cache and no `pos`: positions 0..T-1 are computed and remembered. With `pos` (B,): each row's tokens stand from its own
         position on and see its cache up to themselves; `end` bounds all positions so that the unused tail is not read.
@@ -335,10 +337,8 @@ class Decoder(nn.Module):
             at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None] + torch.arange(x.shape[1], device=x.device)     # (1 or B, T)
         rope, mask = rotary(at, self.cfg), mask if pos is None else (torch.arange(end, device=x.device) <= at[:, :, None])[:, None]           # (B, 1, T, end)
         for i, layer in enumerate(self.layers):
-            if i < self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, None, None, mask, use_reentrant=False)
-            else:
-                x = layer(x, rope, None if cache is None else cache[i], None if pos is None else at, mask)
+            given = (x, rope, None if cache is None else cache[i], None if pos is None else at, mask, rows if i + 1 == len(self.layers) else None)
+            x = checkpoint(layer, *given, use_reentrant=False) if i < self.recompute and torch.is_grad_enabled() else layer(*given)
         return self.norm(x)
 
     def new_cache(self, B, length):
@@ -355,8 +355,9 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = SwiGLU(cfg)
 
-    def forward(self, x, rope, cache, pos, mask):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, pos, mask)
+    def forward(self, x, rope, cache, pos, mask, rows=None):
+        y = self.self_attn(self.input_layernorm(x), rope, cache, pos, mask, rows)
+        x = y + (x if rows is None else x.flatten(0, 1).index_select(0, rows))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -371,18 +372,19 @@ class CausalAttention(nn.Module):
         self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
 
-    def forward(self, x, rope, cache, pos, mask):                           # (B, T, D)
+    def forward(self, x, rope, cache, pos, mask, rows=None):                # (B, T, D) -> the same, or (n, D)
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)                           # (B, H, T, d), (B, H_kv, T, d)
         if cache is not None and pos is None:
             cache[0, :, :, :T], cache[1, :, :, :T] = k, v
         elif cache is not None:
-            rows = torch.arange(B, device=x.device)[:, None]                # pos is (B, T) here
-            cache[0, rows, :, pos], cache[1, rows, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+            each = torch.arange(B, device=x.device)[:, None]                # pos is (B, T) here
+            cache[0, each, :, pos], cache[1, each, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
             k, v = cache[0, :, :, : mask.shape[-1]], cache[1, :, :, : mask.shape[-1]]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y if rows is None else y.flatten(0, 1).index_select(0, rows))
 
 
 class SwiGLU(nn.Module):

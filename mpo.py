@@ -146,9 +146,10 @@ def log_probs(vlm, batch, seen=None, rows=1024):
     part, keep = batch["part"], batch["labels"] != IGNORE                                    # (B, T)
     now = torch.arange(part.shape[1], device=part.device)
     mask = (now[:, None] >= now) & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))      # (B, T, T)
-    h = vlm.decoder(vlm.embed(batch["tokens"], batch["pixels"] if seen is None else seen, batch["layout"]), at=batch["at"], mask=mask[:, None])
     row = keep.nonzero()[:, 0]
-    h, y, slot = h[row, batch["source"][keep]], batch["labels"][keep], 2 * row + (part[keep] == REJECTED)
+    x = vlm.embed(batch["tokens"], batch["pixels"] if seen is None else seen, batch["layout"])
+    h = vlm.decoder(x, at=batch["at"], mask=mask[:, None], rows=row * part.shape[1] + batch["source"][keep])
+    y, slot = batch["labels"][keep], 2 * row + (part[keep] == REJECTED)
     one = lambda h, y: -F.cross_entropy(vlm.decoder.lm_head(h).float(), y, reduction="none")
     many = len(y) > rows and torch.is_grad_enabled()
     s = torch.cat([checkpoint(one, *some, use_reentrant=False) if many else one(*some) for some in zip(h.split(rows), y.split(rows))])
@@ -191,12 +192,16 @@ class PairExamples(Dataset):
                 raise UserError(reason) from None
             return {"skipped": reason, "index": i}
         pixels, layout = join(pictures or [no_picture(self.vision_cfg.image_size)])
-        p, c, r = len(prefix), len(chosen), len(rejected)
-        at = [*range(p + c), *range(p, p + r)]                             # the rejected answer stands where the chosen one does
-        before = [*range(-1, p + c - 1), p - 1, *range(p + c, p + c + r - 1)]                # the row that predicts each token
-        return {"tokens": torch.tensor(prefix + chosen + rejected), "labels": torch.tensor([IGNORE] * p + chosen + rejected), "at": torch.tensor(at),
-                "source": torch.tensor(before).clamp(min=0), "part": torch.tensor([PREFIX] * p + [CHOSEN] * c + [REJECTED] * r),
-                "pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+        return pair_row(prefix, chosen, rejected) | {"pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+
+
+def pair_row(prefix, chosen, rejected):
+    """Three lists of ids -> one row of all: tokens, labels, their positions, the row that predicts each, the part it belongs to; (T,) each."""
+    p, c, r = len(prefix), len(chosen), len(rejected)
+    at = [*range(p + c), *range(p, p + r)]                                 # the rejected answer stands where the chosen one does
+    before = [*range(-1, p + c - 1), p - 1, *range(p + c, p + c + r - 1)]
+    return {"tokens": torch.tensor(prefix + chosen + rejected), "labels": torch.tensor([IGNORE] * p + chosen + rejected), "at": torch.tensor(at),
+            "source": torch.tensor(before).clamp(min=0), "part": torch.tensor([PREFIX] * p + [CHOSEN] * c + [REJECTED] * r)}
 
 
 def encode_pair(tok, question, chosen, rejected, template, n_visual):
