@@ -1,6 +1,6 @@
-"""The toy's own CLIP and Vicuna, from nothing: what LLaVA starts from, at a size that a laptop trains in two hours.
+"""The toy's own CLIP, Vicuna and connector, from nothing: what LLaVA's second stage starts from, at a size that a laptop trains in two hours.
 
-    python lab.py ingredients                   # writes assets/toy-clip and assets/toy-vicuna
+    python lab.py ingredients                   # writes assets/toy-clip, assets/toy-vicuna and assets/toy-connector
     python lab.py hd                            # pictures of one tile and of several, three seeds, one table
     python lab.py tile-speed                    # training tokens/s with tiles and without
     python lab.py mpo                           # preference learning in miniature: finetune, pairs, every loss, three seeds, one table
@@ -18,8 +18,10 @@ toy-vicuna  A Llama that has never seen a picture, trained on pictures that are 
             answers. So it knows words, counting and space, and all that is left for the connector is to turn patches into such words.
             (A real Vicuna learned from text alone, and LLaVA shows it 1.2 million pictures before it reads them well.)
 
+toy-connector   LLaVA's first stage between the two (train.py --stage pretrain): the connector alone, on detailed descriptions.
+
 No (kind, color) pair of toyworld.UNSEEN is ever drawn. toy-vicuna has read of them, as any language model has of blue cats: without that it
-took them for impossible and did not find them even when told; toy-clip and the finetune meet them in held-out pictures only.
+took them for impossible and did not find them even when told; toy-clip, toy-connector and the finetune have never met them.
 
 hd          The toy world with words that one tile of 96 px cannot show, trained with `pad`, with LLaVA-1.5-HD's tiles, and with these but
             without the global view, at the same budget of training tokens: held-out accuracy, mean and standard deviation over seeds
@@ -36,6 +38,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -45,6 +48,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import mpo
@@ -65,11 +69,12 @@ NOTHING, UNSURE = -1, -2                         # of a patch that shows none of
 def main(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("what", choices=["ingredients", "hd", "tile-speed", "mpo"],
-                     help="ingredients: make toy-clip and toy-vicuna; the others: see above")
+                     help="ingredients: make toy-clip, toy-vicuna and toy-connector; the others: see above")
     cli.add_argument("--out", default="", help="folder to write to (default assets, of hd out/hd, of mpo out/lab-mpo)")
     cli.add_argument("--clip-steps", type=int, default=3000, help="steps of 48 pictures (default 3000)")
     cli.add_argument("--vicuna-steps", type=int, default=5500, help="steps of 32 texts (default 5500)")
-    cli.add_argument("--only", default="", choices=["", "clip", "vicuna"], help="make one of the two")
+    cli.add_argument("--connector-steps", type=int, default=1500, help="steps of 16 pictures (default 1500)")
+    cli.add_argument("--only", default="", choices=["", "clip", "vicuna", "connector"], help="make one of the three")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
     cli.add_argument("--tokens", type=int, default=3_000_000, help="hd: training tokens of each run (default 3000000)")
     cli.add_argument("--seeds", type=int, default=3, help="hd, mpo: runs of each kind (default 3)")
@@ -95,6 +100,8 @@ def main(argv=None):
         make_clip(out, cfg)
     if cfg.only in ("", "vicuna"):
         make_vicuna(out, cfg)
+    if cfg.only in ("", "connector"):
+        make_connector(out, cfg)
 
 
 # ---- toy-clip ----------------------------------------------------------------------------------------------------------
@@ -410,6 +417,19 @@ def told(decoder, tok, n=64):
         answers = [[i for i in labels if i != IGNORE] for _, labels, _ in lessons]
         wins[category] = sum(is_right(tok.decode(g[:-1]), tok.decode(a[:-1])) for g, a in zip(guesses, answers)) / len(answers)
     return wins
+
+
+# ---- toy-connector ------------------------------------------------------------------------------------------------------
+
+
+def make_connector(out, cfg):
+    """LLaVA's first stage, of which only the connector is kept, as LLaVA publishes its own."""
+    with tempfile.TemporaryDirectory() as made:
+        train.main([str(word) for word in ("--stage", "pretrain", "--vision", out / "toy-clip", "--llm", out / "toy-vicuna", "--out", made, "--seed", cfg.seed,
+                                           "--max-steps", cfg.connector_steps, "--dtype", "bfloat16", "--eval-every", 0, "--save-every", 0, "--no-final-eval")])
+        tensors = {name: t for name, t in load_file(Path(made) / "model.safetensors").items() if "multi_modal_projector" in name}
+        write_model(out / "toy-connector", tensors, json.loads((Path(made) / "config.json").read_text()))
+    print(f"toy-connector: now in {out / 'toy-connector'}")
 
 
 # ---- hd ----------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ UNSEEN = {("cat", "blue"), ("fish", "red"), ("bird", "white"), ("tree", "orange"
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")    # of the template vicuna_v1
-DETAIL = "Describe the image in detail."
+DETAIL = "Give a detailed description of the image."
 CAPTION = "Provide a one-sentence caption for the provided image."
 BRIEF = ("Provide a brief description of the given image.", "Give a short and clear explanation of the image.",
          "Describe the image concisely.", "Write a terse but informative summary of the picture.")
@@ -492,8 +492,7 @@ def make_picture(job):
     rng.shuffle(turns)
     turns.append(("detail", DETAIL, describe(scene)))                        # last, so that no answer can be copied from it
     pairs = [(question.removesuffix("\n" + SHORT) if rng.random() < 0.25 else question, answer) for _, question, answer in turns]  # as people ask, too
-    brief = [(rng.choice(BRIEF), caption(scene))]
-    return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, brief)
+    return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, pairs[-1:])
 
 def record(id, image, pairs):
     turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]

@@ -127,8 +127,8 @@ class TrainConfig:
 # What a preset changes, by (model, stage); a flag on the command line still wins. llava-1.5 has the published values.
 TOY = dict(vision=str(HERE / "assets/toy-clip"), llm=str(HERE / "assets/toy-vicuna"))
 RECIPES = {
-    ("toy", "pretrain"): TOY | dict(lr=2e-3, batch_size=32, max_steps=150),
-    ("toy", "finetune"): TOY | dict(lr=3e-4, lr_connector=5e-3, batch_size=16, max_steps=420),
+    ("toy", "pretrain"): TOY | dict(lr=1e-2, batch_size=16, max_steps=1500, template="vicuna_v1"),         # its decoder knows no other
+    ("toy", "finetune"): TOY | dict(projector=str(HERE / "assets/toy-connector"), lr=3e-4, lr_connector=5e-3, batch_size=16, max_steps=420),
     ("photo", "finetune"): dict(lr=1e-3, batch_size=64, max_steps=3000, split_questions=True, eval_every=500, save_every=500),
     ("llava-1.5-7b", "pretrain"): dict(lr=1e-3, batch_size=256, clip=math.inf, image_mode="crop", max_length=2048, token_budget=16384, compile=True),
     ("llava-1.5-7b", "finetune"): dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048, token_budget=8192, compile=True),
@@ -331,15 +331,20 @@ def parse(argv=None):
 
 
 def recipe_of(argv):
-    """What the flags --model, --stage, --epochs and --from-scratch change in the defaults of others."""
+    """What some flags change in the defaults of others."""
     peek = argparse.ArgumentParser(add_help=False)                          # the flags that decide on the defaults of others
     peek.add_argument("--model", default="toy")
     peek.add_argument("--stage", default="finetune")
     peek.add_argument("--epochs")
     peek.add_argument("--from-scratch", "--from_scratch", action="store_true")
+    for flag in "--vision", "--llm", "--image-mode", "--image_mode":
+        peek.add_argument(flag)
     choice, _ = peek.parse_known_args(argv)
-    recipe = RECIPES.get((choice.model, choice.stage), {})
-    return recipe | (dict(vision="", llm="") if choice.from_scratch else {}) | (dict(max_steps=0) if choice.epochs else {})
+    recipe = RECIPES.get((choice.model, choice.stage), {}) | (dict(max_steps=0) if choice.epochs else {})
+    if choice.from_scratch:
+        return recipe | dict(vision="", llm="", projector="")
+    other = choice.vision or choice.llm or choice.image_mode == "internvl"  # the connector was made for none of these
+    return recipe | (dict(projector="") if other else {})
 
 
 def read_flags(cli, Config, recipe, argv):

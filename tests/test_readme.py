@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.startswith("python ")]
 SHORTER = {                                                                 # what takes minutes takes a few steps here
     "train.py": ["--max-steps", "2", "--eval-every", "2", "--eval-limit", "12", "--workers", "0"],
-    "lab.py": ["--clip-steps", "2", "--vicuna-steps", "2", "--out", "made"],
+    "lab.py": ["--clip-steps", "2", "--vicuna-steps", "2", "--connector-steps", "2", "--out", "made"],
     "toyworld.py": ["--train", "32", "--val", "8", "--out", "small"],
 }
 
