@@ -276,7 +276,7 @@ def hello_picture():
     """The picture of the README's first question; a scene as in training."""
     ball = Thing("ball", "blue", "small", "top right", (.70, .10, .90, .30))
     cat = Thing("cat", "red", "big", "left", (.10, .35, .40, .65))
-    return draw(Scene("meadow", (ball, cat), Sign("OPEN", "bottom right", (.55, .70, .95, .90))), 480)
+    return draw(Scene("meadow", (ball, cat), Sign("EXIT", "bottom right", (.55, .70, .95, .90))), 480)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------
