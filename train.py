@@ -117,7 +117,7 @@ class TrainConfig:
     dtype: str = arg("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
     weights: str = arg("float32", "float32, or bfloat16: what that cuts off is kept beside the optimizer, so that no small step is lost")
     recompute: int = arg(0, "blocks of the decoder, from the first, that keep no activations but compute them twice: less memory, more time")
-    compile: bool = arg(False, "torch.compile the blocks: a minute first, then faster")
+    compile: bool = arg(False, "torch.compile the blocks: a minute or two first, then faster")
     shard: bool = arg(False, "under torchrun: FSDP2, weights and optimizer in shares; --no-shard: DDP, each process has all of them")
     cache_features: float = arg(0.0, "GB at most for the frozen towers' features of all records, computed once and kept in --out; 0: none are kept")
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
@@ -248,13 +248,13 @@ def fit(cfg, lesson=None):
             if step % cfg.log_every == 0 or step in (first + 1, steps):
                 bar.write(f"step {step:5d}/{steps}  {said}  lr {lr:.2e}  {rate}  {bar.format_interval(left)} left")
             if looks and cfg.eval_every and (step % cfg.eval_every == 0 or step == steps):
-                vlm.eval()
-                val_loss, shuffled = held_out_loss(vlm, looks, device), held_out_loss(vlm, looks, device, shuffled=True)
+                with as_written(vlm, cfg):
+                    val_loss, shuffled = held_out_loss(vlm, looks, device), held_out_loss(vlm, looks, device, shuffled=True)
+                    said = sample_answers(vlm, tok, questions, step, device)
                 log.write(json.dumps({"step": step, "val_loss": val_loss, "val_loss_shuffled": shuffled}) + "\n")
                 bar.write(f"held-out loss {val_loss:.4f}, with pictures shuffled {shuffled:.4f}"
                           + (": the model makes no use of the pictures" if shuffled < 1.01 * val_loss and any(len(m["pixels"]) for m in looks) else "")
-                          + "\n" + sample_answers(vlm, tok, questions, step, device))
-                vlm.train()
+                          + "\n" + said)
             if rank() == 0 and (step % 50 == 0 or step == steps or halt):
                 draw_curve(out / "loss.png", out / "log.jsonl")
                 lesson.draw(out)
@@ -273,9 +273,9 @@ def fit(cfg, lesson=None):
           + (f"; {len(still)} trainable tensors never got a gradient, such as {still[0]}" if still else ""))
     save_model(out, vlm, tok)
     if questions and cfg.final_eval:
-        vlm.eval()
         every = math.ceil(len(questions) / cfg.eval_limit) if cfg.eval_limit > 0 else 1
-        examine(vlm, tok, questions[::every], out, device)
+        with as_written(vlm, cfg):
+            examine(vlm, tok, questions[::every], out, device)
     print(f"the model is in {out}; ask it: python sample.py --model {out} --image FILE --prompt TEXT")
     return 0
 
@@ -919,6 +919,15 @@ def catch_ctrl_c():
 
 
 # ---- held-out questions ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_written(vlm, cfg):
+    """Inside, the model neither trains nor is compiled: to look and to answer would take five more graphs, as long to make as those of training."""
+    vlm.eval()
+    with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
+        yield
+    vlm.train()
 
 
 def read_held_out(cfg, vlm, tok, n=128, size=32):
