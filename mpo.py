@@ -46,10 +46,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import model
-from data import (IGNORE, Mixture, Records, cut_at_stop, encode_conversation, encode_prompt, find_template, no_picture, open_records, parse_args,
-                  run, stop_ids)
+from data import IGNORE, Mixture, Records, encode_conversation, encode_prompt, find_template, no_picture, open_records, parse_args, run
 from model import PRESETS, write_whole
-from train import Flags, TrainConfig, arg, build, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device, precision, read_flags
+from train import (Flags, TrainConfig, arg, build, complete, few, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device, precision,
+                   read_flags, text_of)
 from vision import MODES, UserError, cut_tiles, join, open_image
 
 
@@ -141,7 +141,8 @@ def log_probs(vlm, batch, seen=None, rows=1024):
     """A batch of pairs -> s (B, 2) float32, n (B, 2): sums of log-probabilities and numbers of tokens of chosen and rejected answers.
 
     Prompt, picture and padding count zero. The head is run on answer tokens only, `rows` of them at a time, each time once more on
-    the way back: no more than (rows, V) logits exist at any moment. `seen`: the pictures' vlm.features, if they are known.
+    the way back: no more than (rows, V) logits exist at any moment. (model.head_loss makes its gradient on the way there, when it
+    is not yet known how much each answer weighs in L.) `seen`: the pictures' vlm.features, if they are known.
     """
     part, keep = batch["part"], batch["labels"] != IGNORE                                    # (B, T)
     now = torch.arange(part.shape[1], device=part.device)
@@ -320,8 +321,7 @@ class Pairs:
         return PairFiles(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
 
     def blame(self, net, micro, autocast):
-        everyone = [name for m in micro for name in m["ids"]]
-        return ", ".join(everyone[:8]) + (f" and {len(everyone) - 8} more" if len(everyone) > 8 else "")
+        return few([name for m in micro for name in m["ids"]])
 
     def backward(self, net, micro, autocast):
         """Add the gradient of L over all pairs of a step; -> L (None: no pair could be used), what the log should hold."""
@@ -557,27 +557,11 @@ def worked(question, n_image, prompt):
     return "<image>\n" * (n_image == 1) + PROMPTS[prompt].replace("{question}", text)
 
 
-def complete(vlm, tok, rows, cfg, seed):
-    """[(prompt ids, pictures), ...] -> [(new ids without the stop, whether it ended by itself, tokens generated), ...]; cfg.batch_size rows at a time."""
-    done, stop, device = [], stop_ids(tok, vlm.cfg.template), vlm.decoder.lm_head.weight.device
-    for at in range(0, len(rows), cfg.batch_size):
-        some = rows[at : at + cfg.batch_size]
-        lengths, pictures = [len(ids) for ids, _ in some], [picture for _, pictures in some for picture in pictures]
-        tokens = torch.tensor([ids + [tok.pad] * (max(lengths) - len(ids)) for ids, _ in some], device=device)
-        room = min(cfg.max_new_tokens, vlm.cfg.decoder.block_size - max(lengths))
-        pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
-        new = vlm.generate(tokens, pixels, room, cfg.temperature, cfg.top_p, cfg.top_k, lengths, seed + at, stop, layout=layout)
-        for ids in new.tolist():
-            end = next((k for k, t in enumerate(ids) if t in stop), None)
-            done.append((ids[:end], end is not None, len(ids) if end is None else end + 1))
-    return done
-
-
-def text_of(tok, template, ids, ended):
-    """-> text, whether it is whole. Some templates end an answer by a string and not by a token."""
-    text = tok.decode(ids)
-    said = cut_at_stop(text, template)
-    return said.strip(), ended or said != text
+def draw_answers(vlm, tok, rows, cfg, seed):
+    """train.complete, cfg.batch_size rows at a time."""
+    cuts = range(0, len(rows), cfg.batch_size)
+    return [row for at in cuts for row in complete(vlm, tok, rows[at : at + cfg.batch_size], cfg.max_new_tokens, temperature=cfg.temperature,
+                                                   top_p=cfg.top_p, top_k=cfg.top_k, seed=seed + at)]
 
 
 def pairs_by_correctness(vlm, tok, asked, cfg, seed):
@@ -587,7 +571,7 @@ def pairs_by_correctness(vlm, tok, asked, cfg, seed):
         q["prompt"] = worked(q["question"], len(q["paths"]), cfg.prompt)
         ready.append(encode_asked(vlm, tok, q["prompt"], q["paths"], cfg))
     rows = [row for row in ready if not isinstance(row, str) for _ in range(cfg.samples)]
-    said = iter(complete(vlm, tok, rows, cfg, seed))
+    said = iter(draw_answers(vlm, tok, rows, cfg, seed))
     for q, row in zip(asked, ready):
         count, right, wrong = Counter(), {}, {}
         if isinstance(row, str):
@@ -620,7 +604,7 @@ def pairs_by_dropout(vlm, tok, asked, cfg, seed):
     """DropoutNTP: keep the first words of an answer that was given with the picture, and complete it without -> [(pairs, counts)]"""
     form, results, with_picture = vlm.cfg.template, [], []
     ready = [encode_asked(vlm, tok, q["question"], q["paths"], cfg) for q in asked]
-    said = iter(complete(vlm, tok, [row for row, q in zip(ready, asked) if q["chosen"] is None and not isinstance(row, str)], cfg, seed))
+    said = iter(draw_answers(vlm, tok, [row for row, q in zip(ready, asked) if q["chosen"] is None and not isinstance(row, str)], cfg, seed))
     for q, row in zip(asked, ready):             # the chosen answers: those of the file, else the model's own
         ids, ended, n = (row, True, 0) if isinstance(row, str) else next(said) if q["chosen"] is None else (None, True, 0)
         text, whole = (q["chosen"] or "", True) if ids is None else ("", True) if isinstance(ids, str) else text_of(tok, form, ids, ended)
@@ -637,7 +621,7 @@ def pairs_by_dropout(vlm, tok, asked, cfg, seed):
         ids = tok.encode(lead + begin, dummy_prefix=False) if begin else []
         opened.append((begin, ids))
         rows.append((blind[0] + ids, blind[1]))
-    said = iter(complete(vlm, tok, rows, cfg, seed + 2**31))
+    said = iter(draw_answers(vlm, tok, rows, cfg, seed + 2**31))
     for q, row, (text, whole, n), start in zip(asked, ready, with_picture, opened):
         count, made, why = Counter({"questions": 1, "tokens": n}), [], row if isinstance(row, str) else ""
         if start is None:

@@ -3,7 +3,7 @@
     --stage pretrain    the connector alone learns to caption: it aligns the tower's features with the decoder's words
     --stage finetune    connector and decoder learn to follow instructions about pictures; the tower stays frozen
 
-    L = - sum_t log p(token_t | picture, tokens before t) / n         t over the n supervised tokens of the whole step
+    L = - sum_t log p(token_t | picture, tokens before t) / n         arXiv:2304.08485, Eq. 3; t over the n supervised tokens of the whole step
 
 The division happens once per step: micro-batches hold unequal numbers of supervised tokens, and the mean of their means would weigh
 short answers more. (The original averages the means; so its loss curves differ a little from ours at equal data.)
@@ -118,7 +118,7 @@ class TrainConfig:
     dtype: str = arg("auto", "float32, bfloat16 (autocast) or auto: bfloat16 on a GPU, float32 on a CPU")
     weights: str = arg("float32", "float32, or bfloat16: what that cuts off is kept beside the optimizer, so that no small step is lost")
     recompute: int = arg(0, "blocks of the decoder, from the first, that keep no activations but compute them twice: less memory, more time")
-    compile: bool = arg(False, "torch.compile the blocks: a minute first, then faster")
+    compile: bool = arg(False, "torch.compile the blocks: a minute or two first, then faster")
     shard: bool = arg(False, "under torchrun: FSDP2, weights and optimizer in shares; --no-shard: DDP, each process has all of them")
     cache_features: float = arg(0.0, "GB at most for the frozen towers' features of all records, computed once and kept in --out; 0: none are kept")
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
@@ -180,7 +180,7 @@ def fit(cfg, lesson=None):
     freeze(vlm, cfg, checkpoint)
     vlm.to(device).train()
     questions, looks = read_held_out(cfg, vlm, tok) if cfg.val else ([], [])
-    first, steps = state["step"], cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+    first, steps = state["step"], n_step(cfg, records)
     lesson = lesson(cfg, records, vlm, tok, device, state)
     count = lambda ps: f"{sum(p.numel() for p in ps) / 1e6:.2f}M"
     print(f"{count(p for p in vlm.parameters() if p.requires_grad)} of {count(vlm.parameters())} parameters train, on {len(records):,} records, {steps:,} steps of {cfg.batch_size}", flush=True)
@@ -249,13 +249,13 @@ def fit(cfg, lesson=None):
             if step % cfg.log_every == 0 or step in (first + 1, steps):
                 bar.write(f"step {step:5d}/{steps}  {said}  lr {lr:.2e}  {rate}  {bar.format_interval(left)} left")
             if looks and cfg.eval_every and (step % cfg.eval_every == 0 or step == steps):
-                vlm.eval()
-                val_loss, shuffled = held_out_loss(vlm, looks, device), held_out_loss(vlm, looks, device, shuffled=True)
+                with as_written(vlm, cfg):
+                    val_loss, shuffled = held_out_loss(vlm, looks, device), held_out_loss(vlm, looks, device, shuffled=True)
+                    said = sample_answers(vlm, tok, questions, step)
                 log.write(json.dumps({"step": step, "val_loss": val_loss, "val_loss_shuffled": shuffled}) + "\n")
                 bar.write(f"held-out loss {val_loss:.4f}, with pictures shuffled {shuffled:.4f}"
                           + (": the model makes no use of the pictures" if shuffled < 1.01 * val_loss and any(len(m["pixels"]) for m in looks) else "")
-                          + "\n" + sample_answers(vlm, tok, questions, step, device))
-                vlm.train()
+                          + "\n" + said)
             if rank() == 0 and (step % 50 == 0 or step == steps or halt):
                 draw_curve(out / "loss.png", out / "log.jsonl")
                 lesson.draw(out)
@@ -274,9 +274,9 @@ def fit(cfg, lesson=None):
           + (f"; {len(still)} trainable tensors never got a gradient, such as {still[0]}" if still else ""))
     save_model(out, vlm, tok)
     if questions and cfg.final_eval:
-        vlm.eval()
         every = math.ceil(len(questions) / cfg.eval_limit) if cfg.eval_limit > 0 else 1
-        examine(vlm, tok, questions[::every], out, device)
+        with as_written(vlm, cfg):
+            examine(vlm, tok, questions[::every], out)
     print(f"the model is in {out}; ask it: python sample.py --model {out} --image FILE --prompt TEXT")
     return 0
 
@@ -547,18 +547,25 @@ class SplitAdamW(torch.optim.Optimizer):
                     p.copy_(upper.to(torch.int16).view(torch.bfloat16))
 
 
+def lr_of(part, cfg):
+    return {"connector": cfg.lr_connector, "vision": cfg.lr_vision}.get(part) or cfg.lr
+
+
 def make_optimizer(vlm, cfg):
     """AdamW; each part with its learning rate as a share of --lr, weight decay on matrices only."""
     groups = {}
     for name, p in vlm.named_parameters():
         if p.requires_grad:
             groups.setdefault((p.ndim < 2, part_of(name)), []).append(p)
-    lr = {"connector": cfg.lr_connector, "vision": cfg.lr_vision, "llm": 0}
-    groups = [{"params": ps, "weight_decay": 0.0 if vector else cfg.weight_decay, "share": (lr[part] or cfg.lr) / cfg.lr}
+    groups = [{"params": ps, "weight_decay": 0.0 if vector else cfg.weight_decay, "share": lr_of(part, cfg) / cfg.lr}
               for (vector, part), ps in sorted(groups.items(), key=lambda kv: kv[0])]
     if cfg.weights == "bfloat16":
         return SplitAdamW(groups, lr=cfg.lr)
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+
+
+def n_step(cfg, records):
+    return cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
 
 
 def batches(n, size, steps, seed):
@@ -721,7 +728,7 @@ def dry_run(cfg, records, device, n=200):
         set_mode(vlm, cfg)
         freeze(vlm, cfg)
     mode = vlm.cfg.image_mode
-    v, d, half = vlm.cfg.vision, plan.decoder, cfg.weights == "bfloat16" or cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda"
+    v, d, half = vlm.cfg.vision, plan.decoder, cfg.weights == "bfloat16" or is_half(cfg, device)
     template, lengths, supervised, pictures, tiles, bad = cfg.template or ("plain" if cfg.stage == "pretrain" else plan.template), [], 0, 0, 0, 0
     for i in range(0, len(records), -(-len(records) // n)):
         try:
@@ -736,14 +743,14 @@ def dry_run(cfg, records, device, n=200):
     if not lengths:
         raise UserError(f"{cfg.data}: not one of {bad} records looked at could be used; see python data.py check")
     print(f"model      {cfg.model}, decoder of {d.n_layer} blocks {d.n_embd} wide, {v.n_token} visual tokens for a tile of {v.image_size} px, template {template}")
-    parts, rate = {}, {"connector": cfg.lr_connector, "vision": cfg.lr_vision, "llm": 0}
+    parts = {}
     for name, p in vlm.named_parameters():
         row = parts.setdefault(part_of(name), [0, 0, 0])
         row[0], row[1], row[2] = row[0] + p.numel(), row[1] + p.numel() * p.requires_grad, row[2] + p.numel() * p.element_size()
     for part, (total, trained, _) in parts.items():
-        print(f"  {part:9} {total / 1e6:11,.2f}M parameters, " + (f"{trained / 1e6:,.2f}M train at {rate[part] or cfg.lr:g}"
+        print(f"  {part:9} {total / 1e6:11,.2f}M parameters, " + (f"{trained / 1e6:,.2f}M train at {lr_of(part, cfg):g}"
               + (f" (LoRA of rank {cfg.lora_r})" if cfg.lora_r and part == "llm" else "") if trained else "frozen"))
-    mean, steps = sum(lengths) / len(lengths), cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+    mean, steps = sum(lengths) / len(lengths), n_step(cfg, records)
     print(f"data       {len(records):,} records; in {len(lengths)} of them {mean:.0f} tokens each ({min(lengths)} to {max(lengths)}), {pictures / len(lengths):.2f} pictures in {tiles / len(lengths):.2f} tiles, "
           f"{supervised / sum(lengths):.0%} supervised" + (f"; {bad} could not be used" if bad else ""))
     print(f"steps      {steps:,} of {cfg.batch_size} records, {steps * cfg.batch_size * mean / 1e6:,.1f}M tokens")
@@ -875,7 +882,7 @@ def blame(net, micro, device, autocast):
     """Ids of the records whose loss is no number; of all, if each has one (it is the gradient then)."""
     found, everyone = [], [i for m in micro for i in m["ids"]]
     if world() > 1:                                                         # a look at single records would have to be taken together
-        return f"{', '.join(everyone[:8])}, or of another process"
+        return f"{few(everyone)}, or of another process"
     with torch.no_grad(), autocast:
         for m in (m for m in micro if n_supervised(m)):
             for row, name in enumerate(m["ids"]):
@@ -883,7 +890,11 @@ def blame(net, micro, device, autocast):
                 alone[row] = m["labels"][row]
                 if (alone[:, 1:] != IGNORE).any() and not loss_of(net, m | {"labels": alone}, device).isfinite():
                     found.append(name)
-    return ", ".join((found or everyone)[:8]) + (f" and {len(found or everyone) - 8} more" if len(found or everyone) > 8 else "")
+    return few(found or everyone)
+
+
+def few(ids, n=8):
+    return ", ".join(ids[:n]) + (f" and {len(ids) - n} more" if len(ids) > n else "")
 
 
 def fingerprints(vlm):
@@ -928,6 +939,15 @@ def catch_ctrl_c():
 # ---- held-out questions ------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def as_written(vlm, cfg):
+    """Inside, the model neither trains nor is compiled: to look and to answer would take five more graphs, as long to make as those of training."""
+    vlm.eval()
+    with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
+        yield
+    vlm.train()
+
+
 def read_held_out(cfg, vlm, tok, n=128, size=32):
     """-> all questions [{"id", "paths", "text", "answer", "category"}]; and up to n of them, evenly spread, in batches for the loss.
 
@@ -960,48 +980,59 @@ def held_out_loss(vlm, looks, device, shuffled=False):
     return sum(loss_of(vlm, batch, device).item() * n_supervised(batch) for batch in looks) / sum(map(n_supervised, looks))
 
 
-def answer(vlm, tok, questions, device, max_new_tokens=96, size=48):
+def answer(vlm, tok, questions, max_new_tokens=96, size=48):
     """Greedy answers to [([picture file, ...], text), ...] -> [(answer, whole), ...]; `whole` is False where the tokens ran out."""
     answers, by_length = [None] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
     for start in range(0, len(questions), size):
-        rows, prompts, pictures = by_length[start : start + size], [], []
-        for paths, text in (questions[i] for i in rows):
-            cut = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
+        some, prompts = by_length[start : start + size], []
+        for paths, text in (questions[i] for i in some):
+            pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
             text = text if "<image>" in text or not paths else "<image>" * len(paths) + "\n" + text
-            prompts.append(encode_prompt(tok, [("human", text)], vlm.cfg.template, [len(layout) for _, layout in cut]))
-            pictures += cut
-        lengths = [len(p) for p in prompts]
-        room = min(max_new_tokens, vlm.cfg.decoder.block_size - max(lengths))
-        if room < 1:
-            raise UserError(f"a question of {max(lengths)} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
-        tokens = torch.tensor([p + [tok.pad] * (max(lengths) - len(p)) for p in prompts], device=device)
-        stop = set(stop_ids(tok, vlm.cfg.template))
-        pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
-        new = vlm.generate(tokens, pixels, room, lengths=lengths, stop=list(stop), layout=layout)
-        for i, ids in zip(rows, new.tolist()):
-            end = next((k for k, t in enumerate(ids) if t in stop), None)
-            text = tok.decode(ids[:end])
-            said = cut_at_stop(text, vlm.cfg.template)
-            answers[i] = said.strip(), end is not None or said != text
+            prompts.append((encode_prompt(tok, [("human", text)], vlm.cfg.template, [len(layout) for _, layout in pictures]), pictures))
+        for i, (ids, ended, _) in zip(some, complete(vlm, tok, prompts, max_new_tokens)):
+            answers[i] = text_of(tok, vlm.cfg.template, ids, ended)
     return answers
 
 
-def sample_answers(vlm, tok, questions, step, device, n=3):
+def complete(vlm, tok, prompts, max_new_tokens, **choices):
+    """A batch [(prompt ids, [(tiles, layout), ...]), ...] -> [(new ids without the stop, whether it came, tokens generated), ...]
+
+    `choices`: what VLM.generate takes, such as temperature and seed; without them greedy.
+    """
+    stop, device, longest = stop_ids(tok, vlm.cfg.template), vlm.decoder.lm_head.weight.device, max(len(ids) for ids, _ in prompts)
+    pictures, room = [picture for _, pictures in prompts for picture in pictures], min(max_new_tokens, vlm.cfg.decoder.block_size - longest)
+    if room < 1:
+        raise UserError(f"a question of {longest} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
+    tokens = torch.tensor([ids + [tok.pad] * (longest - len(ids)) for ids, _ in prompts], device=device)
+    pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
+    new = vlm.generate(tokens, pixels, room, lengths=[len(ids) for ids, _ in prompts], stop=stop, layout=layout, **choices).tolist()
+    ends = [next((k for k, t in enumerate(ids) if t in stop), None) for ids in new]
+    return [(ids[:end], end is not None, len(ids) if end is None else end + 1) for ids, end in zip(new, ends)]
+
+
+def text_of(tok, template, ids, ended):
+    """-> text, whether it is whole. Some templates end an answer by a string and not by a token."""
+    text = tok.decode(ids)
+    said = cut_at_stop(text, template)
+    return said.strip(), ended or said != text
+
+
+def sample_answers(vlm, tok, questions, step, n=3):
     """A few held-out questions, other ones at each look, with the model's answer and the truth."""
     chosen = [questions[(step * 7 + i * len(questions) // n) % len(questions)] for i in range(n)]
-    said = answer(vlm, tok, [(q["paths"], q["text"]) for q in chosen], device)
+    said = answer(vlm, tok, [(q["paths"], q["text"]) for q in chosen])
     lines = [q["text"].replace("<image>", "").strip().split("\n") for q in chosen]
     asked = [next((line for line in some if "?" in line), some[0]) for some in lines]            # the question, without its format prompt
     return "\n".join(f"  Q: {text}\n  A: {a!r}   truth: {q['answer']!r}" for q, text, (a, _) in zip(chosen, asked, said))
 
 
-def examine(vlm, tok, questions, out, device):
+def examine(vlm, tok, questions, out):
     """Answer every held-out question, print accuracy by category beside two baselines, and write results.json."""
     began = time.time()
     names = list(dict.fromkeys(path for q in questions for path in q["paths"]))
     other = {name: names[(i + len(names) // 2) % len(names)] for i, name in enumerate(names)}      # each question meets another picture
-    said = answer(vlm, tok, [(q["paths"], q["text"]) for q in questions], device)
-    blind = answer(vlm, tok, [([other[p] for p in q["paths"]], q["text"]) for q in questions], device)
+    said = answer(vlm, tok, [(q["paths"], q["text"]) for q in questions])
+    blind = answer(vlm, tok, [([other[p] for p in q["paths"]], q["text"]) for q in questions])
     commonest = {}                                                          # by category, of what is compared: of a worked answer its end
     for c in {q["category"] for q in questions}:
         truths = [q["answer"] for q in questions if q["category"] == c]

@@ -533,7 +533,7 @@ def talkative(monkeypatch):
         def complete(vlm, tok_, rows, cfg, seed):
             calls.append(rows)
             return [(tok.encode(texts[(seed + i) % len(texts)]), not texts[(seed + i) % len(texts)].endswith("..."), 5) for i in range(len(rows))]
-        monkeypatch.setattr(mpo, "complete", complete)
+        monkeypatch.setattr(mpo, "draw_answers", complete)
         return calls
     return says
 
@@ -604,22 +604,22 @@ def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny,
     monkeypatch.setattr(mpo, "fix_answer", lambda text, *_: text)
     monkeypatch.setattr(mpo, "text_of", lambda tok, template, ids, ended: (tok.decode(ids).strip(), True))
     assert build(tiny, folder, method, out="whole.jsonl") == 0
-    calls, original = [], mpo.complete
+    calls, original = [], mpo.draw_answers
 
-    def complete(*args):
+    def draw_answers(*args):
         calls.append(None)
         if len(calls) == 3:
             with open("made.jsonl.part", "a") as file:
                 file.write('{"pairs": [')                                   # the kill comes while a line is written
             os._exit(9)
         return original(*args)
-    monkeypatch.setattr(mpo, "complete", complete)
+    monkeypatch.setattr(mpo, "draw_answers", draw_answers)
     flags = ["--batch-size", 8 if method == "correctness" else 2]
     child = fork(target=lambda: os._exit(build(tiny, folder, method, *flags, out="made.jsonl")))
     child.start()
     child.join()
     assert child.exitcode == 9 and Path("made.jsonl.part").exists() and not Path("made.jsonl").exists()
-    monkeypatch.setattr(mpo, "complete", original)
+    monkeypatch.setattr(mpo, "draw_answers", original)
     assert build(tiny, folder, method, *flags, "--seed", 1, out="made.jsonl") == 1          # other flags: refused
     assert build(tiny, folder, method, *flags, out="made.jsonl") == 0 and not Path("made.jsonl.part").exists()
     if method == "dropout-ntp":

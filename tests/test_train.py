@@ -566,8 +566,8 @@ def test_the_table_to_the_number(tmp_path, monkeypatch, capsys):
     said = [("2.", True), ("1", True), ("1", False), ("So.\nFinal answer: 3", True), ("3", True)]
     blind = [("2", True), ("2", True), ("2", True), ("no", True), ("no", True)]
     seen = []
-    monkeypatch.setattr(train, "answer", lambda vlm, tok, asked, device: seen.append(asked) or (said, blind)[len(seen) - 1])
-    train.examine(None, None, questions, tmp_path, None)
+    monkeypatch.setattr(train, "answer", lambda vlm, tok, asked: seen.append(asked) or (said, blind)[len(seen) - 1])
+    train.examine(None, None, questions, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["table"] == {"count": {"n": 3, "accuracy": 2 / 3, "most_frequent": 2 / 3, "shuffled": 2 / 3},
                                 "cot": {"n": 2, "accuracy": 1 / 2, "most_frequent": 1, "shuffled": 0},
@@ -588,17 +588,17 @@ def test_what_counts_as_right(said, truth, right):
 def test_answers_in_batches_are_those_of_each_question_alone_in_their_order(tiny, tok, world):
     vlm, pictures = VLM.from_pretrained(tiny), [world / PICTURE, world / OTHER]
     questions = [(pictures[:1], "What is in the image, on the left or on the right of it?"), ([], "How many?"), (pictures, "Which?"), (pictures[1:], "What?")]
-    together = train.answer(vlm, tok, questions, "cpu", max_new_tokens=12)
-    assert together == [train.answer(vlm, tok, [q], "cpu", max_new_tokens=12)[0] for q in questions]
-    assert together == train.answer(vlm, tok, questions, "cpu", max_new_tokens=12, size=2)
+    together = train.answer(vlm, tok, questions, max_new_tokens=12)
+    assert together == [train.answer(vlm, tok, [q], max_new_tokens=12)[0] for q in questions]
+    assert together == train.answer(vlm, tok, questions, max_new_tokens=12, size=2)
     assert len({a for a, _ in together}) > 1 and not all(whole for _, whole in together)
 
 
 def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
     vlm = VLM.from_pretrained(tiny)
-    assert train.answer(vlm, tok, [([], "How many things are there? " * 50)], "cpu", max_new_tokens=10_000)[0][1] is False
+    assert train.answer(vlm, tok, [([], "How many things are there? " * 50)], max_new_tokens=10_000)[0][1] is False
     with pytest.raises(UserError, match="leaves no room for an answer in 512"):
-        train.answer(vlm, tok, [([], "How many things are there? " * 100)], "cpu")
+        train.answer(vlm, tok, [([], "How many things are there? " * 100)])
 
 
 # ---- what one sees -----------------------------------------------------------------------------------------------------
