@@ -12,7 +12,8 @@ toy-clip    A tower of CLIP's architecture, trained to match pictures with texts
                 L = mean over true (i, q) of log (e^s_iq + sum of e^s over what is false) - s_iq, once for the texts q' that are
                     false of i, once for the pictures or patches i' that q is false of.
             Half of the phrases are a true one with one word changed, most often the kind: colors and places alone go a long way.
-            What would make a pair that training never shows counts neither as true nor as false: see holds().
+            What would make a pair that training never shows counts neither as true nor as false: see holds(). And two of five things
+            wear a paint that has no name, as the things of the world do: see repaint().
 toy-vicuna  A Llama that has never seen a picture, trained on pictures that are spelled: 64 patches in reading order, each the sum of the
             embeddings of the words that are true of it (column "c", row "5", "red", "cat", "small", "top", "left"), then questions and
             answers. So it knows words, counting and space, and all that is left for the connector is to turn patches into such words.
@@ -188,6 +189,7 @@ def contrastive_batch(rng, size):
     them, and which phrase holds of which."""
     scenes = [toyworld.random_scene(rng) for _ in range(size)]
     scenes = [scene if scene.sign or rng.random() < 0.5 else toyworld.random_scene(rng) for scene in scenes]       # signs are scarce
+    scenes = [replace(scene, things=tuple(repaint(thing, rng) if rng.random() < 0.4 else thing for thing in scene.things)) for scene in scenes]
     phrases = {}
     for fact in (fact for scene in scenes for fact in facts(scene)):
         said = thin_out(fact, rng)
@@ -202,7 +204,19 @@ def contrastive_batch(rng, size):
             patches.append(k * len(shown) + n)
             holding.append(rows[shown[n]])                                  # NOTHING is -1: the last row
     texts = [words(phrase) for phrase in phrases] + ["a picture of nothing"]
-    return draw(scenes), [toyworld.caption(scene) for scene in scenes], texts, torch.tensor(patches), torch.tensor(holding)
+    captions = [re.sub("#[0-9a-f]+ ", "", toyworld.caption(scene)) for scene in scenes]
+    return draw(scenes, rng), captions, texts, torch.tensor(patches), torch.tensor(holding)
+
+
+def repaint(thing, rng):
+    """The thing in a paint that has no name: a tower that has seen cats of every hue looks at their shape, even of a blue one. Never a paint
+    that is less than 110 (summed over red, green and blue) from the color of the kind's UNSEEN pair."""
+    color = next(color for kind, color in toyworld.UNSEEN if kind == thing.kind)
+    while True:
+        light, spread = rng.choice(((rng.randrange(256), 255), (rng.randrange(256), 40), (rng.choice((75, 210)), 25)))     # vivid, gray, dark or pale
+        paint = [min(255, max(0, light + rng.randint(-spread, spread))) for _ in range(3)]
+        if sum(abs(a - b) for a, b in zip(paint, toyworld.COLORS[color])) >= 110:
+            return replace(thing, color="#%02x%02x%02x" % tuple(paint))
 
 
 def covered(scene, g=8, enough=0.25):
@@ -219,8 +233,8 @@ def covered(scene, g=8, enough=0.25):
 
 
 def facts(scene):
-    """Each thing as (size, color, kind, place, word); None where it has no such attribute."""
-    return [(t.size, t.color, t.kind, t.place, None) for t in scene.things] + (
+    """Each thing as (size, color, kind, place, word); None where it has no such attribute, or its paint no name."""
+    return [(t.size, t.color if t.color in toyworld.COLORS else None, t.kind, t.place, None) for t in scene.things] + (
         [(None, None, "sign", scene.sign.place, scene.sign.word)] if scene.sign else [])
 
 
@@ -238,9 +252,13 @@ def change_a_word(fact, rng):
 
 def holds(phrase, fact):
     """What would make an UNSEEN pair of the phrase's kind and the thing's color, or the other way round, stays UNTOLD: blue things are
-    never cats in training, and a tower that is told so learns to look at colors instead of shapes."""
-    if all(a is None or a == b for a, b in zip(phrase, fact)):
+    never cats in training, and a tower that is told so learns to look at colors instead of shapes. So does what color a nameless paint is."""
+    agree = [a is None or a == b for a, b in zip(phrase, fact)]
+    if all(agree):
         return TRUE
+    nameless = fact[1] is None and fact[2] != "sign"
+    if nameless and all(agree[:1] + agree[2:]):
+        return UNTOLD
     return UNTOLD if {(phrase[2], fact[1]), (fact[2], phrase[1])} & toyworld.UNSEEN else FALSE
 
 
@@ -257,8 +275,11 @@ def tokenize(tok, texts):
     return torch.tensor([x + [tok.pad] * (T - len(x)) for x in ids]), torch.tensor([len(x) - 1 for x in ids])
 
 
-def draw(scenes):
-    return torch.from_numpy(np.stack([np.asarray(toyworld.draw(s, PRESETS["toy"].vision.image_size)) for s in scenes])).permute(0, 3, 1, 2)
+def draw(scenes, rng=None):
+    """-> (B, 3, S, S). With rng some are drawn larger and made smaller as any user's picture is, which draws edges a little differently."""
+    cfg = PRESETS["toy"].vision
+    sides = [rng.choice((1, 1, 4 / 3, 2, 3)) if rng else 1 for _ in scenes]
+    return torch.cat([cut_tiles(toyworld.draw(s, round(k * cfg.image_size)), cfg, "pad")[0] for s, k in zip(scenes, sides)])
 
 
 @torch.no_grad()

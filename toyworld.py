@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import sentencepiece
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 
@@ -264,10 +264,11 @@ def parsed(art):
 
 @functools.cache
 def palette(name):
-    """The paints of a thing: its own color and what goes with it."""
-    color, dark = COLORS[name], name == "black"
+    """The paints of a thing: its own color, one of COLORS or any "#rrggbb", and what goes with it."""
+    color = COLORS[name] if name in COLORS else ImageColor.getrgb(name)
+    dark, pale = max(color) < 100, min(color) > 195
     mix = lambda other, share: tuple(round(a + (b - a) * share) for a, b in zip(color, other))
-    edge = {"black": (206, 206, 214), "white": (104, 104, 118)}.get(name, mix((0, 0, 0), 0.55))
+    edge = (206, 206, 214) if dark else (104, 104, 118) if pale else mix((0, 0, 0), 0.55)
     shade = mix((255, 255, 255), 0.2) if dark else mix((40, 40, 70), 0.18)
     ink = "#f0f0f4" if dark else "#1e1c24"
     return {"body": color, "plain": color, "edge": edge, "shade": shade, "light": mix((255, 255, 255), 0.45), "ink": ink}

@@ -898,10 +898,11 @@ def few(ids, n=8):
 
 
 def fingerprints(vlm):
-    """{name: sum of its bits read as integers}: any moved weight shows."""
-    bits = lambda t: t.detach().view(torch.int16 if t.element_size() == 2 else torch.int32).sum(dtype=torch.int64)
-    names, sums = zip(*((name, bits(mine(p))) for name, p in vlm.named_parameters()))
-    return dict(zip(names, torch.stack(sums).tolist()))
+    """{name: [sum of its bits read as integers, its norm]}: any moved weight shows; in the sum alone ups and downs of 128 gains may cancel."""
+    bits = lambda t: t.view(torch.int16 if t.element_size() == 2 else torch.int32).sum(dtype=torch.int64)
+    norm = lambda t: torch.linalg.vector_norm(t, dtype=torch.float64).view(torch.int64)
+    names, marks = zip(*((name, torch.stack([bits(w), norm(w)])) for name, p in vlm.named_parameters() for w in [mine(p).detach()]))
+    return dict(zip(names, torch.stack(marks).tolist()))
 
 
 def check_moved(vlm, before, optimizer, step):

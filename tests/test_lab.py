@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from PIL import ImageColor
 
 import lab
 import toyworld
@@ -66,6 +67,21 @@ def test_a_phrase_is_true_false_or_left_untold_of_a_thing():
     assert lab.holds((None, "red", "dog", None, None), fact) == lab.holds(("small", "red", "cat", None, None), fact) == FALSE
     assert lab.holds((None, None, "fish", None, None), fact) == UNTOLD                 # a red fish is never drawn in training
     assert lab.holds((None, "blue", None, None, None), fact) == UNTOLD                 # nor a blue cat
+
+
+def test_of_a_thing_in_a_nameless_paint_no_color_is_true_or_false():
+    fact = lab.facts(Scene("meadow", (lab.repaint(CAT, random.Random(0)),)))[0]
+    assert fact == ("big", None, "cat", "top left", None)
+    assert lab.holds((None, None, "cat", None, None), fact) == TRUE and lab.holds((None, None, "dog", None, None), fact) == FALSE
+    assert lab.holds((None, "red", "cat", None, None), fact) == UNTOLD and lab.holds(("small", "red", None, None, None), fact) == FALSE
+
+
+def test_no_paint_comes_near_the_color_of_an_unseen_pair():
+    rng = random.Random(0)
+    for kind, color in sorted(UNSEEN):
+        paints = [ImageColor.getrgb(lab.repaint(Thing(kind, "red", "big", "top", (0, 0, 1, 1)), rng).color) for _ in range(300)]
+        assert min(sum(abs(a - b) for a, b in zip(paint, COLORS[color])) for paint in paints) >= 110
+        assert max(map(min, paints)) > 150 and min(map(max, paints)) < 110             # yet there are pale ones and dark ones
 
 
 def test_the_contrastive_loss_equals_a_number_worked_out_by_hand():
