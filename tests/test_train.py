@@ -325,7 +325,7 @@ def test_a_save_that_dies_at_any_point_leaves_the_old_checkpoint_or_the_new_one(
     assert deaths > 15 and names == ["checkpoint-000002"] and leftovers(out) == []
 
 
-def test_ctrl_c_saves_the_step_and_a_second_one_ends_at_once(go, at_step, capfd):
+def test_ctrl_c_saves_the_step_and_a_second_one_ends_at_once(go, at_step, capfd, ctrl_c_arrives):
     assert go(out="whole") == 0
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert go() == 130 and [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-000003"] and not Path("run/config.json").exists()
