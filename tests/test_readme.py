@@ -18,16 +18,20 @@ SHORTER = {                                                                 # wh
     "lab.py": ["--clip-steps", "2", "--vicuna-steps", "2", "--connector-steps", "2", "--out", "made"],
     "toyworld.py": ["--train", "32", "--val", "8", "--out", "small"],
 }
+PICTURES = "write_world(out=\"toyworld\", n_train=6000,"                     # and of the toy world that the first command draws a part does
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository without its tests and runs, as somebody finds it who has just cloned it."""
+    """The repository without its tests and runs, as somebody finds it who has just cloned it; only its toy world is a tenth as large."""
     folder = tmp_path_factory.mktemp("clone") / "plainvlm"
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), ROOT / "cat.jpg"]:
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "assets", folder / "assets")
+    text = (folder / "toyworld.py").read_text()
+    assert text.count(PICTURES) == 1
+    (folder / "toyworld.py").write_text(text.replace(PICTURES, PICTURES.replace("6000", "600")))
     if SHARED.exists():
         (folder.parent / "shared").symlink_to(SHARED)
     return folder
