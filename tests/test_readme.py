@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.startswith("python ")]
-SHORTER = {                                                                 # what takes minutes takes a few steps here
-    "train.py": ["--max-steps", "2", "--eval-every", "2", "--eval-limit", "12", "--workers", "0"],
-    "lab.py": ["--clip-steps", "2", "--vicuna-steps", "2", "--connector-steps", "2", "--out", "made"],
+SHORTER = {                                                                 # what takes minutes takes a step or two here
+    "train.py": ["--max-steps", "2", "--batch-size", "4", "--eval-every", "2", "--eval-limit", "6", "--workers", "0"],
+    "lab.py": ["--clip-steps", "1", "--vicuna-steps", "1", "--connector-steps", "1", "--out", "made"],
     "toyworld.py": ["--train", "32", "--val", "8", "--out", "small"],
 }
 PICTURES = "write_world(out=\"toyworld\", n_train=6000,"                     # and of the toy world that the first command draws a part does

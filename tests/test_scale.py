@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # noqa: F401 (what optimizers import when they are first made: once here, not in each fork)
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
