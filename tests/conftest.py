@@ -1,11 +1,20 @@
 """What several files of tests share."""
 
+import os
+import signal
+import threading
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"              # also of the programs that tests start: for models this small a second thread only gets in the way of the others
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from data import Tokenizer
+
+tqdm.set_lock(threading.RLock())                 # its own is one for all forks: a child killed while it writes a line would keep it, and all that follow would wait
+tqdm.monitor_interval = 0                        # no thread beside the main one, which might hold that lock in the moment of a fork
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +23,14 @@ def tok():
     return Tokenizer(Path(__file__).parents[1] / "assets/toy-vicuna")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)                     # children of a fork must not wait for threads that they do not have
+
+
+@pytest.fixture
+def ctrl_c_arrives():
+    """SIGINT does here what it does in a terminal, also where pytest was started to ignore it, as `nohup python -m pytest &` is."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import string
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -655,10 +654,13 @@ def test_or_is_skipped_and_counted_with_its_reason(tmp_path, pictures, tok):
 
 # ---- programs -------------------------------------------------------------------------------------------------------
 
-def program(*argv):
-    done = subprocess.run([sys.executable, data.__file__, *map(str, argv)], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def program(capfd):
+    """program("show", FILE, ...) -> exit code, what it printed, what it complained of."""
+    def program(*argv):
+        code = data.run(lambda: data.main([str(word) for word in argv]))
+        return code, *capfd.readouterr()
+    return program
 
 
 def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, capsys):
@@ -693,7 +695,7 @@ def test_check_of_good_records_exits_with_0(tmp_path, pictures, folder, capsys):
     assert "<image> as a word    1 records" in text
 
 
-def test_check_names_what_is_wrong_and_exits_with_1(tmp_path, pictures, folder):
+def test_check_names_what_is_wrong_and_exits_with_1(tmp_path, pictures, folder, program):
     (pictures / "torn.png").write_bytes((pictures / "a.png").read_bytes()[:50])
     file = write(tmp_path / "a.jsonl", BAD + [record(5, image="torn.png"), 3])
     code, out, err = program("check", file, "--image-root", pictures, "--model", folder, "--workers", 1)
@@ -701,13 +703,13 @@ def test_check_names_what_is_wrong_and_exits_with_1(tmp_path, pictures, folder):
     assert "1 unreadable records, 2 with a missing or broken picture" in out and "(id 'r5')" in out
 
 
-def test_programs_say_what_is_wrong_in_one_line(tmp_path, pictures, folder, capsys):
+def test_programs_say_what_is_wrong_in_one_line(tmp_path, pictures, folder, program, capfd):
     file = write(tmp_path / "a.json", [record(0, image="gone.png")])
     code, _, err = program("show", file, "--image-root", pictures, "--model", folder)
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "gone.png" in err
     with pytest.raises(SystemExit):
         data.main(["check", str(file), "--image_rot", str(pictures)])
-    assert "unknown flag --image-rot; did you mean --image-root?" in capsys.readouterr().err
+    assert "unknown flag --image-rot; did you mean --image-root?" in capfd.readouterr().err
 
 
 def test_an_error_in_a_loader_process_is_still_one_line(tmp_path, tok, pictures, capsys):

@@ -3,9 +3,10 @@
 import io
 import json
 import math
+import multiprocessing
 import os
+import resource
 import string
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import model
-from data import Tokenizer, encode_prompt
+from data import Tokenizer, encode_prompt, run
 from model import (PRESETS, VLM, Connector, Decoder, DecoderConfig, RMSNorm, VLMConfig, clip_json, decoder_config, init_weights, llama_json, llava_name,
                    load_decoder, load_vision, rotary, rotate, sample, save_processor, write_whole)
 from vision import CLIP_NAMES, UserError, VisionConfig, ViT, cut_tiles, rename
@@ -494,13 +495,18 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(vlm, saved, monkeypatc
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
-def test_a_file_limit_of_the_system_leaves_the_old_file_and_nothing_else(saved):
+def test_a_file_limit_of_the_system_leaves_the_old_file_and_nothing_else(saved, capfd):
     """The real thing, in a process of its own that may write 20 kB a file."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
-    code = ("import resource, signal, sys; from model import VLM; vlm = VLM.from_pretrained(sys.argv[1]); "
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); vlm.save_pretrained(sys.argv[1])")
-    run = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, cwd=ROOT)
-    assert "UserError" in run.stderr and "model.safetensors: could not be written" in run.stderr
+
+    def save_in_little_space():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))            # Python ignores the signal that comes with it
+        VLM.from_pretrained(saved).save_pretrained(saved)
+    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run(save_in_little_space)))
+    child.start()
+    child.join()
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert child.exitcode == 1 and said.startswith("error: ") and "model.safetensors: could not be written" in said
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 

@@ -13,21 +13,25 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.startswith("python ")]
-SHORTER = {                                                                 # what takes minutes takes a few steps here
-    "train.py": ["--max-steps", "2", "--eval-every", "2", "--eval-limit", "12", "--workers", "0"],
-    "lab.py": ["--clip-steps", "2", "--vicuna-steps", "2", "--connector-steps", "2", "--out", "made"],
+SHORTER = {                                                                 # what takes minutes takes a step or two here
+    "train.py": ["--max-steps", "2", "--batch-size", "4", "--eval-every", "2", "--eval-limit", "6", "--workers", "0"],
+    "lab.py": ["--clip-steps", "1", "--vicuna-steps", "1", "--connector-steps", "1", "--out", "made"],
     "toyworld.py": ["--train", "32", "--val", "8", "--out", "small"],
 }
+PICTURES = "write_world(out=\"toyworld\", n_train=6000,"                     # and of the toy world that the first command draws a part does
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository without its tests and runs, as somebody finds it who has just cloned it."""
+    """The repository without its tests and runs, as somebody finds it who has just cloned it; only its toy world is a tenth as large."""
     folder = tmp_path_factory.mktemp("clone") / "plainvlm"
     folder.mkdir()
     for path in [*ROOT.glob("*.py"), ROOT / "cat.jpg"]:
         shutil.copy(path, folder)
     shutil.copytree(ROOT / "assets", folder / "assets")
+    text = (folder / "toyworld.py").read_text()
+    assert text.count(PICTURES) == 1
+    (folder / "toyworld.py").write_text(text.replace(PICTURES, PICTURES.replace("6000", "600")))
     if SHARED.exists():
         (folder.parent / "shared").symlink_to(SHARED)
     return folder

@@ -334,10 +334,17 @@ def test_an_impossible_tiling_is_refused(wrong, says):
         replace(TILINGS["hd"], **wrong)
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "world"
+    toyworld.write_world(out, 24, 6, 64)
+    return out
+
+
 @pytest.fixture
-def go(tok, tmp_path, monkeypatch):
+def go(tok, world, tmp_path, monkeypatch):
     """go(mode, flags..., out="a") trains a tiny model on a world of pictures larger than its tile."""
-    toyworld.write_world(tmp_path / "world", 24, 6, 64)
+    (tmp_path / "world").symlink_to(world)
     save(tiny(tok, "pad"), tok, tmp_path / "start")
     monkeypatch.chdir(tmp_path)
 

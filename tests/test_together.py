@@ -24,15 +24,22 @@ def mode(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "world"
+    toyworld.write_world(out, 12, 3, 64)
+    return out
+
+
 @pytest.fixture
-def start(tok, tmp_path, monkeypatch):
+def start(tok, world, tmp_path, monkeypatch):
     """A tiny model of one tile of 28 px, saved in start/ beside a world of larger pictures."""
     torch.manual_seed(0)
     vlm = VLM(VLMConfig(VisionConfig(image_size=28, patch_size=7, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
                         DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=64, block_size=1024),
                         image_token=tok.image, pad_token=tok.pad))
     init_weights(vlm.vision), init_weights(vlm.decoder)
-    toyworld.write_world(tmp_path / "world", 12, 3, 64)
+    (tmp_path / "world").symlink_to(world)
     save_processor(tmp_path / "start", tok.path, vlm.cfg)
     vlm.save_pretrained(tmp_path / "start")
     monkeypatch.chdir(tmp_path)
