@@ -48,6 +48,7 @@ import numpy as np
 import sentencepiece
 import torch
 from PIL import Image, ImageDraw
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -512,7 +513,7 @@ class Records:
     recompress = False               # whether mpo.py compresses their pictures anew
 
     def __init__(self, path, image_root=None):
-        self.path, self.image_root = Path(path), image_root and Path(os.path.abspath(image_root))
+        self.path, self.image_root, self.parts = Path(path), image_root and Path(os.path.abspath(image_root)), [self]
         if image_root and not self.image_root.is_dir():
             raise UserError(f"--image-root {image_root}: no such folder")
         try:
@@ -534,11 +535,8 @@ class Records:
         """The record as it is in the file, with three keys sure to be there: "id" (text), "images" (names) and "turns" [(role, text)]."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        with open(self.path, "rb") as file:                                # opened anew each time: loader processes must not share a position
-            file.seek(self.starts[i])
-            raw = file.read(int(self.starts[i + 1] - self.starts[i]))
         try:
-            record = json.loads(raw.rstrip(b"], \r\n\t") if self.is_list else raw)
+            record = json.loads(self.raw(i).rstrip(b"], \r\n\t") if self.is_list else self.raw(i))
         except (ValueError, RecursionError) as error:                      # not JSON, not UTF-8, or brackets in brackets without end
             raise UserError(f"{self.where(i)}: not valid JSON ({error}); expected a JSON list of records, or one record per line") from None
         if not isinstance(record, dict):
@@ -585,110 +583,82 @@ class Records:
             raise UserError(f"picture {name!r} lies outside --image-root {self.image_root}; move it there, or link a folder into it")
         return path
 
-
     def n_bytes(self, i):
         return int(self.starts[i + 1] - self.starts[i])
 
+    def raw(self, i):
+        with open(self.path, "rb") as file:                                # opened anew each time: loader processes must not share a position
+            file.seek(self.starts[i])
+            return file.read(self.n_bytes(i))
+
     def has_picture(self, i):
         """At a glance, without parsing: good enough to share out work."""
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            return b'"image"' in file.read(self.n_bytes(i))
+        return b'"image"' in self.raw(i)
 
 
 class Mixture:
-    """Several files as one list of records: those of a file come `weight` times; of a broken number, some once more, drawn by the seed."""
+    """Records of several files in an order of their own: each row of `picks` (n, 3) says which file, which of its records, and which
+    question of that, -1 for all of them. Pictures are named by their whole paths."""
 
-    def __init__(self, parts, fraction=1.0, seed=0):                       # parts: [(Records, weight), ...]
-        self.parts, picks = [records for records, _ in parts], []
-        for k, (records, weight) in enumerate(parts):
-            n = len(records)
-            times, rest = divmod(max(1, round(n * weight * fraction)), n)
-            drawn = np.random.default_rng([seed, k]).permutation(n)[:rest]  # of a larger share these are the first: fractions are nested
-            picks.append(np.concatenate([np.tile(np.arange(n), times), np.sort(drawn)]).astype(np.int32))
-        self.ends, self.rows = np.cumsum([len(p) for p in picks]), np.concatenate(picks)
+    def __init__(self, parts, picks):
+        self.parts, self.picks = parts, np.asarray(picks, dtype=np.int32)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.picks)
 
     def at(self, i):
-        """-> the file's Records, and which of them."""
+        """-> the file's Records, which of them, which of its questions."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self.parts[int(np.searchsorted(self.ends, i, side="right"))], int(self.rows[i])
+        part, row, question = self.picks[i].tolist()
+        return self.parts[part], row, question
 
     def __getitem__(self, i):
-        part, row = self.at(i)
+        part, row, question = self.at(i)
         record = part[row]
+        pairs = pairs_of(record["turns"])
+        if question >= 0 and len(pairs) > 1:
+            (role, text), answer = pairs[question]
+            missing = len(record["images"]) - text.count("<image>")        # pictures that other questions brought along
+            record["turns"] = [(role, "<image>\n" * missing + text), answer]
         try:
             record["images"] = [str(part.image_path(name)) for name in record["images"]]
         except UserError as error:
-            raise UserError(f"{part.where(row, record['id'])}: {error}") from None
+            raise UserError(f"{self.where(i, record['id'])}: {error}") from None
         return record
 
     def where(self, i, id=None):
-        part, row = self.at(i)
-        return part.where(row, id)
+        part, row, question = self.at(i)
+        return part.where(row, id) + (f", question {question + 1}" if question >= 0 else "")
 
     def image_path(self, name):
-        return Path(name)                                                  # already in its own file's folder
+        return Path(name)
 
     def n_bytes(self, i):
-        part, row = self.at(i)
+        part, row, _ = self.at(i)
         return part.n_bytes(row)
 
     def has_picture(self, i):
-        part, row = self.at(i)
+        part, row, _ = self.at(i)
         return part.has_picture(row)
 
 
-class Questions:
+class Questions(Mixture):
     """The same records, but every question with its answer is one of its own. The records are read once, to count their questions.
 
     A decoder that starts from nothing learns from short rows which words matter, long before it does so in long ones.
     """
 
     def __init__(self, records):
-        self.records, n = records, []
+        picks = []
         for i in range(len(records)):
+            part, row, _ = records.picks[i].tolist() if isinstance(records, Mixture) else (0, i, -1)
             try:
-                n.append(max(1, len(pairs_of(records[i]["turns"]))))
+                n = len(pairs_of(records[i]["turns"]))
             except UserError:                                              # said, or counted, when it is asked for
-                n.append(1)
-        self.ends = np.cumsum(n)
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def at(self, i):
-        """-> index of the record, and which of its questions."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        row = int(np.searchsorted(self.ends, i, side="right"))
-        return row, i - int(self.ends[row - 1]) if row else i
-
-    def __getitem__(self, i):
-        row, k = self.at(i)
-        record = self.records[row]
-        pairs = pairs_of(record["turns"])
-        if len(pairs) > 1:
-            (role, text), answer = pairs[k]
-            missing = len(record["images"]) - text.count("<image>")        # pictures that other questions brought along
-            record["turns"] = [(role, "<image>\n" * missing + text), answer]
-        return record
-
-    def where(self, i, id=None):
-        row, k = self.at(i)
-        return f"{self.records.where(row, id)}, question {k + 1}"
-
-    def image_path(self, name):
-        return self.records.image_path(name)
-
-    def n_bytes(self, i):
-        return self.records.n_bytes(self.at(i)[0])
-
-    def has_picture(self, i):
-        return self.records.has_picture(self.at(i)[0])
+                n = 1
+            picks += [(part, row, k) for k in range(max(1, n))]
+        super().__init__(records.parts, picks)
 
 
 def pairs_of(turns):
@@ -697,9 +667,11 @@ def pairs_of(turns):
 
 
 def open_records(path, image_root=None, weights="", fraction=1.0, seed=0):
-    """FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's {name: {"root", "annotation", "repeat_time"}} -> Records or a Mixture."""
-    paths, meta = str(path).split(","), read_meta(str(path), image_root)
-    parts = meta or [(Records(p, image_root), 1.0) for p in paths]
+    """FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's {name: {"root", "annotation", "repeat_time"}} -> Records or a Mixture.
+
+    The records of a file come `weight` times; of a broken number, some once more, drawn by the seed.
+    """
+    parts = read_meta(str(path), image_root) or [(Records(p, image_root), 1.0) for p in str(path).split(",")]
     if weights:
         try:
             given = [float(w) for w in weights.split(",")]
@@ -710,10 +682,16 @@ def open_records(path, image_root=None, weights="", fraction=1.0, seed=0):
         parts = [(records, w) for (records, _), w in zip(parts, given)]
     if len(parts) == 1 and parts[0][1] == fraction == 1:
         return parts[0][0]
-    mixture = Mixture(parts, fraction, seed)
-    for (records, weight), n in zip(parts, np.diff(mixture.ends, prepend=0)):
-        print(f"{records.path}: {n:,} of an epoch's records (it holds {len(records):,}, weight {weight:g}" + (f", fraction {fraction:g})" if fraction < 1 else ")"))
-    return mixture
+    picks = []
+    for k, (records, weight) in enumerate(parts):
+        n = len(records)
+        times, rest = divmod(max(1, round(n * weight * fraction)), n)
+        drawn = np.random.default_rng([seed, k]).permutation(n)[:rest]      # of a larger share these are the first: fractions are nested
+        rows = np.concatenate([np.tile(np.arange(n), times), np.sort(drawn)])
+        picks.append(np.stack([np.full_like(rows, k), rows, np.full_like(rows, -1)], axis=1))
+        print(f"{records.path}: {len(rows):,} of an epoch's records (it holds {n:,}, weight {weight:g}"
+              + (f", fraction {fraction:g})" if fraction < 1 else ")"))
+    return Mixture([records for records, _ in parts], np.concatenate(picks))
 
 
 def read_meta(path, image_root=None):
@@ -815,46 +793,53 @@ class Examples(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        S, stage, record = self.vision_cfg.image_size, "record", {"id": str(i)}
+        stage, record = "record", {"id": str(i)}
         try:
             record = self.records[i]
             stage = "picture"
-            pictures = [vision.cut_tiles(vision.open_image(self.records.image_path(name)), self.vision_cfg, self.image_mode) for name in record["images"]]
-            n_visual = [len(layout) for _, layout in pictures]
+            pictures = [vision.cut_tiles(self.picture(i, name), self.vision_cfg, self.image_mode) for name in record["images"]]
             stage = "conversation"
-            tokens, labels = encode_conversation(self.tok, record["turns"], self.template, n_visual)
-            if len(tokens) > self.max_length:                              # nothing is cut: half a picture or half an answer teaches nonsense
-                raise UserError(f"{len(tokens)} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; "
-                                "raise --max-length, or drop or split the record")
-            if all(label == IGNORE for label in labels):
-                raise UserError("no supervised token; drop the record")
+            example = self.encode(record, [len(layout) for _, layout in pictures])
         except UserError as error:
             reason = str(error) if stage == "record" else f"{self.records.where(i, record['id'])}: {error}"
             if self.bad == "stop":
                 raise UserError(reason) from None
             return {"skipped": reason, "stage": stage, "id": record["id"], "index": i}
-        pixels, layout = vision.join(pictures or [no_picture(S)])
-        return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "pixels": pixels, "layout": layout, "n_visual": n_visual,
-                "n_picture": len(n_visual), "marker_is_text": not n_visual and any("<image>" in text for _, text in record["turns"]),
-                "id": record["id"], "index": i}
+        pixels, layout = vision.join(pictures or [no_picture(self.vision_cfg.image_size)])
+        return example | {"pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+
+    def picture(self, i, name):
+        return vision.open_image(self.records.image_path(name))
+
+    def encode(self, record, n_visual):
+        tokens, labels = encode_conversation(self.tok, record["turns"], self.template, n_visual)
+        self.check_length(len(tokens), n_visual)
+        if all(label == IGNORE for label in labels):
+            raise UserError("no supervised token; drop the record")
+        return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "n_visual": n_visual,
+                "marker_is_text": not n_visual and any("<image>" in text for _, text in record["turns"])}
+
+    def check_length(self, n, n_visual):
+        if n > self.max_length:                                            # nothing is cut: half a picture or half an answer teaches nonsense
+            raise UserError(f"{n} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; "
+                            "raise --max-length, or drop or split the record")
 
 
 def no_picture(S):
     return torch.empty((0, 3, S, S), dtype=torch.uint8), torch.empty((0, 2), dtype=torch.int64)
 
 
-def collate(examples, pad):
-    """Examples of unequal length -> one batch; `skipped` says why each of the others is not in it."""
-    used = [e for e in examples if "skipped" not in e]
-    lengths = torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64)              # (B,)
-    shape = (len(used), max(lengths.tolist(), default=0))
-    tokens, labels = torch.full(shape, pad), torch.full(shape, IGNORE)                       # (B, T)
-    for row, e in enumerate(used):
-        tokens[row, : lengths[row]] = e["tokens"]
-        labels[row, : lengths[row]] = e["labels"]
+def collate(examples, pad, **more):
+    """Examples of unequal length -> one batch, padded on the right; `skipped` says why each of the others is not in it.
+
+    `more`: rows beside tokens and labels (B, T), and what they are padded with.
+    """
+    used, none = [e for e in examples if "skipped" not in e], torch.zeros(0, dtype=torch.int64)
+    rows = {name: pad_sequence([e[name] for e in used] or [none], batch_first=True, padding_value=value)[: len(used)]
+            for name, value in {"tokens": pad, "labels": IGNORE, **more}.items()}
     pixels, layout = vision.join([(e["pixels"], e["layout"]) for e in used] or [no_picture(0)])         # (N, 3, S, S), (M, 2)
-    return {"tokens": tokens, "labels": labels, "pixels": pixels, "layout": layout, "lengths": lengths, "ids": [e["id"] for e in used],
-            "skipped": [e["skipped"] for e in examples if "skipped" in e]}
+    return rows | {"pixels": pixels, "layout": layout, "lengths": torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64),
+                   "ids": [e["id"] for e in used], "skipped": [e["skipped"] for e in examples if "skipped" in e]}
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------
@@ -954,7 +939,7 @@ def check(args):
             stages[example["stage"]] += 1
             continue
         ids[example["id"]] += 1
-        pictures[example["n_picture"]] += 1
+        pictures[len(example["n_visual"])] += 1
         lengths.append(len(example["tokens"]))
         n_label += int((example["labels"] != IGNORE).sum())
         n_word += example["marker_is_text"]
