@@ -42,15 +42,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import model
-from data import IGNORE, Mixture, Records, encode_conversation, encode_prompt, find_template, no_picture, open_records, parse_args, run
+from data import IGNORE, Examples, Mixture, Records, collate, encode_conversation, encode_prompt, find_template, open_records, parse_args, run
 from model import PRESETS, write_whole
 from train import (Flags, TrainConfig, arg, build, complete, few, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device, precision,
                    read_flags, text_of)
-from vision import MODES, UserError, cut_tiles, join, open_image
+from vision import MODES, UserError, cut_tiles, open_image
 
 
 # ---- the losses: each a mean over pairs of what its equation says, of tensors (B,) ---------------------------------------
@@ -159,41 +159,26 @@ def log_probs(vlm, batch, seen=None, rows=1024):
 
 
 PREFIX, CHOSEN, REJECTED, PADDING = range(4)     # the parts of a row; each sees the prefix and itself
+PairFiles = open_records                         # a file of pairs is a file of records
 
 
-class PairExamples(Dataset):
-    """Pairs as rows. `bad`: a pair that cannot be used stops the run ("stop"), or says why it is skipped ("skip")."""
+class PairExamples(Examples):
+    """Pairs as rows: what data.Examples is for conversations."""
 
-    def __init__(self, records, tok, template, vision_cfg, image_mode, max_length, bad):
-        find_template(template)
-        self.records, self.tok, self.template, self.bad = records, tok, template, bad
-        self.vision_cfg, self.image_mode, self.max_length = vision_cfg, image_mode, max_length
+    def picture(self, i, name):
+        part = self.records.parts[self.records.picks[i][0]] if isinstance(self.records, Mixture) else self.records
+        image = super().picture(i, name)
+        return recompressed(image, i) if part.recompress else image
 
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        where = f"pair {i}"
-        try:
-            record, where, paths, recompress = self.records[i]
-            for name in "question", "chosen", "rejected":
-                if not isinstance(record.get(name), str):
-                    raise UserError(f'"{name}" is {record.get(name)!r}; a pair is {{"image", "question", "chosen", "rejected"}}')
-            pictures = [cut_tiles(recompressed(open_image(path), i) if recompress else open_image(path), self.vision_cfg, self.image_mode) for path in paths]
-            n_visual = [len(layout) for _, layout in pictures]
-            prefix, chosen, rejected = encode_pair(self.tok, record["question"], record["chosen"], record["rejected"], self.template, n_visual)
-            if chosen == rejected or record["chosen"].strip() == record["rejected"].strip():
-                raise UserError("chosen and rejected are the same answer; drop the pair")
-            longest = len(prefix) + max(len(chosen), len(rejected))
-            if longest > self.max_length:                                  # never cut: half an answer is neither good nor bad
-                raise UserError(f"{longest} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; raise --max-length, or drop the pair")
-        except UserError as error:
-            reason = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            if self.bad == "stop":
-                raise UserError(reason) from None
-            return {"skipped": reason, "index": i}
-        pixels, layout = join(pictures or [no_picture(self.vision_cfg.image_size)])
-        return pair_row(prefix, chosen, rejected) | {"pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+    def encode(self, record, n_visual):
+        for name in "question", "chosen", "rejected":
+            if not isinstance(record.get(name), str):
+                raise UserError(f'"{name}" is {record.get(name)!r}; a pair is {{"image", "question", "chosen", "rejected"}}')
+        prefix, chosen, rejected = encode_pair(self.tok, record["question"], record["chosen"], record["rejected"], self.template, n_visual)
+        if chosen == rejected or record["chosen"].strip() == record["rejected"].strip():
+            raise UserError("chosen and rejected are the same answer; drop the pair")
+        self.check_length(len(prefix) + max(len(chosen), len(rejected)), n_visual)
+        return pair_row(prefix, chosen, rejected)
 
 
 def pair_row(prefix, chosen, rejected):
@@ -222,36 +207,8 @@ def encode_pair(tok, question, chosen, rejected, template, n_visual):
 
 
 def collate_pairs(examples, pad):
-    """Rows of unequal length -> one batch, padded on the right; `skipped` says why each of the others is not in it."""
-    used = [e for e in examples if "skipped" not in e]
-    fill = {"tokens": pad, "labels": IGNORE, "at": 0, "source": 0, "part": PADDING}
-    batch = {name: torch.nn.utils.rnn.pad_sequence([e[name] for e in used] or [torch.zeros(0, dtype=torch.int64)], batch_first=True, padding_value=value)
-             for name, value in fill.items()}
-    pixels, layout = join([(e["pixels"], e["layout"]) for e in used] or [no_picture(0)])
-    return batch | {"pixels": pixels, "layout": layout, "lengths": torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64),
-                    "ids": [e["id"] for e in used], "index": [e["index"] for e in used], "skipped": [e["skipped"] for e in examples if "skipped" in e]}
-
-
-class PairFiles:
-    """The pairs of FILE, of FILE,FILE or of a meta.json that mixes several, as data.open_records opens them."""
-
-    def __init__(self, path, image_root, weights="", fraction=1.0, seed=0):
-        self.records = open_records(path, image_root, weights, fraction, seed)
-        parts, self.index = (self.records.parts, self.records.rows.tolist()) if isinstance(self.records, Mixture) else ([self.records], [])
-        self.files = list(dict.fromkeys([*map(Path, str(path).split(",")), *(part.path for part in parts)]))
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        """-> record, where it is, its picture files, whether they are to be re-compressed."""
-        part, row = self.records.at(i) if isinstance(self.records, Mixture) else (self.records, i)
-        record = part[row]
-        where = part.where(row, record["id"])
-        try:
-            return record, where, [part.image_path(name) for name in record["images"]], part.recompress
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+    """data.collate, with all that a pair's row has."""
+    return collate(examples, pad, at=0, source=0, part=PADDING) | {"index": [e["index"] for e in examples if "skipped" not in e]}
 
 
 def recompressed(image, i):
@@ -289,6 +246,7 @@ class MPOConfig(TrainConfig):
     token_budget: int = arg(0, "")
     shard: bool = arg(False, "")
     cache_features: float = arg(0.0, "")
+    split_questions: bool = arg(False, "")
     dry_run: bool = arg(False, "")
 
 
@@ -318,7 +276,7 @@ class Pairs:
 
     @staticmethod
     def read(cfg):
-        return PairFiles(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+        return open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
 
     def blame(self, net, micro, autocast):
         return few([name for m in micro for name in m["ids"]])
@@ -362,8 +320,10 @@ class Pairs:
     def precompute(self, first, tok, records):
         """s_ref of every pair, (n, 2), from a file named by all it depends on; what of it is missing is computed by first() and appended."""
         cfg, n, began = self.cfg, len(self.examples), time.time()
-        what = [self.examples.template, self.examples.image_mode, str(self.examples.vision_cfg.tiling), self.examples.max_length, cfg.dtype, self.device.type, records.index]
-        key = fingerprint(model_files(cfg), records.files, what)
+        what = [self.examples.template, self.examples.image_mode, str(self.examples.vision_cfg.tiling), self.examples.max_length, cfg.dtype,
+                self.device.type, records.picks.tolist() if isinstance(records, Mixture) else []]
+        files = dict.fromkeys([*map(Path, cfg.data.split(",")), *(part.path for part in records.parts)])
+        key = fingerprint(model_files(cfg), list(files), what)
         path = Path(cfg.out).parent / "reference" / f"{key}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         done = whole_lines(path)
