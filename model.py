@@ -23,7 +23,6 @@ the longest sequence is one window (inside it nothing slides); nor are InternLM2
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -45,7 +44,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, draw, find_tiling,
+from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, TILINGS, UserError, VisionConfig, ViT, default_template, draw, find_tiling,
                     picture_mode, rename, tower_by_shapes, tower_tensors)
 
 IGNORE = -100                        # the label of a token that is not supervised
@@ -76,7 +75,7 @@ class DecoderConfig:
 class VLMConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    connector: str = "mlp2x_gelu"    # or "linear" (LLaVA v1), "fused_gelu" (Prismatic), "norm_gelu" (InternVL)
+    connector: str = "mlp2x_gelu"    # one of CONNECTORS
     image_token: int = 32000         # id that stands for one visual token; ids from here on are never generated
     pad_token: int = 32001
     bos_token: int = 1
@@ -91,21 +90,34 @@ class VLMConfig:
         if self.vision2 and (self.vision2.image_size, self.vision2.n_token) != (self.vision.image_size, self.vision.n_token):
             raise UserError(f"two towers need the same tile and grid, here are {self.vision.image_size} px with {self.vision.n_token} visual tokens "
                             f"and {self.vision2.image_size} px with {self.vision2.n_token}")
-        if self.image_mode not in MODES:
-            raise UserError(f"image mode {self.image_mode!r} is unknown; choose one of {', '.join(MODES)}")
+        find_tiling(self.vision, self.image_mode)                           # an unknown mode is said here
         if self.image_token <= max(self.bos_token, self.eos_token):
             raise UserError(f"image token {self.image_token} lies among the words; ids from it on are never generated, so it must come after them")
 
     @property
     def unsaid(self):                # ids that are never generated: <image>, <pad> and the rest of the table. InternVL has words behind <image>
-        return slice(self.image_token, self.image_token + 1) if self.pad_token == self.eos_token else slice(min(self.image_token, self.pad_token), None)
+        first, last = (self.image_token, self.image_token + 1) if self.pad_token == self.eos_token else (min(self.image_token, self.pad_token), None)
+        return slice(first, last)
 
     @property
     def n_feature(self):             # width of a visual token before the connector
         return self.vision.n_feature + (self.vision2.n_feature if self.vision2 else 0)
 
+    @property
+    def tiling(self):                # None where a picture is one tile
+        return find_tiling(self.vision, self.image_mode)
 
-CONNECTORS = ("mlp2x_gelu", "linear", "fused_gelu", "norm_gelu")
+    @property
+    def row_end(self):               # whether a learned embedding ends the rows of a picture's tiles
+        return self.tiling is not None and (self.tiling.row_end or self.tiling.global_row_end)
+
+
+CONNECTORS = {                       # name -> what its linear layers make of n_in visual features: D channels in the end, a GELU between them
+    "mlp2x_gelu": lambda n_in, D: (D, D),                   # LLaVA-1.5
+    "linear": lambda n_in, D: (D,),                         # LLaVA v1
+    "fused_gelu": lambda n_in, D: (4 * n_in, D, D),         # Prismatic, over two towers
+    "norm_gelu": lambda n_in, D: (D, D),                    # InternVL, with a LayerNorm before them
+}
 PRESETS = {
     # The toy: its tower and decoder are in assets/, made by lab.py. 64 visual tokens a picture.
     "toy": VLMConfig(
@@ -115,10 +127,11 @@ PRESETS = {
     # right one after some thousand questions, from 64 it does not in the same time; and of 32 px a ViT learns more when it has them at once.
     "photo": VLMConfig(
         VisionConfig(image_size=64, patch_size=32, n_embd=256, n_layer=3, n_head=8, n_hidden=1024, feature_layer=-1),
-        DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024), template="prism_pure"),
+        DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024),
+        template="prism_pure"),
     "llava-1.5-7b": VLMConfig(decoder=DecoderConfig(vocab_size=32064)),
     "llava-v1-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), "linear", image_mode="crop", template="llava_v0"),
-    "llava-1.5-hd-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), image_mode="hd"),        # never released: the paper's A.1
+    "llava-1.5-hd-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), image_mode="hd"),    # never released: the paper's A.1
     "llava-1.5-13b": VLMConfig(decoder=DecoderConfig(vocab_size=32064, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824)),
 }
 
@@ -185,8 +198,8 @@ class VLM(nn.Module):
                  layout=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
 
-        A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,) says how many tokens of each row are
-        prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p (nucleus) limit the choice.
+        A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,)
+        says how many tokens of each row are prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p (nucleus) limit the choice.
         `shared` (B,): which of several beginnings each row has, all of one length and ending with the last picture; `pixels` are then
         those of each beginning once, in their order, and questions about one picture are spared to look at it again.
         """
@@ -225,7 +238,7 @@ class VLM(nn.Module):
             pos = pos + 1
 
     def prefill(self, tokens, pixels, cache, lengths, shared=None, layout=None):
-        """Fill the cache with the prompts (B, T) -> h (B, D) at the last token of each, of `lengths` (B,). Padding writes rows that are overwritten unseen."""
+        """Fill the cache with the prompts (B, T) -> h (B, D) at the last token of each, of `lengths` (B,). What padding writes is never read."""
         (B, T), last = tokens.shape, lengths - 1
         if shared is None:
             return self.decoder(self.embed(tokens, pixels, layout), cache=cache, rows=torch.arange(B, device=tokens.device) * T + last)
@@ -247,7 +260,7 @@ class VLM(nn.Module):
             raise UserError(f"image mode {mode} cuts no tiles, so it has no {' or '.join(choices)} to choose")
         tiling = tiling and replace(tiling, **choices)
         self.cfg = replace(self.cfg, image_mode=mode, vision=replace(self.cfg.vision, tiling=None if tiling == TILINGS.get(mode) else tiling))
-        self.connector.want_row_end(tiling is not None and (tiling.row_end or tiling.global_row_end))
+        self.connector.want_row_end(self.cfg.row_end)
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
@@ -289,29 +302,25 @@ class Connector(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        n_in, D = cfg.n_feature, cfg.decoder.n_embd
-        wide = 4 * n_in if cfg.connector == "fused_gelu" else D
+        n_in, self.D = cfg.n_feature, cfg.decoder.n_embd
         self.norm = nn.LayerNorm(n_in) if cfg.connector == "norm_gelu" else nn.Identity()
-        self.linear_1 = nn.Linear(n_in, wide)
-        if cfg.connector != "linear":
-            self.linear_2 = nn.Linear(wide, D)
-        if cfg.connector == "fused_gelu":
-            self.linear_3 = nn.Linear(D, D)
+        widths = CONNECTORS[cfg.connector](n_in, self.D)
+        for i, (a, b) in enumerate(zip((n_in, *widths), widths), 1):
+            setattr(self, f"linear_{i}", nn.Linear(a, b))
         self.register_parameter("row_end", None)
-        tiling = find_tiling(cfg.vision, cfg.image_mode)
-        self.want_row_end(tiling is not None and (tiling.row_end or tiling.global_row_end))
+        self.want_row_end(cfg.row_end)
 
     def want_row_end(self, wanted):
         if wanted != (self.row_end is not None):
-            w = self.linear_1.bias
-            D = (self.linear_2 if hasattr(self, "linear_2") else self.linear_1).out_features
-            self.row_end = nn.Parameter(draw(D, std=D**-0.5, device=w.device, dtype=w.dtype)) if wanted else None
+            like = self.linear_1.bias
+            self.row_end = nn.Parameter(draw(self.D, std=self.D**-0.5, device=like.device, dtype=like.dtype)) if wanted else None
 
     def forward(self, x, index=None):
         x = x if index is None else x.index_select(0, index.clamp(min=0))
-        x = self.linear_1(self.norm(x))
-        for name in "linear_2", "linear_3":
-            x = getattr(self, name)(F.gelu(x)) if hasattr(self, name) else x
+        norm, linear, *more = self.children()
+        x = linear(norm(x))
+        for linear in more:
+            x = linear(F.gelu(x))
         return x if index is None or self.row_end is None else torch.where(index[:, None] < 0, self.row_end.to(x.dtype), x)
 
 
@@ -334,10 +343,14 @@ class Decoder(nn.Module):
         position on and see its cache up to themselves; `end` bounds all positions so that the unused tail is not read.
         """
         if at is None:
-            at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None] + torch.arange(x.shape[1], device=x.device)     # (1 or B, T)
-        rope, mask = rotary(at, self.cfg), mask if pos is None else (torch.arange(end, device=x.device) <= at[:, :, None])[:, None]           # (B, 1, T, end)
+            at = torch.arange(x.shape[1], device=x.device)[None]            # (1, T)
+            at = at if pos is None else pos[:, None] + at                   # (B, T)
+        if pos is not None:
+            mask = (torch.arange(end, device=x.device) <= at[:, :, None])[:, None]          # (B, 1, T, end)
+        rope = rotary(at, self.cfg)
         for i, layer in enumerate(self.layers):
-            given = (x, rope, None if cache is None else cache[i], None if pos is None else at, mask, rows if i + 1 == len(self.layers) else None)
+            last = i + 1 == len(self.layers)
+            given = (x, rope, None if cache is None else cache[i], None if pos is None else at, mask, rows if last else None)
             x = checkpoint(layer, *given, use_reentrant=False) if i < self.recompute and torch.is_grad_enabled() else layer(*given)
         return self.norm(x)
 
@@ -524,7 +537,7 @@ def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
     vlm.lora = {"base": None, "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "targets": list(targets)}
 
 
-@contextlib.contextmanager
+@contextmanager
 def lora_off(vlm):
     """Inside, the model is its base: the reference of preference learning, without a second copy of the weights."""
     layers = [m for m in vlm.modules() if isinstance(m, LoRALinear)]
@@ -916,8 +929,7 @@ def read_tower(path):
     with named(path):
         if "model_type" not in c and "vision_config" not in c:
             return tower_by_shapes(tower_tensors(read_tensors(path)), quick_gelu=take(clip, "model_cfg", dict, {}).get("quick_gelu", True))
-        cfg, prep = vision_config(c), read_processor(path)
-        return replace(cfg, mean=take(prep, "image_mean", tuple, cfg.mean), std=take(prep, "image_std", tuple, cfg.std))
+        return vision_config(c, read_processor(path))
 
 
 def read_config(directory, own={}, towers=()):
@@ -956,9 +968,7 @@ def config_reader(file, strict=True):
 def llava_hf_config(c, prep, own, towers):
     only(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     only(take(c, "vision_config", dict), model_type="clip_vision_model")
-    tower = vision_config(c)
-    vision = replace(tower, feature_layer=take(c, "vision_feature_layer", int, -2),
-                     mean=take(prep, "image_mean", tuple, tower.mean), std=take(prep, "image_std", tuple, tower.std))
+    vision = replace(vision_config(c, prep), feature_layer=take(c, "vision_feature_layer", int, -2))
     image = take(c, "image_token_id" if "image_token_id" in c else "image_token_index", int, 32000)
     mode, tiling = picture_mode(c, vision.image_size, "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad")
     return VLMConfig(replace(vision, tiling=tiling), decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
@@ -1031,7 +1041,7 @@ def part_of(own, part):
 def fits_llava(cfg):
     """Whether the llava-hf layout can hold the model: a CLIP, a Llama, one of LLaVA's two connectors, and one tile, or several as LLaVA-NeXT
     cuts them."""
-    v, clip, tiling = cfg.vision, TOWERS["clip_vision_model"], find_tiling(cfg.vision, cfg.image_mode)
+    v, clip, tiling = cfg.vision, TOWERS["clip_vision_model"], cfg.tiling
     several = tiling and (replace(tiling, grids=TILINGS["anyres"].grids) != TILINGS["anyres"] or cfg.connector != "mlp2x_gelu")
     return (not cfg.vision2 and not several and cfg.connector in ("linear", "mlp2x_gelu")
             and all(getattr(v, name) == getattr(clip, name) for name in ("class_token", "n_register", "pre_norm", "patch_bias", "layer_scale",
@@ -1050,8 +1060,26 @@ TOWERS = {
 }
 
 
-def vision_config(c):
-    """config.json of a tower, alone or inside that of a larger model -> VisionConfig."""
+CLIP_FIELDS = {"image_size": "image_size", "patch_size": "patch_size", "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
+               "n_head": "num_attention_heads", "n_hidden": "intermediate_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps"}
+# Of a language model's config, absent fields mean the defaults of its class; and of both, what the fields are called there.
+LANGUAGE = {
+    "llama": DecoderConfig(block_size=2048, norm_eps=1e-6),
+    "mistral": DecoderConfig(n_kv_head=8, n_hidden=14336, block_size=4096 * 32, norm_eps=1e-6),
+    "internlm2": DecoderConfig(vocab_size=103168, block_size=2048, norm_eps=1e-6),
+}
+LLAMA_FIELDS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+                "n_embd": "hidden_size", "head_dim": "head_dim", "n_hidden": "intermediate_size", "block_size": "max_position_embeddings",
+                "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"}
+
+
+def take_fields(c, names, absent):
+    """{our name: value} of a public config's fields; `absent`: {our name: what it is where it is not said}."""
+    return {ours: take(c, theirs, type(absent[ours]), absent[ours]) for ours, theirs in names.items()}
+
+
+def vision_config(c, prep={}):
+    """config.json of a tower, alone or inside that of a larger model, and of its image processor -> VisionConfig."""
     inner = take(c, "vision_config", dict, None if "llm_config" in c else c)
     kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
     kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model", "llava_next": "clip_vision_model"}.get(kind, kind)
@@ -1062,35 +1090,38 @@ def vision_config(c):
     rms = intern and inner.get("norm_type", "rms_norm") == "rms_norm"
     if intern and inner.get("qk_normalization", True) != rms:
         raise UserError(f"qk_normalization is {not rms} with norm_type {inner.get('norm_type')!r}; only 300M (neither) and 6B (both) are implemented")
-    n_embd = take(inner, "hidden_size", int, base.n_embd)
-    act = take(inner, "hidden_act", str, base.activation)
-    return replace(base, image_size=take(inner, "image_size", int, base.image_size), patch_size=take(inner, "patch_size", int, base.patch_size),
-                   n_embd=n_embd, n_layer=take(inner, "num_hidden_layers", int, base.n_layer), n_head=take(inner, "num_attention_heads", int, base.n_head),
-                   n_hidden=n_embd * take(inner, "mlp_ratio", int, 4) if kind.startswith("dinov2") else take(inner, "intermediate_size", int, base.n_hidden),
-                   n_register=take(inner, "num_register_tokens", int, base.n_register) if base.n_register else 0, rms_norm=rms,
-                   activation="gelu_tanh" if act == "gelu_pytorch_tanh" else act, norm_eps=take(inner, "layer_norm_eps", float, base.norm_eps))
+    found = take_fields(inner, CLIP_FIELDS, vars(base))
+    if kind.startswith("dinov2"):
+        found["n_hidden"] = found["n_embd"] * take(inner, "mlp_ratio", int, 4)
+        found["n_register"] = base.n_register and take(inner, "num_register_tokens", int, base.n_register)
+    found["activation"] = {"gelu_pytorch_tanh": "gelu_tanh"}.get(found["activation"], found["activation"])
+    return replace(base, **found, rms_norm=rms, mean=take(prep, "image_mean", tuple, base.mean), std=take(prep, "image_std", tuple, base.std))
+
+
+def clip_json(v):
+    return {"model_type": "clip_vision_model", "projection_dim": v.n_embd} | {theirs: getattr(v, ours) for ours, theirs in CLIP_FIELDS.items()}
 
 
 def decoder_config(c):
-    """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig; absent fields are the defaults of their classes."""
+    """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig."""
     kind = c.get("model_type", "llama")
-    if kind not in ("llama", "mistral", "internlm2"):
+    if kind not in LANGUAGE:
         raise UserError(f"model_type is {kind!r}; only 'llama', 'mistral' and 'internlm2' are implemented")
-    mistral = kind == "mistral"
     only(c, hidden_act="silu", attention_bias=False, mlp_bias=False, bias=False)
-    n_embd, n_head = take(c, "hidden_size", int, 4096), take(c, "num_attention_heads", int, 32)
     rope = take(c, "rope_parameters", dict, {}) | take(c, "rope_scaling", dict, {})
     if "dynamic" not in rope.values():                                      # which changes nothing up to max_position_embeddings
         only(rope, rope_type="default", type="default")
-    longest = take(c, "max_position_embeddings", int, 4096 * 32 if mistral else 2048)
-    window = c.get("sliding_window", 4096) if mistral else None             # null: none, as in Mistral v0.2
-    return DecoderConfig(vocab_size=take(c, "vocab_size", int, 103168 if kind == "internlm2" else 32000),
-                         n_layer=take(c, "num_hidden_layers", int, 32), n_head=n_head,
-                         n_kv_head=take(c, "num_key_value_heads", int, 8 if mistral else n_head), n_embd=n_embd,
-                         head_dim=take(c, "head_dim", int, n_embd // n_head),
-                         n_hidden=take(c, "intermediate_size", int, 14336 if mistral else 11008), block_size=min(longest, window or longest),
-                         norm_eps=take(c, "rms_norm_eps", float, 1e-6), rope_theta=take(rope, "rope_theta", float, take(c, "rope_theta", float, 10000.0)),
-                         tied=c.get("tie_word_embeddings") is True)
+    absent, n_head = vars(LANGUAGE[kind]), take(c, "num_attention_heads", int, 32)
+    absent = absent | {"n_kv_head": 8 if kind == "mistral" else n_head, "head_dim": take(c, "hidden_size", int, 4096) // n_head}
+    found = take_fields(c, LLAMA_FIELDS, absent)
+    window = c.get("sliding_window", 4096) if kind == "mistral" else None   # null: none, as in Mistral v0.2
+    return DecoderConfig(**found | {"block_size": min(found["block_size"], window or found["block_size"]),
+                                    "rope_theta": take(rope, "rope_theta", float, found["rope_theta"])}, tied=c.get("tie_word_embeddings") is True)
+
+
+def llama_json(d):
+    return {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2} | {
+        theirs: getattr(d, ours) for ours, theirs in LLAMA_FIELDS.items()}
 
 
 def take(c, name, kind, default=None):
@@ -1114,21 +1145,8 @@ def only(c, **supported):
             raise UserError(f"{name} is {c[name]!r}; only {value!r} is implemented")
 
 
-def clip_json(v):
-    return {"model_type": "clip_vision_model", "image_size": v.image_size, "patch_size": v.patch_size, "hidden_size": v.n_embd,
-            "num_hidden_layers": v.n_layer, "num_attention_heads": v.n_head, "intermediate_size": v.n_hidden,
-            "hidden_act": v.activation, "layer_norm_eps": v.norm_eps, "projection_dim": v.n_embd}
-
-
-def llama_json(d):
-    return {"model_type": "llama", "vocab_size": d.vocab_size, "hidden_size": d.n_embd, "num_hidden_layers": d.n_layer,
-            "num_attention_heads": d.n_head, "num_key_value_heads": d.n_kv_head, "head_dim": d.head_dim, "intermediate_size": d.n_hidden,
-            "max_position_embeddings": d.block_size, "rms_norm_eps": d.norm_eps, "rope_theta": d.rope_theta,
-            "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
-
-
 def llava_config(cfg, dtype):
-    tiling, S = find_tiling(cfg.vision, cfg.image_mode), cfg.vision.image_size
+    tiling, S = cfg.tiling, cfg.vision.image_size
     next_fields = {} if tiling is None else {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
                                              "image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]}     # transformers reads (height, width)
     return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": dtype,
@@ -1157,7 +1175,7 @@ def save_processor(directory, tokenizer_file, cfg):
 
     It knows no letterbox, which differs from pad by a pixel at most, and none of our own tilings: with those no way in is written.
     """
-    S, tiling = cfg.vision.image_size, find_tiling(cfg.vision, cfg.image_mode)
+    S, tiling = cfg.vision.image_size, cfg.tiling
     ways = {"crop": ("CLIPImageProcessor", {"shortest_edge": S}, True), "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False),
             "anyres": ("LlavaNextImageProcessor", {"shortest_edge": S}, True)}
     kind, size, crop = ways.get(cfg.image_mode, ("LlavaImageProcessor", {"shortest_edge": S}, True))
@@ -1315,7 +1333,7 @@ def info(name, vision=None, llm=None):
     total, trained = sum(count.values()), sum(n for part, n in count.items() if not part.startswith("vision"))
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
-        tiling = find_tiling(cfg.vision, cfg.image_mode)
+        tiling = cfg.tiling
         grids = f" of up to {max(map(math.prod, tiling.grids))} tiles, global view {tiling.global_view}" if tiling else ""
         print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}{grids}, template {cfg.template}")
         if cfg.image_mode == "crop" and read_processor(folder).get("do_center_crop") and "image_aspect_ratio" not in read_json(folder / "config.json"):
