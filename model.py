@@ -540,14 +540,15 @@ def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
 @contextmanager
 def lora_off(vlm):
     """Inside, the model is its base: the reference of preference learning, without a second copy of the weights."""
-    layers = [m for m in vlm.modules() if isinstance(m, LoRALinear)]
-    for m in layers:
-        m.on = False
+    def switch(on):
+        for m in vlm.modules():
+            if isinstance(m, LoRALinear):
+                m.on = on
+    switch(False)
     try:
         yield
     finally:
-        for m in layers:
-            m.on = True
+        switch(True)
 
 
 def merged_state(vlm):
@@ -561,11 +562,11 @@ def merged_state(vlm):
 
 def adapter_name(name, public):
     """One of our names -> that of the PEFT library over transformers' Llava; our own where that is not what is trained."""
+    name = re.sub(r"(lora_[AB])$", r"\1.weight", public(name))
     if public is str:
-        return re.sub(r"(lora_[AB])$", r"\1.weight", name)
-    name = llava_name(name).replace("language_model.model.", "model.language_model.").replace("language_model.lm_head.", "lm_head.")
-    name = f"model.{name}" if name.startswith(("vision_tower.", "multi_modal_projector.")) else name
-    return "base_model.model." + re.sub(r"(lora_[AB])$", r"\1.weight", name)
+        return name
+    name = name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head.", "lm_head.")
+    return "base_model.model." + ("model." if name.startswith(("vision_tower.", "multi_modal_projector.")) else "") + name
 
 
 def save_adapter(vlm, directory, base, state=None):
@@ -574,16 +575,15 @@ def save_adapter(vlm, directory, base, state=None):
     The directory opens like any other model (VLM.from_pretrained merges), and `python model.py convert` makes a whole one of it.
     """
     state = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad} if state is None else state
-    whole = [name for name, child in (("multi_modal_projector", vlm.connector), ("vision_tower", vlm.vision)) if any(p.requires_grad for p in child.parameters())]
-    public, model_config = public_layout(vlm)
-    targets = "|".join(vlm.lora["targets"])
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": vlm.lora["r"], "lora_alpha": vlm.lora["lora_alpha"],
-              "lora_dropout": vlm.lora["lora_dropout"], "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
-              "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({targets})", "modules_to_save": whole or None, "inference_mode": True}
-    write_whole(Path(directory) / "adapter_model.safetensors", lambda tmp: save_file(
-        {adapter_name(name, public): t.contiguous().cpu() for name, t in state.items()}, tmp, metadata={"format": "pt"}))
-    write_whole(Path(directory) / "adapter_config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2)))
-    write_whole(Path(directory) / "config.json", lambda tmp: tmp.write_text(json.dumps(model_config, indent=2)))
+    children = {"multi_modal_projector": vlm.connector, "vision_tower": vlm.vision}
+    whole = [name for name, child in children.items() if any(p.requires_grad for p in child.parameters())]
+    public, config = public_layout(vlm)
+    write_json(Path(directory) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none", "use_dora": False, "use_rslora": False,
+        "fan_in_fan_out": False, "r": vlm.lora["r"], "lora_alpha": vlm.lora["lora_alpha"], "lora_dropout": vlm.lora["lora_dropout"],
+        "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(vlm.lora['targets'])})", "modules_to_save": whole or None,
+        "inference_mode": True})
+    write_model(directory, {adapter_name(name, public): t.contiguous().cpu() for name, t in state.items()}, config, "adapter_model.safetensors")
 
 
 def load_adapter(vlm, directory):
@@ -847,29 +847,24 @@ def read_model(directory, vision=None, llm=None):
     tensors = read_lora(directory, llm) if is_lora(directory) else None
     if llm and tensors is None:
         raise UserError(f"{directory}: is a whole model; --llm is for presets, and for the base of a LoRA")
-    config_reader(directory / "config.json")                                # an unknown architecture is said before anything about its weights
+    c = read_json(directory / "config.json")
+    config_reader(c, directory / "config.json")                             # an unknown architecture is said before anything about its weights
     tensors = tensors or read_tensors(directory)
-    own = our_names(tensors)
-    if lacks := not any(name.startswith("vision.") for name in own) and any(name.startswith("decoder.") for name in own):
-        if not vision:
-            raise UserError(f"{directory}: holds no vision tower{wanted_tower(directory)}; give the directory of that tower by --vision DIR, "
-                            "two of them by --vision DIR,DIR")
-    elif vision:
+    own, paths = our_names(tensors), vision.split(",") if vision else []
+    lacks = not any(name.startswith("vision.") for name in own) and any(name.startswith("decoder.") for name in own)
+    if lacks and not paths:
+        wanted = c.get("mm_vision_tower") or prismatic(c).get("vision_backbone_id")
+        raise UserError(f"{directory}: holds no vision tower{f' (its config names {wanted})' if wanted else ''}; give the directory of that tower "
+                        "by --vision DIR, two of them by --vision DIR,DIR")
+    if paths and not lacks:
         raise UserError(f"{directory}: has its own vision tower; --vision is for presets ({', '.join(PRESETS)}) and for models published without")
-    towers = {part: read_tensors(path) for part, path in zip(("vision", "vision2"), vision.split(","))} if lacks else {}
-    cfg = read_config(directory, own, [read_tower(path) for path in vision.split(",")] if lacks else [])
+    cfg = read_config(directory, own, [read_tower(path) for path in paths])
     found = our_names(tensors, cfg)
-    for part, stored in towers.items():
+    for part, path in zip(("vision", "vision2"), paths):
+        stored = read_tensors(path)
         found |= {f"{part}.{name}": t for name, t in tower_tensors(stored, getattr(cfg, part)).items()}
         tensors = tensors | {f"{part}: {name}": t for name, t in stored.items()}
     return cfg, found, tensors, llava_name if fits_llava(cfg) else str
-
-
-def wanted_tower(directory):
-    c = read_json(Path(directory) / "config.json")
-    c = c.get("model") if isinstance(c.get("model"), dict) else c
-    name = c.get("mm_vision_tower") or c.get("vision_backbone_id")
-    return f" (its config names {name})" if name else ""
 
 
 def is_lora(directory):
@@ -940,7 +935,7 @@ def read_config(directory, own={}, towers=()):
     file = Path(directory) / "config.json"
     c, prep = read_json(file), read_processor(file.parent)
     with named(file):
-        return config_reader(file)(c, prep, own, towers)
+        return config_reader(c, file)(c, prep, own, towers)
 
 
 def read_processor(folder):
@@ -951,18 +946,22 @@ def read_processor(folder):
     return read_json(folder / "preprocessor_config.json", inner)
 
 
-def config_reader(file, strict=True):
-    """Which layout a config.json is of -> the function that reads it. Of a tower or a decoder alone: None, or if `strict` an error."""
-    c = read_json(file)
-    if isinstance(c.get("model"), dict) or c.get("model_type") in ("prismatic", "openvla"):
+def config_reader(c, file=None):
+    """Which layout a config.json is of -> the function that reads it. Of a tower or a decoder alone: None, or an error that names `file`."""
+    if prismatic(c) is not c or c.get("model_type") in ("prismatic", "openvla"):
         return prismatic_config
     if "mm_hidden_size" in c or "mm_vision_tower" in c:
         return original_llava_config
     readers = {"llava": llava_hf_config, "llava_next": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
-    if strict and c.get("model_type") not in readers:
-        raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can be "
-                        "opened. A language model alone goes to --llm, a tower to --vision")
+    if file and c.get("model_type") not in readers:
+        raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can "
+                        "be opened. A language model alone goes to --llm, a tower to --vision")
     return readers.get(c.get("model_type"))
+
+
+def prismatic(c):
+    """Where a config of Prismatic's has its fields: in "model", or in the HF layout at the top."""
+    return c["model"] if isinstance(c.get("model"), dict) else c
 
 
 def llava_hf_config(c, prep, own, towers):
@@ -987,7 +986,7 @@ def original_llava_config(c, prep, own, towers):
 
 def prismatic_config(c, prep, own, towers):
     """TRI-ML/prismatic-vlms name their parts; the sizes are in the tensors. Every tower runs with the exact GELU except CLIP alone."""
-    c = c if "llm_backbone_id" in c else take(c, "model", dict)
+    c = prismatic(c)
     tower_id, arch, llm = (take(c, name, str) for name in ("vision_backbone_id", "arch_specifier", "llm_backbone_id"))
     if not llm.startswith(("vicuna", "llama2", "mistral")):
         raise UserError(f"llm_backbone_id is {llm!r}; only vicuna, llama2 and mistral are implemented")
@@ -1202,7 +1201,7 @@ def save_processor(directory, tokenizer_file, cfg):
     if tiling and not fits_llava(cfg):
         del files["preprocessor_config.json"], files["processor_config.json"]
     for name, content in files.items():
-        write_whole(Path(directory) / name, lambda tmp: tmp.write_text(json.dumps(content, indent=2 if name != "tokenizer.json" else None)))
+        write_json(Path(directory) / name, content, indent=2 if name != "tokenizer.json" else None)
     write_whole(Path(directory) / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
 
 
@@ -1229,10 +1228,14 @@ def tokenizer_json(file, cfg):
             "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": ids, "merges": merges}}
 
 
-def write_model(directory, tensors, config):
-    """model.safetensors, then config.json: a directory with a config is a whole model."""
-    write_whole(Path(directory) / "model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
-    write_whole(Path(directory) / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2)))
+def write_model(directory, tensors, config, file="model.safetensors"):
+    """The weights, then config.json: a directory with a config is a whole model."""
+    write_whole(Path(directory) / file, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    write_json(Path(directory) / "config.json", config)
+
+
+def write_json(path, content, indent=2):
+    write_whole(path, lambda tmp: tmp.write_text(json.dumps(content, indent=indent)))
 
 
 def write_whole(path, write):
@@ -1278,7 +1281,7 @@ def main(argv=None):
 
 def whole(path):
     """Whether a directory holds a vision-language model, and no tower or decoder alone."""
-    return is_lora(path) or (path / "config.json").exists() and config_reader(path / "config.json", strict=False) is not None
+    return is_lora(path) or config_reader(read_json(path / "config.json", {})) is not None
 
 
 def convert(src, out, vision=None, llm=None):
