@@ -199,7 +199,8 @@ class VLM(nn.Module):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
 
         A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,)
-        says how many tokens of each row are prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p (nucleus) limit the choice.
+        says how many tokens of each row are prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p
+        (nucleus) limit the choice.
         `shared` (B,): which of several beginnings each row has, all of one length and ending with the last picture; `pixels` are then
         those of each beginning once, in their order, and questions about one picture are spared to look at it again.
         """
@@ -716,13 +717,15 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     Each tensor is copied out of its mapped file once, straight to its device and dtype; a table of words in pieces, as it is large.
     """
     state = module.state_dict()
-    missing, unused = sorted(public(name) for name in state.keys() - found.keys()), sorted(found[name].name for name in found.keys() - state.keys())
-    if missing or unused:
-        some = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unused", unused)) if names)
+    odd = {"missing": sorted(public(name) for name in state.keys() - found.keys()),
+           "unused": sorted(found[name].name for name in found.keys() - state.keys())}
+    if any(odd.values()):
+        some = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in odd.items() if names)
         raise UserError(f"{source}: its tensors do not fit this architecture: {some}. Check config.json against the weights")
-    for name, t in ((name, found[name]) for name in state):
-        if t.shape != state[name].shape:
-            raise UserError(f"{source}: tensor {t.name} has shape {tuple(t.shape)}, the config asks for {tuple(state[name].shape)} "
+    for name, mine in state.items():
+        t = found[name]
+        if t.shape != mine.shape:
+            raise UserError(f"{source}: tensor {t.name} has shape {tuple(t.shape)}, the config asks for {tuple(mine.shape)} "
                             f"({t.file.name}, here {name}); config and weights are of different models")
         if not t.meta.is_floating_point() or t.meta.element_size() < 2:
             raise UserError(f"{source}: tensor {t.name} is {str(t.meta.dtype).removeprefix('torch.')}; quantised weights cannot be read, "
@@ -742,7 +745,8 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     module.load_state_dict(weights, strict=True, assign=True)
     used = {(t.file, t.name) for t in found.values()}
     rest = [t.name for t in tensors.values() if (t.file, t.name) not in used]
-    kinds = Counter((re.search(r"inv_freq|position_ids|mask_token|\bhead\b|attn_pool|pooler|classifier", name) or [name.split(".")[0]])[0] for name in rest)
+    known = re.compile(r"inv_freq|position_ids|mask_token|\bhead\b|attn_pool|pooler|classifier")
+    kinds = Counter((known.search(name) or [name.split(".")[0]])[0] for name in rest)
     print(f"loaded {len(tensors) - len(rest)} of {len(tensors)} tensors from {source}, 0 missing, 0 unused"
           + (f", {len(rest)} of no use here ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if rest else ""), file=sys.stderr)
 
@@ -770,7 +774,8 @@ def grow_words(found, rows):
 def load_connector(connector, path):
     """The connector in a whole model, in the model.safetensors or mm_projector.bin that stage 1 wrote, here or in the original code."""
     if not Path(path).exists():
-        raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, or a mm_projector.bin")
+        raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, "
+                        "or a mm_projector.bin")
     tensors = read_tensors(path)
     found = part_of(our_names(tensors), "connector")
     fresh = connector.row_end
@@ -899,17 +904,18 @@ def read_lora(directory, llm=None):
         raise UserError(f"{directory / 'adapter_model.safetensors'}: not found, nor adapter_model.bin; copy the LoRA anew")
     short = lambda name: re.sub(r"^base_model\.(model\.(?=model\.|lm_head))?", "", name)
     tensors = read_tensors(base) | ({short(name): t for name, t in read_tensors(rest).items()} if rest.exists() else {})
-    lora, used = {part_name(short(name)): t for name, t in open_weights(file).items()}, 0
-    for name in [name for name in tensors if part_name(name) in lora]:      # trained whole beside it: PEFT's modules_to_save
-        tensors[name] = Stored(file, next(n for n in open_weights(file) if part_name(short(n)) == part_name(name)), lora[part_name(name)].to("meta"))
-        used += 1
-    for name in [name for name in tensors if name.endswith(".weight")]:
-        a, b = (lora.get(part_name(name).replace(".weight", f".lora_{x}.weight")) for x in "AB")
-        if a is not None and b is not None:
-            if (len(b), a.shape[1]) != tuple(tensors[name].shape) or len(a) != b.shape[1]:
-                raise UserError(f"{file}: the LoRA of {name} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base's tensor is "
-                                f"{tuple(tensors[name].shape)}; it was trained over another model")
-            tensors[name] = tensors[name].cut(lambda w, a=a, b=b: w if w.is_meta else w.float() + scale * b.float() @ a.float())
+    lora, names, used = {part_name(short(name)): (name, t) for name, t in open_weights(file).items()}, {part_name(name): name for name in tensors}, 0
+    for ours, (name, a) in lora.items():
+        weight, other = names.get(ours.replace(".lora_A.", ".")), lora.get(ours.replace(".lora_A.", ".lora_B."))
+        if ours in names:                                                   # trained whole beside it: PEFT's modules_to_save
+            tensors[names[ours]] = Stored(file, name, a.to("meta"))
+            used += 1
+        elif weight and other and ".lora_A." in ours:
+            b = other[1]
+            if (len(b), a.shape[1]) != tuple(tensors[weight].shape) or len(a) != b.shape[1]:
+                raise UserError(f"{file}: the LoRA of {weight} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base's tensor is "
+                                f"{tuple(tensors[weight].shape)}; it was trained over another model")
+            tensors[weight] = tensors[weight].cut(lambda w, a=a, b=b: w if w.is_meta else w.float() + scale * b.float() @ a.float())
             used += 2
     if used != len(lora):
         raise UserError(f"{file}: {len(lora) - used} of its {len(lora)} tensors belong to nothing in {base}; it was trained over another model")
@@ -980,8 +986,9 @@ def original_llava_config(c, prep, own, towers):
     only(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     tower = towers[0] if towers else tower_by_shapes(part_of(own, "vision")) if own else VisionConfig()
     mode, tiling = picture_mode(c, tower.image_size)
-    return VLMConfig(replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2), tiling=tiling), decoder_config(c | {"model_type": "llama"}),
-                     take(c, "mm_projector_type", str, "linear"), image_mode=mode, template=default_template(c))
+    tower = replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2), tiling=tiling)
+    return VLMConfig(tower, decoder_config(c | {"model_type": "llama"}), take(c, "mm_projector_type", str, "linear"), image_mode=mode,
+                     template=default_template(c))
 
 
 def prismatic_config(c, prep, own, towers):
@@ -996,7 +1003,8 @@ def prismatic_config(c, prep, own, towers):
     towers = list(towers) or [tower_by_shapes(part_of(own, part)) for part in ("vision", "vision2") if part_of(own, part)]
     fused = "dinosiglip" in tower_id or "dinoclip" in tower_id
     if len(towers) != 1 + fused:
-        raise UserError(f"vision_backbone_id {tower_id!r} takes {'two towers, DINOv2 first: --vision DIR,DIR' if fused else 'one tower: --vision DIR'}")
+        takes = "two towers, DINOv2 first: --vision DIR,DIR" if fused else "one tower: --vision DIR"
+        raise UserError(f"vision_backbone_id {tower_id!r} takes {takes}")
     towers = [replace(t, image_size=int(px[1]) if px else 224, feature_layer=-2, activation="quick_gelu" if t.pre_norm and not fused else "gelu")
               for t in towers]
     connector = "linear" if arch == "linear" else "fused_gelu" if arch.endswith("fused-gelu-mlp") else "mlp2x_gelu"
@@ -1026,9 +1034,9 @@ def internvl_config(c, prep, own, towers):
 
 def own_config(c, prep, own, towers):
     try:
-        towers = {part: VisionConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c[part].items()}) for part in ("vision", "vision2") if c[part]}
-        rest = {k: v for k, v in c.items() if k not in ("model_type", "dtype", "vision", "vision2", "decoder")}
-        return VLMConfig(**towers, decoder=DecoderConfig(**c["decoder"]), **rest)
+        tower = lambda v: v and VisionConfig(**v | {"mean": tuple(v["mean"]), "std": tuple(v["std"])})
+        parts = {"vision": tower(c["vision"]), "vision2": tower(c["vision2"]), "decoder": DecoderConfig(**c["decoder"])}
+        return VLMConfig(**{k: v for k, v in c.items() if k not in ("model_type", "dtype")} | parts)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"is not what save_pretrained writes ({error}); copy it anew") from None
 
@@ -1080,8 +1088,8 @@ def take_fields(c, names, absent):
 def vision_config(c, prep={}):
     """config.json of a tower, alone or inside that of a larger model, and of its image processor -> VisionConfig."""
     inner = take(c, "vision_config", dict, None if "llm_config" in c else c)
-    kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
-    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model", "llava_next": "clip_vision_model"}.get(kind, kind)
+    kind = inner.get("model_type") or c.get("model_type") or "clip"
+    kind = {"clip": "clip_vision_model", "llava": "clip_vision_model", "llava_next": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind)
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(map(repr, TOWERS))} are implemented")
     base, intern = TOWERS[kind], kind == "intern_vit_6b"
@@ -1145,22 +1153,25 @@ def only(c, **supported):
 
 
 def llava_config(cfg, dtype):
-    tiling, S = cfg.tiling, cfg.vision.image_size
-    next_fields = {} if tiling is None else {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
-                                             "image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]}     # transformers reads (height, width)
-    return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": dtype,
-            "vision_config": clip_json(cfg.vision), "text_config": llama_json(cfg.decoder),
+    kind = ("LlavaForConditionalGeneration", "llava") if cfg.tiling is None else ("LlavaNextForConditionalGeneration", "llava_next")
+    return {"architectures": [kind[0]], "model_type": kind[1], "dtype": dtype, "vision_config": clip_json(cfg.vision), "text_config": llama_json(cfg.decoder),
             "image_token_index": cfg.image_token, "pad_token_id": cfg.pad_token, "bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token,
             "ignore_index": IGNORE, "image_seq_length": cfg.vision.n_token, "projector_hidden_act": "gelu",
             "vision_feature_layer": cfg.vision.feature_layer, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
-            "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template} | next_fields
+            "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template} | pinpoints(cfg)
+
+
+def pinpoints(cfg):
+    """The grids of tiles in pixels, which transformers reads as (height, width)."""
+    S = cfg.vision.image_size
+    return {"image_grid_pinpoints": [[r * S, c * S] for c, r in cfg.tiling.grids]} if cfg.tiling else {}
 
 
 def check_tokenizer(vlm, tok):
     """A tokenizer and a model that do not belong together would fail deep inside, or not at all."""
     if tok.n_text > vlm.cfg.decoder.vocab_size or tok.image != vlm.cfg.image_token:
-        raise UserError(f"{tok.path}: has {tok.n_text:,} pieces and <image> at {tok.image:,}, the model an embedding of {vlm.cfg.decoder.vocab_size:,} rows "
-                        f"and <image> at {vlm.cfg.image_token:,}; they are of different models")
+        raise UserError(f"{tok.path}: has {tok.n_text:,} pieces and <image> at {tok.image:,}, the model an embedding of "
+                        f"{vlm.cfg.decoder.vocab_size:,} rows and <image> at {vlm.cfg.image_token:,}; they are of different models")
 
 
 def check_image_mode(vlm, mode, directory):
@@ -1174,35 +1185,33 @@ def save_processor(directory, tokenizer_file, cfg):
 
     It knows no letterbox, which differs from pad by a pixel at most, and none of our own tilings: with those no way in is written.
     """
-    S, tiling = cfg.vision.image_size, cfg.tiling
-    ways = {"crop": ("CLIPImageProcessor", {"shortest_edge": S}, True), "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False),
-            "anyres": ("LlavaNextImageProcessor", {"shortest_edge": S}, True)}
-    kind, size, crop = ways.get(cfg.image_mode, ("LlavaImageProcessor", {"shortest_edge": S}, True))
-    llava = "LlavaNextProcessor" if tiling else "LlavaProcessor"
+    S, directory = cfg.vision.image_size, Path(directory)
+    short = ("LlavaImageProcessor", {"shortest_edge": S}, True)             # class, size, whether the middle is cut out
+    kind, size, crop = {"crop": ("CLIPImageProcessor", *short[1:]), "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False),
+                        "anyres": ("LlavaNextImageProcessor", *short[1:])}.get(cfg.image_mode, short)
+    llava = {"processor_class": "LlavaNextProcessor" if cfg.tiling else "LlavaProcessor"}
+    special = {"bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "pad_token_id": cfg.pad_token}
     names = {cfg.image_token: "<image>"} | ({cfg.pad_token: "<pad>"} if cfg.pad_token != cfg.eos_token else {})
-    files = {
-        "tokenizer.json": tokenizer_json(tokenizer_file, cfg),
-        "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
-                                  "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
-                                  "added_tokens_decoder": {str(i): {"content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
-                                                                    "single_word": False} for i, name in names.items()},
-                                  "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size,
-                                  "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": llava},
-        "preprocessor_config.json": {
-            "image_processor_type": kind, "do_pad": kind != "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3,
-            "do_center_crop": crop, "crop_size": {"height": S, "width": S}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std), "processor_class": llava}
-        | ({"image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]} if tiling else {}),
-        "processor_config.json": {"processor_class": llava, "patch_size": cfg.vision.patch_size, "image_token": "<image>",
-                                  "num_additional_image_tokens": cfg.vision.n_prefix, "vision_feature_select_strategy": "default"},
-        "generation_config.json": {"bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "pad_token_id": cfg.pad_token,
-                                   "suppress_tokens": list(range(cfg.image_token, cfg.decoder.vocab_size))},
-    }
-    if tiling and not fits_llava(cfg):
-        del files["preprocessor_config.json"], files["processor_config.json"]
-    for name, content in files.items():
-        write_json(Path(directory) / name, content, indent=2 if name != "tokenizer.json" else None)
-    write_whole(Path(directory) / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
+    write_json(directory / "tokenizer.json", tokenizer_json(tokenizer_file, cfg), indent=None)
+    write_json(directory / "tokenizer_config.json", llava | {
+        "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "pad_token": "<pad>", "added_tokens_decoder": {str(i): added_token(name) for i, name in names.items()},
+        "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size, "clean_up_tokenization_spaces": False,
+        "padding_side": "left"})
+    write_json(directory / "generation_config.json", special | {"suppress_tokens": list(range(cfg.image_token, cfg.decoder.vocab_size))})
+    if not cfg.tiling or fits_llava(cfg):
+        write_json(directory / "preprocessor_config.json", llava | pinpoints(cfg) | {
+            "image_processor_type": kind, "do_pad": kind != "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3, "do_center_crop": crop,
+            "crop_size": {"height": S, "width": S}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std)})
+        write_json(directory / "processor_config.json", llava | {
+            "patch_size": cfg.vision.patch_size, "image_token": "<image>", "num_additional_image_tokens": cfg.vision.n_prefix,
+            "vision_feature_select_strategy": "default"})
+    write_whole(directory / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
+
+
+def added_token(name):
+    return {"content": name, "special": True, "normalized": name == "</s>", "lstrip": False, "rstrip": False, "single_word": False}
 
 
 def tokenizer_json(file, cfg):
@@ -1215,14 +1224,13 @@ def tokenizer_json(file, cfg):
     words = sorted((w for w, i in ids.items() if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))), key=lambda w: -sp.get_score(ids[w]))
     merges = [[w[:k], w[k:]] for w in words for k in range(1, len(w)) if w[:k] in ids and w[k:] in ids]     # the best word is joined first
     special = {"<unk>": sp.unk_id(), "<s>": cfg.bos_token, "</s>": cfg.eos_token, "<image>": cfg.image_token, "<pad>": cfg.pad_token}
-    added = [{"id": i, "content": w, "special": True, "normalized": w == "</s>", "lstrip": False, "rstrip": False, "single_word": False}
-             for w, i in special.items()]
     replace_by = lambda kind, old, new: {"type": "Replace", "pattern": {kind: old}, "content": new}
-    return {"version": "1.0", "added_tokens": added,
+    sequence = lambda id, type_id: {"Sequence": {"id": id, "type_id": type_id}}
+    return {"version": "1.0", "added_tokens": [{"id": i} | added_token(name) for name, i in special.items()],
             "normalizer": {"type": "Sequence", "normalizers": [replace_by("Regex", r"\A(?!</s>)", "▁"), replace_by("String", " ", "▁")]},
             "post_processor": {"type": "TemplateProcessing", "special_tokens": {"<s>": {"id": "<s>", "ids": [cfg.bos_token], "tokens": ["<s>"]}},
-                               "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                               "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]},
+                               "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, sequence("A", 0)],
+                               "pair": [sequence("A", 0), sequence("B", 1)]},
             "decoder": {"type": "Sequence", "decoders": [replace_by("String", "▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
                                                          {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
             "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": ids, "merges": merges}}
@@ -1336,10 +1344,11 @@ def info(name, vision=None, llm=None):
     total, trained = sum(count.values()), sum(n for part, n in count.items() if not part.startswith("vision"))
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
-        tiling = cfg.tiling
-        grids = f" of up to {max(map(math.prod, tiling.grids))} tiles, global view {tiling.global_view}" if tiling else ""
-        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}{grids}, template {cfg.template}")
-        if cfg.image_mode == "crop" and read_processor(folder).get("do_center_crop") and "image_aspect_ratio" not in read_json(folder / "config.json"):
+        grids = cfg.tiling and f" of up to {max(map(math.prod, cfg.tiling.grids))} tiles, global view {cfg.tiling.global_view}"
+        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}{grids or ''}, "
+              f"template {cfg.template}")
+        said = "image_aspect_ratio" in read_json(folder / "config.json", {})
+        if cfg.image_mode == "crop" and read_processor(folder).get("do_center_crop") and not said:
             print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad: --image-mode pad")
     GB = 1e9                                                                # training: float32 weight, gradient and two Adam moments
     print(f"memory     {2 * total / GB:.2f} GB in bfloat16; to train all but the towers {(16 * trained + 4 * (total - trained)) / GB:.2f} GB "
