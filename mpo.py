@@ -48,8 +48,8 @@ from tqdm import tqdm
 import model
 from data import IGNORE, Examples, Mixture, Records, collate, encode_conversation, encode_prompt, find_template, open_records, parse_args, run
 from model import PRESETS, write_whole
-from train import (Flags, TrainConfig, arg, build, complete, few, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device, precision,
-                   read_flags, text_of)
+from train import (Flags, TrainConfig, arg, build, complete, few, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device,
+                   precision, read_flags, text_of)
 from vision import MODES, UserError, cut_tiles, open_image
 
 
@@ -232,7 +232,8 @@ class MPOConfig(TrainConfig):
     w_q: float = arg(0.2, "weight of the quality term, BCO, in mpo")
     w_g: float = arg(1.0, "weight of the generation term, SFT, in mpo, in orpo and behind +sft")
     epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume, 0 to 0.5")
-    reference: str = arg("precomputed", "precomputed (once, kept in reference/ beside --out), copy (a second model) or lora-off (the policy without its LoRA)")
+    reference: str = arg("precomputed", "precomputed (once, kept in reference/ beside --out), copy (a second model) or lora-off (the policy "
+                                        "without its LoRA)")
     ref_alpha: float = arg(0.6, "tr-dpo: the reference becomes alpha policy + (1 - alpha) reference")
     ref_every: int = arg(512, "tr-dpo: steps between such updates")
     lr: float = arg(1e-4, "peak learning rate, after warmup; the toy's. The published ones are 5e-6 (8B) and 1e-6")
