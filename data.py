@@ -800,7 +800,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path):
-    with reading(path, "not a pickle of plain containers", Exception), open(path, "rb") as file:      # a broken one makes the unpickler raise anything
+    with reading(path, "not a pickle of plain containers", Exception), open(path, "rb") as file:      # a broken one may raise anything
         try:
             return PlainUnpickler(file, encoding="ASCII").load()
         except UnicodeDecodeError:                                          # written by Python 2, whose strings were bytes

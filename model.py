@@ -154,7 +154,8 @@ class VLM(nn.Module):
 
         Every image is a run of image tokens exactly as long as its visual tokens; pixels come in the order of the runs, and so does
         layout (M, 2), which picks the visual tokens from their features (vision.cut_tiles; None: all features in their order).
-        The loss is the mean over supervised tokens. ValueError when runs and pictures differ, or nothing is supervised.
+        The loss, - log of Eq. 3 in arXiv:2304.08485, is the mean over supervised tokens. ValueError when runs and pictures differ, or nothing
+        is supervised.
         """
         x = self.embed(tokens, pixels, layout)                              # (B, T, D)
         if labels is None:
@@ -296,7 +297,7 @@ def public_layout(vlm):
 
 
 class Connector(nn.Module):
-    """Visual features -> word-embedding space: (n, D_vision) -> (n, D). Fresh weights keep PyTorch's default, as LLaVA's do.
+    """Visual features -> word-embedding space: (n, D_vision) -> (n, D), LLaVA's Eq. 1 (arXiv:2304.08485). Fresh weights keep PyTorch's default.
 
     With `index` (M,) only the features it names are translated, in its order -> (M, D); where it is negative stands the row end.
     """
@@ -376,7 +377,7 @@ class DecoderBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Attention with rotary positions and grouped queries (arXiv:2305.13245)."""
+    """softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1), with rotary positions and grouped queries (arXiv:2305.13245)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -402,6 +403,8 @@ class CausalAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """W_down (silu(W_gate x) * W_up x)                                     arXiv:2002.05202, Eq. 6"""
+
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_hidden, bias=False)
@@ -413,7 +416,7 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467); the statistics in float32, as Llama has them."""
+    """x / rms(x) * weight                                                  arXiv:1910.07467, Eq. 4; the statistics in float32, as in Llama"""
 
     def __init__(self, n_embd, eps):
         super().__init__()
@@ -424,14 +427,14 @@ class RMSNorm(nn.Module):
 
 
 def rotary(at, cfg):
-    """Angles of RoPE (arXiv:2104.09864): positions (1 or B, T) -> cos, sin (1 or B, 1, T, d), float32, halves repeated."""
+    """Angles of RoPE (arXiv:2104.09864, section 3.2.2): positions (1 or B, T) -> cos, sin (1 or B, 1, T, d), float32, halves repeated."""
     freq = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, device=at.device).float() / cfg.head_dim)           # (d/2,)
     angle = (at[:, None, :, None].float() * freq).repeat(1, 1, 1, 2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (i, i + d/2) by its angle: the rotate-half layout of the public Llama weights."""
+    """Turn each pair (i, i + d/2) by its angle (RoPE, Eq. 34, there for pairs of neighbours): the rotate-half layout of the public Llama weights."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
@@ -510,7 +513,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + alpha/r B A dropout(x): W stays, A (r, in) and B (out, r) learn, and B begins at zero, so y begins as it was."""
+    """y = W x + alpha/r B A dropout(x), Eq. 3 of the paper: W stays, A (r, in) and B (out, r) learn, and B begins at zero, so y begins as it was."""
 
     def __init__(self, linear, r, alpha, dropout):
         nn.Module.__init__(self)
@@ -1089,7 +1092,7 @@ def vision_config(c, prep={}):
     """config.json of a tower, alone or inside that of a larger model, and of its image processor -> VisionConfig."""
     inner = take(c, "vision_config", dict, None if "llm_config" in c else c)
     kind = inner.get("model_type") or c.get("model_type") or "clip"
-    kind = {"clip": "clip_vision_model", "llava": "clip_vision_model", "llava_next": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind)
+    kind = {"siglip": "siglip_vision_model"}.get(kind, "clip_vision_model" if kind in ("clip", "llava", "llava_next") else kind)
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(map(repr, TOWERS))} are implemented")
     base, intern = TOWERS[kind], kind == "intern_vit_6b"
@@ -1154,9 +1157,10 @@ def only(c, **supported):
 
 def llava_config(cfg, dtype):
     kind = ("LlavaForConditionalGeneration", "llava") if cfg.tiling is None else ("LlavaNextForConditionalGeneration", "llava_next")
-    return {"architectures": [kind[0]], "model_type": kind[1], "dtype": dtype, "vision_config": clip_json(cfg.vision), "text_config": llama_json(cfg.decoder),
-            "image_token_index": cfg.image_token, "pad_token_id": cfg.pad_token, "bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token,
-            "ignore_index": IGNORE, "image_seq_length": cfg.vision.n_token, "projector_hidden_act": "gelu",
+    return {"architectures": [kind[0]], "model_type": kind[1], "dtype": dtype, "vision_config": clip_json(cfg.vision),
+            "text_config": llama_json(cfg.decoder), "image_token_index": cfg.image_token, "pad_token_id": cfg.pad_token,
+            "bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "ignore_index": IGNORE, "image_seq_length": cfg.vision.n_token,
+            "projector_hidden_act": "gelu",
             "vision_feature_layer": cfg.vision.feature_layer, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
             "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template} | pinpoints(cfg)
 
@@ -1201,9 +1205,9 @@ def save_processor(directory, tokenizer_file, cfg):
     write_json(directory / "generation_config.json", special | {"suppress_tokens": list(range(cfg.image_token, cfg.decoder.vocab_size))})
     if not cfg.tiling or fits_llava(cfg):
         write_json(directory / "preprocessor_config.json", llava | pinpoints(cfg) | {
-            "image_processor_type": kind, "do_pad": kind != "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3, "do_center_crop": crop,
-            "crop_size": {"height": S, "width": S}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std)})
+            "image_processor_type": kind, "do_pad": kind != "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3,
+            "do_center_crop": crop, "crop_size": {"height": S, "width": S}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std)})
         write_json(directory / "processor_config.json", llava | {
             "patch_size": cfg.vision.patch_size, "image_token": "<image>", "num_additional_image_tokens": cfg.vision.n_prefix,
             "vision_feature_select_strategy": "default"})

@@ -272,8 +272,8 @@ class Pairs:
                     self.ref.vision2 = vlm.vision2
             self.ref.load_state_dict(saved.get("reference", {}), strict=False)              # tr-dpo's has moved
         elif beside := [name for name, p in vlm.named_parameters() if p.requires_grad and ".lora_" not in name]:
-            raise UserError(f"--reference lora-off: {len(beside)} tensors train that are no LoRA, such as {beside[0]}, so the policy without its LoRA is not "
-                            "what it began as; give --lora-r N --train llm, or --reference precomputed")
+            raise UserError(f"--reference lora-off: {len(beside)} tensors train that are no LoRA, such as {beside[0]}, so the policy without its "
+                            "LoRA is not what it began as; give --lora-r N --train llm, or --reference precomputed")
 
     @staticmethod
     def read(cfg):
@@ -298,8 +298,8 @@ class Pairs:
             terms = {name: TERMS[name](p) for name in self.terms}
             loss = sum(self.terms[name] * term for name, term in terms.items())
             (loss * share).backward()
-            found = terms | {"loss": loss, "reward_chosen": p.r_c, "reward_rejected": p.r_r, "margin": p.r_c - p.r_r, "accuracy": (p.r_c > p.r_r).float(),
-                             "logp_chosen": p.s_c, "logp_rejected": p.s_r, "nll": sft_loss(p.s_c, p.n_c)}
+            found = terms | {"loss": loss, "reward_chosen": p.r_c, "reward_rejected": p.r_r, "margin": p.r_c - p.r_r,
+                             "accuracy": (p.r_c > p.r_r).float(), "logp_chosen": p.s_c, "logp_rejected": p.s_r, "nll": sft_loss(p.s_c, p.n_c)}
             for name, value in found.items():
                 sums[name] += share * value.detach().mean().item()
         return (sums.pop("loss") if n_pair else None), {"pairs": n_pair, **sums, "delta": self.delta}
@@ -333,7 +333,8 @@ class Pairs:
             training = vlm.training
             vlm.eval()                                                      # no dropout in a reference
             loader = DataLoader(Subset(self.examples, range(len(done), n)), batch_size=size, num_workers=cfg.workers, collate_fn=list)
-            with open(path, "a") as file, precision(cfg, self.device), tqdm(total=n, initial=len(done), desc="reference", unit="pair", disable=None) as bar:
+            with (open(path, "a") as file, precision(cfg, self.device),
+                  tqdm(total=n, initial=len(done), desc="reference", unit="pair", disable=None) as bar):
                 for examples in loader:
                     batch = to(collate_pairs(examples, tok.pad), self.device)
                     found = dict(zip(batch["index"], log_probs(vlm, batch)[0].tolist())) if batch["ids"] else {}
@@ -383,8 +384,8 @@ def model_files(cfg):
 def fingerprint(models, files, more):
     """16 characters that change when a weight, a config or a byte of the files does. Of a directory its weights and JSON files count."""
     said = hashlib.blake2b(json.dumps(more).encode())
-    beside = lambda d: sorted(p for p in d.iterdir() if p.suffix in (".safetensors", ".bin", ".pt") or p.name in ("config.json", "adapter_config.json"))
-    for path in [p for m in models for p in (beside(m) if m.is_dir() else [m])] + list(files):
+    counts = lambda p: p.suffix in (".safetensors", ".bin", ".pt") or p.name in ("config.json", "adapter_config.json")
+    for path in [p for m in models for p in (sorted(filter(counts, m.iterdir())) if m.is_dir() else [m])] + list(files):
         said.update(path.name.encode())
         with open(path, "rb") as file:
             said.update(hashlib.file_digest(file, "blake2b").digest())
@@ -408,15 +409,16 @@ def draw_rewards(path, log, width=800, height=760):
     lines = [line for line in map(json.loads, open(log)) if line.get("margin") is not None]
     if not lines:
         return
-    panels = [(("reward_chosen", "reward_rejected", "margin"), "rewards, beta (s - s_ref)"), (("accuracy",), "share of pairs with the chosen answer ahead"),
-              (("delta",), "delta, the mean of all rewards so far"), (("nll",), "NLL of the chosen answer per token")]
+    panels = {"rewards, beta (s - s_ref)": ["reward_chosen", "reward_rejected", "margin"],
+              "share of pairs with the chosen answer ahead": ["accuracy"], "delta, the mean of all rewards so far": ["delta"], "NLL of the chosen answer per token": ["nll"]}
     colors, tall, w = ("#1f6fb5", "#d6502b", "#3a9a4a"), (height - 30) // len(panels), len(lines) // 50
     image = Image.new("RGB", (width, height), "white")
     pen, steps = ImageDraw.Draw(image), [line["step"] for line in lines]
     write = lambda at, text, anchor, fill="#555555": pen.text(at, text, fill=fill, anchor=anchor, font_size=13)
     x = lambda step: 70 + (width - 94) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-    for k, (names, title) in enumerate(panels):
-        curves = {name: [sum(near) / len(near) for near in ([line[name] for line in lines[max(0, i - w) : i + w + 1]] for i in range(len(lines)))] for name in names}
+    near = [lines[max(0, i - w) : i + w + 1] for i in range(len(lines))]
+    for k, (title, names) in enumerate(panels.items()):
+        curves = {name: [sum(line[name] for line in some) / len(some) for some in near] for name in names}
         values = [v for curve in curves.values() for v in curve] + ([0.0, 1.0] if "accuracy" in names else [])
         low, high, top = min(values), max(values), k * tall + 30
         low, high = (low - 0.05, high + 0.05) if high - low < 1e-6 else (low, high)
@@ -468,13 +470,14 @@ def judge(said, truth):
     themselves, boxes by IoU. (MMPR's fourth scorer, math-verify, is not here: formulas must be written alike.)"""
     if len(truth.strip()) == 1 and letter(truth):
         return letter(said) == letter(truth)
-    plain = lambda text: " ".join(NUMBERS.get(w, w) for w in re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split() if w not in ("a", "an", "the"))
+    bare = lambda text: re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split()
+    plain = lambda text: " ".join(NUMBERS.get(w, w) for w in bare(text) if w not in ("a", "an", "the"))
     a, b = plain(said), plain(truth)
     if a == b and b:
         return True
     try:
-        bare = lambda text: float(re.sub(r"(degrees?|cm|%)$", "", text).strip())
-        return abs(bare(a) - bare(b)) <= 1e-3 * abs(bare(b))
+        a, b = (float(re.sub(r"(degrees?|cm|%)$", "", text).strip()) for text in (a, b))
+        return abs(a - b) <= 1e-3 * abs(b)
     except ValueError:
         return is_right(said, truth)
 
