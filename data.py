@@ -38,6 +38,7 @@ import sys
 import zipfile
 from array import array
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, groupby
 from pathlib import Path
@@ -48,6 +49,7 @@ import numpy as np
 import sentencepiece
 import torch
 from PIL import Image, ImageDraw
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -75,7 +77,8 @@ class Tokenizer:
         try:
             raw = self.path.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.path}: no tokenizer there ({error.strerror}); copy there the tokenizer.model, a sentencepiece model, that belongs to its language model") from None
+            raise UserError(f"{self.path}: no tokenizer there ({error.strerror}); copy there the tokenizer.model, a sentencepiece model, "
+                            "that belongs to its language model") from None
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=raw or b"empty")
             # The same model without the space it puts before a text. Two protobufs written one after the other are merged, the
@@ -154,187 +157,6 @@ class Tokenizer:
         if name not in self.control:
             raise UserError(f"{self.path}: has no token {name}; use another --template, or the tokenizer that belongs to this one")
         return self.control[name]
-
-
-def read_json(path):
-    """A JSON object, empty where there is no such file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); copy it anew") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a {type(found).__name__}, not a JSON object; copy it anew")
-    return found
-
-
-# ---- other people's files: JSON, JSON lines, TSV, XLSX, pickles ------------------------------------------------------
-
-def read_any(path):
-    """JSON, JSON lines, TSV or XLSX, told apart by content -> (a list or dict, name): name(k) says in a message where record k stands."""
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        text = "" if raw.startswith(ZIP) else raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); get the file again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if raw.startswith(ZIP) or path.suffix == ".tsv":
-        numbered = read_xlsx(path) if raw.startswith(ZIP) else read_tsv(text, path)
-        return [row for _, row in numbered], lambda k: f"{path}, row {numbered[k][0]}"
-    numbered = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]     # blank lines count, and hold nothing
-    if not numbered:
-        raise UserError(f"{path}: is empty; get the file again")
-    try:
-        found = json.loads(text)
-        alone = isinstance(found, dict) and (path.suffix == ".jsonl" or {"question_id", "questionId", "id", "pid"} & found.keys())
-        if not alone:
-            return found, lambda k: f"{path}, record {k!r}"
-        found = [found]                                                     # one record per line, and only one line
-    except (ValueError, RecursionError) as error:
-        found = json_lines(numbered, path, error)
-    return found, lambda k: f"{path}, line {numbered[k][0]}"
-
-
-def json_lines(numbered, path, whole):
-    """Records of the numbered lines. `whole`: what is wrong with the file as one JSON value."""
-    rows = []
-    for i, line in numbered:
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            if not rows or len(numbered) == 1 or numbered[0][1].lstrip()[0] == "[":          # it never was one record per line
-                break
-            raise UserError(f"{path}, line {i}: not valid JSON ({error}); expected one record per line") from None
-    if len(rows) < len(numbered) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: not valid JSON ({whole}); get the file again")
-    return rows
-
-
-def read_tsv(text, path):
-    """-> [(number, {column: cell}), ...]; row 1 is the one below the names."""
-    csv.field_size_limit(2**31 - 1)                                         # a cell may hold a whole picture in base64
-    try:
-        head, *rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
-    except csv.Error as error:
-        raise UserError(f"{path}: not a table with tabs ({error}); get the file again") from None
-    except ValueError:
-        raise UserError(f"{path}: is empty; get the file again") from None
-    for i, row in enumerate(rows, 1):
-        if row and len(row) != len(head):
-            raise UserError(f"{path}, row {i}: {len(row)} cells under {len(head)} column names; get the file again")
-    if not any(rows):
-        raise UserError(f"{path}: holds no row; get the file again")
-    return [(i, dict(zip(head, row))) for i, row in enumerate(rows, 1) if row]
-
-
-OFFICE, PACKAGE = "http://schemas.openxmlformats.org/officeDocument/2006", "http://schemas.openxmlformats.org/package/2006"
-SHEET, KIND = "http://schemas.openxmlformats.org/spreadsheetml/2006/main", "application/vnd.openxmlformats-officedocument.spreadsheetml"
-ZIP = b"PK\x03\x04"
-
-
-def read_xlsx(path):
-    """The first sheet as [(number, {column: cell}), ...], named by its first row: a zip of XML, cells inline or in a table of strings."""
-    space = {"": SHEET}
-    words = lambda node: "".join(t.text or "" for t in node.iter(f"{{{SHEET}}}t"))
-    shared, rows = [], []
-    try:
-        with zipfile.ZipFile(path) as box:
-            if "xl/sharedStrings.xml" in box.namelist():
-                shared = [words(si) for si in ElementTree.fromstring(box.read("xl/sharedStrings.xml")).findall("si", space)]
-            for row in ElementTree.fromstring(box.read("xl/worksheets/sheet1.xml")).findall("sheetData/row", space):
-                rows.append({})
-                for cell in row.findall("c", space):
-                    value = words(cell) if cell.get("t") == "inlineStr" else cell.findtext("v", "", space)
-                    rows[-1][re.sub(r"\d", "", cell.get("r", ""))] = shared[int(value)] if cell.get("t") == "s" else value
-    except (zipfile.BadZipFile, KeyError, IndexError, ValueError, ElementTree.ParseError) as error:
-        raise UserError(f"{path}: not an .xlsx that can be read ({error}); save it again") from None
-    head, *rows = rows or [{}]
-    return [(i, {name: row.get(column, "") for column, name in head.items()}) for i, row in enumerate(rows, 1)]
-
-
-def write_xlsx(rows, numeric=()):
-    """[{column: text}] -> the bytes of a workbook with one sheet, the same for the same rows; the columns `numeric` hold numbers."""
-    names = list(rows[0])
-    column = lambda i: (chr(64 + i // 26) if i >= 26 else "") + chr(65 + i % 26)
-    legal = lambda text: escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f]", "", str(text)))
-
-    def cell(r, i, name, value):
-        if name in numeric and r > 1:
-            return f'<c r="{column(i)}{r}"><v>{value}</v></c>'
-        return f'<c r="{column(i)}{r}" t="inlineStr"><is><t xml:space="preserve">{legal(value)}</t></is></c>'
-    sheet = "".join(f'<row r="{r}">' + "".join(cell(r, i, name, row[name]) for i, name in enumerate(names)) + "</row>"
-                    for r, row in enumerate([dict(zip(names, names)), *rows], 1))
-    files = {
-        "[Content_Types].xml": f'<Types xmlns="{PACKAGE}/content-types">'
-                               '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-                               '<Default Extension="xml" ContentType="application/xml"/>'
-                               f'<Override PartName="/xl/workbook.xml" ContentType="{KIND}.sheet.main+xml"/>'
-                               f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{KIND}.worksheet+xml"/></Types>',
-        "_rels/.rels": f'<Relationships xmlns="{PACKAGE}/relationships">'
-                       f'<Relationship Id="rId1" Type="{OFFICE}/relationships/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-        "xl/workbook.xml": f'<workbook xmlns="{SHEET}" xmlns:r="{OFFICE}/relationships">'
-                           '<sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>',
-        "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{PACKAGE}/relationships">'
-                                      f'<Relationship Id="rId1" Type="{OFFICE}/relationships/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
-        "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{SHEET}"><sheetData>{sheet}</sheetData></worksheet>'}
-    raw = io.BytesIO()
-    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as box:
-        for name, text in files.items():
-            box.writestr(zipfile.ZipInfo(name), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + text, zipfile.ZIP_DEFLATED)
-    return raw.getvalue()
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """REFER's annotations are lists, dicts, strings and numbers, for which a pickle need not name any class: one that does is refused,
-    because to load it would be to run it."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it names {module}.{name}; only plain lists, dicts, strings and numbers are read")
-
-
-def read_pickle(path):
-    for encoding in ("ASCII", "latin1"):                                    # written by Python 2, whose strings were bytes
-        try:
-            with open(path, "rb") as file:
-                return PlainUnpickler(file, encoding=encoding).load()
-        except UnicodeDecodeError:
-            continue
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except Exception as error:                                          # a broken pickle makes the unpickler raise anything
-            raise UserError(f"{path}: not a pickle of plain containers ({error}); get the file again") from None
-
-
-def entries(path, key=None):
-    """(where, key, row) of each record of a file; `key`: the list lies under this name of a JSON object."""
-    found, name = read_any(path)
-    if key is not None:
-        if not isinstance(found, dict) or not isinstance(found.get(key), (list, dict)):
-            raise UserError(f'{path}: no list "{key}" in it; it does not look like the official file')
-        found = found[key]
-    if not isinstance(found, (list, dict)):
-        raise UserError(f"{path}: a {type(found).__name__}, neither a list nor an object of records")
-    for k, row in found.items() if isinstance(found, dict) else enumerate(found):
-        if not isinstance(row, dict):
-            raise UserError(f"{name(k)}: {str(row)[:60]!r} is not a record")
-        yield name(k), k, row
-
-
-def need(where, row, **kinds):
-    """Values of the named fields, each of its type; what is missing or of another type is an error that names file and record."""
-    values = []
-    for name, kind in kinds.items():
-        kind = kind if isinstance(kind, tuple) else (kind,)
-        value = row.get(name)
-        if name not in row and type(None) not in kind:
-            raise UserError(f'{where}: no field "{name}"')
-        if not isinstance(value, kind) or isinstance(value, bool) and bool not in kind:
-            raise UserError(f'{where}: "{name}" is {str(value)[:60]!r}; expected {" or ".join(k.__name__ for k in kind)}')
-        values.append(value)
-    return values[0] if len(values) == 1 else values
 
 
 # ---- conversations --------------------------------------------------------------------------------------------------
@@ -512,17 +334,14 @@ class Records:
     recompress = False               # whether mpo.py compresses their pictures anew
 
     def __init__(self, path, image_root=None):
-        self.path, self.image_root = Path(path), image_root and Path(os.path.abspath(image_root))
+        self.path, self.image_root, self.parts = Path(path), image_root and Path(os.path.abspath(image_root)), [self]
         if image_root and not self.image_root.is_dir():
             raise UserError(f"--image-root {image_root}: no such folder")
-        try:
-            with open(path, "rb") as file:
-                head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]  # Windows editors put three bytes in front
-                self.is_list = head == b"["
-                starts = list_starts(file, path) if self.is_list else line_starts(file)
-                end = file.tell()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        with reading(path, "cannot be read"), open(path, "rb") as file:
+            head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]      # Windows editors put three bytes in front
+            self.is_list = head == b"["
+            starts = list_starts(file, path) if self.is_list else line_starts(file)
+            end = file.tell()
         if not starts:
             raise UserError(f"{path}: holds no record; expected a JSON list of records, or one record per line")
         self.starts = np.append(np.frombuffer(starts, dtype=np.int64), end)
@@ -534,11 +353,8 @@ class Records:
         """The record as it is in the file, with three keys sure to be there: "id" (text), "images" (names) and "turns" [(role, text)]."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        with open(self.path, "rb") as file:                                # opened anew each time: loader processes must not share a position
-            file.seek(self.starts[i])
-            raw = file.read(int(self.starts[i + 1] - self.starts[i]))
         try:
-            record = json.loads(raw.rstrip(b"], \r\n\t") if self.is_list else raw)
+            record = json.loads(self.raw(i).rstrip(b"], \r\n\t") if self.is_list else self.raw(i))
         except (ValueError, RecursionError) as error:                      # not JSON, not UTF-8, or brackets in brackets without end
             raise UserError(f"{self.where(i)}: not valid JSON ({error}); expected a JSON list of records, or one record per line") from None
         if not isinstance(record, dict):
@@ -585,110 +401,82 @@ class Records:
             raise UserError(f"picture {name!r} lies outside --image-root {self.image_root}; move it there, or link a folder into it")
         return path
 
-
     def n_bytes(self, i):
         return int(self.starts[i + 1] - self.starts[i])
 
+    def raw(self, i):
+        with open(self.path, "rb") as file:                                # opened anew each time: loader processes must not share a position
+            file.seek(self.starts[i])
+            return file.read(self.n_bytes(i))
+
     def has_picture(self, i):
         """At a glance, without parsing: good enough to share out work."""
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[i])
-            return b'"image"' in file.read(self.n_bytes(i))
+        return b'"image"' in self.raw(i)
 
 
 class Mixture:
-    """Several files as one list of records: those of a file come `weight` times; of a broken number, some once more, drawn by the seed."""
+    """Records of several files in an order of their own: each row of `picks` (n, 3) says which file, which of its records, and which
+    question of that, -1 for all of them. Pictures are named by their whole paths."""
 
-    def __init__(self, parts, fraction=1.0, seed=0):                       # parts: [(Records, weight), ...]
-        self.parts, picks = [records for records, _ in parts], []
-        for k, (records, weight) in enumerate(parts):
-            n = len(records)
-            times, rest = divmod(max(1, round(n * weight * fraction)), n)
-            drawn = np.random.default_rng([seed, k]).permutation(n)[:rest]  # of a larger share these are the first: fractions are nested
-            picks.append(np.concatenate([np.tile(np.arange(n), times), np.sort(drawn)]).astype(np.int32))
-        self.ends, self.rows = np.cumsum([len(p) for p in picks]), np.concatenate(picks)
+    def __init__(self, parts, picks):
+        self.parts, self.picks = parts, np.asarray(picks, dtype=np.int32)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.picks)
 
     def at(self, i):
-        """-> the file's Records, and which of them."""
+        """-> the file's Records, which of them, which of its questions."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self.parts[int(np.searchsorted(self.ends, i, side="right"))], int(self.rows[i])
+        part, row, question = self.picks[i].tolist()
+        return self.parts[part], row, question
 
     def __getitem__(self, i):
-        part, row = self.at(i)
+        part, row, question = self.at(i)
         record = part[row]
+        pairs = pairs_of(record["turns"])
+        if question >= 0 and len(pairs) > 1:
+            (role, text), answer = pairs[question]
+            missing = len(record["images"]) - text.count("<image>")        # pictures that other questions brought along
+            record["turns"] = [(role, "<image>\n" * missing + text), answer]
         try:
             record["images"] = [str(part.image_path(name)) for name in record["images"]]
         except UserError as error:
-            raise UserError(f"{part.where(row, record['id'])}: {error}") from None
+            raise UserError(f"{self.where(i, record['id'])}: {error}") from None
         return record
 
     def where(self, i, id=None):
-        part, row = self.at(i)
-        return part.where(row, id)
+        part, row, question = self.at(i)
+        return part.where(row, id) + (f", question {question + 1}" if question >= 0 else "")
 
     def image_path(self, name):
-        return Path(name)                                                  # already in its own file's folder
+        return Path(name)
 
     def n_bytes(self, i):
-        part, row = self.at(i)
+        part, row, _ = self.at(i)
         return part.n_bytes(row)
 
     def has_picture(self, i):
-        part, row = self.at(i)
+        part, row, _ = self.at(i)
         return part.has_picture(row)
 
 
-class Questions:
+class Questions(Mixture):
     """The same records, but every question with its answer is one of its own. The records are read once, to count their questions.
 
     A decoder that starts from nothing learns from short rows which words matter, long before it does so in long ones.
     """
 
     def __init__(self, records):
-        self.records, n = records, []
+        picks = []
         for i in range(len(records)):
+            part, row, _ = records.picks[i].tolist() if isinstance(records, Mixture) else (0, i, -1)
             try:
-                n.append(max(1, len(pairs_of(records[i]["turns"]))))
+                n = len(pairs_of(records[i]["turns"]))
             except UserError:                                              # said, or counted, when it is asked for
-                n.append(1)
-        self.ends = np.cumsum(n)
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def at(self, i):
-        """-> index of the record, and which of its questions."""
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        row = int(np.searchsorted(self.ends, i, side="right"))
-        return row, i - int(self.ends[row - 1]) if row else i
-
-    def __getitem__(self, i):
-        row, k = self.at(i)
-        record = self.records[row]
-        pairs = pairs_of(record["turns"])
-        if len(pairs) > 1:
-            (role, text), answer = pairs[k]
-            missing = len(record["images"]) - text.count("<image>")        # pictures that other questions brought along
-            record["turns"] = [(role, "<image>\n" * missing + text), answer]
-        return record
-
-    def where(self, i, id=None):
-        row, k = self.at(i)
-        return f"{self.records.where(row, id)}, question {k + 1}"
-
-    def image_path(self, name):
-        return self.records.image_path(name)
-
-    def n_bytes(self, i):
-        return self.records.n_bytes(self.at(i)[0])
-
-    def has_picture(self, i):
-        return self.records.has_picture(self.at(i)[0])
+                n = 1
+            picks += [(part, row, k) for k in range(max(1, n))]
+        super().__init__(records.parts, picks)
 
 
 def pairs_of(turns):
@@ -697,9 +485,11 @@ def pairs_of(turns):
 
 
 def open_records(path, image_root=None, weights="", fraction=1.0, seed=0):
-    """FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's {name: {"root", "annotation", "repeat_time"}} -> Records or a Mixture."""
-    paths, meta = str(path).split(","), read_meta(str(path), image_root)
-    parts = meta or [(Records(p, image_root), 1.0) for p in paths]
+    """FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's {name: {"root", "annotation", "repeat_time"}} -> Records or a Mixture.
+
+    The records of a file come `weight` times; of a broken number, some once more, drawn by the seed.
+    """
+    parts = read_meta(str(path), image_root) or [(Records(p, image_root), 1.0) for p in str(path).split(",")]
     if weights:
         try:
             given = [float(w) for w in weights.split(",")]
@@ -710,10 +500,16 @@ def open_records(path, image_root=None, weights="", fraction=1.0, seed=0):
         parts = [(records, w) for (records, _), w in zip(parts, given)]
     if len(parts) == 1 and parts[0][1] == fraction == 1:
         return parts[0][0]
-    mixture = Mixture(parts, fraction, seed)
-    for (records, weight), n in zip(parts, np.diff(mixture.ends, prepend=0)):
-        print(f"{records.path}: {n:,} of an epoch's records (it holds {len(records):,}, weight {weight:g}" + (f", fraction {fraction:g})" if fraction < 1 else ")"))
-    return mixture
+    picks = []
+    for k, (records, weight) in enumerate(parts):
+        n = len(records)
+        times, rest = divmod(max(1, round(n * weight * fraction)), n)
+        drawn = np.random.default_rng([seed, k]).permutation(n)[:rest]      # of a larger share these are the first: fractions are nested
+        rows = np.concatenate([np.tile(np.arange(n), times), np.sort(drawn)])
+        picks.append(np.stack([np.full_like(rows, k), rows, np.full_like(rows, -1)], axis=1))
+        print(f"{records.path}: {len(rows):,} of an epoch's records (it holds {n:,}, weight {weight:g}"
+              + (f", fraction {fraction:g})" if fraction < 1 else ")"))
+    return Mixture([records for records, _ in parts], np.concatenate(picks))
 
 
 def read_meta(path, image_root=None):
@@ -815,46 +611,230 @@ class Examples(Dataset):
         return len(self.records)
 
     def __getitem__(self, i):
-        S, stage, record = self.vision_cfg.image_size, "record", {"id": str(i)}
+        stage, record = "record", {"id": str(i)}
         try:
             record = self.records[i]
             stage = "picture"
-            pictures = [vision.cut_tiles(vision.open_image(self.records.image_path(name)), self.vision_cfg, self.image_mode) for name in record["images"]]
-            n_visual = [len(layout) for _, layout in pictures]
+            pictures = [vision.cut_tiles(self.picture(i, name), self.vision_cfg, self.image_mode) for name in record["images"]]
             stage = "conversation"
-            tokens, labels = encode_conversation(self.tok, record["turns"], self.template, n_visual)
-            if len(tokens) > self.max_length:                              # nothing is cut: half a picture or half an answer teaches nonsense
-                raise UserError(f"{len(tokens)} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; "
-                                "raise --max-length, or drop or split the record")
-            if all(label == IGNORE for label in labels):
-                raise UserError("no supervised token; drop the record")
+            example = self.encode(record, [len(layout) for _, layout in pictures])
         except UserError as error:
             reason = str(error) if stage == "record" else f"{self.records.where(i, record['id'])}: {error}"
             if self.bad == "stop":
                 raise UserError(reason) from None
             return {"skipped": reason, "stage": stage, "id": record["id"], "index": i}
-        pixels, layout = vision.join(pictures or [no_picture(S)])
-        return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "pixels": pixels, "layout": layout, "n_visual": n_visual,
-                "n_picture": len(n_visual), "marker_is_text": not n_visual and any("<image>" in text for _, text in record["turns"]),
-                "id": record["id"], "index": i}
+        pixels, layout = vision.join(pictures or [no_picture(self.vision_cfg.image_size)])
+        return example | {"pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+
+    def picture(self, i, name):
+        return vision.open_image(self.records.image_path(name))
+
+    def encode(self, record, n_visual):
+        tokens, labels = encode_conversation(self.tok, record["turns"], self.template, n_visual)
+        self.check_length(len(tokens), n_visual)
+        if all(label == IGNORE for label in labels):
+            raise UserError("no supervised token; drop the record")
+        return {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels), "n_visual": n_visual,
+                "marker_is_text": not n_visual and any("<image>" in text for _, text in record["turns"])}
+
+    def check_length(self, n, n_visual):
+        if n > self.max_length:                                            # nothing is cut: half a picture or half an answer teaches nonsense
+            raise UserError(f"{n} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; "
+                            "raise --max-length, or drop or split the record")
 
 
 def no_picture(S):
     return torch.empty((0, 3, S, S), dtype=torch.uint8), torch.empty((0, 2), dtype=torch.int64)
 
 
-def collate(examples, pad):
-    """Examples of unequal length -> one batch; `skipped` says why each of the others is not in it."""
-    used = [e for e in examples if "skipped" not in e]
-    lengths = torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64)              # (B,)
-    shape = (len(used), max(lengths.tolist(), default=0))
-    tokens, labels = torch.full(shape, pad), torch.full(shape, IGNORE)                       # (B, T)
-    for row, e in enumerate(used):
-        tokens[row, : lengths[row]] = e["tokens"]
-        labels[row, : lengths[row]] = e["labels"]
+def collate(examples, pad, **more):
+    """Examples of unequal length -> one batch, padded on the right; `skipped` says why each of the others is not in it.
+
+    `more`: rows beside tokens and labels (B, T), and what they are padded with.
+    """
+    used, none = [e for e in examples if "skipped" not in e], torch.zeros(0, dtype=torch.int64)
+    rows = {name: pad_sequence([e[name] for e in used] or [none], batch_first=True, padding_value=value)[: len(used)]
+            for name, value in {"tokens": pad, "labels": IGNORE, **more}.items()}
     pixels, layout = vision.join([(e["pixels"], e["layout"]) for e in used] or [no_picture(0)])         # (N, 3, S, S), (M, 2)
-    return {"tokens": tokens, "labels": labels, "pixels": pixels, "layout": layout, "lengths": lengths, "ids": [e["id"] for e in used],
-            "skipped": [e["skipped"] for e in examples if "skipped" in e]}
+    return rows | {"pixels": pixels, "layout": layout, "lengths": torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64),
+                   "ids": [e["id"] for e in used], "skipped": [e["skipped"] for e in examples if "skipped" in e]}
+
+
+# ---- other people's files: JSON, JSON lines, TSV, XLSX, pickles ------------------------------------------------------
+
+@contextmanager
+def reading(path, wrong, broken=(ValueError, RecursionError)):
+    """What goes wrong with a file inside is one line: which file, what is wrong with it, what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); get the file again") from None
+    except broken as error:
+        raise UserError(f"{path}: {wrong} ({error}); get the file again") from None
+
+
+def read_json(path):
+    """A JSON object, empty where there is no such file."""
+    if not path.exists():
+        return {}
+    with reading(path, "cannot be read as JSON"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a {type(found).__name__}, not a JSON object; copy it anew")
+    return found
+
+
+def read_any(path):
+    """JSON, JSON lines, TSV or XLSX, told apart by content -> (a list or dict, name): name(k) says in a message where record k stands."""
+    path = Path(path)
+    with reading(path, "not valid JSON"):
+        raw = path.read_bytes()
+        if raw.startswith(b"PK\x03\x04") or path.suffix == ".tsv":
+            numbered = read_xlsx(path) if raw.startswith(b"PK") else read_tsv(raw.decode("utf-8-sig"), path)
+            return [row for _, row in numbered], lambda k: f"{path}, row {numbered[k][0]}"
+        text = raw.decode("utf-8-sig")
+        numbered = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]     # blank lines count, and hold nothing
+        if not numbered:
+            raise UserError(f"{path}: is empty; get the file again")
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = json_lines(numbered, path)
+            if not found:
+                raise
+            return found, lambda k: f"{path}, line {numbered[k][0]}"
+    if isinstance(found, dict) and (path.suffix == ".jsonl" or {"question_id", "questionId", "id", "pid"} & found.keys()):
+        return [found], lambda k: f"{path}, line {numbered[k][0]}"          # one record per line, and only one line
+    return found, lambda k: f"{path}, record {k!r}"
+
+
+def json_lines(numbered, path):
+    """Records of the numbered lines; [] where the file never was one record per line."""
+    rows = []
+    for i, line in numbered:
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            if not rows or numbered[0][1].lstrip()[0] == "[":
+                return []
+            raise UserError(f"{path}, line {i}: not valid JSON ({error}); expected one record per line") from None
+    return rows if all(isinstance(row, dict) for row in rows) else []
+
+
+def read_tsv(text, path):
+    """-> [(number, {column: cell}), ...]; row 1 is the one below the names."""
+    csv.field_size_limit(2**31 - 1)                                         # a cell may hold a whole picture in base64
+    with reading(path, "not a table with tabs", csv.Error):
+        head, *rows = [*csv.reader(io.StringIO(text, newline=""), delimiter="\t")] or [[]]
+    for i, row in enumerate(rows, 1):
+        if row and len(row) != len(head):
+            raise UserError(f"{path}, row {i}: {len(row)} cells under {len(head)} column names; get the file again")
+    if not any(rows):
+        raise UserError(f"{path}: {'holds no row' if head else 'is empty'}; get the file again")
+    return [(i, dict(zip(head, row))) for i, row in enumerate(rows, 1) if row]
+
+
+OFFICE, PACKAGE = "http://schemas.openxmlformats.org/officeDocument/2006", "http://schemas.openxmlformats.org/package/2006"
+SHEET, KIND = "http://schemas.openxmlformats.org/spreadsheetml/2006/main", "application/vnd.openxmlformats-officedocument.spreadsheetml"
+
+
+def read_xlsx(path):
+    """The first sheet as [(number, {column: cell}), ...], named by its first row: a zip of XML, cells inline or in a table of strings."""
+    space, shared, rows = {"": SHEET}, [], []
+    words = lambda node: "".join(t.text or "" for t in node.iter(f"{{{SHEET}}}t"))
+    with (reading(path, "not an .xlsx that can be read", (zipfile.BadZipFile, KeyError, IndexError, ValueError, ElementTree.ParseError)),
+          zipfile.ZipFile(path) as box):
+        if "xl/sharedStrings.xml" in box.namelist():
+            shared = [words(si) for si in ElementTree.fromstring(box.read("xl/sharedStrings.xml")).findall("si", space)]
+        for row in ElementTree.fromstring(box.read("xl/worksheets/sheet1.xml")).findall("sheetData/row", space):
+            rows.append({})
+            for cell in row.findall("c", space):
+                value = words(cell) if cell.get("t") == "inlineStr" else cell.findtext("v", "", space)
+                rows[-1][re.sub(r"\d", "", cell.get("r", ""))] = shared[int(value)] if cell.get("t") == "s" else value
+    head, *rows = rows or [{}]
+    return [(i, {name: row.get(column, "") for column, name in head.items()}) for i, row in enumerate(rows, 1)]
+
+
+def write_xlsx(rows, numeric=()):
+    """[{column: text}] -> the bytes of a workbook with one sheet, the same for the same rows; the columns `numeric` hold numbers."""
+    names = list(rows[0])
+    column = lambda i: (chr(64 + i // 26) if i >= 26 else "") + chr(65 + i % 26)
+    legal = lambda text: escape(re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f]", "", str(text)))
+
+    def cell(r, i, name, value):
+        if name in numeric and r > 1:
+            return f'<c r="{column(i)}{r}"><v>{value}</v></c>'
+        return f'<c r="{column(i)}{r}" t="inlineStr"><is><t xml:space="preserve">{legal(value)}</t></is></c>'
+    sheet = "".join(f'<row r="{r}">' + "".join(cell(r, i, name, row[name]) for i, name in enumerate(names)) + "</row>"
+                    for r, row in enumerate([dict(zip(names, names)), *rows], 1))
+    related = lambda kind, file: (f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="rId1" Type="{OFFICE}/relationships/{kind}" '
+                                  f'Target="{file}"/></Relationships>')
+    files = {
+        "[Content_Types].xml": f'<Types xmlns="{PACKAGE}/content-types">'
+                               '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+                               '<Default Extension="xml" ContentType="application/xml"/>'
+                               f'<Override PartName="/xl/workbook.xml" ContentType="{KIND}.sheet.main+xml"/>'
+                               f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{KIND}.worksheet+xml"/></Types>',
+        "_rels/.rels": related("officeDocument", "xl/workbook.xml"),
+        "xl/workbook.xml": f'<workbook xmlns="{SHEET}" xmlns:r="{OFFICE}/relationships">'
+                           '<sheets><sheet name="Sheet1" sheetId="1" r:id="rId1"/></sheets></workbook>',
+        "xl/_rels/workbook.xml.rels": related("worksheet", "worksheets/sheet1.xml"),
+        "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{SHEET}"><sheetData>{sheet}</sheetData></worksheet>'}
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as box:
+        for name, text in files.items():
+            box.writestr(zipfile.ZipInfo(name), '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n' + text, zipfile.ZIP_DEFLATED)
+    return raw.getvalue()
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """REFER's annotations are lists, dicts, strings and numbers, for which a pickle need not name any class: one that does is refused,
+    because to load it would be to run it."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}; only plain lists, dicts, strings and numbers are read")
+
+
+def read_pickle(path):
+    with reading(path, "not a pickle of plain containers", Exception), open(path, "rb") as file:      # a broken one may raise anything
+        try:
+            return PlainUnpickler(file, encoding="ASCII").load()
+        except UnicodeDecodeError:                                          # written by Python 2, whose strings were bytes
+            file.seek(0)
+            return PlainUnpickler(file, encoding="latin1").load()
+
+
+def entries(path, key=None):
+    """(where, key, row) of each record of a file; `key`: the list lies under this name of a JSON object."""
+    found, name = read_any(path)
+    if key is not None:
+        if not isinstance(found, dict) or not isinstance(found.get(key), (list, dict)):
+            raise UserError(f'{path}: no list "{key}" in it; it does not look like the official file')
+        found = found[key]
+    if not isinstance(found, (list, dict)):
+        raise UserError(f"{path}: a {type(found).__name__}, neither a list nor an object of records")
+    for k, row in found.items() if isinstance(found, dict) else enumerate(found):
+        if not isinstance(row, dict):
+            raise UserError(f"{name(k)}: {str(row)[:60]!r} is not a record")
+        yield name(k), k, row
+
+
+def need(where, row, **kinds):
+    """Values of the named fields, each of its type; what is missing or of another type is an error that names file and record."""
+    values = []
+    for name, kind in kinds.items():
+        kind = kind if isinstance(kind, tuple) else (kind,)
+        value = row.get(name)
+        if name not in row and type(None) not in kind:
+            raise UserError(f'{where}: no field "{name}"')
+        if not isinstance(value, kind) or isinstance(value, bool) and bool not in kind:
+            raise UserError(f'{where}: "{name}" is {str(value)[:60]!r}; expected {" or ".join(k.__name__ for k in kind)}')
+        values.append(value)
+    return values[0] if len(values) == 1 else values
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------
@@ -954,7 +934,7 @@ def check(args):
             stages[example["stage"]] += 1
             continue
         ids[example["id"]] += 1
-        pictures[example["n_picture"]] += 1
+        pictures[len(example["n_visual"])] += 1
         lengths.append(len(example["tokens"]))
         n_label += int((example["labels"] != IGNORE).sum())
         n_word += example["marker_is_text"]

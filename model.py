@@ -23,7 +23,6 @@ the longest sequence is one window (inside it nothing slides); nor are InternLM2
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -45,7 +44,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, MODES, TILINGS, UserError, VisionConfig, ViT, default_template, draw, find_tiling,
+from vision import (CLIP_NAMES, HALF, IMAGENET_MEAN, IMAGENET_STD, TILINGS, UserError, VisionConfig, ViT, default_template, draw, find_tiling,
                     picture_mode, rename, tower_by_shapes, tower_tensors)
 
 IGNORE = -100                        # the label of a token that is not supervised
@@ -76,7 +75,7 @@ class DecoderConfig:
 class VLMConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    connector: str = "mlp2x_gelu"    # or "linear" (LLaVA v1), "fused_gelu" (Prismatic), "norm_gelu" (InternVL)
+    connector: str = "mlp2x_gelu"    # one of CONNECTORS
     image_token: int = 32000         # id that stands for one visual token; ids from here on are never generated
     pad_token: int = 32001
     bos_token: int = 1
@@ -91,21 +90,34 @@ class VLMConfig:
         if self.vision2 and (self.vision2.image_size, self.vision2.n_token) != (self.vision.image_size, self.vision.n_token):
             raise UserError(f"two towers need the same tile and grid, here are {self.vision.image_size} px with {self.vision.n_token} visual tokens "
                             f"and {self.vision2.image_size} px with {self.vision2.n_token}")
-        if self.image_mode not in MODES:
-            raise UserError(f"image mode {self.image_mode!r} is unknown; choose one of {', '.join(MODES)}")
+        find_tiling(self.vision, self.image_mode)                           # an unknown mode is said here
         if self.image_token <= max(self.bos_token, self.eos_token):
             raise UserError(f"image token {self.image_token} lies among the words; ids from it on are never generated, so it must come after them")
 
     @property
     def unsaid(self):                # ids that are never generated: <image>, <pad> and the rest of the table. InternVL has words behind <image>
-        return slice(self.image_token, self.image_token + 1) if self.pad_token == self.eos_token else slice(min(self.image_token, self.pad_token), None)
+        first, last = (self.image_token, self.image_token + 1) if self.pad_token == self.eos_token else (min(self.image_token, self.pad_token), None)
+        return slice(first, last)
 
     @property
     def n_feature(self):             # width of a visual token before the connector
         return self.vision.n_feature + (self.vision2.n_feature if self.vision2 else 0)
 
+    @property
+    def tiling(self):                # None where a picture is one tile
+        return find_tiling(self.vision, self.image_mode)
 
-CONNECTORS = ("mlp2x_gelu", "linear", "fused_gelu", "norm_gelu")
+    @property
+    def row_end(self):               # whether a learned embedding ends the rows of a picture's tiles
+        return self.tiling is not None and (self.tiling.row_end or self.tiling.global_row_end)
+
+
+CONNECTORS = {                       # name -> what its linear layers make of n_in visual features: D channels in the end, a GELU between them
+    "mlp2x_gelu": lambda n_in, D: (D, D),                   # LLaVA-1.5
+    "linear": lambda n_in, D: (D,),                         # LLaVA v1
+    "fused_gelu": lambda n_in, D: (4 * n_in, D, D),         # Prismatic, over two towers
+    "norm_gelu": lambda n_in, D: (D, D),                    # InternVL, with a LayerNorm before them
+}
 PRESETS = {
     # The toy: its tower and decoder are in assets/, made by lab.py. 64 visual tokens a picture.
     "toy": VLMConfig(
@@ -115,10 +127,11 @@ PRESETS = {
     # right one after some thousand questions, from 64 it does not in the same time; and of 32 px a ViT learns more when it has them at once.
     "photo": VLMConfig(
         VisionConfig(image_size=64, patch_size=32, n_embd=256, n_layer=3, n_head=8, n_hidden=1024, feature_layer=-1),
-        DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024), template="prism_pure"),
+        DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024),
+        template="prism_pure"),
     "llava-1.5-7b": VLMConfig(decoder=DecoderConfig(vocab_size=32064)),
     "llava-v1-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), "linear", image_mode="crop", template="llava_v0"),
-    "llava-1.5-hd-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), image_mode="hd"),        # never released: the paper's A.1
+    "llava-1.5-hd-7b": VLMConfig(VisionConfig(image_size=224), DecoderConfig(vocab_size=32064), image_mode="hd"),    # never released: the paper's A.1
     "llava-1.5-13b": VLMConfig(decoder=DecoderConfig(vocab_size=32064, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824)),
 }
 
@@ -141,7 +154,8 @@ class VLM(nn.Module):
 
         Every image is a run of image tokens exactly as long as its visual tokens; pixels come in the order of the runs, and so does
         layout (M, 2), which picks the visual tokens from their features (vision.cut_tiles; None: all features in their order).
-        The loss is the mean over supervised tokens. ValueError when runs and pictures differ, or nothing is supervised.
+        The loss, - log of Eq. 3 in arXiv:2304.08485, is the mean over supervised tokens. ValueError when runs and pictures differ, or nothing
+        is supervised.
         """
         x = self.embed(tokens, pixels, layout)                              # (B, T, D)
         if labels is None:
@@ -185,8 +199,9 @@ class VLM(nn.Module):
                  layout=None):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), the pad token after a row's end token.
 
-        A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,) says how many tokens of each row are
-        prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p (nucleus) limit the choice.
+        A row whose n ids hold no end token was cut off by max_new_tokens. `stop`: ids that end an answer, if not only </s>. `lengths` (B,)
+        says how many tokens of each row are prompt when rows are padded on the right. temperature 0 is greedy; otherwise top_k, then top_p
+        (nucleus) limit the choice.
         `shared` (B,): which of several beginnings each row has, all of one length and ending with the last picture; `pixels` are then
         those of each beginning once, in their order, and questions about one picture are spared to look at it again.
         """
@@ -225,7 +240,7 @@ class VLM(nn.Module):
             pos = pos + 1
 
     def prefill(self, tokens, pixels, cache, lengths, shared=None, layout=None):
-        """Fill the cache with the prompts (B, T) -> h (B, D) at the last token of each, of `lengths` (B,). Padding writes rows that are overwritten unseen."""
+        """Fill the cache with the prompts (B, T) -> h (B, D) at the last token of each, of `lengths` (B,). What padding writes is never read."""
         (B, T), last = tokens.shape, lengths - 1
         if shared is None:
             return self.decoder(self.embed(tokens, pixels, layout), cache=cache, rows=torch.arange(B, device=tokens.device) * T + last)
@@ -247,7 +262,7 @@ class VLM(nn.Module):
             raise UserError(f"image mode {mode} cuts no tiles, so it has no {' or '.join(choices)} to choose")
         tiling = tiling and replace(tiling, **choices)
         self.cfg = replace(self.cfg, image_mode=mode, vision=replace(self.cfg.vision, tiling=None if tiling == TILINGS.get(mode) else tiling))
-        self.connector.want_row_end(tiling is not None and (tiling.row_end or tiling.global_row_end))
+        self.connector.want_row_end(self.cfg.row_end)
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
@@ -282,36 +297,32 @@ def public_layout(vlm):
 
 
 class Connector(nn.Module):
-    """Visual features -> word-embedding space: (n, D_vision) -> (n, D). Fresh weights keep PyTorch's default, as LLaVA's do.
+    """Visual features -> word-embedding space: (n, D_vision) -> (n, D), LLaVA's Eq. 1 (arXiv:2304.08485). Fresh weights keep PyTorch's default.
 
     With `index` (M,) only the features it names are translated, in its order -> (M, D); where it is negative stands the row end.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        n_in, D = cfg.n_feature, cfg.decoder.n_embd
-        wide = 4 * n_in if cfg.connector == "fused_gelu" else D
+        n_in, self.D = cfg.n_feature, cfg.decoder.n_embd
         self.norm = nn.LayerNorm(n_in) if cfg.connector == "norm_gelu" else nn.Identity()
-        self.linear_1 = nn.Linear(n_in, wide)
-        if cfg.connector != "linear":
-            self.linear_2 = nn.Linear(wide, D)
-        if cfg.connector == "fused_gelu":
-            self.linear_3 = nn.Linear(D, D)
+        widths = CONNECTORS[cfg.connector](n_in, self.D)
+        for i, (a, b) in enumerate(zip((n_in, *widths), widths), 1):
+            setattr(self, f"linear_{i}", nn.Linear(a, b))
         self.register_parameter("row_end", None)
-        tiling = find_tiling(cfg.vision, cfg.image_mode)
-        self.want_row_end(tiling is not None and (tiling.row_end or tiling.global_row_end))
+        self.want_row_end(cfg.row_end)
 
     def want_row_end(self, wanted):
         if wanted != (self.row_end is not None):
-            w = self.linear_1.bias
-            D = (self.linear_2 if hasattr(self, "linear_2") else self.linear_1).out_features
-            self.row_end = nn.Parameter(draw(D, std=D**-0.5, device=w.device, dtype=w.dtype)) if wanted else None
+            like = self.linear_1.bias
+            self.row_end = nn.Parameter(draw(self.D, std=self.D**-0.5, device=like.device, dtype=like.dtype)) if wanted else None
 
     def forward(self, x, index=None):
         x = x if index is None else x.index_select(0, index.clamp(min=0))
-        x = self.linear_1(self.norm(x))
-        for name in "linear_2", "linear_3":
-            x = getattr(self, name)(F.gelu(x)) if hasattr(self, name) else x
+        norm, linear, *more = self.children()
+        x = linear(norm(x))
+        for linear in more:
+            x = linear(F.gelu(x))
         return x if index is None or self.row_end is None else torch.where(index[:, None] < 0, self.row_end.to(x.dtype), x)
 
 
@@ -334,10 +345,14 @@ class Decoder(nn.Module):
         position on and see its cache up to themselves; `end` bounds all positions so that the unused tail is not read.
         """
         if at is None:
-            at = torch.arange(x.shape[1], device=x.device)[None] if pos is None else pos[:, None] + torch.arange(x.shape[1], device=x.device)     # (1 or B, T)
-        rope, mask = rotary(at, self.cfg), mask if pos is None else (torch.arange(end, device=x.device) <= at[:, :, None])[:, None]           # (B, 1, T, end)
+            at = torch.arange(x.shape[1], device=x.device)[None]            # (1, T)
+            at = at if pos is None else pos[:, None] + at                   # (B, T)
+        if pos is not None:
+            mask = (torch.arange(end, device=x.device) <= at[:, :, None])[:, None]          # (B, 1, T, end)
+        rope = rotary(at, self.cfg)
         for i, layer in enumerate(self.layers):
-            given = (x, rope, None if cache is None else cache[i], None if pos is None else at, mask, rows if i + 1 == len(self.layers) else None)
+            last = i + 1 == len(self.layers)
+            given = (x, rope, None if cache is None else cache[i], None if pos is None else at, mask, rows if last else None)
             x = checkpoint(layer, *given, use_reentrant=False) if i < self.recompute and torch.is_grad_enabled() else layer(*given)
         return self.norm(x)
 
@@ -362,7 +377,7 @@ class DecoderBlock(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Attention with rotary positions and grouped queries (arXiv:2305.13245)."""
+    """softmax(q k^T / sqrt(d)) v (arXiv:1706.03762, Eq. 1), with rotary positions and grouped queries (arXiv:2305.13245)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -388,6 +403,8 @@ class CausalAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """W_down (silu(W_gate x) * W_up x)                                     arXiv:2002.05202, Eq. 6"""
+
     def __init__(self, cfg):
         super().__init__()
         self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_hidden, bias=False)
@@ -399,7 +416,7 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv:1910.07467); the statistics in float32, as Llama has them."""
+    """x / rms(x) * weight                                                  arXiv:1910.07467, Eq. 4; the statistics in float32, as in Llama"""
 
     def __init__(self, n_embd, eps):
         super().__init__()
@@ -410,14 +427,14 @@ class RMSNorm(nn.Module):
 
 
 def rotary(at, cfg):
-    """Angles of RoPE (arXiv:2104.09864): positions (1 or B, T) -> cos, sin (1 or B, 1, T, d), float32, halves repeated."""
+    """Angles of RoPE (arXiv:2104.09864, section 3.2.2): positions (1 or B, T) -> cos, sin (1 or B, 1, T, d), float32, halves repeated."""
     freq = cfg.rope_theta ** (-torch.arange(0, cfg.head_dim, 2, device=at.device).float() / cfg.head_dim)           # (d/2,)
     angle = (at[:, None, :, None].float() * freq).repeat(1, 1, 1, 2)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (i, i + d/2) by its angle: the rotate-half layout of the public Llama weights."""
+    """Turn each pair (i, i + d/2) by its angle (RoPE, Eq. 34, there for pairs of neighbours): the rotate-half layout of the public Llama weights."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
@@ -496,7 +513,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + alpha/r B A dropout(x): W stays, A (r, in) and B (out, r) learn, and B begins at zero, so y begins as it was."""
+    """y = W x + alpha/r B A dropout(x), Eq. 3 of the paper: W stays, A (r, in) and B (out, r) learn, and B begins at zero, so y begins as it was."""
 
     def __init__(self, linear, r, alpha, dropout):
         nn.Module.__init__(self)
@@ -524,17 +541,18 @@ def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
     vlm.lora = {"base": None, "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "targets": list(targets)}
 
 
-@contextlib.contextmanager
+@contextmanager
 def lora_off(vlm):
     """Inside, the model is its base: the reference of preference learning, without a second copy of the weights."""
-    layers = [m for m in vlm.modules() if isinstance(m, LoRALinear)]
-    for m in layers:
-        m.on = False
+    def switch(on):
+        for m in vlm.modules():
+            if isinstance(m, LoRALinear):
+                m.on = on
+    switch(False)
     try:
         yield
     finally:
-        for m in layers:
-            m.on = True
+        switch(True)
 
 
 def merged_state(vlm):
@@ -548,11 +566,11 @@ def merged_state(vlm):
 
 def adapter_name(name, public):
     """One of our names -> that of the PEFT library over transformers' Llava; our own where that is not what is trained."""
+    name = re.sub(r"(lora_[AB])$", r"\1.weight", public(name))
     if public is str:
-        return re.sub(r"(lora_[AB])$", r"\1.weight", name)
-    name = llava_name(name).replace("language_model.model.", "model.language_model.").replace("language_model.lm_head.", "lm_head.")
-    name = f"model.{name}" if name.startswith(("vision_tower.", "multi_modal_projector.")) else name
-    return "base_model.model." + re.sub(r"(lora_[AB])$", r"\1.weight", name)
+        return name
+    name = name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head.", "lm_head.")
+    return "base_model.model." + ("model." if name.startswith(("vision_tower.", "multi_modal_projector.")) else "") + name
 
 
 def save_adapter(vlm, directory, base, state=None):
@@ -561,16 +579,15 @@ def save_adapter(vlm, directory, base, state=None):
     The directory opens like any other model (VLM.from_pretrained merges), and `python model.py convert` makes a whole one of it.
     """
     state = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad} if state is None else state
-    whole = [name for name, child in (("multi_modal_projector", vlm.connector), ("vision_tower", vlm.vision)) if any(p.requires_grad for p in child.parameters())]
-    public, model_config = public_layout(vlm)
-    targets = "|".join(vlm.lora["targets"])
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": vlm.lora["r"], "lora_alpha": vlm.lora["lora_alpha"],
-              "lora_dropout": vlm.lora["lora_dropout"], "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
-              "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({targets})", "modules_to_save": whole or None, "inference_mode": True}
-    write_whole(Path(directory) / "adapter_model.safetensors", lambda tmp: save_file(
-        {adapter_name(name, public): t.contiguous().cpu() for name, t in state.items()}, tmp, metadata={"format": "pt"}))
-    write_whole(Path(directory) / "adapter_config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2)))
-    write_whole(Path(directory) / "config.json", lambda tmp: tmp.write_text(json.dumps(model_config, indent=2)))
+    children = {"multi_modal_projector": vlm.connector, "vision_tower": vlm.vision}
+    whole = [name for name, child in children.items() if any(p.requires_grad for p in child.parameters())]
+    public, config = public_layout(vlm)
+    write_json(Path(directory) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "bias": "none", "use_dora": False, "use_rslora": False,
+        "fan_in_fan_out": False, "r": vlm.lora["r"], "lora_alpha": vlm.lora["lora_alpha"], "lora_dropout": vlm.lora["lora_dropout"],
+        "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(vlm.lora['targets'])})", "modules_to_save": whole or None,
+        "inference_mode": True})
+    write_model(directory, {adapter_name(name, public): t.contiguous().cpu() for name, t in state.items()}, config, "adapter_model.safetensors")
 
 
 def load_adapter(vlm, directory):
@@ -703,13 +720,15 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     Each tensor is copied out of its mapped file once, straight to its device and dtype; a table of words in pieces, as it is large.
     """
     state = module.state_dict()
-    missing, unused = sorted(public(name) for name in state.keys() - found.keys()), sorted(found[name].name for name in found.keys() - state.keys())
-    if missing or unused:
-        some = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unused", unused)) if names)
+    odd = {"missing": sorted(public(name) for name in state.keys() - found.keys()),
+           "unused": sorted(found[name].name for name in found.keys() - state.keys())}
+    if any(odd.values()):
+        some = "; ".join(f"{len(names)} {what}, such as {names[0]}" for what, names in odd.items() if names)
         raise UserError(f"{source}: its tensors do not fit this architecture: {some}. Check config.json against the weights")
-    for name, t in ((name, found[name]) for name in state):
-        if t.shape != state[name].shape:
-            raise UserError(f"{source}: tensor {t.name} has shape {tuple(t.shape)}, the config asks for {tuple(state[name].shape)} "
+    for name, mine in state.items():
+        t = found[name]
+        if t.shape != mine.shape:
+            raise UserError(f"{source}: tensor {t.name} has shape {tuple(t.shape)}, the config asks for {tuple(mine.shape)} "
                             f"({t.file.name}, here {name}); config and weights are of different models")
         if not t.meta.is_floating_point() or t.meta.element_size() < 2:
             raise UserError(f"{source}: tensor {t.name} is {str(t.meta.dtype).removeprefix('torch.')}; quantised weights cannot be read, "
@@ -729,7 +748,8 @@ def load_strict(module, found, source, tensors, device="cpu", dtype=torch.float3
     module.load_state_dict(weights, strict=True, assign=True)
     used = {(t.file, t.name) for t in found.values()}
     rest = [t.name for t in tensors.values() if (t.file, t.name) not in used]
-    kinds = Counter((re.search(r"inv_freq|position_ids|mask_token|\bhead\b|attn_pool|pooler|classifier", name) or [name.split(".")[0]])[0] for name in rest)
+    known = re.compile(r"inv_freq|position_ids|mask_token|\bhead\b|attn_pool|pooler|classifier")
+    kinds = Counter((known.search(name) or [name.split(".")[0]])[0] for name in rest)
     print(f"loaded {len(tensors) - len(rest)} of {len(tensors)} tensors from {source}, 0 missing, 0 unused"
           + (f", {len(rest)} of no use here ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if rest else ""), file=sys.stderr)
 
@@ -757,7 +777,8 @@ def grow_words(found, rows):
 def load_connector(connector, path):
     """The connector in a whole model, in the model.safetensors or mm_projector.bin that stage 1 wrote, here or in the original code."""
     if not Path(path).exists():
-        raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, or a mm_projector.bin")
+        raise UserError(f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, "
+                        "or a mm_projector.bin")
     tensors = read_tensors(path)
     found = part_of(our_names(tensors), "connector")
     fresh = connector.row_end
@@ -834,29 +855,24 @@ def read_model(directory, vision=None, llm=None):
     tensors = read_lora(directory, llm) if is_lora(directory) else None
     if llm and tensors is None:
         raise UserError(f"{directory}: is a whole model; --llm is for presets, and for the base of a LoRA")
-    config_reader(directory / "config.json")                                # an unknown architecture is said before anything about its weights
+    c = read_json(directory / "config.json")
+    config_reader(c, directory / "config.json")                             # an unknown architecture is said before anything about its weights
     tensors = tensors or read_tensors(directory)
-    own = our_names(tensors)
-    if lacks := not any(name.startswith("vision.") for name in own) and any(name.startswith("decoder.") for name in own):
-        if not vision:
-            raise UserError(f"{directory}: holds no vision tower{wanted_tower(directory)}; give the directory of that tower by --vision DIR, "
-                            "two of them by --vision DIR,DIR")
-    elif vision:
+    own, paths = our_names(tensors), vision.split(",") if vision else []
+    lacks = not any(name.startswith("vision.") for name in own) and any(name.startswith("decoder.") for name in own)
+    if lacks and not paths:
+        wanted = c.get("mm_vision_tower") or prismatic(c).get("vision_backbone_id")
+        raise UserError(f"{directory}: holds no vision tower{f' (its config names {wanted})' if wanted else ''}; give the directory of that tower "
+                        "by --vision DIR, two of them by --vision DIR,DIR")
+    if paths and not lacks:
         raise UserError(f"{directory}: has its own vision tower; --vision is for presets ({', '.join(PRESETS)}) and for models published without")
-    towers = {part: read_tensors(path) for part, path in zip(("vision", "vision2"), vision.split(","))} if lacks else {}
-    cfg = read_config(directory, own, [read_tower(path) for path in vision.split(",")] if lacks else [])
+    cfg = read_config(directory, own, [read_tower(path) for path in paths])
     found = our_names(tensors, cfg)
-    for part, stored in towers.items():
+    for part, path in zip(("vision", "vision2"), paths):
+        stored = read_tensors(path)
         found |= {f"{part}.{name}": t for name, t in tower_tensors(stored, getattr(cfg, part)).items()}
         tensors = tensors | {f"{part}: {name}": t for name, t in stored.items()}
     return cfg, found, tensors, llava_name if fits_llava(cfg) else str
-
-
-def wanted_tower(directory):
-    c = read_json(Path(directory) / "config.json")
-    c = c.get("model") if isinstance(c.get("model"), dict) else c
-    name = c.get("mm_vision_tower") or c.get("vision_backbone_id")
-    return f" (its config names {name})" if name else ""
 
 
 def is_lora(directory):
@@ -891,17 +907,18 @@ def read_lora(directory, llm=None):
         raise UserError(f"{directory / 'adapter_model.safetensors'}: not found, nor adapter_model.bin; copy the LoRA anew")
     short = lambda name: re.sub(r"^base_model\.(model\.(?=model\.|lm_head))?", "", name)
     tensors = read_tensors(base) | ({short(name): t for name, t in read_tensors(rest).items()} if rest.exists() else {})
-    lora, used = {part_name(short(name)): t for name, t in open_weights(file).items()}, 0
-    for name in [name for name in tensors if part_name(name) in lora]:      # trained whole beside it: PEFT's modules_to_save
-        tensors[name] = Stored(file, next(n for n in open_weights(file) if part_name(short(n)) == part_name(name)), lora[part_name(name)].to("meta"))
-        used += 1
-    for name in [name for name in tensors if name.endswith(".weight")]:
-        a, b = (lora.get(part_name(name).replace(".weight", f".lora_{x}.weight")) for x in "AB")
-        if a is not None and b is not None:
-            if (len(b), a.shape[1]) != tuple(tensors[name].shape) or len(a) != b.shape[1]:
-                raise UserError(f"{file}: the LoRA of {name} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base's tensor is "
-                                f"{tuple(tensors[name].shape)}; it was trained over another model")
-            tensors[name] = tensors[name].cut(lambda w, a=a, b=b: w if w.is_meta else w.float() + scale * b.float() @ a.float())
+    lora, names, used = {part_name(short(name)): (name, t) for name, t in open_weights(file).items()}, {part_name(name): name for name in tensors}, 0
+    for ours, (name, a) in lora.items():
+        weight, other = names.get(ours.replace(".lora_A.", ".")), lora.get(ours.replace(".lora_A.", ".lora_B."))
+        if ours in names:                                                   # trained whole beside it: PEFT's modules_to_save
+            tensors[names[ours]] = Stored(file, name, a.to("meta"))
+            used += 1
+        elif weight and other and ".lora_A." in ours:
+            b = other[1]
+            if (len(b), a.shape[1]) != tuple(tensors[weight].shape) or len(a) != b.shape[1]:
+                raise UserError(f"{file}: the LoRA of {weight} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base's tensor is "
+                                f"{tuple(tensors[weight].shape)}; it was trained over another model")
+            tensors[weight] = tensors[weight].cut(lambda w, a=a, b=b: w if w.is_meta else w.float() + scale * b.float() @ a.float())
             used += 2
     if used != len(lora):
         raise UserError(f"{file}: {len(lora) - used} of its {len(lora)} tensors belong to nothing in {base}; it was trained over another model")
@@ -916,8 +933,7 @@ def read_tower(path):
     with named(path):
         if "model_type" not in c and "vision_config" not in c:
             return tower_by_shapes(tower_tensors(read_tensors(path)), quick_gelu=take(clip, "model_cfg", dict, {}).get("quick_gelu", True))
-        cfg, prep = vision_config(c), read_processor(path)
-        return replace(cfg, mean=take(prep, "image_mean", tuple, cfg.mean), std=take(prep, "image_std", tuple, cfg.std))
+        return vision_config(c, read_processor(path))
 
 
 def read_config(directory, own={}, towers=()):
@@ -928,7 +944,7 @@ def read_config(directory, own={}, towers=()):
     file = Path(directory) / "config.json"
     c, prep = read_json(file), read_processor(file.parent)
     with named(file):
-        return config_reader(file)(c, prep, own, towers)
+        return config_reader(c, file)(c, prep, own, towers)
 
 
 def read_processor(folder):
@@ -939,26 +955,28 @@ def read_processor(folder):
     return read_json(folder / "preprocessor_config.json", inner)
 
 
-def config_reader(file, strict=True):
-    """Which layout a config.json is of -> the function that reads it. Of a tower or a decoder alone: None, or if `strict` an error."""
-    c = read_json(file)
-    if isinstance(c.get("model"), dict) or c.get("model_type") in ("prismatic", "openvla"):
+def config_reader(c, file=None):
+    """Which layout a config.json is of -> the function that reads it. Of a tower or a decoder alone: None, or an error that names `file`."""
+    if prismatic(c) is not c or c.get("model_type") in ("prismatic", "openvla"):
         return prismatic_config
     if "mm_hidden_size" in c or "mm_vision_tower" in c:
         return original_llava_config
     readers = {"llava": llava_hf_config, "llava_next": llava_hf_config, "internvl_chat": internvl_config, "plainvlm": own_config}
-    if strict and c.get("model_type") not in readers:
-        raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can be "
-                        "opened. A language model alone goes to --llm, a tower to --vision")
+    if file and c.get("model_type") not in readers:
+        raise UserError(f"{file}: model_type is {c.get('model_type')!r}; only {', '.join(map(repr, readers))}, the original LLaVA and Prismatic can "
+                        "be opened. A language model alone goes to --llm, a tower to --vision")
     return readers.get(c.get("model_type"))
+
+
+def prismatic(c):
+    """Where a config of Prismatic's has its fields: in "model", or in the HF layout at the top."""
+    return c["model"] if isinstance(c.get("model"), dict) else c
 
 
 def llava_hf_config(c, prep, own, towers):
     only(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     only(take(c, "vision_config", dict), model_type="clip_vision_model")
-    tower = vision_config(c)
-    vision = replace(tower, feature_layer=take(c, "vision_feature_layer", int, -2),
-                     mean=take(prep, "image_mean", tuple, tower.mean), std=take(prep, "image_std", tuple, tower.std))
+    vision = replace(vision_config(c, prep), feature_layer=take(c, "vision_feature_layer", int, -2))
     image = take(c, "image_token_id" if "image_token_id" in c else "image_token_index", int, 32000)
     mode, tiling = picture_mode(c, vision.image_size, "crop" if prep.get("do_center_crop") and not prep.get("do_pad") else "pad")
     return VLMConfig(replace(vision, tiling=tiling), decoder_config(take(c, "text_config", dict)), take(c, "mm_projector_type", str, "mlp2x_gelu"),
@@ -971,13 +989,14 @@ def original_llava_config(c, prep, own, towers):
     only(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     tower = towers[0] if towers else tower_by_shapes(part_of(own, "vision")) if own else VisionConfig()
     mode, tiling = picture_mode(c, tower.image_size)
-    return VLMConfig(replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2), tiling=tiling), decoder_config(c | {"model_type": "llama"}),
-                     take(c, "mm_projector_type", str, "linear"), image_mode=mode, template=default_template(c))
+    tower = replace(tower, feature_layer=take(c, "mm_vision_select_layer", int, -2), tiling=tiling)
+    return VLMConfig(tower, decoder_config(c | {"model_type": "llama"}), take(c, "mm_projector_type", str, "linear"), image_mode=mode,
+                     template=default_template(c))
 
 
 def prismatic_config(c, prep, own, towers):
     """TRI-ML/prismatic-vlms name their parts; the sizes are in the tensors. Every tower runs with the exact GELU except CLIP alone."""
-    c = c if "llm_backbone_id" in c else take(c, "model", dict)
+    c = prismatic(c)
     tower_id, arch, llm = (take(c, name, str) for name in ("vision_backbone_id", "arch_specifier", "llm_backbone_id"))
     if not llm.startswith(("vicuna", "llama2", "mistral")):
         raise UserError(f"llm_backbone_id is {llm!r}; only vicuna, llama2 and mistral are implemented")
@@ -987,7 +1006,8 @@ def prismatic_config(c, prep, own, towers):
     towers = list(towers) or [tower_by_shapes(part_of(own, part)) for part in ("vision", "vision2") if part_of(own, part)]
     fused = "dinosiglip" in tower_id or "dinoclip" in tower_id
     if len(towers) != 1 + fused:
-        raise UserError(f"vision_backbone_id {tower_id!r} takes {'two towers, DINOv2 first: --vision DIR,DIR' if fused else 'one tower: --vision DIR'}")
+        takes = "two towers, DINOv2 first: --vision DIR,DIR" if fused else "one tower: --vision DIR"
+        raise UserError(f"vision_backbone_id {tower_id!r} takes {takes}")
     towers = [replace(t, image_size=int(px[1]) if px else 224, feature_layer=-2, activation="quick_gelu" if t.pre_norm and not fused else "gelu")
               for t in towers]
     connector = "linear" if arch == "linear" else "fused_gelu" if arch.endswith("fused-gelu-mlp") else "mlp2x_gelu"
@@ -1017,9 +1037,9 @@ def internvl_config(c, prep, own, towers):
 
 def own_config(c, prep, own, towers):
     try:
-        towers = {part: VisionConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in c[part].items()}) for part in ("vision", "vision2") if c[part]}
-        rest = {k: v for k, v in c.items() if k not in ("model_type", "dtype", "vision", "vision2", "decoder")}
-        return VLMConfig(**towers, decoder=DecoderConfig(**c["decoder"]), **rest)
+        tower = lambda v: v and VisionConfig(**v | {"mean": tuple(v["mean"]), "std": tuple(v["std"])})
+        parts = {"vision": tower(c["vision"]), "vision2": tower(c["vision2"]), "decoder": DecoderConfig(**c["decoder"])}
+        return VLMConfig(**{k: v for k, v in c.items() if k not in ("model_type", "dtype")} | parts)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"is not what save_pretrained writes ({error}); copy it anew") from None
 
@@ -1031,7 +1051,7 @@ def part_of(own, part):
 def fits_llava(cfg):
     """Whether the llava-hf layout can hold the model: a CLIP, a Llama, one of LLaVA's two connectors, and one tile, or several as LLaVA-NeXT
     cuts them."""
-    v, clip, tiling = cfg.vision, TOWERS["clip_vision_model"], find_tiling(cfg.vision, cfg.image_mode)
+    v, clip, tiling = cfg.vision, TOWERS["clip_vision_model"], cfg.tiling
     several = tiling and (replace(tiling, grids=TILINGS["anyres"].grids) != TILINGS["anyres"] or cfg.connector != "mlp2x_gelu")
     return (not cfg.vision2 and not several and cfg.connector in ("linear", "mlp2x_gelu")
             and all(getattr(v, name) == getattr(clip, name) for name in ("class_token", "n_register", "pre_norm", "patch_bias", "layer_scale",
@@ -1050,11 +1070,29 @@ TOWERS = {
 }
 
 
-def vision_config(c):
-    """config.json of a tower, alone or inside that of a larger model -> VisionConfig."""
+CLIP_FIELDS = {"image_size": "image_size", "patch_size": "patch_size", "n_embd": "hidden_size", "n_layer": "num_hidden_layers",
+               "n_head": "num_attention_heads", "n_hidden": "intermediate_size", "activation": "hidden_act", "norm_eps": "layer_norm_eps"}
+# Of a language model's config, absent fields mean the defaults of its class; and of both, what the fields are called there.
+LANGUAGE = {
+    "llama": DecoderConfig(block_size=2048, norm_eps=1e-6),
+    "mistral": DecoderConfig(n_kv_head=8, n_hidden=14336, block_size=4096 * 32, norm_eps=1e-6),
+    "internlm2": DecoderConfig(vocab_size=103168, block_size=2048, norm_eps=1e-6),
+}
+LLAMA_FIELDS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+                "n_embd": "hidden_size", "head_dim": "head_dim", "n_hidden": "intermediate_size", "block_size": "max_position_embeddings",
+                "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta"}
+
+
+def take_fields(c, names, absent):
+    """{our name: value} of a public config's fields; `absent`: {our name: what it is where it is not said}."""
+    return {ours: take(c, theirs, type(absent[ours]), absent[ours]) for ours, theirs in names.items()}
+
+
+def vision_config(c, prep={}):
+    """config.json of a tower, alone or inside that of a larger model, and of its image processor -> VisionConfig."""
     inner = take(c, "vision_config", dict, None if "llm_config" in c else c)
-    kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
-    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "llava": "clip_vision_model", "llava_next": "clip_vision_model"}.get(kind, kind)
+    kind = inner.get("model_type") or c.get("model_type") or "clip"
+    kind = {"siglip": "siglip_vision_model"}.get(kind, "clip_vision_model" if kind in ("clip", "llava", "llava_next") else kind)
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(map(repr, TOWERS))} are implemented")
     base, intern = TOWERS[kind], kind == "intern_vit_6b"
@@ -1062,35 +1100,38 @@ def vision_config(c):
     rms = intern and inner.get("norm_type", "rms_norm") == "rms_norm"
     if intern and inner.get("qk_normalization", True) != rms:
         raise UserError(f"qk_normalization is {not rms} with norm_type {inner.get('norm_type')!r}; only 300M (neither) and 6B (both) are implemented")
-    n_embd = take(inner, "hidden_size", int, base.n_embd)
-    act = take(inner, "hidden_act", str, base.activation)
-    return replace(base, image_size=take(inner, "image_size", int, base.image_size), patch_size=take(inner, "patch_size", int, base.patch_size),
-                   n_embd=n_embd, n_layer=take(inner, "num_hidden_layers", int, base.n_layer), n_head=take(inner, "num_attention_heads", int, base.n_head),
-                   n_hidden=n_embd * take(inner, "mlp_ratio", int, 4) if kind.startswith("dinov2") else take(inner, "intermediate_size", int, base.n_hidden),
-                   n_register=take(inner, "num_register_tokens", int, base.n_register) if base.n_register else 0, rms_norm=rms,
-                   activation="gelu_tanh" if act == "gelu_pytorch_tanh" else act, norm_eps=take(inner, "layer_norm_eps", float, base.norm_eps))
+    found = take_fields(inner, CLIP_FIELDS, vars(base))
+    if kind.startswith("dinov2"):
+        found["n_hidden"] = found["n_embd"] * take(inner, "mlp_ratio", int, 4)
+        found["n_register"] = base.n_register and take(inner, "num_register_tokens", int, base.n_register)
+    found["activation"] = {"gelu_pytorch_tanh": "gelu_tanh"}.get(found["activation"], found["activation"])
+    return replace(base, **found, rms_norm=rms, mean=take(prep, "image_mean", tuple, base.mean), std=take(prep, "image_std", tuple, base.std))
+
+
+def clip_json(v):
+    return {"model_type": "clip_vision_model", "projection_dim": v.n_embd} | {theirs: getattr(v, ours) for ours, theirs in CLIP_FIELDS.items()}
 
 
 def decoder_config(c):
-    """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig; absent fields are the defaults of their classes."""
+    """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig."""
     kind = c.get("model_type", "llama")
-    if kind not in ("llama", "mistral", "internlm2"):
+    if kind not in LANGUAGE:
         raise UserError(f"model_type is {kind!r}; only 'llama', 'mistral' and 'internlm2' are implemented")
-    mistral = kind == "mistral"
     only(c, hidden_act="silu", attention_bias=False, mlp_bias=False, bias=False)
-    n_embd, n_head = take(c, "hidden_size", int, 4096), take(c, "num_attention_heads", int, 32)
     rope = take(c, "rope_parameters", dict, {}) | take(c, "rope_scaling", dict, {})
     if "dynamic" not in rope.values():                                      # which changes nothing up to max_position_embeddings
         only(rope, rope_type="default", type="default")
-    longest = take(c, "max_position_embeddings", int, 4096 * 32 if mistral else 2048)
-    window = c.get("sliding_window", 4096) if mistral else None             # null: none, as in Mistral v0.2
-    return DecoderConfig(vocab_size=take(c, "vocab_size", int, 103168 if kind == "internlm2" else 32000),
-                         n_layer=take(c, "num_hidden_layers", int, 32), n_head=n_head,
-                         n_kv_head=take(c, "num_key_value_heads", int, 8 if mistral else n_head), n_embd=n_embd,
-                         head_dim=take(c, "head_dim", int, n_embd // n_head),
-                         n_hidden=take(c, "intermediate_size", int, 14336 if mistral else 11008), block_size=min(longest, window or longest),
-                         norm_eps=take(c, "rms_norm_eps", float, 1e-6), rope_theta=take(rope, "rope_theta", float, take(c, "rope_theta", float, 10000.0)),
-                         tied=c.get("tie_word_embeddings") is True)
+    absent, n_head = vars(LANGUAGE[kind]), take(c, "num_attention_heads", int, 32)
+    absent = absent | {"n_kv_head": 8 if kind == "mistral" else n_head, "head_dim": take(c, "hidden_size", int, 4096) // n_head}
+    found = take_fields(c, LLAMA_FIELDS, absent)
+    window = c.get("sliding_window", 4096) if kind == "mistral" else None   # null: none, as in Mistral v0.2
+    return DecoderConfig(**found | {"block_size": min(found["block_size"], window or found["block_size"]),
+                                    "rope_theta": take(rope, "rope_theta", float, found["rope_theta"])}, tied=c.get("tie_word_embeddings") is True)
+
+
+def llama_json(d):
+    return {"model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2} | {
+        theirs: getattr(d, ours) for ours, theirs in LLAMA_FIELDS.items()}
 
 
 def take(c, name, kind, default=None):
@@ -1114,36 +1155,27 @@ def only(c, **supported):
             raise UserError(f"{name} is {c[name]!r}; only {value!r} is implemented")
 
 
-def clip_json(v):
-    return {"model_type": "clip_vision_model", "image_size": v.image_size, "patch_size": v.patch_size, "hidden_size": v.n_embd,
-            "num_hidden_layers": v.n_layer, "num_attention_heads": v.n_head, "intermediate_size": v.n_hidden,
-            "hidden_act": v.activation, "layer_norm_eps": v.norm_eps, "projection_dim": v.n_embd}
-
-
-def llama_json(d):
-    return {"model_type": "llama", "vocab_size": d.vocab_size, "hidden_size": d.n_embd, "num_hidden_layers": d.n_layer,
-            "num_attention_heads": d.n_head, "num_key_value_heads": d.n_kv_head, "head_dim": d.head_dim, "intermediate_size": d.n_hidden,
-            "max_position_embeddings": d.block_size, "rms_norm_eps": d.norm_eps, "rope_theta": d.rope_theta,
-            "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
-
-
 def llava_config(cfg, dtype):
-    tiling, S = find_tiling(cfg.vision, cfg.image_mode), cfg.vision.image_size
-    next_fields = {} if tiling is None else {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
-                                             "image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]}     # transformers reads (height, width)
-    return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": dtype,
-            "vision_config": clip_json(cfg.vision), "text_config": llama_json(cfg.decoder),
-            "image_token_index": cfg.image_token, "pad_token_id": cfg.pad_token, "bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token,
-            "ignore_index": IGNORE, "image_seq_length": cfg.vision.n_token, "projector_hidden_act": "gelu",
+    kind = ("LlavaForConditionalGeneration", "llava") if cfg.tiling is None else ("LlavaNextForConditionalGeneration", "llava_next")
+    return {"architectures": [kind[0]], "model_type": kind[1], "dtype": dtype, "vision_config": clip_json(cfg.vision),
+            "text_config": llama_json(cfg.decoder), "image_token_index": cfg.image_token, "pad_token_id": cfg.pad_token,
+            "bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "ignore_index": IGNORE, "image_seq_length": cfg.vision.n_token,
+            "projector_hidden_act": "gelu",
             "vision_feature_layer": cfg.vision.feature_layer, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
-            "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template} | next_fields
+            "mm_projector_type": cfg.connector, "image_aspect_ratio": cfg.image_mode, "template": cfg.template} | pinpoints(cfg)
+
+
+def pinpoints(cfg):
+    """The grids of tiles in pixels, which transformers reads as (height, width)."""
+    S = cfg.vision.image_size
+    return {"image_grid_pinpoints": [[r * S, c * S] for c, r in cfg.tiling.grids]} if cfg.tiling else {}
 
 
 def check_tokenizer(vlm, tok):
     """A tokenizer and a model that do not belong together would fail deep inside, or not at all."""
     if tok.n_text > vlm.cfg.decoder.vocab_size or tok.image != vlm.cfg.image_token:
-        raise UserError(f"{tok.path}: has {tok.n_text:,} pieces and <image> at {tok.image:,}, the model an embedding of {vlm.cfg.decoder.vocab_size:,} rows "
-                        f"and <image> at {vlm.cfg.image_token:,}; they are of different models")
+        raise UserError(f"{tok.path}: has {tok.n_text:,} pieces and <image> at {tok.image:,}, the model an embedding of "
+                        f"{vlm.cfg.decoder.vocab_size:,} rows and <image> at {vlm.cfg.image_token:,}; they are of different models")
 
 
 def check_image_mode(vlm, mode, directory):
@@ -1157,35 +1189,33 @@ def save_processor(directory, tokenizer_file, cfg):
 
     It knows no letterbox, which differs from pad by a pixel at most, and none of our own tilings: with those no way in is written.
     """
-    S, tiling = cfg.vision.image_size, find_tiling(cfg.vision, cfg.image_mode)
-    ways = {"crop": ("CLIPImageProcessor", {"shortest_edge": S}, True), "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False),
-            "anyres": ("LlavaNextImageProcessor", {"shortest_edge": S}, True)}
-    kind, size, crop = ways.get(cfg.image_mode, ("LlavaImageProcessor", {"shortest_edge": S}, True))
-    llava = "LlavaNextProcessor" if tiling else "LlavaProcessor"
+    S, directory = cfg.vision.image_size, Path(directory)
+    short = ("LlavaImageProcessor", {"shortest_edge": S}, True)             # class, size, whether the middle is cut out
+    kind, size, crop = {"crop": ("CLIPImageProcessor", *short[1:]), "resize": ("CLIPImageProcessor", {"height": S, "width": S}, False),
+                        "anyres": ("LlavaNextImageProcessor", *short[1:])}.get(cfg.image_mode, short)
+    llava = {"processor_class": "LlavaNextProcessor" if cfg.tiling else "LlavaProcessor"}
+    special = {"bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "pad_token_id": cfg.pad_token}
     names = {cfg.image_token: "<image>"} | ({cfg.pad_token: "<pad>"} if cfg.pad_token != cfg.eos_token else {})
-    files = {
-        "tokenizer.json": tokenizer_json(tokenizer_file, cfg),
-        "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
-                                  "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>",
-                                  "added_tokens_decoder": {str(i): {"content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False,
-                                                                    "single_word": False} for i, name in names.items()},
-                                  "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size,
-                                  "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": llava},
-        "preprocessor_config.json": {
+    write_json(directory / "tokenizer.json", tokenizer_json(tokenizer_file, cfg), indent=None)
+    write_json(directory / "tokenizer_config.json", llava | {
+        "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "pad_token": "<pad>", "added_tokens_decoder": {str(i): added_token(name) for i, name in names.items()},
+        "extra_special_tokens": {"image_token": "<image>"}, "model_max_length": cfg.decoder.block_size, "clean_up_tokenization_spaces": False,
+        "padding_side": "left"})
+    write_json(directory / "generation_config.json", special | {"suppress_tokens": list(range(cfg.image_token, cfg.decoder.vocab_size))})
+    if not cfg.tiling or fits_llava(cfg):
+        write_json(directory / "preprocessor_config.json", llava | pinpoints(cfg) | {
             "image_processor_type": kind, "do_pad": kind != "CLIPImageProcessor", "do_resize": True, "size": size, "resample": 3,
             "do_center_crop": crop, "crop_size": {"height": S, "width": S}, "do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std), "processor_class": llava}
-        | ({"image_grid_pinpoints": [[r * S, c * S] for c, r in tiling.grids]} if tiling else {}),
-        "processor_config.json": {"processor_class": llava, "patch_size": cfg.vision.patch_size, "image_token": "<image>",
-                                  "num_additional_image_tokens": cfg.vision.n_prefix, "vision_feature_select_strategy": "default"},
-        "generation_config.json": {"bos_token_id": cfg.bos_token, "eos_token_id": cfg.eos_token, "pad_token_id": cfg.pad_token,
-                                   "suppress_tokens": list(range(cfg.image_token, cfg.decoder.vocab_size))},
-    }
-    if tiling and not fits_llava(cfg):
-        del files["preprocessor_config.json"], files["processor_config.json"]
-    for name, content in files.items():
-        write_whole(Path(directory) / name, lambda tmp: tmp.write_text(json.dumps(content, indent=2 if name != "tokenizer.json" else None)))
-    write_whole(Path(directory) / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
+            "do_normalize": True, "image_mean": list(cfg.vision.mean), "image_std": list(cfg.vision.std)})
+        write_json(directory / "processor_config.json", llava | {
+            "patch_size": cfg.vision.patch_size, "image_token": "<image>", "num_additional_image_tokens": cfg.vision.n_prefix,
+            "vision_feature_select_strategy": "default"})
+    write_whole(directory / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
+
+
+def added_token(name):
+    return {"content": name, "special": True, "normalized": name == "</s>", "lstrip": False, "rstrip": False, "single_word": False}
 
 
 def tokenizer_json(file, cfg):
@@ -1198,23 +1228,26 @@ def tokenizer_json(file, cfg):
     words = sorted((w for w, i in ids.items() if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))), key=lambda w: -sp.get_score(ids[w]))
     merges = [[w[:k], w[k:]] for w in words for k in range(1, len(w)) if w[:k] in ids and w[k:] in ids]     # the best word is joined first
     special = {"<unk>": sp.unk_id(), "<s>": cfg.bos_token, "</s>": cfg.eos_token, "<image>": cfg.image_token, "<pad>": cfg.pad_token}
-    added = [{"id": i, "content": w, "special": True, "normalized": w == "</s>", "lstrip": False, "rstrip": False, "single_word": False}
-             for w, i in special.items()]
     replace_by = lambda kind, old, new: {"type": "Replace", "pattern": {kind: old}, "content": new}
-    return {"version": "1.0", "added_tokens": added,
+    sequence = lambda id, type_id: {"Sequence": {"id": id, "type_id": type_id}}
+    return {"version": "1.0", "added_tokens": [{"id": i} | added_token(name) for name, i in special.items()],
             "normalizer": {"type": "Sequence", "normalizers": [replace_by("Regex", r"\A(?!</s>)", "▁"), replace_by("String", " ", "▁")]},
             "post_processor": {"type": "TemplateProcessing", "special_tokens": {"<s>": {"id": "<s>", "ids": [cfg.bos_token], "tokens": ["<s>"]}},
-                               "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-                               "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]},
+                               "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, sequence("A", 0)],
+                               "pair": [sequence("A", 0), sequence("B", 1)]},
             "decoder": {"type": "Sequence", "decoders": [replace_by("String", "▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
                                                          {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
             "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "vocab": ids, "merges": merges}}
 
 
-def write_model(directory, tensors, config):
-    """model.safetensors, then config.json: a directory with a config is a whole model."""
-    write_whole(Path(directory) / "model.safetensors", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
-    write_whole(Path(directory) / "config.json", lambda tmp: tmp.write_text(json.dumps(config, indent=2)))
+def write_model(directory, tensors, config, file="model.safetensors"):
+    """The weights, then config.json: a directory with a config is a whole model."""
+    write_whole(Path(directory) / file, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    write_json(Path(directory) / "config.json", config)
+
+
+def write_json(path, content, indent=2):
+    write_whole(path, lambda tmp: tmp.write_text(json.dumps(content, indent=indent)))
 
 
 def write_whole(path, write):
@@ -1260,7 +1293,7 @@ def main(argv=None):
 
 def whole(path):
     """Whether a directory holds a vision-language model, and no tower or decoder alone."""
-    return is_lora(path) or (path / "config.json").exists() and config_reader(path / "config.json", strict=False) is not None
+    return is_lora(path) or config_reader(read_json(path / "config.json", {})) is not None
 
 
 def convert(src, out, vision=None, llm=None):
@@ -1315,10 +1348,11 @@ def info(name, vision=None, llm=None):
     total, trained = sum(count.values()), sum(n for part, n in count.items() if not part.startswith("vision"))
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
-        tiling = find_tiling(cfg.vision, cfg.image_mode)
-        grids = f" of up to {max(map(math.prod, tiling.grids))} tiles, global view {tiling.global_view}" if tiling else ""
-        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}{grids}, template {cfg.template}")
-        if cfg.image_mode == "crop" and read_processor(folder).get("do_center_crop") and "image_aspect_ratio" not in read_json(folder / "config.json"):
+        grids = cfg.tiling and f" of up to {max(map(math.prod, cfg.tiling.grids))} tiles, global view {cfg.tiling.global_view}"
+        print(f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, mode {cfg.image_mode}{grids or ''}, "
+              f"template {cfg.template}")
+        said = "image_aspect_ratio" in read_json(folder / "config.json", {})
+        if cfg.image_mode == "crop" and read_processor(folder).get("do_center_crop") and not said:
             print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad: --image-mode pad")
     GB = 1e9                                                                # training: float32 weight, gradient and two Adam moments
     print(f"memory     {2 * total / GB:.2f} GB in bfloat16; to train all but the towers {(16 * trained + 4 * (total - trained)) / GB:.2f} GB "

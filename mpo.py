@@ -34,7 +34,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,15 +42,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import model
-from data import IGNORE, Mixture, Records, encode_conversation, encode_prompt, find_template, no_picture, open_records, parse_args, run
+from data import IGNORE, Examples, Mixture, Records, collate, encode_conversation, encode_prompt, find_template, open_records, parse_args, run
 from model import PRESETS, write_whole
-from train import (Flags, TrainConfig, arg, build, complete, few, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device, precision,
-                   read_flags, text_of)
-from vision import MODES, UserError, cut_tiles, join, open_image
+from train import (Flags, TrainConfig, arg, build, complete, few, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device,
+                   precision, read_flags, text_of)
+from vision import MODES, UserError, cut_tiles, open_image
 
 
 # ---- the losses: each a mean over pairs of what its equation says, of tensors (B,) ---------------------------------------
@@ -159,41 +159,26 @@ def log_probs(vlm, batch, seen=None, rows=1024):
 
 
 PREFIX, CHOSEN, REJECTED, PADDING = range(4)     # the parts of a row; each sees the prefix and itself
+PairFiles = open_records                         # a file of pairs is a file of records
 
 
-class PairExamples(Dataset):
-    """Pairs as rows. `bad`: a pair that cannot be used stops the run ("stop"), or says why it is skipped ("skip")."""
+class PairExamples(Examples):
+    """Pairs as rows: what data.Examples is for conversations."""
 
-    def __init__(self, records, tok, template, vision_cfg, image_mode, max_length, bad):
-        find_template(template)
-        self.records, self.tok, self.template, self.bad = records, tok, template, bad
-        self.vision_cfg, self.image_mode, self.max_length = vision_cfg, image_mode, max_length
+    def picture(self, i, name):
+        part = self.records.parts[self.records.picks[i][0]] if isinstance(self.records, Mixture) else self.records
+        image = super().picture(i, name)
+        return recompressed(image, i) if part.recompress else image
 
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        where = f"pair {i}"
-        try:
-            record, where, paths, recompress = self.records[i]
-            for name in "question", "chosen", "rejected":
-                if not isinstance(record.get(name), str):
-                    raise UserError(f'"{name}" is {record.get(name)!r}; a pair is {{"image", "question", "chosen", "rejected"}}')
-            pictures = [cut_tiles(recompressed(open_image(path), i) if recompress else open_image(path), self.vision_cfg, self.image_mode) for path in paths]
-            n_visual = [len(layout) for _, layout in pictures]
-            prefix, chosen, rejected = encode_pair(self.tok, record["question"], record["chosen"], record["rejected"], self.template, n_visual)
-            if chosen == rejected or record["chosen"].strip() == record["rejected"].strip():
-                raise UserError("chosen and rejected are the same answer; drop the pair")
-            longest = len(prefix) + max(len(chosen), len(rejected))
-            if longest > self.max_length:                                  # never cut: half an answer is neither good nor bad
-                raise UserError(f"{longest} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; raise --max-length, or drop the pair")
-        except UserError as error:
-            reason = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            if self.bad == "stop":
-                raise UserError(reason) from None
-            return {"skipped": reason, "index": i}
-        pixels, layout = join(pictures or [no_picture(self.vision_cfg.image_size)])
-        return pair_row(prefix, chosen, rejected) | {"pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+    def encode(self, record, n_visual):
+        for name in "question", "chosen", "rejected":
+            if not isinstance(record.get(name), str):
+                raise UserError(f'"{name}" is {record.get(name)!r}; a pair is {{"image", "question", "chosen", "rejected"}}')
+        prefix, chosen, rejected = encode_pair(self.tok, record["question"], record["chosen"], record["rejected"], self.template, n_visual)
+        if chosen == rejected or record["chosen"].strip() == record["rejected"].strip():
+            raise UserError("chosen and rejected are the same answer; drop the pair")
+        self.check_length(len(prefix) + max(len(chosen), len(rejected)), n_visual)
+        return pair_row(prefix, chosen, rejected)
 
 
 def pair_row(prefix, chosen, rejected):
@@ -222,36 +207,8 @@ def encode_pair(tok, question, chosen, rejected, template, n_visual):
 
 
 def collate_pairs(examples, pad):
-    """Rows of unequal length -> one batch, padded on the right; `skipped` says why each of the others is not in it."""
-    used = [e for e in examples if "skipped" not in e]
-    fill = {"tokens": pad, "labels": IGNORE, "at": 0, "source": 0, "part": PADDING}
-    batch = {name: torch.nn.utils.rnn.pad_sequence([e[name] for e in used] or [torch.zeros(0, dtype=torch.int64)], batch_first=True, padding_value=value)
-             for name, value in fill.items()}
-    pixels, layout = join([(e["pixels"], e["layout"]) for e in used] or [no_picture(0)])
-    return batch | {"pixels": pixels, "layout": layout, "lengths": torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64),
-                    "ids": [e["id"] for e in used], "index": [e["index"] for e in used], "skipped": [e["skipped"] for e in examples if "skipped" in e]}
-
-
-class PairFiles:
-    """The pairs of FILE, of FILE,FILE or of a meta.json that mixes several, as data.open_records opens them."""
-
-    def __init__(self, path, image_root, weights="", fraction=1.0, seed=0):
-        self.records = open_records(path, image_root, weights, fraction, seed)
-        parts, self.index = (self.records.parts, self.records.rows.tolist()) if isinstance(self.records, Mixture) else ([self.records], [])
-        self.files = list(dict.fromkeys([*map(Path, str(path).split(",")), *(part.path for part in parts)]))
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, i):
-        """-> record, where it is, its picture files, whether they are to be re-compressed."""
-        part, row = self.records.at(i) if isinstance(self.records, Mixture) else (self.records, i)
-        record = part[row]
-        where = part.where(row, record["id"])
-        try:
-            return record, where, [part.image_path(name) for name in record["images"]], part.recompress
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+    """data.collate, with all that a pair's row has."""
+    return collate(examples, pad, at=0, source=0, part=PADDING) | {"index": [e["index"] for e in examples if "skipped" not in e]}
 
 
 def recompressed(image, i):
@@ -275,7 +232,8 @@ class MPOConfig(TrainConfig):
     w_q: float = arg(0.2, "weight of the quality term, BCO, in mpo")
     w_g: float = arg(1.0, "weight of the generation term, SFT, in mpo, in orpo and behind +sft")
     epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume, 0 to 0.5")
-    reference: str = arg("precomputed", "precomputed (once, kept in reference/ beside --out), copy (a second model) or lora-off (the policy without its LoRA)")
+    reference: str = arg("precomputed", "precomputed (once, kept in reference/ beside --out), copy (a second model) or lora-off (the policy "
+                                        "without its LoRA)")
     ref_alpha: float = arg(0.6, "tr-dpo: the reference becomes alpha policy + (1 - alpha) reference")
     ref_every: int = arg(512, "tr-dpo: steps between such updates")
     lr: float = arg(1e-4, "peak learning rate, after warmup; the toy's. The published ones are 5e-6 (8B) and 1e-6")
@@ -289,6 +247,7 @@ class MPOConfig(TrainConfig):
     token_budget: int = arg(0, "")
     shard: bool = arg(False, "")
     cache_features: float = arg(0.0, "")
+    split_questions: bool = arg(False, "")
     dry_run: bool = arg(False, "")
 
 
@@ -313,12 +272,12 @@ class Pairs:
                     self.ref.vision2 = vlm.vision2
             self.ref.load_state_dict(saved.get("reference", {}), strict=False)              # tr-dpo's has moved
         elif beside := [name for name, p in vlm.named_parameters() if p.requires_grad and ".lora_" not in name]:
-            raise UserError(f"--reference lora-off: {len(beside)} tensors train that are no LoRA, such as {beside[0]}, so the policy without its LoRA is not "
-                            "what it began as; give --lora-r N --train llm, or --reference precomputed")
+            raise UserError(f"--reference lora-off: {len(beside)} tensors train that are no LoRA, such as {beside[0]}, so the policy without its "
+                            "LoRA is not what it began as; give --lora-r N --train llm, or --reference precomputed")
 
     @staticmethod
     def read(cfg):
-        return PairFiles(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+        return open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
 
     def blame(self, net, micro, autocast):
         return few([name for m in micro for name in m["ids"]])
@@ -339,8 +298,8 @@ class Pairs:
             terms = {name: TERMS[name](p) for name in self.terms}
             loss = sum(self.terms[name] * term for name, term in terms.items())
             (loss * share).backward()
-            found = terms | {"loss": loss, "reward_chosen": p.r_c, "reward_rejected": p.r_r, "margin": p.r_c - p.r_r, "accuracy": (p.r_c > p.r_r).float(),
-                             "logp_chosen": p.s_c, "logp_rejected": p.s_r, "nll": sft_loss(p.s_c, p.n_c)}
+            found = terms | {"loss": loss, "reward_chosen": p.r_c, "reward_rejected": p.r_r, "margin": p.r_c - p.r_r,
+                             "accuracy": (p.r_c > p.r_r).float(), "logp_chosen": p.s_c, "logp_rejected": p.s_r, "nll": sft_loss(p.s_c, p.n_c)}
             for name, value in found.items():
                 sums[name] += share * value.detach().mean().item()
         return (sums.pop("loss") if n_pair else None), {"pairs": n_pair, **sums, "delta": self.delta}
@@ -362,8 +321,10 @@ class Pairs:
     def precompute(self, first, tok, records):
         """s_ref of every pair, (n, 2), from a file named by all it depends on; what of it is missing is computed by first() and appended."""
         cfg, n, began = self.cfg, len(self.examples), time.time()
-        what = [self.examples.template, self.examples.image_mode, str(self.examples.vision_cfg.tiling), self.examples.max_length, cfg.dtype, self.device.type, records.index]
-        key = fingerprint(model_files(cfg), records.files, what)
+        what = [self.examples.template, self.examples.image_mode, str(self.examples.vision_cfg.tiling), self.examples.max_length, cfg.dtype,
+                self.device.type, records.picks.tolist() if isinstance(records, Mixture) else []]
+        files = dict.fromkeys([*map(Path, cfg.data.split(",")), *(part.path for part in records.parts)])
+        key = fingerprint(model_files(cfg), list(files), what)
         path = Path(cfg.out).parent / "reference" / f"{key}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         done = whole_lines(path)
@@ -372,7 +333,8 @@ class Pairs:
             training = vlm.training
             vlm.eval()                                                      # no dropout in a reference
             loader = DataLoader(Subset(self.examples, range(len(done), n)), batch_size=size, num_workers=cfg.workers, collate_fn=list)
-            with open(path, "a") as file, precision(cfg, self.device), tqdm(total=n, initial=len(done), desc="reference", unit="pair", disable=None) as bar:
+            with (open(path, "a") as file, precision(cfg, self.device),
+                  tqdm(total=n, initial=len(done), desc="reference", unit="pair", disable=None) as bar):
                 for examples in loader:
                     batch = to(collate_pairs(examples, tok.pad), self.device)
                     found = dict(zip(batch["index"], log_probs(vlm, batch)[0].tolist())) if batch["ids"] else {}
@@ -422,8 +384,8 @@ def model_files(cfg):
 def fingerprint(models, files, more):
     """16 characters that change when a weight, a config or a byte of the files does. Of a directory its weights and JSON files count."""
     said = hashlib.blake2b(json.dumps(more).encode())
-    beside = lambda d: sorted(p for p in d.iterdir() if p.suffix in (".safetensors", ".bin", ".pt") or p.name in ("config.json", "adapter_config.json"))
-    for path in [p for m in models for p in (beside(m) if m.is_dir() else [m])] + list(files):
+    counts = lambda p: p.suffix in (".safetensors", ".bin", ".pt") or p.name in ("config.json", "adapter_config.json")
+    for path in [p for m in models for p in (sorted(filter(counts, m.iterdir())) if m.is_dir() else [m])] + list(files):
         said.update(path.name.encode())
         with open(path, "rb") as file:
             said.update(hashlib.file_digest(file, "blake2b").digest())
@@ -447,15 +409,16 @@ def draw_rewards(path, log, width=800, height=760):
     lines = [line for line in map(json.loads, open(log)) if line.get("margin") is not None]
     if not lines:
         return
-    panels = [(("reward_chosen", "reward_rejected", "margin"), "rewards, beta (s - s_ref)"), (("accuracy",), "share of pairs with the chosen answer ahead"),
-              (("delta",), "delta, the mean of all rewards so far"), (("nll",), "NLL of the chosen answer per token")]
+    panels = {"rewards, beta (s - s_ref)": ["reward_chosen", "reward_rejected", "margin"],
+              "share of pairs with the chosen answer ahead": ["accuracy"], "delta, the mean of all rewards so far": ["delta"], "NLL of the chosen answer per token": ["nll"]}
     colors, tall, w = ("#1f6fb5", "#d6502b", "#3a9a4a"), (height - 30) // len(panels), len(lines) // 50
     image = Image.new("RGB", (width, height), "white")
     pen, steps = ImageDraw.Draw(image), [line["step"] for line in lines]
     write = lambda at, text, anchor, fill="#555555": pen.text(at, text, fill=fill, anchor=anchor, font_size=13)
     x = lambda step: 70 + (width - 94) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-    for k, (names, title) in enumerate(panels):
-        curves = {name: [sum(near) / len(near) for near in ([line[name] for line in lines[max(0, i - w) : i + w + 1]] for i in range(len(lines)))] for name in names}
+    near = [lines[max(0, i - w) : i + w + 1] for i in range(len(lines))]
+    for k, (title, names) in enumerate(panels.items()):
+        curves = {name: [sum(line[name] for line in some) / len(some) for some in near] for name in names}
         values = [v for curve in curves.values() for v in curve] + ([0.0, 1.0] if "accuracy" in names else [])
         low, high, top = min(values), max(values), k * tall + 30
         low, high = (low - 0.05, high + 0.05) if high - low < 1e-6 else (low, high)
@@ -507,13 +470,14 @@ def judge(said, truth):
     themselves, boxes by IoU. (MMPR's fourth scorer, math-verify, is not here: formulas must be written alike.)"""
     if len(truth.strip()) == 1 and letter(truth):
         return letter(said) == letter(truth)
-    plain = lambda text: " ".join(NUMBERS.get(w, w) for w in re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split() if w not in ("a", "an", "the"))
+    bare = lambda text: re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split()
+    plain = lambda text: " ".join(NUMBERS.get(w, w) for w in bare(text) if w not in ("a", "an", "the"))
     a, b = plain(said), plain(truth)
     if a == b and b:
         return True
     try:
-        bare = lambda text: float(re.sub(r"(degrees?|cm|%)$", "", text).strip())
-        return abs(bare(a) - bare(b)) <= 1e-3 * abs(bare(b))
+        a, b = (float(re.sub(r"(degrees?|cm|%)$", "", text).strip()) for text in (a, b))
+        return abs(a - b) <= 1e-3 * abs(b)
     except ValueError:
         return is_right(said, truth)
 
@@ -527,7 +491,10 @@ def fix_answer(response, truth, min_newlines):
 
 
 def read_questions(records, method):
-    """-> [{"where", "image", "paths", "question", "truth", "chosen"}], one for each question of each record; and why others are none."""
+    """-> [{"where", "image", "paths", "question", "truth", "chosen", ...}], one for each question of each record; and why others are none.
+
+    `whole` and `tokens` are of the chosen answer, as it is given: that of a file is whole and cost nothing.
+    """
     found, wrong = [], []
     for i in range(len(records)):
         try:
@@ -545,7 +512,8 @@ def read_questions(records, method):
             elif not text.replace("<image>", "").strip():
                 wrong.append(f"{where}: no question")
             else:
-                found.append({"where": where, "image": record.get("image"), "paths": paths, "question": text, "truth": truth, "chosen": record.get("chosen")})
+                found.append({"where": where, "image": record.get("image"), "paths": paths, "question": text, "truth": truth,
+                              "chosen": record.get("chosen"), "whole": True, "tokens": 0})
     return found, wrong
 
 
@@ -565,23 +533,16 @@ def draw_answers(vlm, tok, rows, cfg, seed):
 
 
 def pairs_by_correctness(vlm, tok, asked, cfg, seed):
-    """Sample answers to the worked question, and pair the right with the wrong and with those that kept no format -> [(pairs, counts)]"""
-    form, ready, results = vlm.cfg.template, [], []
+    """Sample answers to each question, and pair the right with the wrong and with those that kept no format -> [(pairs, counts), ...]"""
+    results, said = [], iter(draw_answers(vlm, tok, [q["row"] for q in asked for _ in range(cfg.samples)], cfg, seed))
     for q in asked:
-        q["prompt"] = worked(q["question"], len(q["paths"]), cfg.prompt)
-        ready.append(encode_asked(vlm, tok, q["prompt"], q["paths"], cfg))
-    rows = [row for row in ready if not isinstance(row, str) for _ in range(cfg.samples)]
-    said = iter(draw_answers(vlm, tok, rows, cfg, seed))
-    for q, row in zip(asked, ready):
         count, right, wrong = Counter(), {}, {}
-        if isinstance(row, str):
-            results.append(([], Counter({"questions": 1, "unusable": 1}), row))
-            continue
-        for ids, ended, n in (next(said) for _ in range(cfg.samples)):
-            text, whole = text_of(tok, form, ids, ended)
+        for ids, ended, n in islice(said, cfg.samples):
+            text, whole = text_of(tok, vlm.cfg.template, ids, ended)
             found = parse_answer(text, cfg.min_newlines)
-            kind = "cut off" if not whole else "empty" if not text else "no format" if not found else "right" if judge(found[1], q["truth"]) else "wrong"
-            count += Counter({"answers": 1, "tokens": n, f"answers {kind}": 1})
+            kind = ("cut off" if not whole else "empty" if not text else "no format" if not found
+                    else "right" if judge(found[1], q["truth"]) else "wrong")
+            count.update({"answers": 1, "tokens": n, f"answers {kind}": 1})
             if kind == "right":
                 right[fix_answer(text, q["truth"], cfg.min_newlines)] = found[1]
             elif kind in ("wrong", "no format"):
@@ -594,73 +555,59 @@ def pairs_by_correctness(vlm, tok, asked, cfg, seed):
                 made.append({"image": q["image"], "question": q["prompt"], "chosen": good, "rejected": bad, "answer_gt": q["truth"],
                              "rule": "format" if b is None else "answer"})
         kept = random.Random(f"{cfg.seed} {q['where']}").sample(made, min(len(made), cfg.pairs_per_question))
-        count += Counter({"pairs": len(kept), "pairs beyond the cap": len(made) - len(kept), "questions": 1})
-        count[f"questions {'all right' if not wrong else 'none right' if not right else 'right and wrong'}"] += 1
-        results.append((kept, +count, ""))
+        count.update({"pairs beyond the cap": len(made) - len(kept),
+                      f"questions {'all right' if not wrong else 'none right' if not right else 'right and wrong'}": 1})
+        results.append((kept, count))
     return results
 
 
 def pairs_by_dropout(vlm, tok, asked, cfg, seed):
-    """DropoutNTP: keep the first words of an answer that was given with the picture, and complete it without -> [(pairs, counts)]"""
-    form, results, with_picture = vlm.cfg.template, [], []
-    ready = [encode_asked(vlm, tok, q["question"], q["paths"], cfg) for q in asked]
-    said = iter(draw_answers(vlm, tok, [row for row, q in zip(ready, asked) if q["chosen"] is None and not isinstance(row, str)], cfg, seed))
-    for q, row in zip(asked, ready):             # the chosen answers: those of the file, else the model's own
-        ids, ended, n = (row, True, 0) if isinstance(row, str) else next(said) if q["chosen"] is None else (None, True, 0)
-        text, whole = (q["chosen"] or "", True) if ids is None else ("", True) if isinstance(ids, str) else text_of(tok, form, ids, ended)
-        with_picture.append((text.strip(), whole, n))
-    rows, opened = [], []
+    """DropoutNTP: keep the first words of an answer that was given with the picture, and complete it without -> [(pairs, counts), ...]"""
+    form, results = vlm.cfg.template, []
+    own = [q for q in asked if q["chosen"] is None]                         # the others have their answer from the file
+    for q, (ids, ended, n) in zip(own, draw_answers(vlm, tok, [q["row"] for q in own], cfg, seed)):
+        q["tokens"], (q["chosen"], q["whole"]) = n, text_of(tok, form, ids, ended)
+    begun = [q for q in asked if q["chosen"].strip() and q["whole"]]
     lead = find_template(form).answer.split("{}")[0].replace("«", "")       # the space that opens an answer in LLaVA's templates
-    for q, row, (text, whole, _) in zip(asked, ready, with_picture):
-        words = text.split(" ")
+    for q in begun:
+        words = q["chosen"].strip().split(" ")
         begin = " ".join(words[: int(len(words) * cfg.ratio)]).strip()
-        if isinstance(row, str) or not text or not whole:
-            opened.append(None)
+        q["begin"] = tok.encode(lead + begin, dummy_prefix=False) if begin else []
+        ids, pictures = q["row"] if cfg.load_image else encode_asked(vlm, tok, q["question"].replace("<image>", "").strip(), [])
+        q["row"] = ids + q["begin"], pictures
+    said = iter(draw_answers(vlm, tok, [q["row"] for q in begun], cfg, seed + 2**31))
+    for q in asked:
+        count, chosen = Counter(tokens=q["tokens"]), q["chosen"].strip()
+        if not chosen or not q["whole"]:
+            results.append(([], count + Counter(["answers cut off" if not q["whole"] else "answers empty"])))
             continue
-        blind = row if cfg.load_image else encode_asked(vlm, tok, q["question"].replace("<image>", "").strip(), [], cfg)
-        ids = tok.encode(lead + begin, dummy_prefix=False) if begin else []
-        opened.append((begin, ids))
-        rows.append((blind[0] + ids, blind[1]))
-    said = iter(draw_answers(vlm, tok, rows, cfg, seed + 2**31))
-    for q, row, (text, whole, n), start in zip(asked, ready, with_picture, opened):
-        count, made, why = Counter({"questions": 1, "tokens": n}), [], row if isinstance(row, str) else ""
-        if start is None:
-            count["unusable" if why else "answers cut off" if not whole else "answers empty"] += 1
-        else:
-            ids, ended, more = next(said)
-            rejected, whole = text_of(tok, form, start[1] + ids, ended)
-            count += Counter({"tokens": more, "answers": 1})
-            if not whole or not rejected or rejected == text:
-                count["completions cut off" if not whole else "completions empty" if not rejected else "completions the same"] += 1
-            else:
-                front = "<image>\n" if len(q["paths"]) == 1 and "<image>" not in q["question"] else ""
-                made = [{"image": q["image"], "question": front + q["question"], "chosen": text, "rejected": rejected}]
-                count["pairs"] += 1
-        results.append((made, +count, why))
+        ids, ended, n = next(said)
+        rejected, whole = text_of(tok, form, q["begin"] + ids, ended)
+        wrong = "cut off" if not whole else "empty" if not rejected else "the same" if rejected == chosen else ""
+        count.update({"tokens": n, "answers": 1} | ({f"completions {wrong}": 1} if wrong else {}))
+        front = "<image>\n" if len(q["paths"]) == 1 and "<image>" not in q["question"] else ""
+        results.append(([] if wrong else [{"image": q["image"], "question": front + q["question"], "chosen": chosen, "rejected": rejected}], count))
     return results
 
 
-def encode_asked(vlm, tok, question, paths, cfg):
-    """-> prompt ids and [(tiles, layout), ...]; or in words why it cannot be asked."""
-    try:
-        pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
-        ids = encode_prompt(tok, [("human", question)], vlm.cfg.template, [len(layout) for _, layout in pictures])
-        if len(ids) >= vlm.cfg.decoder.block_size * 3 // 4:
-            raise UserError(f"a question of {len(ids)} tokens leaves little room for an answer in {vlm.cfg.decoder.block_size}")
-        return ids, pictures
-    except UserError as error:
-        return str(error)
+def encode_asked(vlm, tok, question, paths):
+    """-> prompt ids and [(tiles, layout), ...]"""
+    pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
+    ids = encode_prompt(tok, [("human", question)], vlm.cfg.template, [len(layout) for _, layout in pictures])
+    if len(ids) >= vlm.cfg.decoder.block_size * 3 // 4:
+        raise UserError(f"a question of {len(ids)} tokens leaves little room for an answer in {vlm.cfg.decoder.block_size}")
+    return ids, pictures
 
 
 def make_pairs(argv):
     """Groups of questions, one after the other; what a group gave is appended to PAIRS.jsonl.part at once, so a killed run goes on there."""
     cfg = parse_pairs(argv)
-    out, device = Path(cfg.out), pick_device(cfg.device)
+    out, by_truth = Path(cfg.out), cfg.method == "correctness"
     part = out.with_name(out.name + ".part")
     if out.exists():
         raise UserError(f"--out {out} is there already; remove it, or give another")
     records = Records(cfg.data, cfg.image_root)
-    vlm, tok = open_model(cfg.model, device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
+    vlm, tok = open_model(cfg.model, pick_device(cfg.device), cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
     asked, wrong = read_questions(records, cfg.method)
     asked = asked[:: math.ceil(len(asked) / cfg.limit)][: cfg.limit] if cfg.limit else asked
     if not asked:
@@ -670,48 +617,58 @@ def make_pairs(argv):
     flags = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "model", "data", "image_root")}
     head = {"made by": "mpo.py pairs", "key": fingerprint(model_files(cfg), [Path(cfg.data)], flags), **flags}
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = whole_lines(part)
-    if lines and lines[0] != head:
+    before = whole_lines(part) or [head]
+    if before[0] != head:
         raise UserError(f"{part} was begun with another model, data or flags; give the same ones, or remove it")
-    if not lines:
-        part.write_text(json.dumps(head) + "\n")
-    done, method = lines[1:], pairs_by_correctness if cfg.method == "correctness" else pairs_by_dropout
-    size = max(1, cfg.batch_size // (cfg.samples if cfg.method == "correctness" else 1))
-    first = len(done) - len(done) % size if len(done) < len(asked) else len(done)           # a half-written group is made again
+    size = max(1, cfg.batch_size // (cfg.samples if by_truth else 1))
+    first = len(before) - 1 if len(before) > len(asked) else (len(before) - 1) // size * size      # a half-written group is made again
+    done = before[1 : 1 + first]
+    write_whole(part, lambda tmp: tmp.write_text(to_lines([head, *done]), encoding="utf-8"))
     print(f"{len(asked):,} questions in groups of {size}" + (f"; {first:,} were answered before" if first else ""), flush=True)
-    if first < len(done):
-        keep = part.read_bytes().splitlines(keepends=True)[: 1 + first]
-        write_whole(part, lambda tmp: tmp.write_bytes(b"".join(keep)))
-    done, began, n_before = done[:first], time.time(), sum(line["counts"].get("tokens", 0) for line in done[:first])
-    with open(part, "a") as file, tqdm(total=len(asked), initial=first, desc=cfg.method, unit="question", disable=not sys.stderr.isatty()) as bar:
+    began, total = time.time(), sum((Counter(line["counts"]) for line in done), Counter(unreadable=len(wrong)))
+    n_before = total["tokens"]
+    with open(part, "a", encoding="utf-8") as file, tqdm(total=len(asked), initial=first, desc=cfg.method, unit="question",
+                                                         disable=not sys.stderr.isatty()) as bar:
         for at in range(first, len(asked), size):
-            group = asked[at : at + size]
-            results = method(vlm, tok, group, cfg, cfg.seed * 2**32 + at * 2**12)
-            done += [{"pairs": made, "counts": dict(count)} | ({"why": f"{q['where']}: {why}"} if why else {}) for q, (made, count, why) in zip(group, results)]
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in done[at:]))
+            group = [dict(q) for q in asked[at : at + size]]                # their pictures go when the group is done
+            for q in group:
+                q["prompt"] = worked(q["question"], len(q["paths"]), cfg.prompt) if by_truth else q["question"]
+                try:
+                    q["row"] = encode_asked(vlm, tok, q["prompt"], q["paths"])
+                except UserError as error:
+                    q["why"] = f"{q['where']}: {error}"
+            usable = [q for q in group if "row" in q]
+            found = iter((pairs_by_correctness if by_truth else pairs_by_dropout)(vlm, tok, usable, cfg, cfg.seed * 2**32 + at * 2**12))
+            for q in group:
+                pairs, count = next(found) if "row" in q else ([], Counter(["unusable"]))
+                count.update({"questions": 1, "pairs": len(pairs)})
+                done.append({"pairs": pairs, "counts": dict(+count)} | ({"why": q["why"]} if "why" in q else {}))
+                total += count
+            file.write(to_lines(done[at:]))
             file.flush()
-            total = sum((Counter(line["counts"]) for line in done), Counter())
             rate = f"{total['pairs']:,} pairs, {(total['tokens'] - n_before) / (time.time() - began):,.0f} tokens/s"
             bar.update(len(group))
             bar.set_postfix_str(rate)
             if not sys.stderr.isatty() and (len(done) * 10 // len(asked) > at * 10 // len(asked)):
                 print(f"{len(done):,} of {len(asked):,} questions, {rate}", flush=True)
     made = [pair for line in done for pair in line["pairs"]]
-    counts = sum((Counter(line["counts"]) for line in done), Counter({"unreadable": len(wrong)}))
     for why in [line["why"] for line in done if "why" in line][:5]:
         print(f"skipped: {why}")
-    report(made, counts, tok, out)
+    report(made, dict(total), tok, out)
     if not made:
         raise UserError(f"not one pair could be made; the counts are above, {part} holds what there is")
-    write_whole(out, lambda tmp: tmp.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in made), encoding="utf-8"))
+    write_whole(out, lambda tmp: tmp.write_text(to_lines(made), encoding="utf-8"))
     part.unlink()
     print(f"{len(made):,} pairs are in {out}; train on them: python mpo.py train --model {cfg.model} --data {out} --image-root {cfg.image_root}")
     return 0
 
 
+def to_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def report(made, counts, tok, out):
     """Print what was kept, what was dropped and why, and how long the answers are; the same as JSON beside the pairs."""
-    counts = dict(+counts)
     for name in sorted(counts):
         print(f"{name:26s}{counts[name]:10,}")
     summary = {"counts": counts}
@@ -728,16 +685,22 @@ def report(made, counts, tok, out):
 # ---- programs ----------------------------------------------------------------------------------------------------------
 
 
+def must(cfg, names, fits, rule):
+    for name in names.split():
+        if not fits(getattr(cfg, name)):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {rule}")
+
+
 def train(argv):
     cli = Flags(prog="mpo.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cfg = read_flags(cli, MPOConfig, {}, argv)
     one_of("--reference", cfg.reference, ["precomputed", "copy", "lora-off"])
     terms = loss_weights(cfg)
-    for name, fits, rule in (("beta", cfg.beta > 0, "above 0"), ("epsilon", 0 <= cfg.epsilon < 0.5, "from 0 to below 0.5"),
-                             ("ref_alpha", 0 < cfg.ref_alpha <= 1, "above 0, at most 1"), ("ref_every", cfg.ref_every >= 1, "at least 1"),
-                             *((w, getattr(cfg, w) >= 0, "0 or more") for w in ("w_p", "w_q", "w_g"))):
-        if not fits:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {rule}")
+    must(cfg, "beta", lambda x: x > 0, "above 0")
+    must(cfg, "epsilon", lambda x: 0 <= x < 0.5, "from 0 to below 0.5")
+    must(cfg, "ref_alpha", lambda x: 0 < x <= 1, "above 0, at most 1")
+    must(cfg, "ref_every", lambda x: x >= 1, "at least 1")
+    must(cfg, "w_p w_q w_g", lambda x: x >= 0, "0 or more")
     if "tr-dpo" in terms and cfg.reference != "copy":
         raise UserError(f"--loss {cfg.loss} moves its reference: add --reference copy")
     if "tr-dpo" in terms and cfg.lora_r:
@@ -752,44 +715,53 @@ def train(argv):
     return guarded(lambda: fit(find_files(cfg), Pairs))
 
 
+PAIRS_FLAGS = [                                  # name, default (None: the flag must be given), help
+    ("method", None, "correctness: right against wrong answers to questions with one true answer; dropout-ntp: answers against their completion "
+                     "without the picture"),
+    ("data", None, "questions: JSONL of {image, question, answer}, or LLaVA's JSON; for dropout-ntp \"chosen\" in a record is taken for the answer, "
+                   "else the model gives it"),
+    ("out", None, "JSONL for the pairs"),
+    ("model", "", "model directory; empty: the newest finished run under out/"),
+    ("vision", "", "tower of a model that was published without, DIR or DIR,DIR"),
+    ("llm", "", "directory of the base of a LoRA"),
+    ("image-root", "", "folder that the pictures' names start from; empty: that of --data"),
+    ("samples", 32, "correctness: answers to each question"),
+    ("pairs-per-question", 15, "correctness: at most so many, drawn at random"),
+    ("min-newlines", 2, "correctness: an answer with fewer has not reasoned in lines"),
+    ("prompt", "en", f"correctness: language of the step-by-step prompt, {' or '.join(PROMPTS)}"),
+    ("ratio", 0.5, "dropout-ntp: share of an answer's words that is kept, 0 to 1"),
+    ("load-image", False, "dropout-ntp: complete with the picture after all"),
+    ("temperature", 1.0, "0 takes the likeliest word, more draws at random"),
+    ("top-k", 50, "draw from so many likeliest words; 0: all"),
+    ("top-p", 1.0, "draw from the smallest set of words holding this probability"),
+    ("max-new-tokens", 1024, "longest answer in tokens; one that reaches it makes no pair"),
+    ("batch-size", 64, "answers generated at once"),
+    ("limit", 0, "questions, evenly spread over the file; 0: all"),
+    ("template", "", "conversation template; empty: the model's own"),
+    ("image-mode", "", f"{', '.join(MODES)}; empty: the model's own"),
+    ("seed", 0, "of the draws"),
+    ("device", "auto", "cpu, cuda, cuda:N or auto"),
+    ("dtype", "float32", "of the weights: float32, bfloat16, float16, or auto: as they are stored, but bfloat16 for float16 on a CPU"),
+]
+
+
 def parse_pairs(argv):
     cli = Flags(prog="mpo.py pairs", description=make_pairs.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    cli.add_argument("--method", required=True, help="correctness: right against wrong answers to questions with one true answer; dropout-ntp: "
-                                                    "answers against their completion without the picture")
-    cli.add_argument("--data", required=True, metavar="FILE", help="questions: JSONL of {image, question, answer}, or LLaVA's JSON; for dropout-ntp "
-                                                                  '"chosen" in a record is taken for the answer, else the model gives it')
-    cli.add_argument("--out", required=True, metavar="FILE", help="JSONL for the pairs")
-    cli.add_argument("--model", default="", metavar="DIR", help="model directory; empty: the newest finished run under out/")
-    cli.add_argument("--vision", default="", metavar="DIR[,DIR]", help="tower of a model that was published without")
-    cli.add_argument("--llm", default="", metavar="DIR", help="base of a LoRA")
-    cli.add_argument("--image-root", default="", metavar="DIR", help="folder that the pictures' names start from; empty: that of --data")
-    cli.add_argument("--samples", type=int, default=32, help="correctness: answers to each question")
-    cli.add_argument("--pairs-per-question", type=int, default=15, help="correctness: at most so many, drawn at random")
-    cli.add_argument("--min-newlines", type=int, default=2, help="correctness: an answer with fewer has not reasoned in lines")
-    cli.add_argument("--prompt", default="en", help=f"correctness: language of the step-by-step prompt, {' or '.join(PROMPTS)}")
-    cli.add_argument("--ratio", type=float, default=0.5, help="dropout-ntp: share of an answer's words that is kept, 0 to 1")
-    cli.add_argument("--load-image", action=argparse.BooleanOptionalAction, default=False, help="dropout-ntp: complete with the picture after all")
-    cli.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest word, more draws at random")
-    cli.add_argument("--top-k", type=int, default=50, help="draw from so many likeliest words; 0: all")
-    cli.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set of words holding this probability")
-    cli.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer in tokens; one that reaches it makes no pair")
-    cli.add_argument("--batch-size", type=int, default=64, help="answers generated at once")
-    cli.add_argument("--limit", type=int, default=0, help="questions, evenly spread over the file; 0: all")
-    cli.add_argument("--template", default="", help="conversation template; empty: the model's own")
-    cli.add_argument("--image-mode", default="", help=f"{', '.join(MODES)}; empty: the model's own")
-    cli.add_argument("--seed", type=int, default=0, help="of the draws")
-    cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
-    cli.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"],
-                     help="of the weights; auto: as they are stored, but bfloat16 for float16 on a CPU")
+    for name, default, said in PAIRS_FLAGS:
+        kind = str if default is None else type(default)
+        shown = {"action": argparse.BooleanOptionalAction} if kind is bool else {
+            "type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind], "required": default is None}
+        cli.add_argument(f"--{name}", default=default, help=said, **shown)
     cfg = parse_args(cli, argv)
     one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
     one_of("--method", cfg.method, ["correctness", "dropout-ntp"])
     one_of("--prompt", cfg.prompt, list(PROMPTS))
-    for name, fits, rule in (("ratio", 0 <= cfg.ratio < 1, "from 0 to below 1"), ("temperature", 0 <= cfg.temperature < math.inf, "0 or more"),
-                             ("seed", 0 <= cfg.seed < 2**30, "from 0 to 2^30 - 1"), *((n, getattr(cfg, n) >= 0, "0 or more") for n in ("min_newlines", "limit", "top_k")),
-                             *((n, getattr(cfg, n) >= 1, "at least 1") for n in ("samples", "pairs_per_question", "max_new_tokens", "batch_size"))):
-        if not fits:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {rule}")
+    one_of("--dtype", cfg.dtype, ["auto", "float32", "bfloat16", "float16"])
+    must(cfg, "ratio", lambda x: 0 <= x < 1, "from 0 to below 1")
+    must(cfg, "temperature", lambda x: 0 <= x < math.inf, "0 or more")
+    must(cfg, "seed", lambda x: 0 <= x < 2**30, "from 0 to 2^30 - 1")
+    must(cfg, "min_newlines limit top_k", lambda x: x >= 0, "0 or more")
+    must(cfg, "samples pairs_per_question max_new_tokens batch_size", lambda x: x >= 1, "at least 1")
     cfg.model, cfg.image_root = cfg.model or str(newest_run()), cfg.image_root or str(Path(cfg.data).parent)
     return cfg
 

@@ -19,7 +19,7 @@ import model
 import mpo
 import toyworld
 import train
-from data import IGNORE, Records, Tokenizer, encode_conversation, run
+from data import IGNORE, Records, Tokenizer, encode_conversation, open_records, run
 from model import VLM, DecoderConfig, VLMConfig, save_processor
 from vision import UserError, VisionConfig
 
@@ -69,7 +69,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def examples(folder, tok, vlm, file="pairs.jsonl", bad="stop"):
-    return mpo.PairExamples(mpo.PairFiles(folder / file, folder), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, bad)
+    return mpo.PairExamples(open_records(folder / file, folder), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, bad)
 
 
 def go(tiny, folder, *flags, out="run", data="pairs.jsonl"):
@@ -308,7 +308,7 @@ def test_no_more_logits_than_a_slice_are_ever_made(vlm, tok, folder, monkeypatch
 
 @pytest.mark.parametrize("template", ["llava_v0", "prism_pure", "llava_llama_2", "plain"])
 def test_every_template_has_one_row_for_two(vlm, tok, folder, template):
-    made = mpo.PairExamples(mpo.PairFiles(folder / "pairs.jsonl", folder), tok, template, vlm.cfg.vision, "pad", 256, "stop")
+    made = mpo.PairExamples(open_records(folder / "pairs.jsonl", folder), tok, template, vlm.cfg.vision, "pad", 256, "stop")
     s, _ = mpo.log_probs(vlm, mpo.collate_pairs([made[0]], tok.pad))
     for k, (value, _) in enumerate(two_rows(vlm, tok, PAIRS[0], made[0]["pixels"], template)):
         assert abs(s[0, k].item() - value.item()) < 1e-4
@@ -448,7 +448,7 @@ def test_the_same_row_costs_the_same_beside_a_bad_pair(tiny, folder):
 
 @pytest.mark.parametrize("flags, word", [(["--data", "none.jsonl"], "no such file"), (["--loss", "mpoo"], "did you mean mpo"), (["--beta", "0"], "above 0"),
                                          (["--reference", "none"], "--reference"), (["--model", "toy"], "is a preset"), (["--epsilon", "0.5"], "below 0.5"),
-                                         (["--stage", "finetune"], "--stage"), (["--out", "tiny"], None)])
+                                         (["--stage", "finetune"], "--stage"), (["--split-questions"], "--split-questions"), (["--out", "tiny"], None)])
 def test_a_flag_that_cannot_be_is_one_clear_line(tiny, folder, capfd, flags, word):
     if word:
         assert go(tiny, folder, *flags) == 1
