@@ -27,6 +27,7 @@ Where this departs from the originals:
 import argparse
 import ast
 import base64
+import functools
 import io
 import json
 import math
@@ -209,9 +210,12 @@ class Model:
         self.longest = self.vlm.cfg.decoder.block_size
         self.stop = stop_ids(self.tok, self.template)
 
-    def encode(self, turns, pictures):
-        """-> prompt ids (T,), (tiles (n, 3, S, S), layout (M, 2)) or None"""
-        cut = [cut_tiles(open_picture(p), self.vlm.cfg.vision, self.mode) for p in pictures]
+    def cut(self, picture):
+        return cut_tiles(open_picture(picture), self.vlm.cfg.vision, self.mode)
+
+    def encode(self, turns, pictures, cut=None):
+        """-> prompt ids (T,), (tiles (n, 3, S, S), layout (M, 2)) or None. `cut`: self.cut, or one that remembers."""
+        cut = [(cut or self.cut)(p) for p in pictures]
         words = [(role, text.replace("<image>", "image") if cut else text) for role, text in turns]      # its text has no places for pictures
         words[0] = ("human", "<image>" * len(cut) + "\n" * bool(cut) + words[0][1])
         return encode_prompt(self.tok, words, self.template, [len(layout) for _, layout in cut]), join(cut) if cut else None
@@ -269,10 +273,10 @@ def ask(model, bench, items, modes, cfg, out):
     write_whole(progress, lambda tmp: tmp.write_text(lines([head, *done.values()]), encoding="utf-8"))
     jobs = []
     for mode, cot in modes.items():
-        longest = defaultdict(int)                                          # sorted by length, the questions about one picture together
-        for item in items:
-            longest[str(item["image"])] = max(longest[str(item["image"])], len(prompt_of(item, cot)))
-        order = sorted(items, key=lambda item: (longest[str(item["image"])], str(item["image"]), len(prompt_of(item, cot))))
+        by_length, about = sorted(items, key=lambda item: len(prompt_of(item, cot))), {}      # ends with the longest about each picture
+        for item in by_length:
+            about[str(item["image"]), form_of(item, cot)] = len(prompt_of(item, cot))
+        order = sorted(by_length, key=lambda item: (form_of(item, cot), about[str(item["image"]), form_of(item, cot)], str(item["image"])))
         jobs += [(mode, order[i : i + cfg.batch_size]) for i in range(0, len(order), cfg.batch_size)]
     pictures, todo = pictures_of(items, cfg), [job for job in jobs if any((job[0], item["id"]) not in done for item in job[1])]
     total, left = len(items) * len(modes), sum(len(batch) for _, batch in todo)
@@ -281,7 +285,8 @@ def ask(model, bench, items, modes, cfg, out):
         mode, batch = job
         turns = [[("human", prompt_of(item, modes[mode]))] for item in batch]
         shown = [pictures[item["id"]][mode == "blind"] for item in batch]
-        return turns, shown, [model.encode(t, p) for t, p in zip(turns, shown)]
+        cut = functools.cache(model.cut)                                    # a picture of several questions is opened once
+        return turns, shown, [model.encode(t, p, cut) for t, p in zip(turns, shown)]
 
     with (open(progress, "a", encoding="utf-8") as log, ThreadPoolExecutor(1) as ahead,
           tqdm(total=total, initial=total - left, unit="question", desc=cfg.name, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar):
@@ -328,15 +333,22 @@ def prompt_of(item, cot):
         return item.get("cot", COT + item["question"])
     return item["question"] + ("\n" + item["suffix"] if item["suffix"] else "")
 
+def form_of(item, cot):
+    """How long the answer will be, as far as the prompt tells: a batch runs until its longest one has ended."""
+    return tuple(form in prompt_of(item, cot) for form in (COT, SHORT, LETTER))
+
 def pictures_of(items, cfg):
     """{id: (its pictures, the pictures of the blind baseline: none, or another record's)}; what is missing is said before the first answer."""
     root = Path(os.path.abspath(cfg.image_root or folder(cfg.data)))
     if not root.is_dir():
         raise UserError(f"--image-root {cfg.image_root}: no such folder")
-    found = {}
+    found, known = {}, {}
     for item in items:
         names = item["image"] if isinstance(item["image"], list) else [] if item["image"] is None else [item["image"]]
-        found[item["id"]] = [name if isinstance(name, bytes) else find_picture(root, name, item["id"]) for name in names]
+        for name in names:
+            if name not in known:
+                known[name] = name if isinstance(name, bytes) else find_picture(root, name, item["id"])
+        found[item["id"]] = [known[name] for name in names]
     some = list(dict.fromkeys(p[0] for p in found.values() if p))
     other = {p: some[(i + max(1, len(some) // 2)) % len(some)] for i, p in enumerate(some)} if cfg.blind == "other" else {}
     return {id: (paths, [other.get(p, p) for p in paths] if cfg.blind == "other" else []) for id, paths in found.items()}
@@ -1185,9 +1197,10 @@ def submit_mmbench(items, records):
 
 def read_seed(cfg):
     path, cell = find(cfg.data, "SEED-Bench.json"), (str, int, float)
-    found, _ = read_any(path)
-    kinds = {v: k for k, v in found.get("question_type", {}).items()} if isinstance(found, dict) else {}
-    for where, _, row in entries(path, "questions"):
+    rows = list(entries(path, "questions"))
+    names = need(str(path), read_any(path)[0], question_type=dict)
+    kinds = {number: name for name, number in names.items() if isinstance(number, int)}
+    for where, _, row in rows:
         id, kind, question, truth, data, media = need(where, row, question_id=(str, int), question_type_id=int, question=str, answer=OPTIONAL,
                                                       data_id=str, data_type=OPTIONAL)
         choices = need(where, row, choice_a=cell, choice_b=cell, choice_c=cell, choice_d=cell)
@@ -1300,7 +1313,7 @@ def read_refcoco(cfg):
         if ann not in boxes or image not in sizes:
             raise UserError(f"{where}: annotation {ann} or image {image} is not in instances.json; take both from one download")
         try:
-            x, y, w, h = boxes[ann]["bbox"]
+            x, y, w, h = (float(side) for side in boxes[ann]["bbox"])
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{instances}, annotation {ann}: no bbox of four numbers") from None
         for s in sentences:
@@ -1369,7 +1382,10 @@ def read_mathvista(cfg):
             raise UserError(f'{where}: a {kind} question of type {answer_type} with "choices" {choices}')
         which = "choice" if kind == "multi_choice" else f"float{int(precision or 1)}" if answer_type == "float" else answer_type
         shown = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + ("\nChoices:" + bracketed(choices) if choices else "")
-        query = queries.get(str(pid)) or row.get("query") or f"{HINTS.get(which, HINTS['integer'])}\n{shown}"
+        given = queries.get(str(pid)) if isinstance(queries, dict) else None
+        query = given or need(where, row, query=OPTIONAL) or f"{HINTS.get(which, HINTS['integer'])}\n{shown}"
+        if not isinstance(query, str):
+            raise UserError(f"{asked}, record {pid!r}: {str(query)[:60]!r} is no prompt")
         without = query.partition("\n")[2] if query.startswith("Hint: ") else query.removesuffix(f"\n{SHORT}")
         metadata = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
         yield ask_for(str(pid), image, query, "", truth or None, cot=COT + without, choices=choices, precision=precision,
@@ -1444,8 +1460,8 @@ RULE = (
     "in which the responses were presented does not affect your judgment.")
 
 def read_llava_bench(cfg):
-    captions = {row.get("image"): row.get("caption") for _, _, row in entries(find(folder(cfg.data), "context.jsonl"))}
-    reference = {row.get("question_id"): row.get("text") for _, _, row in entries(find(folder(cfg.data), "answers_gpt4.jsonl"))}
+    captions = {need(where, row, image=str): row.get("caption") for where, _, row in entries(find(folder(cfg.data), "context.jsonl"))}
+    reference = {need(where, row, question_id=int): row.get("text") for where, _, row in entries(find(folder(cfg.data), "answers_gpt4.jsonl"))}
     for where, _, row in entries(find(cfg.data, "questions.jsonl")):
         id, image, category, text = need(where, row, question_id=int, image=str, category=str, text=str)
         if not isinstance(reference.get(id), str) or captions.get(image) is None:
