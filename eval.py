@@ -42,7 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import toyworld
@@ -129,8 +129,7 @@ def grade(bench, items, rows, cfg, cot):
             record["missing"] = True
         else:
             record["answer"] = text = answer_in(row) or ""
-            if row.get("cut_off"):
-                record["cut_off"] = True
+            record |= {k: row[k] for k in ("cut_off", "p", "first") if k in row}
             record |= bench.judge(item, final_answer(text) if cot and "then" not in item else text, row, cfg)
         if item["truth"] is None:                                           # labels are hidden
             record["score"] = None
@@ -140,7 +139,7 @@ def grade(bench, items, rows, cfg, cot):
     metrics, scored, score, ci = {}, [r for r in records if r["score"] is not None], None, None
     if scored:
         metrics, (tally, headline) = bench.total(scored), bench.units(scored)
-        if tally:
+        if len(tally):
             tally = np.asarray(tally, dtype=float)
             score = metrics[bench.figure] if bench.figure in metrics else headline(tally.sum(0))
             ci = interval(tally, headline)
@@ -305,7 +304,7 @@ def answer(model, bench, batch, turns, shown, encoded, cot, cfg):
     """One batch -> rows {"text", ...} in its order. A question near the model's length is asked alone: nobody's answer depends on its neighbours."""
     if cfg.likelihood and "candidates" in batch[0] and not cot:
         return [{"text": text, "p": p} for text, p in model.likeliest(encoded, batch[0]["candidates"])]
-    want = min(cfg.max_new_tokens or (1024 if cot else bench.longest), model.longest // 2)
+    want = min(cfg.max_new_tokens or (4096 if cot else bench.longest), model.longest // 2)
     rows = [None] * len(batch)
 
     def generate(which, encoded):
@@ -404,6 +403,25 @@ def find(data, *names, optional=False):
     if optional:
         return None
     raise UserError(f"{data}: no {' or '.join(names)} in it; --data is the folder with the official files, under their official names")
+
+def split_of(cfg, files):
+    """--split, or the first of {split: file} that is there (those with public labels stand first) -> split, path"""
+    there = [split for split, name in files.items() if Path(cfg.data).name == name or find(cfg.data, name, optional=True)]
+    split = cfg.split or (there or list(files))[0]
+    one_of("--split", split, list(files))
+    return split, find(cfg.data, files[split])
+
+def named(form, *splits):
+    return {split: form.format(split) for split in splits}
+
+def beside(cfg, name, optional=False):
+    """A further file, in the same folder as what --data names."""
+    return find(folder(cfg.data), name, optional=optional)
+
+def within(where, name, value, known):
+    """A field that must have one of a few values."""
+    if value not in known:
+        raise UserError(f'{where}: "{name}" is {value!r}; it must be one of {", ".join(map(str, known))}')
 
 def lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -624,7 +642,7 @@ def mathvista_normal(extraction, item):
             return str(round(float(extraction), int(precision)))
     except (ValueError, TypeError, OverflowError):
         return None
-    return str(extraction) if item["answer_type"] == "list" else None
+    return str(extraction)
 
 def mathvista_extract(text, item):
     """What the official pipeline asks GPT-4 for, by rule: its own short cuts, then the last option letter or the last number.
@@ -743,6 +761,15 @@ def each(records):
     """The units of a benchmark whose figure is the mean score."""
     return [[r["score"], 1] for r in records], percent
 
+def tally_of(units, part, cells, headline):
+    """Of lists of records, each a unit of one part (split, subtask): cells(records) -> four counts. -> a row per unit, with its counts in the
+    columns of its part, and headline({part: counts}) as a function of the column sums."""
+    parts = list(dict.fromkeys(unit[0]["item"][part] for unit in units))
+    tally = np.zeros((len(units), len(parts), 4))
+    for row, unit in zip(tally, units):
+        row[parts.index(unit[0]["item"][part])] = cells(unit)
+    return tally.reshape(len(units), -1), lambda sums: float(headline(dict(zip(parts, sums.reshape(-1, 4)))))
+
 def answers_as(name, id_key="question_id", text_key="answer", clean=lambda text: text, write=dump):
     return lambda items, records: {name: write([{id_key: r["id"], text_key: clean(r["answer"] or "")} for r in records])}
 
@@ -753,22 +780,34 @@ def nothing(items, records):
 def answer_texts(where, answers):
     return [need(f"{where}, answer {k}", a if isinstance(a, dict) else {}, answer=str) for k, a in enumerate(answers)]
 
+def ranking(scores, positive):
+    """Areas under the ROC curve and under the precision-recall curve (average precision), as scikit-learn has them."""
+    scores, positive = np.array(scores, dtype=float), np.array(positive, dtype=float)
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.diff(scores[order]) != 0, True)                     # equal scores are one threshold
+    hits, said = np.cumsum(positive[order])[ends], np.arange(1, len(scores) + 1)[ends]
+    recall, false = np.append(0, hits / max(hits[-1], 1)), np.append(0, (said - hits) / max(said[-1] - hits[-1], 1))
+    return {"roc_auc": float(np.sum(np.diff(false) * (recall[1:] + recall[:-1]) / 2)), "pr_auc": float(np.sum(np.diff(recall) * hits / said))}
+
+def ranked(records, yes):
+    """--likelihood: how well the first candidate's probability tells the true statements from the others."""
+    asked = [r for r in records if "p" in r]
+    return ranking([r["p"][0] for r in asked], [r["truth"] == yes for r in asked]) if asked else {}
+
 def read_vqav2(cfg):
-    stem = {"val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
-    split = cfg.split or ("val" if find(cfg.data, "v2_OpenEnded_mscoco_val2014_questions.json", optional=True) else "test-dev")
-    one_of("--split", split, list(stem))
-    path, labels = find(cfg.data, f"v2_OpenEnded_mscoco_{stem[split]}_questions.json"), {}
+    stem = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
+    (split, path), labels = split_of(cfg, {s: f"v2_OpenEnded_mscoco_{year}_questions.json" for s, year in stem.items()}), {}
     if split == "val":
-        where_from = find(folder(cfg.data), "v2_mscoco_val2014_annotations.json")
+        where_from = beside(cfg, "v2_mscoco_val2014_annotations.json")
         for where, _, row in entries(where_from, "annotations"):
             id, answers, _ = need(where, row, question_id=int, answers=list, answer_type=str)
             labels[id] = row | {"answers": answer_texts(where, answers)}
+    whole = None if split == "val" else beside(cfg, "v2_OpenEnded_mscoco_test2015_questions.json", optional=True)
     for where, _, row in entries(path, "questions"):
         id, image, question = need(where, row, question_id=int, image_id=int, question=str)
         if split == "val" and id not in labels:
             raise UserError(f"{where}: no annotation of question {id} in {where_from}")
         kind, label = ("val2014" if split == "val" else "test2015"), labels.get(id, {})
-        whole = None if split == "val" else find(folder(cfg.data), "v2_OpenEnded_mscoco_test2015_questions.json", optional=True)
         yield ask_for(id, f"{kind}/COCO_{kind}_{image:012d}.jpg", question, SHORT, label.get("answers"), whole=whole,
                       answer_type=label.get("answer_type"), question_type=label.get("question_type"))
 
@@ -836,19 +875,17 @@ def total_gqa(records):
 
 
 def read_vizwiz(cfg):
-    split = cfg.split or ("val" if find(cfg.data, "val.json", optional=True) or not find(cfg.data, "test.json", optional=True) else "test")
-    for where, _, row in entries(find(cfg.data, f"{split}.json")):
+    split, path = split_of(cfg, named("{}.json", "val", "test", "train"))
+    for where, _, row in entries(path):
         image, question, answers = need(where, row, image=str, question=str, answers=(list, type(None)))
         yield ask_for(image, f"{split}/{image}", question, f"{INSUFFICIENT}\n{SHORT}", answer_texts(where, answers) if answers else None,
                       answerable=row.get("answerable"))
 
 def total_vizwiz(records):
     unanswerable, answerable = ([r for r in records if r["item"]["answerable"] == k] for k in (0, 1))
-    said_so = [r for r in records if r["parsed"] == "unanswerable"]
-    tp = sum(r["item"]["answerable"] == 0 for r in said_so)
-    precision, recall, base = tp / max(len(said_so), 1), tp / max(len(unanswerable), 1), len(unanswerable) / len(records)
-    average = recall * precision + (1 - recall) * base                      # two thresholds: said so, or everything
-    f1 = 2 * tp / max(len(said_so) + len(unanswerable), 1)
+    said_so = [r["parsed"] == "unanswerable" for r in records]
+    average = ranking(said_so, [r["item"]["answerable"] == 0 for r in records])["pr_auc"]
+    f1 = 2 * sum(r["parsed"] == "unanswerable" for r in unanswerable) / max(sum(said_so) + len(unanswerable), 1)
     return {"overall": vqa_percent(records), "unanswerability": {"average_precision": round(100 * average, 2), "f1_score": round(100 * f1, 2)},
             "answerable": vqa_percent(answerable), "unanswerable": vqa_percent(unanswerable),
             "per_image": {r["id"]: vqa_percent([r]) for r in records}, "num": len(records)}
@@ -856,10 +893,9 @@ def total_vizwiz(records):
 
 def read_textvqa(ocr):
     def read(cfg):
-        split, tokens = cfg.split or "val", {}
-        path = find(cfg.data, f"TextVQA_0.5.1_{split}.json")
+        (split, path), tokens = split_of(cfg, named("TextVQA_0.5.1_{}.json", "val", "test", "train")), {}
         if ocr:
-            for where, _, row in entries(find(folder(cfg.data), f"TextVQA_Rosetta_OCR_v0.2_{split}.json"), "data"):
+            for where, _, row in entries(beside(cfg, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"), "data"):
                 image, words = need(where, row, image_id=str, ocr_tokens=list)
                 tokens[image] = "\nReference OCR token: " + ", ".join(map(str, words))
         for where, _, row in entries(path, "data"):
@@ -894,8 +930,7 @@ def read_pope(cfg):
     for split, path in paths.items():
         for where, _, row in entries(path) if path else ():
             id, image, text, label = need(where, row, question_id=int, image=str, text=str, label=str)
-            if label not in ("yes", "no"):
-                raise UserError(f'{where}: "label" is {label!r}; it must be yes or no')
+            within(where, "label", label, ("yes", "no"))
             yield ask_for(f"{split}/{id}", f"val2014/{image}" if image.startswith("COCO_val2014") else image, text, SHORT, label,
                           split=split, question_id=id, candidates=("Yes", "No"))
 
@@ -956,18 +991,15 @@ def pope_answered(records):
 
 def units_pope(records):
     """The headline is the mean F1 of the splits."""
-    splits = pope_answered(records)
-    tally = np.zeros((sum(map(len, splits.values())), len(splits), 4))
-    for row, (k, r) in zip(tally, ((k, r) for k, rs in enumerate(splits.values()) for r in rs)):
-        row[k] = pope_cells([r])
-    return tally.reshape(len(tally), -1).tolist(), lambda sums: 100 * mean(pope_figures(*cells)["f1"] for cells in sums.reshape(-1, 4))
+    units = [[r] for rs in pope_answered(records).values() for r in rs]
+    return tally_of(units, "split", pope_cells, lambda counts: 100 * mean(pope_figures(*cells)["f1"] for cells in counts.values()))
 
 def total_pope(records):
     metrics, splits = {}, pope_answered(records)
     for split, rs in splits.items():
         cells = pope_cells(rs)
         metrics[split] = dict(zip(("TP", "FP", "TN", "FN"), cells)) | pope_figures(*cells) | {
-            "num": len(rs), "pred": [int(r["parsed"] == "yes") for r in rs]}
+            "num": len(rs), "pred": [int(r["parsed"] == "yes") for r in rs]} | ranked(rs, "yes")
     if splits:
         metrics["mean_over_splits"] = {name: mean(metrics[s][name] for s in splits) for name in pope_figures(0, 0, 0, 0)}
     return {"n": sum(map(len, splits.values())), "splits": list(splits)} | metrics
@@ -1061,13 +1093,10 @@ def mme_score(n_right, answered, both, pictures):
 
 def units_mme(records):
     """The unit is the picture with its two questions; the headline is Perception, or Cognition where a folder holds nothing else."""
-    tasks = list(groups(records, "task"))
-    pairs = groups(records, "unit").values()
-    tally = np.zeros((len(pairs), len(tasks), 4))
-    for row, pair in zip(tally, pairs):
-        row[tasks.index(pair[0]["item"]["task"])] = mme_counts(pair)
-    wanted = [k for k, t in enumerate(tasks) if t in PERCEPTION] or range(len(tasks))
-    return tally.reshape(len(pairs), -1).tolist(), lambda sums: float(sum(mme_score(*sums.reshape(-1, 4)[k]) for k in wanted))
+    wanted = set(groups(records, "task"))
+    wanted = wanted & set(PERCEPTION) or wanted
+    return tally_of(list(groups(records, "unit").values()), "task", mme_counts,
+                    lambda counts: sum(mme_score(*counts[task]) for task in wanted))
 
 def total_mme(records):
     """Subtask = 100 acc + 100 acc+; Perception and Cognition are sums."""
@@ -1104,8 +1133,7 @@ def read_scienceqa(cfg):
             raise UserError(f"{home}/pid_splits.json: {split} names problem {id!r}, which problems.json has not")
         where, row = problems[id]
         question, choices, truth, hint, image = need(where, row, question=str, choices=list, answer=int, hint=OPTIONAL, image=OPTIONAL)
-        if not 0 <= truth < len(choices):
-            raise UserError(f'{where}: "answer" is {truth}, of {len(choices)} choices')
+        within(where, "answer", truth, range(len(choices)))
         context = f"{'' if cfg.family == 'internvl' else 'Context: '}{hint}\n" if hint else ""
         yield ask_for(id, f"images/{row.get('split', split)}/{id}/{image}" if image else None, context + question + options(choices), LETTER, truth,
                       choices=choices, hint=hint or "", **{k: str(row.get(k, "")) for k in ("subject", "grade", "topic")})
@@ -1155,8 +1183,9 @@ def read_mmbench(chinese):
                 choices[letter] = row[letter]
             if not re.fullmatch(r"\d+(\.0)?", index) or int(float(index)) in seen:
                 raise UserError(f'{where}: "index" is {index!r}; it must be a number of its own')
-            if not choices or answer and answer not in choices:
-                raise UserError(f"{where}: " + (f'"answer" is {answer!r}, the options are {", ".join(choices)}' if choices else "no option A"))
+            if not choices:
+                raise UserError(f"{where}: no option A")
+            within(where, "answer", answer or "A", choices)
             if 0 < len(image) <= 64 and image in pictures:
                 image = pictures[image]                                     # later releases keep a picture once, in one row of its group
             try:
@@ -1220,7 +1249,7 @@ def read_ai2d(cfg):
     root = next((p for p in (folder(cfg.data), folder(cfg.data) / "ai2d") if (p / "questions").is_dir()), None)
     if root is None:
         raise UserError(f"{cfg.data}: no folder questions/ with <n>.png.json in it; unpack ai2d-all.zip there")
-    ids, split = find(cfg.data, "ai2d_test_ids.csv", optional=True), cfg.split or "test"
+    ids, split = beside(cfg, "ai2d_test_ids.csv", optional=True), cfg.split or "test"
     one_of("--split", split, ["test", "val", "all"])
     if split != "all" and not ids:
         raise UserError(f"{cfg.data}: no ai2d_test_ids.csv, which says what is test; add it, or give --split all")
@@ -1232,8 +1261,7 @@ def read_ai2d(cfg):
         for text, row in questions.items() if split in ("all", part) else ():
             where = f"{path}, question {text[:40]!r}"
             choices, truth, id = need(where, row if isinstance(row, dict) else {}, answerTexts=list, correctAnswer=int, questionId=str)
-            if not 0 <= truth < len(choices):
-                raise UserError(f'{where}: "correctAnswer" is {truth}, of {len(choices)} answers')
+            within(where, "correctAnswer", truth, range(len(choices)))
             yield ask_for(id, f"images/{image}", text + options(choices), LETTER, LETTERS[truth], n=len(choices), split=part,
                           letters="drawn" if row.get("abcLabel") else "none", candidates=tuple("ABCD"))
 
@@ -1243,7 +1271,7 @@ def total_ai2d(records):
 
 
 def read_tallyqa(cfg):
-    for where, _, row in entries(find(cfg.data, f"{cfg.split or 'test'}.json")):
+    for where, _, row in entries(split_of(cfg, named("{}.json", "test", "train"))[1]):
         id, image, question, truth, simple = need(where, row, question_id=int, image=str, question=str, answer=int, issimple=(bool, type(None)))
         if cfg.likelihood:                                                  # Prismatic asks for one of A. 0 ... P. 15
             question += options(range(16))
@@ -1259,11 +1287,11 @@ def total_tallyqa(records):
 
 def read_vsr(cfg):
     kinds = {}
-    if categories := find(folder(cfg.data), "rel_meta_category_dict.txt", optional=True):
+    if categories := beside(cfg, "rel_meta_category_dict.txt", optional=True):
         for line in categories.read_text(encoding="utf-8").splitlines():
             name, _, relations = line.partition(":")
             kinds |= {relation.strip(): name.strip() for relation in relations.split(",")}
-    for k, (where, _, row) in enumerate(entries(find(cfg.data, f"{cfg.split or 'test'}.jsonl"))):
+    for k, (where, _, row) in enumerate(entries(split_of(cfg, named("{}.jsonl", "test", "dev", "train"))[1])):
         image, caption, label = need(where, row, image=str, caption=str, label=int)
         relation = str(row.get("relation", ""))
         yield ask_for(str(row.get("id", k)), image, f'Based on the image, is this statement "True" or "False"? {caption}',
@@ -1271,7 +1299,7 @@ def read_vsr(cfg):
                       keys=[(image, caption.strip().lower())], candidates=("True", "False"))
 
 def total_vsr(records):
-    return accuracy(records) | {"always_true": mean(float(r["truth"] == "True") for r in records), "per_relation": per(records, "relation"),
+    return accuracy(records) | ranked(records, "True") | {"always_true": mean(float(r["truth"] == "True") for r in records), "per_relation": per(records, "relation"),
                                 "per_meta_category": per(records, "kind")}
 
 
@@ -1348,7 +1376,7 @@ def total_ocid(records):
     return total_region(records) | {name: parts[name] for name in ("Minimum", "Medium", "Maximum") if name in parts} | {"All": 100 * share(records)}
 
 def read_ocid(cfg):
-    for where, id, row in entries(find(cfg.data, f"{cfg.split or 'val'}_expressions.json")):
+    for where, id, row in entries(split_of(cfg, named("{}_expressions.json", "val", "test", "train"))[1]):
         sentence, path, raw, take = need(where, row, sentence=str, scene_path=str, bbox=(str, list), take_id=int)
         try:
             x1, y1, x2, y2 = box = json.loads(raw) if isinstance(raw, str) else raw
@@ -1370,10 +1398,9 @@ HINTS = {"choice": "Hint: Please answer the question and provide the correct opt
 MATHVISTA_GROUPS = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")
 
 def read_mathvista(cfg):
-    split = cfg.split or ("test" if not find(cfg.data, "testmini.json", optional=True) and find(cfg.data, "test.json", optional=True) else "testmini")
-    asked = find(folder(cfg.data), "query.json", optional=True)
+    path, asked = split_of(cfg, named("{}.json", "testmini", "test"))[1], beside(cfg, "query.json", optional=True)
     queries = read_any(asked)[0] if asked else {}
-    for where, pid, row in entries(find(cfg.data, f"{split}.json")):
+    for where, pid, row in entries(path):
         question, image, choices, unit, truth = need(where, row, question=str, image=str, choices=(list, type(None)), unit=OPTIONAL, answer=OPTIONAL)
         kind, answer_type = need(where, row, question_type=str, answer_type=str)
         precision = row.get("precision")
@@ -1421,8 +1448,8 @@ def read_m3cot(cfg):
         question, context = need(where, row, question=OPTIONAL, context=OPTIONAL)
         if id in seen:                                                      # the first record of an id counts
             continue
-        if truth and truth not in list(LETTERS[: len(choices)]) or not all(isinstance(c, str) for c in choices):
-            raise UserError(f'{where}: "answer" is {truth!r}, of {len(choices)} choices; it must be one of their letters')
+        need(where, dict(zip(LETTERS, choices)), **dict.fromkeys(LETTERS[: len(choices)], str))
+        within(where, "answer", truth or "A", list(LETTERS[: len(choices)]))
         seen.add(id)
         more = {"choices": choices, "domain": domain, "topic": topic}
         image, text = row.get("image_path") or f"images/{row.get('image_id') or id}.png", question or ""
@@ -1436,7 +1463,7 @@ def read_m3cot(cfg):
 
 def m3cot_judge(item, text, row, cfg):
     letter = (internvl_letter if cfg.family == "internvl" else m3cot_letter)(text, item["choices"])
-    return right(letter, item["truth"]) | ({"first": row["first"]} if "first" in row else {})
+    return right(letter, item["truth"])
 
 def total_m3cot(records):
     for r in records:
@@ -1460,8 +1487,8 @@ RULE = (
     "in which the responses were presented does not affect your judgment.")
 
 def read_llava_bench(cfg):
-    captions = {need(where, row, image=str): row.get("caption") for where, _, row in entries(find(folder(cfg.data), "context.jsonl"))}
-    reference = {need(where, row, question_id=int): row.get("text") for where, _, row in entries(find(folder(cfg.data), "answers_gpt4.jsonl"))}
+    captions = {need(where, row, image=str): row.get("caption") for where, _, row in entries(beside(cfg, "context.jsonl"))}
+    reference = {need(where, row, question_id=int): row.get("text") for where, _, row in entries(beside(cfg, "answers_gpt4.jsonl"))}
     for where, _, row in entries(find(cfg.data, "questions.jsonl")):
         id, image, category, text = need(where, row, question_id=int, image=str, category=str, text=str)
         if not isinstance(reference.get(id), str) or captions.get(image) is None:
@@ -1505,14 +1532,18 @@ def total_llava_bench(records):
     return {"proxy_parts": {name: {"count": len(rs), "mean_words": mean(len((r["answer"] or "").split()) for r in rs),
                                    "empty": sum(not r["answer"] for r in rs), "unigram_f1": share(rs)} for name, rs in parts.items()}}
 
+def request(r, model, temperature, tokens, *messages, **more):
+    """One line of judge_requests.jsonl, ready to send."""
+    return {"question_id": r["id"]} | more | {"model": model, "temperature": temperature, "max_tokens": tokens,
+                                              "messages": [{"role": role, "content": text} for role, text in messages]}
+
 def submit_llava_bench(items, records):
     block = lambda item, r: (f"[Context]\n{item['caption']}\n\n[Question]\n{item['question']}\n\n"
                              f"[Assistant 1]\n{item['truth']}\n\n[End of Assistant 1]\n\n"
                              f"[Assistant 2]\n{r['answer'] or ''}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n")
-    system = {"role": "system", "content": "You are a helpful and precise assistant for checking the quality of the answer."}
-    return {"judge_requests.jsonl": lines(
-        {"question_id": item["id"], "category": item["category"], "model": "gpt-4-0314", "temperature": 0.2, "max_tokens": 1024,
-         "messages": [system, {"role": "user", "content": block(item, r)}]} for item, r in zip(items, records))}
+    system = ("system", "You are a helpful and precise assistant for checking the quality of the answer.")
+    return {"judge_requests.jsonl": lines(request(r, "gpt-4-0314", 0.2, 1024, system, ("user", block(item, r)), category=item["category"])
+                                          for item, r in zip(items, records))}
 
 
 MEME = (
@@ -1559,9 +1590,8 @@ def total_mm_vet(records):
 def submit_mm_vet(items, records):
     padded = lambda truth: truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     ask = lambda item, r: f"{MM_VET}\n" + " | ".join([item["question"], padded(item["truth"]), r["answer"] or "", ""])
-    return {"mm_vet.json": dump({r["id"]: r["answer"] or "" for r in records}), "judge_requests.jsonl": lines(
-        {"question_id": r["id"], "model": "gpt-4-0613", "temperature": 0, "max_tokens": 3, "messages": [{"role": "user", "content": ask(item, r)}]}
-        for item, r in zip(items, records))}
+    return {"mm_vet.json": dump({r["id"]: r["answer"] or "" for r in records}),
+            "judge_requests.jsonl": lines(request(r, "gpt-4-0613", 0, 3, ("user", ask(item, r))) for item, r in zip(items, records))}
 
 
 @dataclass(frozen=True)
@@ -1676,10 +1706,7 @@ def contact_sheet(items, records, cfg, path, columns=4, side=240):
     for k, (item, r) in enumerate(wrong):
         x, y = 16 + k % columns * (side + 16), 16 + k // columns * high
         for source in pictures[item["id"]][0][:1]:
-            picture = open_picture(source)
-            scale = side / max(picture.size)
-            picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.BICUBIC)
-            sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
+            sheet.paste(ImageOps.pad(open_picture(source), (side, side), color="white"), (x, y))
         row = y + side + 6
         captions = ("", item["question"], "#222222", 5), ("said: ", r["answer"], "#c03020", 2), ("truth: ", r["truth"], "#207030", 2)
         for label, value, color, most in captions:
