@@ -112,7 +112,7 @@ def evaluate(name, cfg, model):
         write_whole(out / file, lambda tmp: tmp.write_bytes(content if isinstance(content, bytes) else content.encode()))
     if cfg.show:
         contact_sheet(items, records, cfg, out / "wrong.png")
-    report(result, files, out, time.time() - began)
+    report(result, len({str(item["image"]) for item in items if item["image"]}), files, out, time.time() - began)
     return result
 
 def but(cfg, **changes):
@@ -1299,8 +1299,9 @@ def read_vsr(cfg):
                       keys=[(image, caption.strip().lower())], candidates=("True", "False"))
 
 def total_vsr(records):
-    return accuracy(records) | ranked(records, "True") | {"always_true": mean(float(r["truth"] == "True") for r in records), "per_relation": per(records, "relation"),
-                                "per_meta_category": per(records, "kind")}
+    return accuracy(records) | ranked(records, "True") | {
+        "always_true": mean(float(r["truth"] == "True") for r in records), "per_relation": per(records, "relation"),
+        "per_meta_category": per(records, "kind")}
 
 
 def region(where, id, image, sentence, box, w, h, cfg, **more):
@@ -1676,9 +1677,11 @@ def table(results):
     width, words = [max(map(len, column)) for column in zip(*rows)], (0, len(head) - 2, len(head) - 1)
     return "\n".join("  ".join(cell.ljust(width[k]) if k in words else cell.rjust(width[k]) for k, cell in enumerate(row)).rstrip() for row in rows)
 
-def report(result, files, out, seconds):
+def report(result, pictures, files, out, seconds):
     """What else must be known of one benchmark, in a line or two."""
-    said = [f"{result['benchmark']}: {len(result['records'])} questions in {seconds:.1f} s"]
+    said = [f"{result['benchmark']}: {len(result['records'])} questions on {pictures} pictures in {seconds:.1f} s"]
+    if "prompts" in result:
+        said.append(f"prompts {result['prompts']}, answers {'by ' * (result['answers'] == 'likelihood')}{result['answers']}")
     if result["missing"]:
         said.append(f"{result['missing']} without an answer, counted as wrong")
     if result["cut_off"]:
