@@ -107,9 +107,9 @@ def evaluate(name, cfg, model):
     result["records"] = records
     rows = [{"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"], "answer_id": f"{name}-{k}",
              "model_id": result.get("model", ""), "metadata": {}} for k, r in enumerate(records)]
-    files = {"answers.jsonl": lines(rows)} | bench.submit(items, records)
+    files = {"answers.jsonl": rows} | bench.submit(items, records)
     for file, content in (files | {"results.json": json.dumps(result, indent=1, ensure_ascii=False)}).items():
-        write_whole(out / file, lambda tmp: tmp.write_bytes(content if isinstance(content, bytes) else content.encode()))
+        write_whole(out / file, lambda tmp: tmp.write_bytes(packed(file, content)))
     if cfg.show:
         contact_sheet(items, records, cfg, out / "wrong.png")
     report(result, len({str(item["image"]) for item in items if item["image"]}), files, out, time.time() - began)
@@ -426,8 +426,11 @@ def within(where, name, value, known):
 def lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-def dump(value):
-    return json.dumps(value, ensure_ascii=False)
+def packed(file, content):
+    """What is written under this name: text and bytes as they are, rows as JSON Lines, all else as JSON."""
+    if not isinstance(content, (str, bytes)):
+        content = lines(content) if file.endswith(".jsonl") else json.dumps(content, ensure_ascii=False)
+    return content if isinstance(content, bytes) else content.encode()
 
 def toy_files(name, cfg, out):
     """Write the toy world's held-out questions of one kind as that benchmark's official files, which `read` then reads like any others:
@@ -770,8 +773,8 @@ def tally_of(units, part, cells, headline):
         row[parts.index(unit[0]["item"][part])] = cells(unit)
     return tally.reshape(len(units), -1), lambda sums: float(headline(dict(zip(parts, sums.reshape(-1, 4)))))
 
-def answers_as(name, id_key="question_id", text_key="answer", clean=lambda text: text, write=dump):
-    return lambda items, records: {name: write([{id_key: r["id"], text_key: clean(r["answer"] or "")} for r in records])}
+def answers_as(name, id_key="question_id", text_key="answer", clean=str):
+    return lambda items, records: {name: [{id_key: r["id"], text_key: clean(r["answer"] or "")} for r in records]}
 
 def nothing(items, records):
     return {}                                                               # answers.jsonl is all there is to hand in
@@ -835,7 +838,7 @@ def submit_vqav2(items, records):
     answers = {r["id"]: evalai(r["answer"] or "") for r in records}
     whole = items[0]["whole"]
     ids = [row["question_id"] for _, _, row in entries(whole, "questions")] if whole else answers
-    return {"vqav2_answers.json": dump([{"question_id": i, "answer": answers.get(i, "")} for i in ids])}
+    return {"vqav2_answers.json": [{"question_id": i, "answer": answers.get(i, "")} for i in ids]}
 
 
 def read_gqa(cfg):
@@ -891,23 +894,20 @@ def total_vizwiz(records):
             "per_image": {r["id"]: vqa_percent([r]) for r in records}, "num": len(records)}
 
 
-def read_textvqa(ocr):
-    def read(cfg):
-        (split, path), tokens = split_of(cfg, named("TextVQA_0.5.1_{}.json", "val", "test", "train")), {}
-        if ocr:
-            for where, _, row in entries(beside(cfg, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"), "data"):
-                image, words = need(where, row, image_id=str, ocr_tokens=list)
-                tokens[image] = "\nReference OCR token: " + ", ".join(map(str, words))
-        for where, _, row in entries(path, "data"):
-            id, image, question, answers = need(where, row, question_id=int, image_id=str, question=str, answers=(list, type(None)))
-            if answers and not all(isinstance(a, str) for a in answers):
-                raise UserError(f'{where}: "answers" holds something that is no text')
-            if ocr and image not in tokens:
-                raise UserError(f"{where}: no OCR tokens of picture {image} in TextVQA_Rosetta_OCR_v0.2_{split}.json")
-            yield ask_for(id, f"{'test' if split == 'test' else 'train'}_images/{image}.jpg",
-                          question[:1].upper() + question[1:] + tokens.get(image, ""), SHORT, answers or None,
-                          keys=[(image, question.strip().lower())])
-    return read
+def read_textvqa(cfg):
+    (split, path), ocr = split_of(cfg, named("TextVQA_0.5.1_{}.json", "val", "test", "train")), {}
+    if cfg.name == "textvqa-ocr":
+        for where, _, row in entries(beside(cfg, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"), "data"):
+            image, words = need(where, row, image_id=str, ocr_tokens=list)
+            ocr[image] = "\nReference OCR token: " + ", ".join(map(str, words))
+    for where, _, row in entries(path, "data"):
+        id, image, question, answers = need(where, row, question_id=int, image_id=str, question=str, answers=(list, type(None)))
+        if answers and not all(isinstance(a, str) for a in answers):
+            raise UserError(f'{where}: "answers" holds something that is no text')
+        if cfg.name == "textvqa-ocr" and image not in ocr:
+            raise UserError(f"{where}: no OCR tokens of picture {image} in TextVQA_Rosetta_OCR_v0.2_{split}.json")
+        yield ask_for(id, f"{'test' if split == 'test' else 'train'}_images/{image}.jpg", question[:1].upper() + question[1:] + ocr.get(image, ""),
+                      SHORT, answers or None, keys=[(image, question.strip().lower())])
 
 def total_textvqa(records):
     return {"accuracy": share(records), "accuracy_percent_2dp": two_decimals(records), "num": len(records),
@@ -915,18 +915,18 @@ def total_textvqa(records):
 
 
 POPE_SPLITS = ("random", "popular", "adversarial")
-POPE_MERGED = ("adversarial", "random", "popular")                          # in LLaVA's one file ids begin at 0, 10,000,000 and 20,000,000
+POPE_OFFSET, POPE_MERGED = 10_000_000, {0: "adversarial", 1: "random", 2: "popular"}      # of the ids in LLaVA's one file
 
 def read_pope(cfg):
     splits = [cfg.split] if cfg.split else POPE_SPLITS
     one_of("--split", splits[0], POPE_SPLITS)
     sources = ("coco", "gqa", "aokvqa", "gqa_pope_seem", "aokvqa_pope_seem")
-    named = {split: [f"{source}_pope_{split}.json" for source in sources] for split in splits}
-    paths = {split: find(cfg.data, *named[split], optional=True) for split in splits}
+    names = {split: [f"{source}_pope_{split}.json" for source in sources] for split in splits}
+    paths = {split: find(cfg.data, *names[split], optional=True) for split in splits}
     if Path(cfg.data).is_file():
         paths = {next((s for s in POPE_SPLITS if s in Path(cfg.data).name), "random"): Path(cfg.data)}
     if not any(paths.values()):
-        find(cfg.data, *named[splits[0]])                                   # which says so
+        find(cfg.data, *names[splits[0]])                                   # which says so
     for split, path in paths.items():
         for where, _, row in entries(path) if path else ():
             id, image, text, label = need(where, row, question_id=int, image=str, text=str, label=str)
@@ -937,40 +937,42 @@ def read_pope(cfg):
 def pope_predictions(cfg, items):
     """POPE's own files have one split each and number from 1 in each; LLaVA's merged file has offsets. A file is cut where an id returns,
     and each part belongs to the split that asks just these questions."""
-    path, splits = Path(cfg.predictions), list(dict.fromkeys(item["split"] for item in items))
-    files = [f for split in splits for f in sorted(path.glob(f"*{split}*.json*"))] if path.is_dir() else [path]
+    path, asked = Path(cfg.predictions), defaultdict(dict)
+    for item in items:
+        asked[item["split"]][item["question_id"]] = item["question"].strip().lower()
+    files = [f for split in asked for f in sorted(path.glob(f"*{split}*.json*"))] if path.is_dir() else [path]
     if not files:
         raise UserError(f"--predictions {path}: no *random*, *popular* or *adversarial* .json in it")
-    asked = {split: {item["question_id"]: item["question"].strip().lower() for item in items if item["split"] == split} for split in splits}
     for file in files:
-        parts, seen = [[]], set()
+        parts = [{}]
         for where, row in predicted(but(cfg, predictions=file), items):
-            id = row.get("question_id")
-            if isinstance(id, str) and re.fullmatch(r"\w+/\d+", id):        # our own answers.jsonl
+            id = str(row.get("question_id"))
+            if re.fullmatch(r"\w+/\d+", id):                                # our own answers.jsonl
                 yield where, row | {"key": id}
                 continue
-            if isinstance(id, bool) or not re.fullmatch(r"\d+", str(id)):
-                raise UserError(f'{where}: "question_id" is {id!r}; it must be a number')
-            if int(id) in seen:
-                parts.append([])
-                seen = set()
-            seen.add(int(id))
-            parts[-1].append((where, int(id), row))
-        merged = any(id >= 10_000_000 for part in parts for _, id, _ in part)
+            if not re.fullmatch(r"\d+", id):
+                raise UserError(f'{where}: "question_id" is {row.get("question_id")!r}; it must be a number')
+            if int(id) in parts[-1]:
+                parts.append({})
+            parts[-1][int(id)] = where, row
+        merged = any(id >= POPE_OFFSET for part in parts for id in part)
         for part in filter(None, parts):
-            if merged:
-                split = lambda id: POPE_MERGED[id // 10_000_000] if id < 30_000_000 else "?"
-                yield from ((where, row | {"key": f"{split(id)}/{id % 10_000_000}"}) for where, id, row in part)
-                continue
-            text = lambda row: str(row.get("question", row.get("prompt", ""))).split("\n")[0].strip().lower()
-            fits = [s for s in splits if all(id in asked[s] and text(row) in ("", asked[s][id]) for _, id, row in part)]
-            fits = [s for s in fits if s in file.name] or fits
-            if len(fits) != 1:
-                lost = next((where for where, id, _ in part if not any(id in asked[s] for s in splits)), part[0][0])
-                raise UserError(f"{lost}: " + (
-                    f"could be of {' or '.join(fits)}; give --split, or name the split in the file's name" if fits else
-                    f"its questions are not those of one split in {cfg.data}; check that both are the same version of POPE"))
-            yield from ((where, row | {"key": f"{fits[0]}/{id}"}) for where, id, row in part)
+            split = "" if merged else pope_split(part, asked, file.name, cfg.data)
+            for id, (where, row) in part.items():
+                lot, number = divmod(id, POPE_OFFSET)
+                yield where, row | {"key": f"{split or POPE_MERGED.get(lot)}/{number}"}
+
+def pope_split(part, asked, file, data):
+    """The split whose questions these are, {id: (where, row)}; where several fit, the file's name may tell."""
+    text = lambda row: str(row.get("question", row.get("prompt", ""))).split("\n")[0].strip().lower()
+    fits = [s for s in asked if all(id in asked[s] and text(row) in ("", asked[s][id]) for id, (_, row) in part.items())]
+    fits = [s for s in fits if s in file] or fits
+    if len(fits) == 1:
+        return fits[0]
+    lost = [where for id, (where, _) in part.items() if not any(id in questions for questions in asked.values())]
+    where = (lost or [where for where, _ in part.values()])[0]
+    raise UserError(f"{where}: " + (f"could be of {' or '.join(fits)}; give --split, or name the split in the file's name" if fits else
+                                    f"its questions are not those of one split in {data}; check that both are the same version of POPE"))
 
 def pope_cells(records):
     """TP, FP, TN, FN; yes is positive, and a missing answer is wrong."""
@@ -1162,42 +1164,40 @@ def total_scienceqa(records):
             "official_breakdown": {name: f"{100 * share(rs):.2f}" for name, rs in found.items() if rs}}
 
 def submit_scienceqa(items, records):
-    return {"scienceqa_results.json": dump({"results": {r["id"]: r.get("index", -1) for r in records}})}
+    return {"scienceqa_results.json": {"results": {r["id"]: r.get("index", -1) for r in records}}}
 
 
-def read_mmbench(chinese):
+def read_mmbench(cfg):
+    chinese = cfg.name == "mmbench-cn"
     names = [n for split in ("dev", "test") for n in (
         [f"mmbench_{split}_cn_20231003.tsv", f"MMBench_{split.upper()}_CN.tsv"] if chinese else
         [f"mmbench_{split}_20230712.tsv", f"mmbench_{split}_en_20231003.tsv", f"MMBench_{split.upper()}_EN.tsv"])]
-
-    def read(cfg):
-        rows = list(entries(find(cfg.data, *[n for n in names if not cfg.split or f"_{cfg.split}_" in n.lower()])))
-        pictures, seen = {str(row.get("index")): row.get("image", "") for _, _, row in rows}, set()
-        for where, _, row in rows:
-            row = {k: "" if v in ("nan", "NaN") else v for k, v in row.items()}
-            index, question, hint, image, answer = need(where, row, index=str, question=str, hint=OPTIONAL, image=str, answer=OPTIONAL)
-            choices = {}
-            for letter in "ABCD":                                           # an empty cell ends the options
-                if not row.get(letter):
-                    break
-                choices[letter] = row[letter]
-            if not re.fullmatch(r"\d+(\.0)?", index) or int(float(index)) in seen:
-                raise UserError(f'{where}: "index" is {index!r}; it must be a number of its own')
-            if not choices:
-                raise UserError(f"{where}: no option A")
-            within(where, "answer", answer or "A", choices)
-            if 0 < len(image) <= 64 and image in pictures:
-                image = pictures[image]                                     # later releases keep a picture once, in one row of its group
-            try:
-                picture = base64.b64decode(image, validate=True)
-            except ValueError:
-                raise UserError(f'{where}: "image" is not base64 ({image[:20]!r}...)') from None
-            index = int(float(index))
-            seen.add(index)
-            yield ask_for(index, picture or None, (f"{hint}\n" if hint else "") + question + options(choices.values()),
-                          "请直接回答选项字母。" if chinese else LETTER, answer or None, choices=choices, unit=index % 1_000_000,
-                          category=row.get("category", ""), l2=row.get("l2-category", ""), row=row)
-    return read
+    rows = list(entries(find(cfg.data, *[n for n in names if not cfg.split or f"_{cfg.split}_" in n.lower()])))
+    pictures, seen = {str(row.get("index")): row.get("image", "") for _, _, row in rows}, set()
+    for where, _, row in rows:
+        row = {k: "" if v in ("nan", "NaN") else v for k, v in row.items()}
+        index, question, hint, image, answer = need(where, row, index=str, question=str, hint=OPTIONAL, image=str, answer=OPTIONAL)
+        choices = {}
+        for letter in "ABCD":                                           # an empty cell ends the options
+            if not row.get(letter):
+                break
+            choices[letter] = row[letter]
+        if not re.fullmatch(r"\d+(\.0)?", index) or int(float(index)) in seen:
+            raise UserError(f'{where}: "index" is {index!r}; it must be a number of its own')
+        if not choices:
+            raise UserError(f"{where}: no option A")
+        within(where, "answer", answer or "A", choices)
+        if 0 < len(image) <= 64 and image in pictures:
+            image = pictures[image]                                     # later releases keep a picture once, in one row of its group
+        try:
+            picture = base64.b64decode(image, validate=True)
+        except ValueError:
+            raise UserError(f'{where}: "image" is not base64 ({image[:20]!r}...)') from None
+        index = int(float(index))
+        seen.add(index)
+        yield ask_for(index, picture or None, (f"{hint}\n" if hint else "") + question + options(choices.values()),
+                      "请直接回答选项字母。" if chinese else LETTER, answer or None, choices=choices, unit=index % 1_000_000,
+                      category=row.get("category", ""), l2=row.get("l2-category", ""), row=row)
 
 def units_mmbench(records):
     """Circular: a question counts if all of its rows, the options rotated, are answered right."""
@@ -1436,8 +1436,8 @@ def total_mathvista(records):
     return metrics
 
 def submit_mathvista(items, records):
-    return {"mathvista_predictions.json": dump({
-        r["id"]: {"pid": r["id"], "response": r["answer"] or "", "extraction": r.get("extraction", "")} for r in records})}
+    return {"mathvista_predictions.json": {
+        r["id"]: {"pid": r["id"], "response": r["answer"] or "", "extraction": r.get("extraction", "")} for r in records}}
 
 
 def read_m3cot(cfg):
@@ -1474,8 +1474,8 @@ def total_m3cot(records):
 
 def submit_m3cot(items, records):
     said = lambda item, r: [r["prompt"], *([r["first"], item["then"]] if "first" in r else []), r["answer"] or ""]
-    return {"m3cot.jsonl": lines({"id": r["id"], "choices": item["choices"], "answer": r["truth"], "domain": item["domain"],
-                                  "topic": item["topic"], "messages": said(item, r)} for item, r in zip(items, records))}
+    return {"m3cot.jsonl": [{k: item[k] for k in ("id", "choices", "domain", "topic")} | {"answer": r["truth"], "messages": said(item, r)}
+                            for item, r in zip(items, records)]}
 
 
 RULE = (
@@ -1543,8 +1543,8 @@ def submit_llava_bench(items, records):
                              f"[Assistant 1]\n{item['truth']}\n\n[End of Assistant 1]\n\n"
                              f"[Assistant 2]\n{r['answer'] or ''}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n")
     system = ("system", "You are a helpful and precise assistant for checking the quality of the answer.")
-    return {"judge_requests.jsonl": lines(request(r, "gpt-4-0314", 0.2, 1024, system, ("user", block(item, r)), category=item["category"])
-                                          for item, r in zip(items, records))}
+    return {"judge_requests.jsonl": [request(r, "gpt-4-0314", 0.2, 1024, system, ("user", block(item, r)), category=item["category"])
+                                     for item, r in zip(items, records)]}
 
 
 MEME = (
@@ -1591,8 +1591,8 @@ def total_mm_vet(records):
 def submit_mm_vet(items, records):
     padded = lambda truth: truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     ask = lambda item, r: f"{MM_VET}\n" + " | ".join([item["question"], padded(item["truth"]), r["answer"] or "", ""])
-    return {"mm_vet.json": dump({r["id"]: r["answer"] or "" for r in records}),
-            "judge_requests.jsonl": lines(request(r, "gpt-4-0613", 0, 3, ("user", ask(item, r))) for item, r in zip(items, records))}
+    return {"mm_vet.json": {r["id"]: r["answer"] or "" for r in records},
+            "judge_requests.jsonl": [request(r, "gpt-4-0613", 0, 3, ("user", ask(item, r))) for item, r in zip(items, records)]}
 
 
 @dataclass(frozen=True)
@@ -1627,18 +1627,18 @@ BENCHMARKS = {
                         paper=paper(50.0, 53.6, 52.82, 58.01), figure="overall", metric="VQA accuracy %"),
     "scienceqa": Benchmark(read_scienceqa, scienceqa_judge, total_scienceqa, submit_scienceqa,
                            paper=paper(**{"LLaVA-1.5-7B, IMG": 66.8, "LLaVA-1.5-13B, IMG": 71.6}, llava13=74.39)),
-    "textvqa": Benchmark(read_textvqa(ocr=False), vqa_judge("evalai"), total_textvqa, answers_as("textvqa_answers.json"),
+    "textvqa": Benchmark(read_textvqa, vqa_judge("evalai"), total_textvqa, answers_as("textvqa_answers.json"),
                          paper=paper(46.13, 48.99, 55.64, 57.08), metric="VQA accuracy %, without OCR tokens"),
-    "textvqa-ocr": Benchmark(read_textvqa(ocr=True), vqa_judge("evalai"), total_textvqa, answers_as("textvqa_answers.json"),
+    "textvqa-ocr": Benchmark(read_textvqa, vqa_judge("evalai"), total_textvqa, answers_as("textvqa_answers.json"),
                              paper=paper(58.2, 61.3, 59.71, 62.89), metric="VQA accuracy %, with OCR tokens"),
     "pope": Benchmark(read_pope, reads(lambda text, item: pope_label(text)), total_pope, submit_pope, units_pope,
                       paper(85.9, 85.9, **{"Prism-7B, accuracy": 88.12, "Prism-13B, accuracy": 88.07, "InternVL2-8B-MPO": 88.1}),
                       metric="mean F1 % of the splits", predictions=pope_predictions),
     "mme": Benchmark(read_mme, mme_judge, total_mme, submit_mme, units_mme, paper(1510.7, 1531.3), metric="perception, of 2000",
                      predictions=mme_predictions),
-    "mmbench": Benchmark(read_mmbench(chinese=False), paper=paper(64.3, 67.7, **{"InternVL2.5-8B-MPO, v1.1": 82.4}), **CIRCULAR),
-    "mmbench-cn": Benchmark(read_mmbench(chinese=True), paper=paper(58.3, 63.6), **CIRCULAR),
-    "seed-bench": Benchmark(read_seed, seed_judge, total_seed, answers_as("seed_bench.jsonl", text_key="prediction", write=lines),
+    "mmbench": Benchmark(read_mmbench, paper=paper(64.3, 67.7, **{"InternVL2.5-8B-MPO, v1.1": 82.4}), **CIRCULAR),
+    "mmbench-cn": Benchmark(read_mmbench, paper=paper(58.3, 63.6), **CIRCULAR),
+    "seed-bench": Benchmark(read_seed, seed_judge, total_seed, answers_as("seed_bench.jsonl", text_key="prediction"),
                             paper=paper(58.6, 61.6)),
     "llava-bench": Benchmark(read_llava_bench, llava_bench_judge, total_llava_bench, submit_llava_bench, units_llava_bench, paper(65.4, 72.5),
                              longest=1024, metric="relative score by GPT-4", proxy=True),
