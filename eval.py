@@ -27,6 +27,7 @@ Where this departs from the originals:
 import argparse
 import ast
 import base64
+import functools
 import io
 import json
 import math
@@ -41,7 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import toyworld
@@ -106,12 +107,12 @@ def evaluate(name, cfg, model):
     result["records"] = records
     rows = [{"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"], "answer_id": f"{name}-{k}",
              "model_id": result.get("model", ""), "metadata": {}} for k, r in enumerate(records)]
-    files = {"answers.jsonl": lines(rows)} | bench.submit(items, records)
+    files = {"answers.jsonl": rows} | bench.submit(items, records)
     for file, content in (files | {"results.json": json.dumps(result, indent=1, ensure_ascii=False)}).items():
-        write_whole(out / file, lambda tmp: tmp.write_bytes(content if isinstance(content, bytes) else content.encode()))
+        write_whole(out / file, lambda tmp: tmp.write_bytes(packed(file, content)))
     if cfg.show:
         contact_sheet(items, records, cfg, out / "wrong.png")
-    report(result, files, out, time.time() - began)
+    report(result, len({str(item["image"]) for item in items if item["image"]}), files, out, time.time() - began)
     return result
 
 def but(cfg, **changes):
@@ -128,8 +129,7 @@ def grade(bench, items, rows, cfg, cot):
             record["missing"] = True
         else:
             record["answer"] = text = answer_in(row) or ""
-            if row.get("cut_off"):
-                record["cut_off"] = True
+            record |= {k: row[k] for k in ("cut_off", "p", "first") if k in row}
             record |= bench.judge(item, final_answer(text) if cot and "then" not in item else text, row, cfg)
         if item["truth"] is None:                                           # labels are hidden
             record["score"] = None
@@ -139,7 +139,7 @@ def grade(bench, items, rows, cfg, cot):
     metrics, scored, score, ci = {}, [r for r in records if r["score"] is not None], None, None
     if scored:
         metrics, (tally, headline) = bench.total(scored), bench.units(scored)
-        if tally:
+        if len(tally):
             tally = np.asarray(tally, dtype=float)
             score = metrics[bench.figure] if bench.figure in metrics else headline(tally.sum(0))
             ci = interval(tally, headline)
@@ -209,9 +209,12 @@ class Model:
         self.longest = self.vlm.cfg.decoder.block_size
         self.stop = stop_ids(self.tok, self.template)
 
-    def encode(self, turns, pictures):
-        """-> prompt ids (T,), (tiles (n, 3, S, S), layout (M, 2)) or None"""
-        cut = [cut_tiles(open_picture(p), self.vlm.cfg.vision, self.mode) for p in pictures]
+    def cut(self, picture):
+        return cut_tiles(open_picture(picture), self.vlm.cfg.vision, self.mode)
+
+    def encode(self, turns, pictures, cut=None):
+        """-> prompt ids (T,), (tiles (n, 3, S, S), layout (M, 2)) or None. `cut`: self.cut, or one that remembers."""
+        cut = [(cut or self.cut)(p) for p in pictures]
         words = [(role, text.replace("<image>", "image") if cut else text) for role, text in turns]      # its text has no places for pictures
         words[0] = ("human", "<image>" * len(cut) + "\n" * bool(cut) + words[0][1])
         return encode_prompt(self.tok, words, self.template, [len(layout) for _, layout in cut]), join(cut) if cut else None
@@ -269,10 +272,10 @@ def ask(model, bench, items, modes, cfg, out):
     write_whole(progress, lambda tmp: tmp.write_text(lines([head, *done.values()]), encoding="utf-8"))
     jobs = []
     for mode, cot in modes.items():
-        longest = defaultdict(int)                                          # sorted by length, the questions about one picture together
-        for item in items:
-            longest[str(item["image"])] = max(longest[str(item["image"])], len(prompt_of(item, cot)))
-        order = sorted(items, key=lambda item: (longest[str(item["image"])], str(item["image"]), len(prompt_of(item, cot))))
+        by_length, about = sorted(items, key=lambda item: len(prompt_of(item, cot))), {}      # ends with the longest about each picture
+        for item in by_length:
+            about[str(item["image"]), form_of(item, cot)] = len(prompt_of(item, cot))
+        order = sorted(by_length, key=lambda item: (form_of(item, cot), about[str(item["image"]), form_of(item, cot)], str(item["image"])))
         jobs += [(mode, order[i : i + cfg.batch_size]) for i in range(0, len(order), cfg.batch_size)]
     pictures, todo = pictures_of(items, cfg), [job for job in jobs if any((job[0], item["id"]) not in done for item in job[1])]
     total, left = len(items) * len(modes), sum(len(batch) for _, batch in todo)
@@ -281,7 +284,8 @@ def ask(model, bench, items, modes, cfg, out):
         mode, batch = job
         turns = [[("human", prompt_of(item, modes[mode]))] for item in batch]
         shown = [pictures[item["id"]][mode == "blind"] for item in batch]
-        return turns, shown, [model.encode(t, p) for t, p in zip(turns, shown)]
+        cut = functools.cache(model.cut)                                    # a picture of several questions is opened once
+        return turns, shown, [model.encode(t, p, cut) for t, p in zip(turns, shown)]
 
     with (open(progress, "a", encoding="utf-8") as log, ThreadPoolExecutor(1) as ahead,
           tqdm(total=total, initial=total - left, unit="question", desc=cfg.name, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar):
@@ -300,7 +304,7 @@ def answer(model, bench, batch, turns, shown, encoded, cot, cfg):
     """One batch -> rows {"text", ...} in its order. A question near the model's length is asked alone: nobody's answer depends on its neighbours."""
     if cfg.likelihood and "candidates" in batch[0] and not cot:
         return [{"text": text, "p": p} for text, p in model.likeliest(encoded, batch[0]["candidates"])]
-    want = min(cfg.max_new_tokens or (1024 if cot else bench.longest), model.longest // 2)
+    want = min(cfg.max_new_tokens or (4096 if cot else bench.longest), model.longest // 2)
     rows = [None] * len(batch)
 
     def generate(which, encoded):
@@ -328,15 +332,22 @@ def prompt_of(item, cot):
         return item.get("cot", COT + item["question"])
     return item["question"] + ("\n" + item["suffix"] if item["suffix"] else "")
 
+def form_of(item, cot):
+    """How long the answer will be, as far as the prompt tells: a batch runs until its longest one has ended."""
+    return tuple(form in prompt_of(item, cot) for form in (COT, SHORT, LETTER))
+
 def pictures_of(items, cfg):
     """{id: (its pictures, the pictures of the blind baseline: none, or another record's)}; what is missing is said before the first answer."""
     root = Path(os.path.abspath(cfg.image_root or folder(cfg.data)))
     if not root.is_dir():
         raise UserError(f"--image-root {cfg.image_root}: no such folder")
-    found = {}
+    found, known = {}, {}
     for item in items:
         names = item["image"] if isinstance(item["image"], list) else [] if item["image"] is None else [item["image"]]
-        found[item["id"]] = [name if isinstance(name, bytes) else find_picture(root, name, item["id"]) for name in names]
+        for name in names:
+            if name not in known:
+                known[name] = name if isinstance(name, bytes) else find_picture(root, name, item["id"])
+        found[item["id"]] = [known[name] for name in names]
     some = list(dict.fromkeys(p[0] for p in found.values() if p))
     other = {p: some[(i + max(1, len(some) // 2)) % len(some)] for i, p in enumerate(some)} if cfg.blind == "other" else {}
     return {id: (paths, [other.get(p, p) for p in paths] if cfg.blind == "other" else []) for id, paths in found.items()}
@@ -393,11 +404,33 @@ def find(data, *names, optional=False):
         return None
     raise UserError(f"{data}: no {' or '.join(names)} in it; --data is the folder with the official files, under their official names")
 
+def split_of(cfg, files):
+    """--split, or the first of {split: file} that is there (those with public labels stand first) -> split, path"""
+    there = [split for split, name in files.items() if Path(cfg.data).name == name or find(cfg.data, name, optional=True)]
+    split = cfg.split or (there or list(files))[0]
+    one_of("--split", split, list(files))
+    return split, find(cfg.data, files[split])
+
+def named(form, *splits):
+    return {split: form.format(split) for split in splits}
+
+def beside(cfg, name, optional=False):
+    """A further file, in the same folder as what --data names."""
+    return find(folder(cfg.data), name, optional=optional)
+
+def within(where, name, value, known):
+    """A field that must have one of a few values."""
+    if value not in known:
+        raise UserError(f'{where}: "{name}" is {value!r}; it must be one of {", ".join(map(str, known))}')
+
 def lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-def dump(value):
-    return json.dumps(value, ensure_ascii=False)
+def packed(file, content):
+    """What is written under this name: text and bytes as they are, rows as JSON Lines, all else as JSON."""
+    if not isinstance(content, (str, bytes)):
+        content = lines(content) if file.endswith(".jsonl") else json.dumps(content, ensure_ascii=False)
+    return content if isinstance(content, bytes) else content.encode()
 
 def toy_files(name, cfg, out):
     """Write the toy world's held-out questions of one kind as that benchmark's official files, which `read` then reads like any others:
@@ -612,7 +645,7 @@ def mathvista_normal(extraction, item):
             return str(round(float(extraction), int(precision)))
     except (ValueError, TypeError, OverflowError):
         return None
-    return str(extraction) if item["answer_type"] == "list" else None
+    return str(extraction)
 
 def mathvista_extract(text, item):
     """What the official pipeline asks GPT-4 for, by rule: its own short cuts, then the last option letter or the last number.
@@ -731,8 +764,17 @@ def each(records):
     """The units of a benchmark whose figure is the mean score."""
     return [[r["score"], 1] for r in records], percent
 
-def answers_as(name, id_key="question_id", text_key="answer", clean=lambda text: text, write=dump):
-    return lambda items, records: {name: write([{id_key: r["id"], text_key: clean(r["answer"] or "")} for r in records])}
+def tally_of(units, part, cells, headline):
+    """Of lists of records, each a unit of one part (split, subtask): cells(records) -> four counts. -> a row per unit, with its counts in the
+    columns of its part, and headline({part: counts}) as a function of the column sums."""
+    parts = list(dict.fromkeys(unit[0]["item"][part] for unit in units))
+    tally = np.zeros((len(units), len(parts), 4))
+    for row, unit in zip(tally, units):
+        row[parts.index(unit[0]["item"][part])] = cells(unit)
+    return tally.reshape(len(units), -1), lambda sums: float(headline(dict(zip(parts, sums.reshape(-1, 4)))))
+
+def answers_as(name, id_key="question_id", text_key="answer", clean=str):
+    return lambda items, records: {name: [{id_key: r["id"], text_key: clean(r["answer"] or "")} for r in records]}
 
 def nothing(items, records):
     return {}                                                               # answers.jsonl is all there is to hand in
@@ -741,22 +783,34 @@ def nothing(items, records):
 def answer_texts(where, answers):
     return [need(f"{where}, answer {k}", a if isinstance(a, dict) else {}, answer=str) for k, a in enumerate(answers)]
 
+def ranking(scores, positive):
+    """Areas under the ROC curve and under the precision-recall curve (average precision), as scikit-learn has them."""
+    scores, positive = np.array(scores, dtype=float), np.array(positive, dtype=float)
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.diff(scores[order]) != 0, True)                     # equal scores are one threshold
+    hits, said = np.cumsum(positive[order])[ends], np.arange(1, len(scores) + 1)[ends]
+    recall, false = np.append(0, hits / max(hits[-1], 1)), np.append(0, (said - hits) / max(said[-1] - hits[-1], 1))
+    return {"roc_auc": float(np.sum(np.diff(false) * (recall[1:] + recall[:-1]) / 2)), "pr_auc": float(np.sum(np.diff(recall) * hits / said))}
+
+def ranked(records, yes):
+    """--likelihood: how well the first candidate's probability tells the true statements from the others."""
+    asked = [r for r in records if "p" in r]
+    return ranking([r["p"][0] for r in asked], [r["truth"] == yes for r in asked]) if asked else {}
+
 def read_vqav2(cfg):
-    stem = {"val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
-    split = cfg.split or ("val" if find(cfg.data, "v2_OpenEnded_mscoco_val2014_questions.json", optional=True) else "test-dev")
-    one_of("--split", split, list(stem))
-    path, labels = find(cfg.data, f"v2_OpenEnded_mscoco_{stem[split]}_questions.json"), {}
+    stem = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
+    (split, path), labels = split_of(cfg, {s: f"v2_OpenEnded_mscoco_{year}_questions.json" for s, year in stem.items()}), {}
     if split == "val":
-        where_from = find(folder(cfg.data), "v2_mscoco_val2014_annotations.json")
+        where_from = beside(cfg, "v2_mscoco_val2014_annotations.json")
         for where, _, row in entries(where_from, "annotations"):
             id, answers, _ = need(where, row, question_id=int, answers=list, answer_type=str)
             labels[id] = row | {"answers": answer_texts(where, answers)}
+    whole = None if split == "val" else beside(cfg, "v2_OpenEnded_mscoco_test2015_questions.json", optional=True)
     for where, _, row in entries(path, "questions"):
         id, image, question = need(where, row, question_id=int, image_id=int, question=str)
         if split == "val" and id not in labels:
             raise UserError(f"{where}: no annotation of question {id} in {where_from}")
         kind, label = ("val2014" if split == "val" else "test2015"), labels.get(id, {})
-        whole = None if split == "val" else find(folder(cfg.data), "v2_OpenEnded_mscoco_test2015_questions.json", optional=True)
         yield ask_for(id, f"{kind}/COCO_{kind}_{image:012d}.jpg", question, SHORT, label.get("answers"), whole=whole,
                       answer_type=label.get("answer_type"), question_type=label.get("question_type"))
 
@@ -784,7 +838,7 @@ def submit_vqav2(items, records):
     answers = {r["id"]: evalai(r["answer"] or "") for r in records}
     whole = items[0]["whole"]
     ids = [row["question_id"] for _, _, row in entries(whole, "questions")] if whole else answers
-    return {"vqav2_answers.json": dump([{"question_id": i, "answer": answers.get(i, "")} for i in ids])}
+    return {"vqav2_answers.json": [{"question_id": i, "answer": answers.get(i, "")} for i in ids]}
 
 
 def read_gqa(cfg):
@@ -824,42 +878,36 @@ def total_gqa(records):
 
 
 def read_vizwiz(cfg):
-    split = cfg.split or ("val" if find(cfg.data, "val.json", optional=True) or not find(cfg.data, "test.json", optional=True) else "test")
-    for where, _, row in entries(find(cfg.data, f"{split}.json")):
+    split, path = split_of(cfg, named("{}.json", "val", "test", "train"))
+    for where, _, row in entries(path):
         image, question, answers = need(where, row, image=str, question=str, answers=(list, type(None)))
         yield ask_for(image, f"{split}/{image}", question, f"{INSUFFICIENT}\n{SHORT}", answer_texts(where, answers) if answers else None,
                       answerable=row.get("answerable"))
 
 def total_vizwiz(records):
     unanswerable, answerable = ([r for r in records if r["item"]["answerable"] == k] for k in (0, 1))
-    said_so = [r for r in records if r["parsed"] == "unanswerable"]
-    tp = sum(r["item"]["answerable"] == 0 for r in said_so)
-    precision, recall, base = tp / max(len(said_so), 1), tp / max(len(unanswerable), 1), len(unanswerable) / len(records)
-    average = recall * precision + (1 - recall) * base                      # two thresholds: said so, or everything
-    f1 = 2 * tp / max(len(said_so) + len(unanswerable), 1)
+    said_so = [r["parsed"] == "unanswerable" for r in records]
+    average = ranking(said_so, [r["item"]["answerable"] == 0 for r in records])["pr_auc"]
+    f1 = 2 * sum(r["parsed"] == "unanswerable" for r in unanswerable) / max(sum(said_so) + len(unanswerable), 1)
     return {"overall": vqa_percent(records), "unanswerability": {"average_precision": round(100 * average, 2), "f1_score": round(100 * f1, 2)},
             "answerable": vqa_percent(answerable), "unanswerable": vqa_percent(unanswerable),
             "per_image": {r["id"]: vqa_percent([r]) for r in records}, "num": len(records)}
 
 
-def read_textvqa(ocr):
-    def read(cfg):
-        split, tokens = cfg.split or "val", {}
-        path = find(cfg.data, f"TextVQA_0.5.1_{split}.json")
-        if ocr:
-            for where, _, row in entries(find(folder(cfg.data), f"TextVQA_Rosetta_OCR_v0.2_{split}.json"), "data"):
-                image, words = need(where, row, image_id=str, ocr_tokens=list)
-                tokens[image] = "\nReference OCR token: " + ", ".join(map(str, words))
-        for where, _, row in entries(path, "data"):
-            id, image, question, answers = need(where, row, question_id=int, image_id=str, question=str, answers=(list, type(None)))
-            if answers and not all(isinstance(a, str) for a in answers):
-                raise UserError(f'{where}: "answers" holds something that is no text')
-            if ocr and image not in tokens:
-                raise UserError(f"{where}: no OCR tokens of picture {image} in TextVQA_Rosetta_OCR_v0.2_{split}.json")
-            yield ask_for(id, f"{'test' if split == 'test' else 'train'}_images/{image}.jpg",
-                          question[:1].upper() + question[1:] + tokens.get(image, ""), SHORT, answers or None,
-                          keys=[(image, question.strip().lower())])
-    return read
+def read_textvqa(cfg):
+    (split, path), ocr = split_of(cfg, named("TextVQA_0.5.1_{}.json", "val", "test", "train")), {}
+    if cfg.name == "textvqa-ocr":
+        for where, _, row in entries(beside(cfg, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"), "data"):
+            image, words = need(where, row, image_id=str, ocr_tokens=list)
+            ocr[image] = "\nReference OCR token: " + ", ".join(map(str, words))
+    for where, _, row in entries(path, "data"):
+        id, image, question, answers = need(where, row, question_id=int, image_id=str, question=str, answers=(list, type(None)))
+        if answers and not all(isinstance(a, str) for a in answers):
+            raise UserError(f'{where}: "answers" holds something that is no text')
+        if cfg.name == "textvqa-ocr" and image not in ocr:
+            raise UserError(f"{where}: no OCR tokens of picture {image} in TextVQA_Rosetta_OCR_v0.2_{split}.json")
+        yield ask_for(id, f"{'test' if split == 'test' else 'train'}_images/{image}.jpg", question[:1].upper() + question[1:] + ocr.get(image, ""),
+                      SHORT, answers or None, keys=[(image, question.strip().lower())])
 
 def total_textvqa(records):
     return {"accuracy": share(records), "accuracy_percent_2dp": two_decimals(records), "num": len(records),
@@ -867,63 +915,64 @@ def total_textvqa(records):
 
 
 POPE_SPLITS = ("random", "popular", "adversarial")
-POPE_MERGED = ("adversarial", "random", "popular")                          # in LLaVA's one file ids begin at 0, 10,000,000 and 20,000,000
+POPE_OFFSET, POPE_MERGED = 10_000_000, {0: "adversarial", 1: "random", 2: "popular"}      # of the ids in LLaVA's one file
 
 def read_pope(cfg):
     splits = [cfg.split] if cfg.split else POPE_SPLITS
     one_of("--split", splits[0], POPE_SPLITS)
     sources = ("coco", "gqa", "aokvqa", "gqa_pope_seem", "aokvqa_pope_seem")
-    named = {split: [f"{source}_pope_{split}.json" for source in sources] for split in splits}
-    paths = {split: find(cfg.data, *named[split], optional=True) for split in splits}
+    names = {split: [f"{source}_pope_{split}.json" for source in sources] for split in splits}
+    paths = {split: find(cfg.data, *names[split], optional=True) for split in splits}
     if Path(cfg.data).is_file():
         paths = {next((s for s in POPE_SPLITS if s in Path(cfg.data).name), "random"): Path(cfg.data)}
     if not any(paths.values()):
-        find(cfg.data, *named[splits[0]])                                   # which says so
+        find(cfg.data, *names[splits[0]])                                   # which says so
     for split, path in paths.items():
         for where, _, row in entries(path) if path else ():
             id, image, text, label = need(where, row, question_id=int, image=str, text=str, label=str)
-            if label not in ("yes", "no"):
-                raise UserError(f'{where}: "label" is {label!r}; it must be yes or no')
+            within(where, "label", label, ("yes", "no"))
             yield ask_for(f"{split}/{id}", f"val2014/{image}" if image.startswith("COCO_val2014") else image, text, SHORT, label,
                           split=split, question_id=id, candidates=("Yes", "No"))
 
 def pope_predictions(cfg, items):
     """POPE's own files have one split each and number from 1 in each; LLaVA's merged file has offsets. A file is cut where an id returns,
     and each part belongs to the split that asks just these questions."""
-    path, splits = Path(cfg.predictions), list(dict.fromkeys(item["split"] for item in items))
-    files = [f for split in splits for f in sorted(path.glob(f"*{split}*.json*"))] if path.is_dir() else [path]
+    path, asked = Path(cfg.predictions), defaultdict(dict)
+    for item in items:
+        asked[item["split"]][item["question_id"]] = item["question"].strip().lower()
+    files = [f for split in asked for f in sorted(path.glob(f"*{split}*.json*"))] if path.is_dir() else [path]
     if not files:
         raise UserError(f"--predictions {path}: no *random*, *popular* or *adversarial* .json in it")
-    asked = {split: {item["question_id"]: item["question"].strip().lower() for item in items if item["split"] == split} for split in splits}
     for file in files:
-        parts, seen = [[]], set()
+        parts = [{}]
         for where, row in predicted(but(cfg, predictions=file), items):
-            id = row.get("question_id")
-            if isinstance(id, str) and re.fullmatch(r"\w+/\d+", id):        # our own answers.jsonl
+            id = str(row.get("question_id"))
+            if re.fullmatch(r"\w+/\d+", id):                                # our own answers.jsonl
                 yield where, row | {"key": id}
                 continue
-            if isinstance(id, bool) or not re.fullmatch(r"\d+", str(id)):
-                raise UserError(f'{where}: "question_id" is {id!r}; it must be a number')
-            if int(id) in seen:
-                parts.append([])
-                seen = set()
-            seen.add(int(id))
-            parts[-1].append((where, int(id), row))
-        merged = any(id >= 10_000_000 for part in parts for _, id, _ in part)
+            if not re.fullmatch(r"\d+", id):
+                raise UserError(f'{where}: "question_id" is {row.get("question_id")!r}; it must be a number')
+            if int(id) in parts[-1]:
+                parts.append({})
+            parts[-1][int(id)] = where, row
+        merged = any(id >= POPE_OFFSET for part in parts for id in part)
         for part in filter(None, parts):
-            if merged:
-                split = lambda id: POPE_MERGED[id // 10_000_000] if id < 30_000_000 else "?"
-                yield from ((where, row | {"key": f"{split(id)}/{id % 10_000_000}"}) for where, id, row in part)
-                continue
-            text = lambda row: str(row.get("question", row.get("prompt", ""))).split("\n")[0].strip().lower()
-            fits = [s for s in splits if all(id in asked[s] and text(row) in ("", asked[s][id]) for _, id, row in part)]
-            fits = [s for s in fits if s in file.name] or fits
-            if len(fits) != 1:
-                lost = next((where for where, id, _ in part if not any(id in asked[s] for s in splits)), part[0][0])
-                raise UserError(f"{lost}: " + (
-                    f"could be of {' or '.join(fits)}; give --split, or name the split in the file's name" if fits else
-                    f"its questions are not those of one split in {cfg.data}; check that both are the same version of POPE"))
-            yield from ((where, row | {"key": f"{fits[0]}/{id}"}) for where, id, row in part)
+            split = "" if merged else pope_split(part, asked, file.name, cfg.data)
+            for id, (where, row) in part.items():
+                lot, number = divmod(id, POPE_OFFSET)
+                yield where, row | {"key": f"{split or POPE_MERGED.get(lot)}/{number}"}
+
+def pope_split(part, asked, file, data):
+    """The split whose questions these are, {id: (where, row)}; where several fit, the file's name may tell."""
+    text = lambda row: str(row.get("question", row.get("prompt", ""))).split("\n")[0].strip().lower()
+    fits = [s for s in asked if all(id in asked[s] and text(row) in ("", asked[s][id]) for id, (_, row) in part.items())]
+    fits = [s for s in fits if s in file] or fits
+    if len(fits) == 1:
+        return fits[0]
+    lost = [where for id, (where, _) in part.items() if not any(id in questions for questions in asked.values())]
+    where = (lost or [where for where, _ in part.values()])[0]
+    raise UserError(f"{where}: " + (f"could be of {' or '.join(fits)}; give --split, or name the split in the file's name" if fits else
+                                    f"its questions are not those of one split in {data}; check that both are the same version of POPE"))
 
 def pope_cells(records):
     """TP, FP, TN, FN; yes is positive, and a missing answer is wrong."""
@@ -944,18 +993,15 @@ def pope_answered(records):
 
 def units_pope(records):
     """The headline is the mean F1 of the splits."""
-    splits = pope_answered(records)
-    tally = np.zeros((sum(map(len, splits.values())), len(splits), 4))
-    for row, (k, r) in zip(tally, ((k, r) for k, rs in enumerate(splits.values()) for r in rs)):
-        row[k] = pope_cells([r])
-    return tally.reshape(len(tally), -1).tolist(), lambda sums: 100 * mean(pope_figures(*cells)["f1"] for cells in sums.reshape(-1, 4))
+    units = [[r] for rs in pope_answered(records).values() for r in rs]
+    return tally_of(units, "split", pope_cells, lambda counts: 100 * mean(pope_figures(*cells)["f1"] for cells in counts.values()))
 
 def total_pope(records):
     metrics, splits = {}, pope_answered(records)
     for split, rs in splits.items():
         cells = pope_cells(rs)
         metrics[split] = dict(zip(("TP", "FP", "TN", "FN"), cells)) | pope_figures(*cells) | {
-            "num": len(rs), "pred": [int(r["parsed"] == "yes") for r in rs]}
+            "num": len(rs), "pred": [int(r["parsed"] == "yes") for r in rs]} | ranked(rs, "yes")
     if splits:
         metrics["mean_over_splits"] = {name: mean(metrics[s][name] for s in splits) for name in pope_figures(0, 0, 0, 0)}
     return {"n": sum(map(len, splits.values())), "splits": list(splits)} | metrics
@@ -1049,13 +1095,10 @@ def mme_score(n_right, answered, both, pictures):
 
 def units_mme(records):
     """The unit is the picture with its two questions; the headline is Perception, or Cognition where a folder holds nothing else."""
-    tasks = list(groups(records, "task"))
-    pairs = groups(records, "unit").values()
-    tally = np.zeros((len(pairs), len(tasks), 4))
-    for row, pair in zip(tally, pairs):
-        row[tasks.index(pair[0]["item"]["task"])] = mme_counts(pair)
-    wanted = [k for k, t in enumerate(tasks) if t in PERCEPTION] or range(len(tasks))
-    return tally.reshape(len(pairs), -1).tolist(), lambda sums: float(sum(mme_score(*sums.reshape(-1, 4)[k]) for k in wanted))
+    wanted = set(groups(records, "task"))
+    wanted = wanted & set(PERCEPTION) or wanted
+    return tally_of(list(groups(records, "unit").values()), "task", mme_counts,
+                    lambda counts: sum(mme_score(*counts[task]) for task in wanted))
 
 def total_mme(records):
     """Subtask = 100 acc + 100 acc+; Perception and Cognition are sums."""
@@ -1092,8 +1135,7 @@ def read_scienceqa(cfg):
             raise UserError(f"{home}/pid_splits.json: {split} names problem {id!r}, which problems.json has not")
         where, row = problems[id]
         question, choices, truth, hint, image = need(where, row, question=str, choices=list, answer=int, hint=OPTIONAL, image=OPTIONAL)
-        if not 0 <= truth < len(choices):
-            raise UserError(f'{where}: "answer" is {truth}, of {len(choices)} choices')
+        within(where, "answer", truth, range(len(choices)))
         context = f"{'' if cfg.family == 'internvl' else 'Context: '}{hint}\n" if hint else ""
         yield ask_for(id, f"images/{row.get('split', split)}/{id}/{image}" if image else None, context + question + options(choices), LETTER, truth,
                       choices=choices, hint=hint or "", **{k: str(row.get(k, "")) for k in ("subject", "grade", "topic")})
@@ -1122,41 +1164,40 @@ def total_scienceqa(records):
             "official_breakdown": {name: f"{100 * share(rs):.2f}" for name, rs in found.items() if rs}}
 
 def submit_scienceqa(items, records):
-    return {"scienceqa_results.json": dump({"results": {r["id"]: r.get("index", -1) for r in records}})}
+    return {"scienceqa_results.json": {"results": {r["id"]: r.get("index", -1) for r in records}}}
 
 
-def read_mmbench(chinese):
+def read_mmbench(cfg):
+    chinese = cfg.name == "mmbench-cn"
     names = [n for split in ("dev", "test") for n in (
         [f"mmbench_{split}_cn_20231003.tsv", f"MMBench_{split.upper()}_CN.tsv"] if chinese else
         [f"mmbench_{split}_20230712.tsv", f"mmbench_{split}_en_20231003.tsv", f"MMBench_{split.upper()}_EN.tsv"])]
-
-    def read(cfg):
-        rows = list(entries(find(cfg.data, *[n for n in names if not cfg.split or f"_{cfg.split}_" in n.lower()])))
-        pictures, seen = {str(row.get("index")): row.get("image", "") for _, _, row in rows}, set()
-        for where, _, row in rows:
-            row = {k: "" if v in ("nan", "NaN") else v for k, v in row.items()}
-            index, question, hint, image, answer = need(where, row, index=str, question=str, hint=OPTIONAL, image=str, answer=OPTIONAL)
-            choices = {}
-            for letter in "ABCD":                                           # an empty cell ends the options
-                if not row.get(letter):
-                    break
-                choices[letter] = row[letter]
-            if not re.fullmatch(r"\d+(\.0)?", index) or int(float(index)) in seen:
-                raise UserError(f'{where}: "index" is {index!r}; it must be a number of its own')
-            if not choices or answer and answer not in choices:
-                raise UserError(f"{where}: " + (f'"answer" is {answer!r}, the options are {", ".join(choices)}' if choices else "no option A"))
-            if 0 < len(image) <= 64 and image in pictures:
-                image = pictures[image]                                     # later releases keep a picture once, in one row of its group
-            try:
-                picture = base64.b64decode(image, validate=True)
-            except ValueError:
-                raise UserError(f'{where}: "image" is not base64 ({image[:20]!r}...)') from None
-            index = int(float(index))
-            seen.add(index)
-            yield ask_for(index, picture or None, (f"{hint}\n" if hint else "") + question + options(choices.values()),
-                          "请直接回答选项字母。" if chinese else LETTER, answer or None, choices=choices, unit=index % 1_000_000,
-                          category=row.get("category", ""), l2=row.get("l2-category", ""), row=row)
-    return read
+    rows = list(entries(find(cfg.data, *[n for n in names if not cfg.split or f"_{cfg.split}_" in n.lower()])))
+    pictures, seen = {str(row.get("index")): row.get("image", "") for _, _, row in rows}, set()
+    for where, _, row in rows:
+        row = {k: "" if v in ("nan", "NaN") else v for k, v in row.items()}
+        index, question, hint, image, answer = need(where, row, index=str, question=str, hint=OPTIONAL, image=str, answer=OPTIONAL)
+        choices = {}
+        for letter in "ABCD":                                           # an empty cell ends the options
+            if not row.get(letter):
+                break
+            choices[letter] = row[letter]
+        if not re.fullmatch(r"\d+(\.0)?", index) or int(float(index)) in seen:
+            raise UserError(f'{where}: "index" is {index!r}; it must be a number of its own')
+        if not choices:
+            raise UserError(f"{where}: no option A")
+        within(where, "answer", answer or "A", choices)
+        if 0 < len(image) <= 64 and image in pictures:
+            image = pictures[image]                                     # later releases keep a picture once, in one row of its group
+        try:
+            picture = base64.b64decode(image, validate=True)
+        except ValueError:
+            raise UserError(f'{where}: "image" is not base64 ({image[:20]!r}...)') from None
+        index = int(float(index))
+        seen.add(index)
+        yield ask_for(index, picture or None, (f"{hint}\n" if hint else "") + question + options(choices.values()),
+                      "请直接回答选项字母。" if chinese else LETTER, answer or None, choices=choices, unit=index % 1_000_000,
+                      category=row.get("category", ""), l2=row.get("l2-category", ""), row=row)
 
 def units_mmbench(records):
     """Circular: a question counts if all of its rows, the options rotated, are answered right."""
@@ -1185,9 +1226,10 @@ def submit_mmbench(items, records):
 
 def read_seed(cfg):
     path, cell = find(cfg.data, "SEED-Bench.json"), (str, int, float)
-    found, _ = read_any(path)
-    kinds = {v: k for k, v in found.get("question_type", {}).items()} if isinstance(found, dict) else {}
-    for where, _, row in entries(path, "questions"):
+    rows = list(entries(path, "questions"))
+    names = need(str(path), read_any(path)[0], question_type=dict)
+    kinds = {number: name for name, number in names.items() if isinstance(number, int)}
+    for where, _, row in rows:
         id, kind, question, truth, data, media = need(where, row, question_id=(str, int), question_type_id=int, question=str, answer=OPTIONAL,
                                                       data_id=str, data_type=OPTIONAL)
         choices = need(where, row, choice_a=cell, choice_b=cell, choice_c=cell, choice_d=cell)
@@ -1207,7 +1249,7 @@ def read_ai2d(cfg):
     root = next((p for p in (folder(cfg.data), folder(cfg.data) / "ai2d") if (p / "questions").is_dir()), None)
     if root is None:
         raise UserError(f"{cfg.data}: no folder questions/ with <n>.png.json in it; unpack ai2d-all.zip there")
-    ids, split = find(cfg.data, "ai2d_test_ids.csv", optional=True), cfg.split or "test"
+    ids, split = beside(cfg, "ai2d_test_ids.csv", optional=True), cfg.split or "test"
     one_of("--split", split, ["test", "val", "all"])
     if split != "all" and not ids:
         raise UserError(f"{cfg.data}: no ai2d_test_ids.csv, which says what is test; add it, or give --split all")
@@ -1219,8 +1261,7 @@ def read_ai2d(cfg):
         for text, row in questions.items() if split in ("all", part) else ():
             where = f"{path}, question {text[:40]!r}"
             choices, truth, id = need(where, row if isinstance(row, dict) else {}, answerTexts=list, correctAnswer=int, questionId=str)
-            if not 0 <= truth < len(choices):
-                raise UserError(f'{where}: "correctAnswer" is {truth}, of {len(choices)} answers')
+            within(where, "correctAnswer", truth, range(len(choices)))
             yield ask_for(id, f"images/{image}", text + options(choices), LETTER, LETTERS[truth], n=len(choices), split=part,
                           letters="drawn" if row.get("abcLabel") else "none", candidates=tuple("ABCD"))
 
@@ -1230,7 +1271,7 @@ def total_ai2d(records):
 
 
 def read_tallyqa(cfg):
-    for where, _, row in entries(find(cfg.data, f"{cfg.split or 'test'}.json")):
+    for where, _, row in entries(split_of(cfg, named("{}.json", "test", "train"))[1]):
         id, image, question, truth, simple = need(where, row, question_id=int, image=str, question=str, answer=int, issimple=(bool, type(None)))
         if cfg.likelihood:                                                  # Prismatic asks for one of A. 0 ... P. 15
             question += options(range(16))
@@ -1246,11 +1287,11 @@ def total_tallyqa(records):
 
 def read_vsr(cfg):
     kinds = {}
-    if categories := find(folder(cfg.data), "rel_meta_category_dict.txt", optional=True):
+    if categories := beside(cfg, "rel_meta_category_dict.txt", optional=True):
         for line in categories.read_text(encoding="utf-8").splitlines():
             name, _, relations = line.partition(":")
             kinds |= {relation.strip(): name.strip() for relation in relations.split(",")}
-    for k, (where, _, row) in enumerate(entries(find(cfg.data, f"{cfg.split or 'test'}.jsonl"))):
+    for k, (where, _, row) in enumerate(entries(split_of(cfg, named("{}.jsonl", "test", "dev", "train"))[1])):
         image, caption, label = need(where, row, image=str, caption=str, label=int)
         relation = str(row.get("relation", ""))
         yield ask_for(str(row.get("id", k)), image, f'Based on the image, is this statement "True" or "False"? {caption}',
@@ -1258,8 +1299,9 @@ def read_vsr(cfg):
                       keys=[(image, caption.strip().lower())], candidates=("True", "False"))
 
 def total_vsr(records):
-    return accuracy(records) | {"always_true": mean(float(r["truth"] == "True") for r in records), "per_relation": per(records, "relation"),
-                                "per_meta_category": per(records, "kind")}
+    return accuracy(records) | ranked(records, "True") | {
+        "always_true": mean(float(r["truth"] == "True") for r in records), "per_relation": per(records, "relation"),
+        "per_meta_category": per(records, "kind")}
 
 
 def region(where, id, image, sentence, box, w, h, cfg, **more):
@@ -1300,7 +1342,7 @@ def read_refcoco(cfg):
         if ann not in boxes or image not in sizes:
             raise UserError(f"{where}: annotation {ann} or image {image} is not in instances.json; take both from one download")
         try:
-            x, y, w, h = boxes[ann]["bbox"]
+            x, y, w, h = (float(side) for side in boxes[ann]["bbox"])
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{instances}, annotation {ann}: no bbox of four numbers") from None
         for s in sentences:
@@ -1335,7 +1377,7 @@ def total_ocid(records):
     return total_region(records) | {name: parts[name] for name in ("Minimum", "Medium", "Maximum") if name in parts} | {"All": 100 * share(records)}
 
 def read_ocid(cfg):
-    for where, id, row in entries(find(cfg.data, f"{cfg.split or 'val'}_expressions.json")):
+    for where, id, row in entries(split_of(cfg, named("{}_expressions.json", "val", "test", "train"))[1]):
         sentence, path, raw, take = need(where, row, sentence=str, scene_path=str, bbox=(str, list), take_id=int)
         try:
             x1, y1, x2, y2 = box = json.loads(raw) if isinstance(raw, str) else raw
@@ -1357,10 +1399,9 @@ HINTS = {"choice": "Hint: Please answer the question and provide the correct opt
 MATHVISTA_GROUPS = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")
 
 def read_mathvista(cfg):
-    split = cfg.split or ("test" if not find(cfg.data, "testmini.json", optional=True) and find(cfg.data, "test.json", optional=True) else "testmini")
-    asked = find(folder(cfg.data), "query.json", optional=True)
+    path, asked = split_of(cfg, named("{}.json", "testmini", "test"))[1], beside(cfg, "query.json", optional=True)
     queries = read_any(asked)[0] if asked else {}
-    for where, pid, row in entries(find(cfg.data, f"{split}.json")):
+    for where, pid, row in entries(path):
         question, image, choices, unit, truth = need(where, row, question=str, image=str, choices=(list, type(None)), unit=OPTIONAL, answer=OPTIONAL)
         kind, answer_type = need(where, row, question_type=str, answer_type=str)
         precision = row.get("precision")
@@ -1369,7 +1410,10 @@ def read_mathvista(cfg):
             raise UserError(f'{where}: a {kind} question of type {answer_type} with "choices" {choices}')
         which = "choice" if kind == "multi_choice" else f"float{int(precision or 1)}" if answer_type == "float" else answer_type
         shown = f"Question: {question}" + (f" (Unit: {unit})" if unit else "") + ("\nChoices:" + bracketed(choices) if choices else "")
-        query = queries.get(str(pid)) or row.get("query") or f"{HINTS.get(which, HINTS['integer'])}\n{shown}"
+        given = queries.get(str(pid)) if isinstance(queries, dict) else None
+        query = given or need(where, row, query=OPTIONAL) or f"{HINTS.get(which, HINTS['integer'])}\n{shown}"
+        if not isinstance(query, str):
+            raise UserError(f"{asked}, record {pid!r}: {str(query)[:60]!r} is no prompt")
         without = query.partition("\n")[2] if query.startswith("Hint: ") else query.removesuffix(f"\n{SHORT}")
         metadata = row.get("metadata") if isinstance(row.get("metadata"), dict) else {}
         yield ask_for(str(pid), image, query, "", truth or None, cot=COT + without, choices=choices, precision=precision,
@@ -1392,8 +1436,8 @@ def total_mathvista(records):
     return metrics
 
 def submit_mathvista(items, records):
-    return {"mathvista_predictions.json": dump({
-        r["id"]: {"pid": r["id"], "response": r["answer"] or "", "extraction": r.get("extraction", "")} for r in records})}
+    return {"mathvista_predictions.json": {
+        r["id"]: {"pid": r["id"], "response": r["answer"] or "", "extraction": r.get("extraction", "")} for r in records}}
 
 
 def read_m3cot(cfg):
@@ -1405,8 +1449,8 @@ def read_m3cot(cfg):
         question, context = need(where, row, question=OPTIONAL, context=OPTIONAL)
         if id in seen:                                                      # the first record of an id counts
             continue
-        if truth and truth not in list(LETTERS[: len(choices)]) or not all(isinstance(c, str) for c in choices):
-            raise UserError(f'{where}: "answer" is {truth!r}, of {len(choices)} choices; it must be one of their letters')
+        need(where, dict(zip(LETTERS, choices)), **dict.fromkeys(LETTERS[: len(choices)], str))
+        within(where, "answer", truth or "A", list(LETTERS[: len(choices)]))
         seen.add(id)
         more = {"choices": choices, "domain": domain, "topic": topic}
         image, text = row.get("image_path") or f"images/{row.get('image_id') or id}.png", question or ""
@@ -1420,7 +1464,7 @@ def read_m3cot(cfg):
 
 def m3cot_judge(item, text, row, cfg):
     letter = (internvl_letter if cfg.family == "internvl" else m3cot_letter)(text, item["choices"])
-    return right(letter, item["truth"]) | ({"first": row["first"]} if "first" in row else {})
+    return right(letter, item["truth"])
 
 def total_m3cot(records):
     for r in records:
@@ -1430,8 +1474,8 @@ def total_m3cot(records):
 
 def submit_m3cot(items, records):
     said = lambda item, r: [r["prompt"], *([r["first"], item["then"]] if "first" in r else []), r["answer"] or ""]
-    return {"m3cot.jsonl": lines({"id": r["id"], "choices": item["choices"], "answer": r["truth"], "domain": item["domain"],
-                                  "topic": item["topic"], "messages": said(item, r)} for item, r in zip(items, records))}
+    return {"m3cot.jsonl": [{k: item[k] for k in ("id", "choices", "domain", "topic")} | {"answer": r["truth"], "messages": said(item, r)}
+                            for item, r in zip(items, records)]}
 
 
 RULE = (
@@ -1444,8 +1488,8 @@ RULE = (
     "in which the responses were presented does not affect your judgment.")
 
 def read_llava_bench(cfg):
-    captions = {row.get("image"): row.get("caption") for _, _, row in entries(find(folder(cfg.data), "context.jsonl"))}
-    reference = {row.get("question_id"): row.get("text") for _, _, row in entries(find(folder(cfg.data), "answers_gpt4.jsonl"))}
+    captions = {need(where, row, image=str): row.get("caption") for where, _, row in entries(beside(cfg, "context.jsonl"))}
+    reference = {need(where, row, question_id=int): row.get("text") for where, _, row in entries(beside(cfg, "answers_gpt4.jsonl"))}
     for where, _, row in entries(find(cfg.data, "questions.jsonl")):
         id, image, category, text = need(where, row, question_id=int, image=str, category=str, text=str)
         if not isinstance(reference.get(id), str) or captions.get(image) is None:
@@ -1489,14 +1533,18 @@ def total_llava_bench(records):
     return {"proxy_parts": {name: {"count": len(rs), "mean_words": mean(len((r["answer"] or "").split()) for r in rs),
                                    "empty": sum(not r["answer"] for r in rs), "unigram_f1": share(rs)} for name, rs in parts.items()}}
 
+def request(r, model, temperature, tokens, *messages, **more):
+    """One line of judge_requests.jsonl, ready to send."""
+    return {"question_id": r["id"]} | more | {"model": model, "temperature": temperature, "max_tokens": tokens,
+                                              "messages": [{"role": role, "content": text} for role, text in messages]}
+
 def submit_llava_bench(items, records):
     block = lambda item, r: (f"[Context]\n{item['caption']}\n\n[Question]\n{item['question']}\n\n"
                              f"[Assistant 1]\n{item['truth']}\n\n[End of Assistant 1]\n\n"
                              f"[Assistant 2]\n{r['answer'] or ''}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n")
-    system = {"role": "system", "content": "You are a helpful and precise assistant for checking the quality of the answer."}
-    return {"judge_requests.jsonl": lines(
-        {"question_id": item["id"], "category": item["category"], "model": "gpt-4-0314", "temperature": 0.2, "max_tokens": 1024,
-         "messages": [system, {"role": "user", "content": block(item, r)}]} for item, r in zip(items, records))}
+    system = ("system", "You are a helpful and precise assistant for checking the quality of the answer.")
+    return {"judge_requests.jsonl": [request(r, "gpt-4-0314", 0.2, 1024, system, ("user", block(item, r)), category=item["category"])
+                                     for item, r in zip(items, records)]}
 
 
 MEME = (
@@ -1543,9 +1591,8 @@ def total_mm_vet(records):
 def submit_mm_vet(items, records):
     padded = lambda truth: truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     ask = lambda item, r: f"{MM_VET}\n" + " | ".join([item["question"], padded(item["truth"]), r["answer"] or "", ""])
-    return {"mm_vet.json": dump({r["id"]: r["answer"] or "" for r in records}), "judge_requests.jsonl": lines(
-        {"question_id": r["id"], "model": "gpt-4-0613", "temperature": 0, "max_tokens": 3, "messages": [{"role": "user", "content": ask(item, r)}]}
-        for item, r in zip(items, records))}
+    return {"mm_vet.json": {r["id"]: r["answer"] or "" for r in records},
+            "judge_requests.jsonl": [request(r, "gpt-4-0613", 0, 3, ("user", ask(item, r))) for item, r in zip(items, records)]}
 
 
 @dataclass(frozen=True)
@@ -1580,18 +1627,18 @@ BENCHMARKS = {
                         paper=paper(50.0, 53.6, 52.82, 58.01), figure="overall", metric="VQA accuracy %"),
     "scienceqa": Benchmark(read_scienceqa, scienceqa_judge, total_scienceqa, submit_scienceqa,
                            paper=paper(**{"LLaVA-1.5-7B, IMG": 66.8, "LLaVA-1.5-13B, IMG": 71.6}, llava13=74.39)),
-    "textvqa": Benchmark(read_textvqa(ocr=False), vqa_judge("evalai"), total_textvqa, answers_as("textvqa_answers.json"),
+    "textvqa": Benchmark(read_textvqa, vqa_judge("evalai"), total_textvqa, answers_as("textvqa_answers.json"),
                          paper=paper(46.13, 48.99, 55.64, 57.08), metric="VQA accuracy %, without OCR tokens"),
-    "textvqa-ocr": Benchmark(read_textvqa(ocr=True), vqa_judge("evalai"), total_textvqa, answers_as("textvqa_answers.json"),
+    "textvqa-ocr": Benchmark(read_textvqa, vqa_judge("evalai"), total_textvqa, answers_as("textvqa_answers.json"),
                              paper=paper(58.2, 61.3, 59.71, 62.89), metric="VQA accuracy %, with OCR tokens"),
     "pope": Benchmark(read_pope, reads(lambda text, item: pope_label(text)), total_pope, submit_pope, units_pope,
                       paper(85.9, 85.9, **{"Prism-7B, accuracy": 88.12, "Prism-13B, accuracy": 88.07, "InternVL2-8B-MPO": 88.1}),
                       metric="mean F1 % of the splits", predictions=pope_predictions),
     "mme": Benchmark(read_mme, mme_judge, total_mme, submit_mme, units_mme, paper(1510.7, 1531.3), metric="perception, of 2000",
                      predictions=mme_predictions),
-    "mmbench": Benchmark(read_mmbench(chinese=False), paper=paper(64.3, 67.7, **{"InternVL2.5-8B-MPO, v1.1": 82.4}), **CIRCULAR),
-    "mmbench-cn": Benchmark(read_mmbench(chinese=True), paper=paper(58.3, 63.6), **CIRCULAR),
-    "seed-bench": Benchmark(read_seed, seed_judge, total_seed, answers_as("seed_bench.jsonl", text_key="prediction", write=lines),
+    "mmbench": Benchmark(read_mmbench, paper=paper(64.3, 67.7, **{"InternVL2.5-8B-MPO, v1.1": 82.4}), **CIRCULAR),
+    "mmbench-cn": Benchmark(read_mmbench, paper=paper(58.3, 63.6), **CIRCULAR),
+    "seed-bench": Benchmark(read_seed, seed_judge, total_seed, answers_as("seed_bench.jsonl", text_key="prediction"),
                             paper=paper(58.6, 61.6)),
     "llava-bench": Benchmark(read_llava_bench, llava_bench_judge, total_llava_bench, submit_llava_bench, units_llava_bench, paper(65.4, 72.5),
                              longest=1024, metric="relative score by GPT-4", proxy=True),
@@ -1630,9 +1677,11 @@ def table(results):
     width, words = [max(map(len, column)) for column in zip(*rows)], (0, len(head) - 2, len(head) - 1)
     return "\n".join("  ".join(cell.ljust(width[k]) if k in words else cell.rjust(width[k]) for k, cell in enumerate(row)).rstrip() for row in rows)
 
-def report(result, files, out, seconds):
+def report(result, pictures, files, out, seconds):
     """What else must be known of one benchmark, in a line or two."""
-    said = [f"{result['benchmark']}: {len(result['records'])} questions in {seconds:.1f} s"]
+    said = [f"{result['benchmark']}: {len(result['records'])} questions on {pictures} pictures in {seconds:.1f} s"]
+    if "prompts" in result:
+        said.append(f"prompts {result['prompts']}, answers {'by ' * (result['answers'] == 'likelihood')}{result['answers']}")
     if result["missing"]:
         said.append(f"{result['missing']} without an answer, counted as wrong")
     if result["cut_off"]:
@@ -1660,10 +1709,7 @@ def contact_sheet(items, records, cfg, path, columns=4, side=240):
     for k, (item, r) in enumerate(wrong):
         x, y = 16 + k % columns * (side + 16), 16 + k // columns * high
         for source in pictures[item["id"]][0][:1]:
-            picture = open_picture(source)
-            scale = side / max(picture.size)
-            picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.BICUBIC)
-            sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
+            sheet.paste(ImageOps.pad(open_picture(source), (side, side), color="white"), (x, y))
         row = y + side + 6
         captions = ("", item["question"], "#222222", 5), ("said: ", r["answer"], "#c03020", 2), ("truth: ", r["truth"], "#207030", 2)
         for label, value, color, most in captions:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 
@@ -290,6 +291,23 @@ def test_a_row_that_repeats_its_problem_does_not_answer_with_the_truth(tmp_path,
     assert (result["score"], result["n"], result["n_unparsed"]) == (0.0, 1, 1)                     # an id's first record counts
 
 
+def test_ranking_counts_ties_as_one_threshold():
+    assert ev.ranking([0.9, 0.8, 0.3, 0.1], [1, 0, 1, 0]) == pytest.approx({"roc_auc": 3 / 4, "pr_auc": (1 + 2 / 3) / 2})     # 3 of 4 pairs in order
+    assert ev.ranking([1, 1, 0, 0], [1, 0, 1, 0]) == pytest.approx({"roc_auc": 1 / 2, "pr_auc": 1 / 2})
+    assert ev.ranking([1, 0, 0, 0], [1, 1, 0, 0]) == pytest.approx({"roc_auc": 3 / 4, "pr_auc": 1 / 2 * 1 + 1 / 2 * 1 / 2})    # 2 pairs right, 2 ties of 4
+
+
+def test_the_split_is_the_one_whose_file_is_there(tmp_path):
+    """Public labels first; a test file alone is for handing in, and then nothing can be scored."""
+    put(tmp_path, "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": [{"image_id": k, "question": "What?", "question_id": k} for k in (1, 2)]})
+    told = put(tmp_path, "told.json", [{"question_id": 1, "answer": "Two cats."}, {"question_id": 2, "answer": "x"}])
+    result = scored(tmp_path, "vqav2", "--data", tmp_path, "--predictions", told)
+    assert (result["score"], result["n"], result["records"][0]["image"]) == (None, 2, "test2015/COCO_test2015_000000000001.jpg")
+    assert json.loads((tmp_path / "out/vqav2_answers.json").read_text())[0] == {"question_id": 1, "answer": "2 cats"}
+    cfg = ev.argparse.Namespace(data=str(put(tmp_path, "test.json", [])), split="")
+    assert ev.split_of(cfg, ev.named("{}.json", "val", "test"))[0] == "test"                        # a file says its split by its name
+
+
 def test_mathvista_normalises_whatever_stands_in_extraction(tmp_path):
     base = {"question": "?", "image": "images/1.jpg", "unit": None, "precision": None, "metadata": {"skills": ["a", "b"]}}
     put(tmp_path, "testmini.json", {
@@ -378,6 +396,35 @@ def test_a_picture_without_size_has_no_boxes(tmp_path, capfd):
     told = put(tmp_path, "told.jsonl", jsonl([{"question_id": 0, "text": "[0, 0, 1, 1]"}]))
     assert run(lambda: ev.main(["--benchmark", "refcoco", "--data", str(tmp_path), "--predictions", str(told), "--out", str(tmp_path / "out")])) == 1
     assert "line 1: the picture is 0 x 9 pixels" in complaint(capfd)
+
+
+def places(x, at=()):
+    """Where something stands in a file: of a list the first two are enough."""
+    yield from [at] if at else []
+    for k in list(x) if isinstance(x, dict) else range(min(len(x), 2)) if isinstance(x, list) else ():
+        yield from places(x[k], (*at, k))
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_no_field_of_another_type_ends_in_a_traceback(tmp_path, official, capfd, name):
+    """Each value of each official JSON file and of the answers, replaced by what it cannot be, is one line of error, or does no harm."""
+    root, world = official
+    shutil.copytree(root / name, tmp_path / "data")
+    told = put(tmp_path, "data/told.jsonl", jsonl([{"question_id": id, "text": text} for id, text in world[name][0].items()]))
+    for file in sorted((tmp_path / "data").rglob("*.json*")):
+        whole = file.read_text()
+        for k, (at, value) in enumerate((at, value) for at in places(json.loads(whole) if file.suffix == ".json" else [json.loads(line) for line in whole.splitlines()])
+                                        for value in (None, "x", [[1]])):
+            broken = json.loads(whole) if file.suffix == ".json" else [json.loads(line) for line in whole.splitlines()]
+            inner = broken
+            for step in at[:-1]:
+                inner = inner[step]
+            inner[at[-1]] = value
+            file.write_text(json.dumps(broken) if file.suffix == ".json" else jsonl(broken))
+            ended = run(lambda: ev.main(["--benchmark", name, "--data", str(tmp_path / "data"), "--predictions", str(told), "--out", str(tmp_path / "out")]))
+            said = errors(capfd)
+            assert (ended, len(said)) in ((0, 0), (1, 1)), (file.name, at, value, said)
+        file.write_text(whole)
 
 
 class Evil:
