@@ -72,7 +72,7 @@ def main(argv=None):
     cli.add_argument("what", choices=["ingredients", "hd", "tile-speed", "mpo"],
                      help="ingredients: make toy-clip, toy-vicuna and toy-connector; the others: see above")
     cli.add_argument("--out", default="", help="folder to write to (default assets, of hd out/hd, of mpo out/lab-mpo)")
-    cli.add_argument("--clip-steps", type=int, default=3000, help="steps of 48 pictures (default 3000)")
+    cli.add_argument("--clip-steps", type=int, default=4000, help="steps of 48 pictures (default 4000)")
     cli.add_argument("--vicuna-steps", type=int, default=5500, help="steps of 32 texts (default 5500)")
     cli.add_argument("--connector-steps", type=int, default=1500, help="steps of 16 pictures (default 1500)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna", "connector"], help="make one of the three")
