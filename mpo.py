@@ -410,7 +410,9 @@ def draw_rewards(path, log, width=800, height=760):
     if not lines:
         return
     panels = {"rewards, beta (s - s_ref)": ["reward_chosen", "reward_rejected", "margin"],
-              "share of pairs with the chosen answer ahead": ["accuracy"], "delta, the mean of all rewards so far": ["delta"], "NLL of the chosen answer per token": ["nll"]}
+              "share of pairs with the chosen answer ahead": ["accuracy"],
+              "delta, the mean of all rewards so far": ["delta"],
+              "NLL of the chosen answer per token": ["nll"]}
     colors, tall, w = ("#1f6fb5", "#d6502b", "#3a9a4a"), (height - 30) // len(panels), len(lines) // 50
     image = Image.new("RGB", (width, height), "white")
     pen, steps = ImageDraw.Draw(image), [line["step"] for line in lines]
