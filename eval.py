@@ -333,8 +333,9 @@ def prompt_of(item, cot):
     return item["question"] + ("\n" + item["suffix"] if item["suffix"] else "")
 
 def form_of(item, cot):
-    """How long the answer will be, as far as the prompt tells: a batch runs until its longest one has ended."""
-    return tuple(form in prompt_of(item, cot) for form in (COT, SHORT, LETTER))
+    """How long the answer will be, as far as the prompt tells (steps, or a word or letter): a batch runs until its longest one has ended."""
+    prompt = prompt_of(item, cot)
+    return COT in prompt, SHORT in prompt or LETTER in prompt
 
 def pictures_of(items, cfg):
     """{id: (its pictures, the pictures of the blind baseline: none, or another record's)}; what is missing is said before the first answer."""
@@ -1304,14 +1305,17 @@ def total_vsr(records):
         "per_meta_category": per(records, "kind")}
 
 
+def four(where, box):
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
+        raise UserError(f'{where}: "bbox" is {box}; it must be four numbers')
+    return box
+
 def region(where, id, image, sentence, box, w, h, cfg, **more):
     """The item of one sentence; `box` has corners in pixels."""
-    if len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
-        raise UserError(f'{where}: "bbox" is {box}; it must be four numbers')
     if not all(isinstance(side, (int, float)) and side > 0 for side in (w, h)):
         raise UserError(f"{where}: the picture is {w} x {h} pixels; both sides must be above 0")
     quoted = f"<ref>{sentence}</ref>" if cfg.family == "internvl" else f'"{sentence}"'
-    return ask_for(id, image, f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}", "", box,
+    return ask_for(id, image, f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}", "", four(where, box),
                    size=(w, h), keys=[(image, sentence.strip().lower())], **more)
 
 def read_refcoco(cfg):
@@ -1324,27 +1328,19 @@ def read_refcoco(cfg):
         return
     home = folder(cfg.data) / name if (folder(cfg.data) / name).is_dir() else folder(cfg.data)
     refs, instances = find(home, "refs(umd).p" if name == "refcocog" else "refs(unc).p"), find(home, "instances.json")
-    found, _ = read_any(instances)
-    try:
-        boxes = {a["id"]: a for a in found["annotations"]}
-        sizes = {i["id"]: (i["width"], i["height"]) for i in found["images"]}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{instances}: not COCO's form ({error!r}); get it with REFER's data") from None
+    boxes = {need(where, row, id=int): (where, row.get("bbox")) for where, _, row in entries(instances, "annotations")}
+    sizes = {need(where, row, id=int): (row.get("width"), row.get("height")) for where, _, row in entries(instances, "images")}
     listed = read_pickle(refs)
     for k, ref in enumerate(listed if isinstance(listed, list) else [listed]):
         where = f"{refs}, record {k}"
         if not isinstance(ref, dict):
             raise UserError(f"{where}: not a reference; get the file again")
-        ref = {str(key): value for key, value in ref.items()}
-        ann, image, part, sentences = need(where, ref, ann_id=int, image_id=int, split=str, sentences=list)
+        ann, image, part, sentences = need(where, {str(k): v for k, v in ref.items()}, ann_id=int, image_id=int, split=str, sentences=list)
         if part != split:
             continue
         if ann not in boxes or image not in sizes:
             raise UserError(f"{where}: annotation {ann} or image {image} is not in instances.json; take both from one download")
-        try:
-            x, y, w, h = (float(side) for side in boxes[ann]["bbox"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{instances}, annotation {ann}: no bbox of four numbers") from None
+        x, y, w, h = four(*boxes[ann])
         for s in sentences:
             id, sentence = need(where, s if isinstance(s, dict) else {}, sent_id=int, sent=str)
             yield region(where, id, f"train2014/COCO_train2014_{image:012d}.jpg", sentence, [x, y, x + w, y + h], *sizes[image], cfg)
