@@ -154,7 +154,7 @@ def tokenizers(name, tok, llama, intern):
     return [intern] if name.startswith("intern") else [tok, llama]
 
 
-def test_every_template_is_written_out_here():
+def test_every_template_has_its_expected_string_here():
     assert list(EXPECTED) == list(TEMPLATES)
 
 
@@ -644,7 +644,7 @@ def test_a_record_that_cannot_be_used_whole_stops_the_program_by_name(tmp_path, 
             items[i]
 
 
-def test_or_is_skipped_and_counted_with_its_reason(tmp_path, pictures, tok):
+def test_where_bad_records_are_skipped_each_is_counted_with_its_reason(tmp_path, pictures, tok):
     items = examples(tmp_path / "a.json", pictures, tok, BAD, bad="skip")
     batch = collate([items[i] for i in range(5)], tok.pad)
     assert batch["ids"] == ["r0"] and len(batch["tokens"]) == 1 and len(batch["skipped"]) == 4

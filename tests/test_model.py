@@ -71,7 +71,7 @@ def test_the_decoder_equals_llama_with_few_or_many_key_value_heads(n_kv_head, he
 
 
 @torch.no_grad()
-def test_attention_is_the_sum_one_can_read():
+def test_attention_equals_the_sum_written_out_here():
     cfg = TINY.decoder
     attn, x = lively(model.CausalAttention(cfg)), torch.randn(1, 6, 32)
     rope = rotary(torch.arange(6)[None], cfg)
@@ -254,7 +254,7 @@ def draws(n=2000, **limits):
     return torch.bincount(sample(logits, draw=torch.Generator().manual_seed(0), **options), minlength=4) / n
 
 
-def test_sampling_keeps_its_limits():
+def test_answers_are_drawn_as_temperature_top_k_and_top_p_say():
     assert_close(draws(), torch.tensor([0.5, 0.25, 0.15, 0.1]), rtol=0, atol=0.04)
     assert_close(draws(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04)
     assert_close(draws(top_p=0.74), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04)   # 0.5 is not yet 0.74, 0.75 is
@@ -300,7 +300,7 @@ def test_what_is_saved_is_what_is_opened(vlm, saved):
     assert same(VLM.from_pretrained(saved, dtype=torch.bfloat16), again)
 
 
-def test_the_linear_connector_of_llava_v1_survives_too(tmp_path):
+def test_the_linear_connector_of_llava_v1_is_saved_and_opened_too(tmp_path):
     linear = lively(VLM(replace(TINY, connector="linear", image_mode="crop", template="plain")))
     linear.save_pretrained(tmp_path)
     assert VLM.from_pretrained(tmp_path).cfg == linear.cfg and same(VLM.from_pretrained(tmp_path), linear)

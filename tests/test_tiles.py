@@ -392,7 +392,7 @@ def test_hd_starts_from_a_connector_that_never_saw_a_tile(go, capsys):
     assert_close(one.connector.linear_1.weight, two.connector.linear_1.weight) and two.connector.row_end is not None
 
 
-def test_what_cannot_be_is_one_line(go, capfd):
+def test_a_choice_of_tiles_that_cannot_be_is_one_line(go, capfd):
     for flags, says in ((("hd", "--global-view", "lsat"), "did you mean last"), (("pad", "--global-view", "none"), "cuts no tiles"),
                         (("anyres", "--max-tiles", 3), "five grids"), (("hdd",), "did you mean hd")):
         assert go(*flags, out="x") == 1

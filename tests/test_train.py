@@ -268,7 +268,7 @@ def test_a_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(go, at_s
     assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))] == list(range(1, 9))
 
 
-def test_a_run_killed_twice_still_has_its_tokenizer(go, at_step):     # the checkpoint that it came from is gone by then
+def test_a_run_killed_three_times_still_has_its_tokenizer(go, at_step):     # the checkpoint that it came from is gone by then
     def killed(*flags):
         at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
         go("--save-every", 1, *flags)
@@ -446,7 +446,7 @@ def write_records(world, path, bad, n=8):
 def test_a_bad_record_stops_the_run_and_is_named(go, world, capfd, workers):
     write_records(world, "bad.json", [5])
     began = time.time()
-    assert go("--data", "bad.json", "--image-root", world, "--workers", workers) == 1 and time.time() - began < 10
+    assert go("--data", "bad.json", "--image-root", world, "--workers", workers) == 1 and time.time() - began < 60       # it waits for nobody
     error = errors(capfd)
     assert len(error) == 1 and "record 5 (id 'train-5')" in error[0] and "gone_5.png: no such picture" in error[0]
 
@@ -560,7 +560,7 @@ def test_data_without_a_val_file_trains_without_a_table(go, world, capfd):
     assert not Path("run/results.json").exists() and "accuracy" not in capfd.readouterr().out
 
 
-def test_the_table_to_the_number(tmp_path, monkeypatch, capsys):
+def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, capsys):
     asked = [("count", "2"), ("count", "2"), ("count", "1"), ("cot", "One.\nFinal answer: 3"), ("cot", "Another.\nFinal answer: 3")]
     questions = [{"id": "q", "paths": [f"{i}.png"], "text": "?", "answer": a, "category": c} for i, (c, a) in enumerate(asked)]
     said = [("2.", True), ("1", True), ("1", False), ("So.\nFinal answer: 3", True), ("3", True)]
