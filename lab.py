@@ -19,7 +19,9 @@ toy-vicuna  A Llama that has never seen a picture, trained on pictures that are 
             answers. So it knows words, counting and space, and all that is left for the connector is to turn patches into such words.
             (A real Vicuna learned from text alone, and LLaVA shows it 1.2 million pictures before it reads them well.)
 
-toy-connector   LLaVA's first stage between the two (train.py --stage pretrain): the connector alone, on detailed descriptions.
+toy-connector   Between the two, by least squares: what the tower sees in a patch -> the sum of the embeddings of the words that are true of
+            it. (LLaVA's first stage finds the way from captions alone, but from 558,000 of them; train.py --stage pretrain does as LLaVA.)
+            Three of ten things wear a nameless paint here, too; of these the colors' part of the sum is left open.
 
 No (kind, color) pair of toyworld.UNSEEN is ever drawn. toy-vicuna has read of them, as any language model has of blue cats: without that it
 took them for impossible and did not find them even when told; toy-clip, toy-connector and the finetune have never met them.
@@ -56,7 +58,7 @@ import mpo
 import toyworld
 import train
 from data import IGNORE, Examples, Records, Tokenizer, encode_conversation, parse_args, run
-from model import LLAMA_NAMES, PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, rename, write_model
+from model import LLAMA_NAMES, PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, load_decoder, load_vision, public_layout, rename, write_model
 from train import is_right
 from vision import CLIP_NAMES, TILINGS, UserError, ViT, cut_tiles, join
 
@@ -74,7 +76,7 @@ def main(argv=None):
     cli.add_argument("--out", default="", help="folder to write to (default assets, of hd out/hd, of mpo out/lab-mpo)")
     cli.add_argument("--clip-steps", type=int, default=4000, help="steps of 48 pictures (default 4000)")
     cli.add_argument("--vicuna-steps", type=int, default=5500, help="steps of 32 texts (default 5500)")
-    cli.add_argument("--connector-steps", type=int, default=1500, help="steps of 16 pictures (default 1500)")
+    cli.add_argument("--connector-steps", type=int, default=8000, help="steps of 32 pictures (default 8000)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna", "connector"], help="make one of the three")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
     cli.add_argument("--tokens", type=int, default=3_000_000, help="hd: training tokens of each run (default 3000000)")
@@ -189,7 +191,7 @@ def contrastive_batch(rng, size):
     them, and which phrase holds of which."""
     scenes = [toyworld.random_scene(rng) for _ in range(size)]
     scenes = [scene if scene.sign or rng.random() < 0.5 else toyworld.random_scene(rng) for scene in scenes]       # signs are scarce
-    scenes = [replace(scene, things=tuple(repaint(thing, rng) if rng.random() < 0.4 else thing for thing in scene.things)) for scene in scenes]
+    scenes = [repainted(scene, rng, 0.4) for scene in scenes]
     phrases = {}
     for fact in (fact for scene in scenes for fact in facts(scene)):
         said = thin_out(fact, rng)
@@ -217,6 +219,10 @@ def repaint(thing, rng):
         paint = [min(255, max(0, light + rng.randint(-spread, spread))) for _ in range(3)]
         if sum(abs(a - b) for a, b in zip(paint, toyworld.COLORS[color])) >= 110:
             return replace(thing, color="#%02x%02x%02x" % tuple(paint))
+
+
+def repainted(scene, rng, share):
+    return replace(scene, things=tuple(repaint(thing, rng) if rng.random() < share else thing for thing in scene.things))
 
 
 def covered(scene, g=8, enough=0.25):
@@ -326,13 +332,13 @@ def make_vicuna(out, cfg, size=32, lr=1e-3):
 def spell(scene, tok, rng=None):
     """A picture in words: of each of 8 x 8 patches its column (a to h), its row (1 to 8), and of what it shows the kind, the color and the
     size, or what is written, and the place -> ids (64, 7), -1 where there is nothing more to say. It is what the tower knows of a patch.
-    With rng, now and then a word is missing, and the edges of things are a little off."""
+    A paint without a name goes unsaid. With rng, now and then a word is missing, and the edges of things are a little off."""
     shown = covered(scene, enough=rng.choice((0.2, 0.3, 0.4)) if rng else 0.25).tolist()
     parts = [(t.kind, t.color, t.size, *t.place.split()) for t in scene.things]
     parts += [("sign", scene.sign.word, *scene.sign.place.split())] if scene.sign else []
     said = []
     for n, who in enumerate(shown):
-        ids = [tok.encode(word)[-1] for word in ("abcdefgh"[n % 8], str(1 + n // 8), *(parts[who] if who >= 0 else ()))]
+        ids = [tok.encode(word)[-1] for word in ("abcdefgh"[n % 8], str(1 + n // 8), *(parts[who] if who >= 0 else ())) if word[0] != "#"]
         ids = [i for i in ids if not rng or rng.random() > 0.08]
         said.append(ids + [-1] * (7 - len(ids)))
     return said
@@ -344,13 +350,18 @@ def text_loss(decoder, tok, lessons, noise=0.0):
     tokens = torch.tensor([t + [tok.pad] * (T - len(t)) for t, *_ in lessons])
     labels = torch.tensor([l + [IGNORE] * (T - len(l)) for _, l, _ in lessons])[:, 1:]
     said, table = torch.tensor([s for *_, s in lessons]), decoder.embed_tokens.weight
-    places = (F.embedding(said.clamp(min=0), table) * (said >= 0)[..., None]).sum(2)                     # (B, 64, D)
+    places = spelled_rows(said, table)
     places = places + noise * table.detach().std() * torch.randn_like(places)
     x = decoder.embed_tokens(tokens.clamp(max=tok.n_text - 1))
     x = x.masked_scatter((tokens == tok.image)[..., None], places)
     h, keep = decoder(x)[:, :-1], labels != IGNORE
     logits = decoder.lm_head(h[keep])
     return F.cross_entropy(logits, labels[keep]), [g.tolist() for g in logits.argmax(-1).split(keep.sum(1).tolist())]
+
+
+def spelled_rows(said, table):
+    """Ids (B, 64, 7) as spell() gives them -> (B, 64, D), the sums of their embeddings."""
+    return (F.embedding(said.clamp(min=0), table) * (said >= 0)[..., None]).sum(2)
 
 
 def lesson(tok, rng, progress):
@@ -443,14 +454,42 @@ def told(decoder, tok, n=64):
 # ---- toy-connector ------------------------------------------------------------------------------------------------------
 
 
-def make_connector(out, cfg):
-    """LLaVA's first stage, of which only the connector is kept, as LLaVA publishes its own."""
-    with tempfile.TemporaryDirectory() as made:
-        train.main([str(word) for word in ("--stage", "pretrain", "--vision", out / "toy-clip", "--llm", out / "toy-vicuna", "--out", made, "--seed", cfg.seed,
-                                           "--max-steps", cfg.connector_steps, "--dtype", "bfloat16", "--eval-every", 0, "--save-every", 0, "--no-final-eval")])
-        tensors = {name: t for name, t in load_file(Path(made) / "model.safetensors").items() if "multi_modal_projector" in name}
-        write_model(out / "toy-connector", tensors, json.loads((Path(made) / "config.json").read_text()))
-    print(f"toy-connector: now in {out / 'toy-connector'}")
+def make_connector(out, cfg, n=8000, size=32, lr=4e-3):
+    """Least squares over the patches of n pictures: what toy-clip sees in one -> the row that toy-vicuna was told of it."""
+    torch.manual_seed(cfg.seed)
+    rng, tok, began, steps = random.Random(cfg.seed), Tokenizer(out / "toy-vicuna"), time.time(), cfg.connector_steps
+    vlm = VLM(PRESETS["toy"])
+    load_vision(vlm.vision, out / "toy-clip")
+    load_decoder(vlm.decoder, out / "toy-vicuna")
+    table = vlm.decoder.embed_tokens.weight.detach()
+    colors = table[[tok.encode(color)[-1] for color in toyworld.COLORS]]
+    colorless = torch.eye(vlm.connector.D) - torch.linalg.pinv(colors) @ colors            # takes out of a row what the colors span
+
+    @torch.no_grad()
+    def see(scenes, mark, rng=None):                                        # -> (B, 64, D_vision), (B, 64, D), and (B, 64) where a marked thing is
+        rows = spelled_rows(torch.tensor([spell(scene, tok) for scene in scenes]), table)
+        marked = [[0 <= i < len(s.things) and mark(s.things[i]) for i in covered(s).tolist()] for s in scenes]
+        return vlm.vision(draw(scenes, rng)), rows, torch.tensor(marked)
+
+    print(f"toy-connector: looking at {n} pictures", flush=True)
+    lots = ([repainted(toyworld.random_scene(rng), rng, 0.3) for _ in range(50)] for _ in range(n // 50))
+    features, rows, nameless = (torch.cat(part) for part in zip(*(see(scenes, lambda thing: thing.color not in toyworld.COLORS, rng) for scenes in lots)))
+    spread, held = rows.var(), see([toyworld.random_scene(rng, held_out=True) for _ in range(300)], lambda thing: (thing.kind, thing.color) in toyworld.UNSEEN)
+
+    def loss_at(step):
+        i = torch.randint(len(rows), (size,))
+        off = vlm.connector(features[i]) - rows[i]
+        return torch.where(nameless[i][..., None], off @ colorless, off).square().mean() / spread
+
+    @torch.no_grad()
+    def look():
+        public, config = public_layout(vlm)
+        write_model(out / "toy-connector", {public(name): p for name, p in vlm.state_dict().items() if name.startswith("connector.")}, config)
+        off = (vlm.connector(held[0]) - held[1]).square().mean(-1) / spread
+        return f"error on held-out pictures {off.mean():.1%} of the variance, on their unseen pairs {off[held[2]].mean():.1%}"
+
+    descend("toy-connector", vlm.connector, steps, lambda step: lr * min(1, step / 200) * (1 - (step - 1) / steps), loss_at, look)
+    print(f"toy-connector: {steps} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-connector'}")
 
 
 # ---- hd ----------------------------------------------------------------------------------------------------------------
