@@ -79,7 +79,7 @@ def main(argv=None):
     cli.add_argument("--connector-steps", type=int, default=8000, help="steps of 32 pictures (default 8000)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna", "connector"], help="make one of the three")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
-    cli.add_argument("--tokens", type=int, default=3_000_000, help="hd: training tokens of each run (default 3000000)")
+    cli.add_argument("--tokens", type=int, default=1_500_000, help="hd: training tokens of each run (default 1500000)")
     cli.add_argument("--seeds", type=int, default=3, help="hd, mpo: runs of each kind (default 3)")
     cli.add_argument("--eval-limit", type=int, default=0, help="hd: answer only this many of the held-out questions; 0: all (default 0)")
     cli.add_argument("--pictures", type=int, default=6000, help="hd: training pictures (default 6000)")
@@ -514,7 +514,7 @@ def hd(out, cfg, batch_size=16, size=192, words=0.5):
             run_dir = out / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
             if not (run_dir / "results.json").exists():
                 flags = {"stage": "finetune", "data": world / "train.json", "image-mode": mode, "batch-size": batch_size, "max-steps": steps, "seed": seed,
-                         "out": run_dir, "eval-every": 0, "save-every": 0, "eval-limit": cfg.eval_limit} | {name.replace("_", "-"): value for name, value in choices.items()}
+                         "lr": 3e-4, "lr-connector": 1e-3, "out": run_dir, "eval-every": 0, "save-every": 0, "eval-limit": cfg.eval_limit} | {name.replace("_", "-"): value for name, value in choices.items()}
                 if code := train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))]):
                     return code
             tables.setdefault(way, []).append(json.loads((run_dir / "results.json").read_text())["table"])
