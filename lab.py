@@ -79,7 +79,7 @@ def main(argv=None):
     cli.add_argument("--connector-steps", type=int, default=8000, help="steps of 32 pictures (default 8000)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna", "connector"], help="make one of the three")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
-    cli.add_argument("--tokens", type=int, default=1_500_000, help="hd: training tokens of each run (default 1500000)")
+    cli.add_argument("--tokens", type=int, default=1_000_000, help="hd: training tokens of each run (default 1000000)")
     cli.add_argument("--seeds", type=int, default=3, help="hd, mpo: runs of each kind (default 3)")
     cli.add_argument("--eval-limit", type=int, default=0, help="hd: answer only this many of the held-out questions; 0: all (default 0)")
     cli.add_argument("--pictures", type=int, default=6000, help="hd: training pictures (default 6000)")
@@ -471,8 +471,8 @@ def make_connector(out, cfg, n=8000, size=32, lr=4e-3):
         marked = [[0 <= i < len(s.things) and mark(s.things[i]) for i in covered(s).tolist()] for s in scenes]
         return vlm.vision(draw(scenes, rng)), rows, torch.tensor(marked)
 
-    print(f"toy-connector: looking at {n} pictures", flush=True)
-    lots = ([repainted(toyworld.random_scene(rng), rng, 0.3) for _ in range(50)] for _ in range(n // 50))
+    print("toy-connector: looks at the pictures first", flush=True)
+    lots = ([repainted(toyworld.random_scene(rng), rng, 0.3) for _ in range(50)] for _ in range(-(-min(n, steps * size) // 50)))
     features, rows, nameless = (torch.cat(part) for part in zip(*(see(scenes, lambda thing: thing.color not in toyworld.COLORS, rng) for scenes in lots)))
     spread, held = rows.var(), see([toyworld.random_scene(rng, held_out=True) for _ in range(300)], lambda thing: (thing.kind, thing.color) in toyworld.UNSEEN)
 
@@ -514,7 +514,7 @@ def hd(out, cfg, batch_size=16, size=192, words=0.5):
             run_dir = out / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
             if not (run_dir / "results.json").exists():
                 flags = {"stage": "finetune", "data": world / "train.json", "image-mode": mode, "batch-size": batch_size, "max-steps": steps, "seed": seed,
-                         "lr": 3e-4, "lr-connector": 1e-3, "out": run_dir, "eval-every": 0, "save-every": 0, "eval-limit": cfg.eval_limit} | {name.replace("_", "-"): value for name, value in choices.items()}
+                         "out": run_dir, "eval-every": 0, "save-every": 0, "eval-limit": cfg.eval_limit} | {name.replace("_", "-"): value for name, value in choices.items()}
                 if code := train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))]):
                     return code
             tables.setdefault(way, []).append(json.loads((run_dir / "results.json").read_text())["table"])
@@ -675,7 +675,7 @@ def make_exam(n):
 def take_exam(model, exam):
     """-> shares: right answers asked directly and step by step, worked answers without a final one, things in captions that are not in the picture."""
     vlm, tok = VLM.from_pretrained(model), Tokenizer(model)
-    ask = lambda question: [said for said, _ in train.answer(vlm, tok, [([p], question(q)) for p, q, _, _ in exam], torch.device("cpu"))]
+    ask = lambda question: [said for said, _ in train.answer(vlm, tok, [([p], question(q)) for p, q, _, _ in exam])]
     direct, worked, captions = ask(lambda q: f"{q}\n{toyworld.SHORT}"), ask(lambda q: mpo.worked(q, 1, "en")), ask(lambda q: toyworld.CAPTION)
     final = [mpo.parse_answer(said, 1) for said in worked]
     wrong = [made_up(said, scene) for said, (*_, scene) in zip(captions, exam)]

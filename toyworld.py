@@ -50,7 +50,7 @@ class Config:
     words: float = arg(1.0, "size of the signs and their words, above 0 and at most 1: 0.5 draws them half as large")
     hello: str = arg("", "write one 480-pixel picture to this file, and nothing else")
 
-VERSION = 3                                      # of pictures and questions: raise it when either changes
+VERSION = 4                                      # of pictures and questions: raise it when either changes
 COLORS = {"red": (216, 40, 42), "orange": (250, 138, 24), "yellow": (250, 222, 50), "green": (44, 158, 68), "blue": (38, 92, 222),
           "purple": (146, 58, 186), "white": (252, 252, 252), "black": (34, 34, 40)}
 GRID = 20                                        # boxes lie on a grid of 1/20 of the side, so two decimals say them exactly
@@ -71,6 +71,7 @@ DETAIL = "Give a detailed description of the image."
 CAPTION = "Provide a one-sentence caption for the provided image."
 BRIEF = ("Provide a brief description of the given image.", "Give a short and clear explanation of the image.",
          "Describe the image concisely.", "Write a terse but informative summary of the picture.")
+LOOK = ("What is in the picture?", "What do you see?", "What does the picture show?", "Describe the picture.", "What is in this image?")
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -282,9 +283,12 @@ def hello_picture():
 
 # -- text ------------------------------------------------------------------------------------------------------------------------
 def caption(scene):
-    parts = [f"{article(p.color)} {p.kind}" if isinstance(p, Thing) else f"a sign that says {p.word}" for p in scene.parts]
+    parts = [named(part) for part in scene.parts]
     text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return text[0].upper() + text[1:] + "."
+
+def named(part):
+    return f"{article(part.color)} {part.kind}" if isinstance(part, Thing) else f"a sign that says {part.word}"
 
 def describe(scene, boxes=True):
     """Everything there is to say, each thing with its box, as LLaVA's detailed descriptions and Shikra's boxes (arXiv:2306.15195)."""
@@ -304,7 +308,7 @@ def several(n, kind):
     """1 cat, 2 cats, 2 fish; with n = 0 the plural alone."""
     return (f"{n} " if n else "") + (kind if n == 1 or kind == "fish" else kind + "s")
 
-def there(n, kind):
+def there(n, kind):                              # "no" cats, too
     return f"There {'is' if n == 1 else 'are'} {several(n, kind)}"
 
 def the(thing, scene):
@@ -435,9 +439,31 @@ def nameable(scene):
     held_out = any((thing.kind, thing.color) in UNSEEN for thing in scene.things)
     return [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
 
+def chat(scene, rng):
+    """As people ask, without a format prompt, and answered in a sentence: toy-vicuna has read of none of it, the finetune teaches it."""
+    what, thing = rng.choice(("picture", "picture", "place", "color", "size", "spot", "count", "sign", "existence", "spatial")), rng.choice(scene.things)
+    if what == "picture":
+        return rng.choice(LOOK), caption(scene)
+    if what in ("place", "color", "size"):
+        question, answer, _ = about(thing, what, scene)
+        return question, f"It is {at(thing) if what == 'place' else answer}."
+    if what == "spot":
+        spot = rng.choice((thing, thing, replace(thing, place=rng.choice(PLACES))))
+        found = [part for part in scene.parts if part.place == spot.place]
+        return f"What is {at(spot)}?", f"It is {named(found[0])}." if found else "There is nothing."
+    if what == "count":
+        kind = rng.choice((thing.kind, thing.kind, rng.choice(KINDS)))
+        return f"How many {several(0, kind)} are there?", there(count(scene, kind=kind) or "no", kind) + "."
+    if what == "sign":
+        question = rng.choice(("What does the sign say?", "What word is on the sign?", "Where is the sign?"))
+        return question, "There is no sign." if not scene.sign else f"It is {at(scene.sign)}." if question[:5] == "Where" else f"It says {scene.sign.word}."
+    question, answer = (what == "spatial" and ask_spatial(scene, rng)) or ask_existence(scene, rng)
+    return bare(question).replace(" in the image", ""), answer.capitalize() + "."
+
 ASK = {"caption": ask_caption, "existence": ask_existence, "count": ask_count, "attribute": ask_attribute, "spatial": ask_spatial,
        "box": ask_box, "choice": ask_choice, "reading": ask_reading, "unanswerable": ask_unanswerable, "reasoning": ask_reasoning,
        "cot": ask_cot}
+CATEGORIES = (*ASK, "chat")
 
 def questions(scene, rng):
     """One (category, question, answer) of each category the scene allows. The question already ends with its format prompt."""
@@ -487,12 +513,13 @@ def make_picture(job):
     draw(shrink_sign(scene, words), size).save(folder / name, compress_level=1)
     asked = questions(scene, rng)
     if split == "val":
-        return name, asked
+        return name, [*asked, ("chat", *chat(scene, rng))]
     scarce = [item for item in asked if item[0] == "reading"]                 # few pictures have a sign: always ask what it says
     turns = scarce + rng.sample([item for item in asked if item not in scarce], 5)
+    turns += {question: ("chat", question, answer) for question, answer in (chat(scene, rng) for _ in range(3))}.values()
     rng.shuffle(turns)
     turns.append(("detail", DETAIL, describe(scene)))                        # last, so that no answer can be copied from it
-    pairs = [(question.removesuffix("\n" + SHORT) if rng.random() < 0.25 else question, answer) for _, question, answer in turns]  # as people ask, too
+    pairs = [pair for _, *pair in turns]
     return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, pairs[-1:])
 
 def record(id, image, pairs):
@@ -502,7 +529,7 @@ def record(id, image, pairs):
 
 def pick_val(made, limit):
     """Up to that many questions of each category, the answers taken in turn, so that no answer is frequent."""
-    by_answer = {category: defaultdict(list) for category in ASK}
+    by_answer = {category: defaultdict(list) for category in CATEGORIES}
     for i, (name, asked) in enumerate(made):
         for k, (category, question, answer) in enumerate(asked):
             line = {"question_id": f"val-{i}-{k}", "image": name, "text": question, "answer": answer, "category": category}
@@ -597,7 +624,7 @@ def jsonl(rows):
 # -- tokenizer -------------------------------------------------------------------------------------------------------------------
 def train_tokenizer(path, vocab_size=896, n_scenes=2000):
     """Llama's kind of tokenizer (sentencepiece BPE, unknown characters as bytes) on the words of training scenes. At 896 pieces
-    every word of this world is one piece, and so is every coordinate: a box is always 8."""
+    every word of questions() is one piece, and so is every coordinate: a box is always 8."""
     lines = []
     for i in range(n_scenes):
         rng = random.Random(f"tokenizer {i}")

@@ -10,6 +10,7 @@ from PIL import ImageColor
 
 import lab
 import toyworld
+import train
 from data import IGNORE
 from lab import FALSE, NOTHING, TRUE, UNTOLD
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
@@ -104,3 +105,16 @@ def test_contrastive_batches_name_no_unseen_pair_and_hold_as_many_empty_patches_
     assert not any(f"{color} {kind}" in text for kind, color in UNSEEN for text in texts + captions)
     assert texts[-1] == "a picture of nothing" and (holding[:, -1] == TRUE).float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert (holding == TRUE).any(1).all() and len(COLORS) == len(KINDS) == 8
+
+
+def test_the_chain_of_preference_learning_draws_up_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    toyworld.write_world(n_train=16, n_val=4)
+    monkeypatch.setattr(toyworld, "write_world", lambda out: None)          # the 6,240 pictures of the usual one
+    few = ["--max-steps", "1", "--batch-size", "2", "--eval-every", "0", "--no-final-eval", "--workers", "0"]
+    assert train.main(["--stage", "finetune", "--out", "before", *few]) == 0
+    assert lab.main(["mpo", "--model", "before", "--seeds", "1", "--questions", "16", "--samples", "4", "--steps", "1", "--held-out", "4"]) == 0
+    table = (tmp_path / "out/lab-mpo/table.md").read_text()
+    assert all(f"| {name} | " in table for name in ["before", *lab.VARIANTS]) and all(claim in table for claim, *_ in lab.CLAIMS)
+    assert "in 0." in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out/lab-mpo/seed0").glob("*.jsonl")} == {"correctness.jsonl", *(f"dropout{r}.jsonl" for r in (0.25, 0.5, 0.75))}

@@ -196,6 +196,21 @@ def test_who_guesses_blindly_does_badly():
         assert counter.most_common(1)[0][1] / counter.total() < bound[category], (category, counter.most_common(3))
 
 
+def test_chat_asks_without_a_format_prompt_and_answers_in_a_true_sentence():
+    cat, ball = Thing("cat", "red", "big", "left", (0.1, 0.35, 0.4, 0.65)), Thing("ball", "blue", "small", "top right", (0.7, 0.1, 0.9, 0.3))
+    scene = Scene("meadow", (ball, cat), Sign("EXIT", "bottom right", (0.55, 0.7, 0.95, 0.9)))
+    said = dict(toyworld.chat(scene, random.Random(i)) for i in range(3000))
+    assert all(said[question] == "A blue ball, a red cat and a sign that says EXIT." for question in toyworld.LOOK)
+    true = {"Where is the ball?": "It is at the top right.", "Where is the sign?": "It is at the bottom right.", "What color is the cat?": "It is red.",
+            "Is the cat small or big?": "It is big.", "How many cats are there?": "There is 1 cat.", "How many trees are there?": "There are no trees.",
+            "What is at the left?": "It is a red cat.", "What is at the bottom right?": "It is a sign that says EXIT.",
+            "What is at the bottom?": "There is nothing.", "What does the sign say?": "It says EXIT.", "Is there a red cat?": "Yes.", "Is there a fish?": "No.",
+            "Is the cat to the left of the ball?": "Yes.", "Is the cat above the ball?": "No."}
+    assert {question: said.get(question) for question in true} == true
+    signless = dict(toyworld.chat(Scene("snow", (cat,)), random.Random(i)) for i in range(300))
+    assert {signless[question] for question in signless if "sign" in question} == {"There is no sign."}
+
+
 # -- files ---------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -211,13 +226,13 @@ def test_files_have_the_formats_of_llava(world):
         assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
         assert turns[0]["value"].startswith("<image>\n") and "".join(t["value"] for t in turns).count("<image>") == 1
         assert Image.open(world / record["image"]).size == (96, 96)
-    assert {len(record["conversations"]) for record in train} <= {12, 14} and {len(r["conversations"]) for r in pretrain} == {2}
+    assert {len(record["conversations"]) for record in train} <= set(range(14, 22)) and {len(r["conversations"]) for r in pretrain} == {2}
     assert len({record["id"] for record in train + pretrain}) == 60
 
 def test_validation_has_as_many_questions_of_each_category(world):
     lines = [json.loads(line) for line in (world / "val.jsonl").read_text().splitlines()]
     counter = Counter(line["category"] for line in lines)
-    assert set(counter) == set(toyworld.ASK) and counter.pop("reading") > 9    # as many as there are signs
+    assert set(counter) == set(toyworld.CATEGORIES) and counter.pop("reading") > 9    # as many as there are signs
     assert set(counter.values()) == {18}
     assert len({line["question_id"] for line in lines}) == len(lines)
     for line in lines:
@@ -282,8 +297,8 @@ def test_tokenizer_round_trips_any_text(tokenizer):
     for text in ("A cat.\n\nB  two spaces", " leading", "Größe 猫 \U0001f431 ~{}", toyworld.COT + "How many?", describe(SCENE)):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
-def test_every_word_of_the_world_is_one_piece_and_every_box_eight(tokenizer, world):
-    train = [turn["value"] for record in json.loads((world / "train.json").read_text()) for turn in record["conversations"]]
+def test_every_word_of_a_question_with_its_format_prompt_is_one_piece_and_every_box_eight(tokenizer):
+    train = [text for _, _, *pair in asked(60) for text in pair] + [describe(scene) for scene in scenes(30)]
     lists = [*KINDS, *COLORS, *PLACES, *toyworld.SIZES, *toyworld.WORDS, *toyworld.BRIEF, toyworld.SYSTEM, "USER ASSISTANT"]
     words = {word for text in train + lists for word in re.findall("[A-Za-z]+", text)}
     assert [w for w in words if len(tokenizer.encode(w)) > 1] == []
