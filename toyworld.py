@@ -519,7 +519,8 @@ def make_picture(job):
     turns += {question: ("chat", question, answer) for question, answer in (chat(scene, rng) for _ in range(3))}.values()
     rng.shuffle(turns)
     turns.append(("detail", DETAIL, describe(scene)))                        # last, so that no answer can be copied from it
-    pairs = [pair for _, *pair in turns]
+    pairs = [(question.replace(BOX, BOX + '"').removesuffix(".") + '"' if category == "box" and i % 2 else question, answer)    # Prismatic's evaluation quotes
+             for category, question, answer in turns]
     return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, pairs[-1:])
 
 def record(id, image, pairs):
