@@ -58,7 +58,8 @@ import mpo
 import toyworld
 import train
 from data import IGNORE, Examples, Records, Tokenizer, encode_conversation, parse_args, run
-from model import LLAMA_NAMES, PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, load_decoder, load_vision, public_layout, rename, write_model
+from model import (LLAMA_NAMES, PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, load_decoder, load_vision, public_layout, rename,
+                   write_model)
 from train import is_right
 from vision import CLIP_NAMES, TILINGS, UserError, ViT, cut_tiles, join
 
@@ -473,8 +474,10 @@ def make_connector(out, cfg, n=8000, size=32, lr=4e-3):
 
     print("toy-connector: looks at the pictures first", flush=True)
     lots = ([repainted(toyworld.random_scene(rng), rng, 0.3) for _ in range(50)] for _ in range(-(-min(n, steps * size) // 50)))
-    features, rows, nameless = (torch.cat(part) for part in zip(*(see(scenes, lambda thing: thing.color not in toyworld.COLORS, rng) for scenes in lots)))
-    spread, held = rows.var(), see([toyworld.random_scene(rng, held_out=True) for _ in range(300)], lambda thing: (thing.kind, thing.color) in toyworld.UNSEEN)
+    seen = [see(scenes, lambda thing: thing.color not in toyworld.COLORS, rng) for scenes in lots]
+    features, rows, nameless = (torch.cat(part) for part in zip(*seen))
+    held = see([toyworld.random_scene(rng, held_out=True) for _ in range(300)], lambda thing: (thing.kind, thing.color) in toyworld.UNSEEN)
+    spread = rows.var()
 
     def loss_at(step):
         i = torch.randint(len(rows), (size,))

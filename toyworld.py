@@ -8,7 +8,8 @@ place in a 3x3 grid. As the scene is known, so is the right answer to any questi
 The eight (kind, color) pairs of UNSEEN never occur in training, and every validation picture shows at least one: a model that
 learned the pairs by heart fails there, one that learned kinds and colors apart does not. Each category stands for a benchmark:
 existence POPE, count TallyQA, attribute GQA, spatial VSR, box RefCOCO, choice MMBench, reading TextVQA, unanswerable VizWiz,
-reasoning and cot M3CoT; format prompts are those of LLaVA-1.5 (arXiv:2310.03744v2) and InternVL-2.5-MPO (arXiv:2411.10442).
+reasoning and cot M3CoT; format prompts are those of LLaVA-1.5 (arXiv:2310.03744v2) and InternVL-2.5-MPO (arXiv:2411.10442). A twelfth,
+chat, asks as people do, without one.
 
     python toyworld.py                           # toyworld/: 6000 training and 240 validation pictures, 6 s on two cores
     python toyworld.py --hello cat.jpg           # one large picture to ask about
@@ -441,7 +442,8 @@ def nameable(scene):
 
 def chat(scene, rng):
     """As people ask, without a format prompt, and answered in a sentence: toy-vicuna has read of none of it, the finetune teaches it."""
-    what, thing = rng.choice(("picture", "picture", "place", "color", "size", "spot", "count", "sign", "existence", "spatial")), rng.choice(scene.things)
+    what = rng.choice(("picture", "picture", "place", "color", "size", "spot", "count", "sign", "existence", "spatial"))
+    thing = rng.choice(scene.things)
     if what == "picture":
         return rng.choice(LOOK), caption(scene)
     if what in ("place", "color", "size"):
@@ -456,7 +458,9 @@ def chat(scene, rng):
         return f"How many {several(0, kind)} are there?", there(count(scene, kind=kind) or "no", kind) + "."
     if what == "sign":
         question = rng.choice(("What does the sign say?", "What word is on the sign?", "Where is the sign?"))
-        return question, "There is no sign." if not scene.sign else f"It is {at(scene.sign)}." if question[:5] == "Where" else f"It says {scene.sign.word}."
+        if not scene.sign:
+            return question, "There is no sign."
+        return question, f"It is {at(scene.sign)}." if "Where" in question else f"It says {scene.sign.word}."
     question, answer = (what == "spatial" and ask_spatial(scene, rng)) or ask_existence(scene, rng)
     return bare(question).replace(" in the image", ""), answer.capitalize() + "."
 
@@ -519,8 +523,8 @@ def make_picture(job):
     turns += {question: ("chat", question, answer) for question, answer in (chat(scene, rng) for _ in range(3))}.values()
     rng.shuffle(turns)
     turns.append(("detail", DETAIL, describe(scene)))                        # last, so that no answer can be copied from it
-    pairs = [(question.replace(BOX, BOX + '"').removesuffix(".") + '"' if category == "box" and i % 2 else question, answer)    # Prismatic's evaluation quotes
-             for category, question, answer in turns]
+    quoted = lambda q: f'{BOX}"{q.removeprefix(BOX).removesuffix(".")}"'      # as Prismatic's evaluation asks
+    pairs = [(quoted(question) if category == "box" and i % 2 else question, answer) for category, question, answer in turns]
     return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, pairs[-1:])
 
 def record(id, image, pairs):
