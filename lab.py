@@ -1,4 +1,4 @@
-"""The toy's own CLIP, Vicuna and connector, from nothing: what LLaVA's second stage starts from, at a size that a laptop trains in two hours.
+"""The toy's own CLIP, Vicuna and connector, from nothing: what LLaVA's second stage starts from, at a size that a laptop trains in two and a half hours.
 
     python lab.py ingredients                   # writes assets/toy-clip, assets/toy-vicuna and assets/toy-connector
     python lab.py hd                            # pictures of one tile and of several, three seeds, one table
@@ -41,7 +41,6 @@ import random
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -51,7 +50,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import mpo

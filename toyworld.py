@@ -441,7 +441,8 @@ def nameable(scene):
     return [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
 
 def chat(scene, rng):
-    """As people ask, without a format prompt, and answered in a sentence: toy-vicuna has read of none of it, the finetune teaches it."""
+    """As people ask, without a format prompt, and answered in a sentence: toy-vicuna has read such questions, answered in a word, but no such
+    answers. The finetune teaches them."""
     what = rng.choice(("picture", "picture", "place", "color", "size", "spot", "count", "sign", "existence", "spatial"))
     thing = rng.choice(scene.things)
     if what == "picture":
