@@ -524,25 +524,23 @@ def test_kept_features_train_the_same_model_and_their_size_is_capped_before_it_s
 
 
 @pytest.mark.parametrize("flags", [["--no-shard"], ["--shard"]])
-def test_two_processes_killed_again_and_again_at_random_moments_end_with_the_uninterrupted_weights(go, flags):
-    flags, draw, kills = [*flags, "--max-steps", 40, "--save-every", 1], random.Random(0), 0
+def test_two_processes_killed_at_twenty_random_moments_end_with_the_uninterrupted_weights(go, flags):
+    flags, draw, kills = [*flags, "--max-steps", 300, "--save-every", 1], random.Random(0), 0
     assert go(*flags, "--save-every", 0, out="whole", n=2) == {0}
 
     def kill(children):
         nonlocal kills
-        began, seen, after = time.time(), sorted(Path("run").glob("checkpoint-*"))[-1:], draw.random() * 0.2
+        began, seen, after = time.time(), sorted(Path("run").glob("checkpoint-*"))[-1:], draw.random() * 0.1
         while sorted(Path("run").glob("checkpoint-*"))[-1:] == seen and time.time() - began < 30 and any(c.is_alive() for c in children):
             time.sleep(0.005)                                               # some progress is made between two kills
         time.sleep(after)
         kills += any(c.is_alive() for c in children)
         [c.kill() for c in children]
     for _ in range(20):
-        codes = go(*flags, *["--resume"] * Path("run/log.jsonl").exists(), n=2, during=kill)
+        go(*flags, *["--resume"] * Path("run/log.jsonl").exists(), n=2, during=kill)
         for checkpoint in Path("run").glob("checkpoint-*"):
             VLM.from_pretrained(checkpoint), torch.load(checkpoint / "trainer.pt", weights_only=True)
-        if codes == {0}:
-            break                                                           # it reached its end alive
-    assert go(*flags, "--resume", n=2) == {0} and kills >= 5
+    assert go(*flags, "--resume", "--save-every", 0, n=2) == {0} and kills == 20
     assert losses("run") == losses("whole") and all(torch.equal(t, weights("whole")[name]) for name, t in weights("run").items())
 
 
