@@ -78,7 +78,7 @@ def main(argv=None):
     cli.add_argument("--connector-steps", type=int, default=8000, help="steps of 32 pictures (default 8000)")
     cli.add_argument("--only", default="", choices=["", "clip", "vicuna", "connector"], help="make one of the three")
     cli.add_argument("--seed", type=int, default=0, help="(default 0)")
-    cli.add_argument("--tokens", type=int, default=1_000_000, help="hd: training tokens of each run (default 1000000)")
+    cli.add_argument("--tokens", type=int, default=3_000_000, help="hd: training tokens of each run (default 3000000)")
     cli.add_argument("--seeds", type=int, default=3, help="hd, mpo: runs of each kind (default 3)")
     cli.add_argument("--eval-limit", type=int, default=0, help="hd: answer only this many of the held-out questions; 0: all (default 0)")
     cli.add_argument("--pictures", type=int, default=6000, help="hd: training pictures (default 6000)")
@@ -498,7 +498,7 @@ def make_connector(out, cfg, n=8000, size=32, lr=4e-3):
 WAYS = {"pad": ("pad", {}), "hd": ("hd", {}), "hd, no global view": ("hd", {"global_view": "none"})}
 
 
-def hd(out, cfg, batch_size=16, size=192, words=0.5):
+def hd(out, cfg, batch_size=8, lr=1e-3, size=192, words=0.5):
     """Signs of a 192 px picture are as large as those of the usual 96 px world where two by two tiles show it, half as large in one tile."""
     if cfg.seeds < 1 or cfg.tokens < 1 or cfg.pictures < batch_size:
         raise UserError(f"--seeds {cfg.seeds}, --tokens {cfg.tokens}, --pictures {cfg.pictures}: at least 1, 1 and {batch_size} are needed")
@@ -514,7 +514,7 @@ def hd(out, cfg, batch_size=16, size=192, words=0.5):
         for seed in range(cfg.seeds):
             run_dir = out / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
             if not (run_dir / "results.json").exists():
-                flags = {"stage": "finetune", "data": world / "train.json", "image-mode": mode, "batch-size": batch_size, "max-steps": steps, "seed": seed,
+                flags = {"stage": "finetune", "data": world / "train.json", "image-mode": mode, "batch-size": batch_size, "max-steps": steps, "lr": lr, "seed": seed,
                          "out": run_dir, "eval-every": 0, "save-every": 0, "eval-limit": cfg.eval_limit} | {name.replace("_", "-"): value for name, value in choices.items()}
                 if code := train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))]):
                     return code
