@@ -24,6 +24,7 @@ Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2
 
     python data.py show FILE --image-root DIR       # one record as the model meets it, its tiles in show.png
     python data.py check FILE --image-root DIR      # missing and broken pictures, lengths, labels; exit 1 if anything is wrong
+    python data.py tokenizer FILE --out DIR         # the records' own words as tokens, for a decoder that starts from random weights
 """
 
 import argparse
@@ -221,6 +222,22 @@ def cut_at_stop(text, template, partial=False):
         return text
     text, found, _ = text.partition(stop)
     return text.rstrip(stop[0]) if partial and not found else text         # both are runs of one character
+
+
+def train_tokenizer(path, lines, vocab_size, required=""):
+    """Write Llama's kind of sentencepiece model: byte pairs, characters that no line has as bytes, no piece for a newline or two spaces.
+
+    `required`: characters that become pieces however rare they are. The same lines give the same file.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(line.strip() for line in lines), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+            add_dummy_prefix=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
+            required_chars=required, split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        raise UserError(f"no tokenizer of {vocab_size} tokens can be made of these texts: {str(error).rpartition('] ')[2]}") from None
+    Path(path).write_bytes(model.getvalue())
 
 
 def encode_conversation(tok, turns, template, n_visual):
@@ -839,6 +856,21 @@ def need(where, row, **kinds):
 
 # ---- programs -------------------------------------------------------------------------------------------------------
 
+def tokenizer(args):
+    """Learn a tokenizer from the words of the records, for a decoder that starts from random weights (train.py --tokenizer)."""
+    records, lines = Records(args.file, args.image_root), []
+    for i in range(len(records)):
+        lines += [line for _, text in records[i]["turns"] for line in text.replace("<image>", "").split("\n")]
+    path = Path(args.out) / "tokenizer.model"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(path, lines, args.vocab_size)
+    whole = Counter(word for line in lines for word in re.findall(r"\w+", line))
+    tok = Tokenizer(path)
+    cut = sum(n for word, n in whole.items() if len(tok.encode(word)) > 1)
+    print(f"{path}: {args.vocab_size} tokens; of {whole.total():,} words in {len(records):,} records {1 - cut / max(1, whole.total()):.1%} are one token")
+    return 0
+
+
 def show(args):
     """Print one record token by token, the supervised ones marked, and save its tiles as the network sees them."""
     records, examples = open_examples(args, bad="stop")
@@ -1002,7 +1034,7 @@ def run(program):
 
 def main(argv=None):
     cli = argparse.ArgumentParser(prog="data.py", description="Look at training data as the model meets it.")
-    programs = cli.add_subparsers(required=True, metavar="{show,check}")
+    programs = cli.add_subparsers(required=True, metavar="{show,check,tokenizer}")
     for program in (show, check):
         sub = programs.add_parser(program.__name__, help=program.__doc__, description=program.__doc__,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1020,6 +1052,11 @@ def main(argv=None):
         else:
             sub.add_argument("--limit", type=int, default=0, help="records to read at most, 0 for all")
             sub.add_argument("--workers", type=int, default=0, help="processes that open pictures beside this one")
+    sub = programs.add_parser("tokenizer", help=tokenizer.__doc__, description=tokenizer.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sub.set_defaults(program=tokenizer, image_root=None)
+    sub.add_argument("file", help="JSON list or JSONL of records")
+    sub.add_argument("--vocab-size", type=int, default=512, help="tokens in all: 259 are bytes and marks, the others characters, parts of words and words")
+    sub.add_argument("--out", required=True, help="folder for tokenizer.model")
     args = parse_args(cli, sys.argv[1:] if argv is None else argv)
     return args.program(args)
 

@@ -55,7 +55,7 @@ from tqdm import tqdm
 import mpo
 import toyworld
 import train
-from data import IGNORE, Examples, Records, Tokenizer, encode_conversation, parse_args, run
+from data import IGNORE, Examples, Records, Tokenizer, encode_conversation, parse_args, run, train_tokenizer
 from model import (LLAMA_NAMES, PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, load_decoder, load_vision, public_layout, rename,
                    write_model)
 from train import is_right
@@ -97,7 +97,7 @@ def main(argv=None):
     out = Path(cfg.out or "assets")
     (out / "toy-vicuna").mkdir(parents=True, exist_ok=True)
     if not (out / "toy-vicuna/tokenizer.model").exists() or not cfg.only:
-        toyworld.train_tokenizer(out / "toy-vicuna/tokenizer.model")
+        train_tokenizer(out / "toy-vicuna/tokenizer.model", toyworld.sayings(), 896, required=",]")
     if cfg.only in ("", "clip"):
         make_clip(out, cfg)
     if cfg.only in ("", "vicuna"):

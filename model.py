@@ -123,10 +123,9 @@ PRESETS = {
     "toy": VLMConfig(
         VisionConfig(image_size=96, patch_size=12, n_embd=128, n_layer=5, n_head=4, n_hidden=512),
         DecoderConfig(vocab_size=960, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024)),
-    # For 64 px pictures of four small real photos, from random weights: a patch is a whole photo. From 4 visual tokens a decoder finds the
-    # right one after some thousand questions, from 64 it does not in the same time; and of 32 px a ViT learns more when it has them at once.
+    # For 64 px pictures of four small real photos, from random weights: 16 patches that the tower reads, merged to one visual token a photo.
     "photo": VLMConfig(
-        VisionConfig(image_size=64, patch_size=32, n_embd=256, n_layer=3, n_head=8, n_hidden=1024, feature_layer=-1),
+        VisionConfig(image_size=64, patch_size=16, n_embd=128, n_layer=4, n_head=4, n_hidden=512, feature_layer=-1, merge=2),
         DecoderConfig(vocab_size=960, n_layer=3, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024),
         template="prism_pure"),
     "llava-1.5-7b": VLMConfig(decoder=DecoderConfig(vocab_size=32064)),

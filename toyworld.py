@@ -33,7 +33,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import sentencepiece
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
@@ -628,9 +627,9 @@ def jsonl(rows):
 
 
 # -- tokenizer -------------------------------------------------------------------------------------------------------------------
-def train_tokenizer(path, vocab_size=896, n_scenes=2000):
-    """Llama's kind of tokenizer (sentencepiece BPE, unknown characters as bytes) on the words of training scenes. At 896 pieces
-    every word of questions() is one piece, and so is every coordinate: a box is always 8."""
+def sayings(n_scenes=2000):
+    """What is said of training scenes, in lines for data.train_tokenizer. At 896 pieces every word of questions() is one piece, and so is
+    every coordinate: a box is always 8."""
     lines = []
     for i in range(n_scenes):
         rng = random.Random(f"tokenizer {i}")
@@ -639,14 +638,9 @@ def train_tokenizer(path, vocab_size=896, n_scenes=2000):
         pairs += [(rng.choice(BRIEF), caption(scene)), ("", describe(scene, boxes=False))]
         numbers = [f"{x / GRID:.2f}" for x in range(GRID + 1)]               # evenly: in boxes some would be rare
         texts = [f"{SYSTEM} USER: {question} ASSISTANT: {answer}" for question, answer in pairs] + [f"[{n}, {n}" for n in numbers]
-        # split where a piece must end: newlines are bytes, as in Llama, and "5," or "3." as one piece would break the numbers up
+        # split where a piece must end: "5," or "3." as one piece would break the numbers up
         lines += [line.strip() for text in texts for line in re.split(r"[\n,\]]|\.(?!\d)", text)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-        add_dummy_prefix=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
-        required_chars=",]", split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
-    Path(path).write_bytes(model.getvalue())
+    return lines
 
 
 def parse(Config):

@@ -490,6 +490,25 @@ def test_a_missing_a_broken_and_a_space_eating_tokenizer_are_refused(tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_a_tokenizer_of_the_records_own_words_has_each_as_one_token_and_the_same_file_each_time(tmp_path, capsys):
+    file = write(tmp_path / "a.json", [record(i, f"<image>\nWhere is the {kind}?\nOne word, please.", place) for i, (kind, place) in enumerate(
+        zip(["airplane", "frog", "truck"] * 20, ["left", "right", "under the bridge"] * 20))])
+    for out in "one", "two":
+        assert data.main(["tokenizer", str(file), "--vocab-size", "340", "--out", str(tmp_path / out)]) == 0
+    assert "340 tokens" in (said := capsys.readouterr().out) and "100.0%" in said
+    assert (tmp_path / "one/tokenizer.model").read_bytes() == (tmp_path / "two/tokenizer.model").read_bytes()
+    tok = Tokenizer(tmp_path / "one")
+    assert [len(tok.encode(word)) for word in ("airplane", "frog", "bridge", "under the bridge")] == [1, 1, 1, 3]
+    assert tok.decode(tok.encode("a word it never met:\n  \u732b")) == "a word it never met:\n  \u732b"
+
+
+@pytest.mark.parametrize("size, says", [(50, "50 tokens .*smaller"), (9000, "9000 tokens .*too high.*<= ")])
+def test_a_tokenizer_too_small_or_too_large_for_its_texts_is_refused_with_the_bound(tmp_path, size, says):
+    with pytest.raises(UserError, match=says):
+        data.main(["tokenizer", str(write(tmp_path / "a.json", [record(0)])), "--vocab-size", str(size), "--out", str(tmp_path)])
+    assert not (tmp_path / "tokenizer.model").exists()
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def record(i, question="<image>\nWhat?", answer="A cat.", image="a.png"):

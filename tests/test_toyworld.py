@@ -15,6 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import toyworld
+from data import train_tokenizer
 from toyworld import COLORS, KINDS, PLACES, UNSEEN, Scene, Sign, Thing, caption, describe, draw, questions, random_scene
 
 CAT = Thing("cat", "red", "big", "top left", (0.05, 0.05, 0.35, 0.35))
@@ -286,7 +287,7 @@ def test_hello_writes_one_picture(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    toyworld.train_tokenizer(path)
+    train_tokenizer(path, toyworld.sayings(), 896, required=",]")
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 def test_tokenizer_is_laid_out_like_llamas(tokenizer):
@@ -306,6 +307,6 @@ def test_every_word_of_a_question_with_its_format_prompt_is_one_piece_and_every_
         assert len(tokenizer.encode(toyworld.coordinates([x / 20] * 4))) == 8
 
 def test_training_the_tokenizer_twice_gives_the_same_file(tmp_path):
-    toyworld.train_tokenizer(tmp_path / "a", n_scenes=300)
-    toyworld.train_tokenizer(tmp_path / "b", n_scenes=300)
+    train_tokenizer(tmp_path / "a", toyworld.sayings(300), 896)
+    train_tokenizer(tmp_path / "b", toyworld.sayings(300), 896)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
