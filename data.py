@@ -481,11 +481,12 @@ class Mixture:
 class Questions(Mixture):
     """The same records, but every question with its answer is one of its own. The records are read once, to count their questions.
 
-    A decoder that starts from nothing learns from short rows which words matter, long before it does so in long ones.
+    A decoder that starts from nothing learns from short rows which words matter, long before it does so in long ones. `runs` says how
+    many questions each record has: those of one stay together (train.batches), so that their pictures are looked at once (collate).
     """
 
     def __init__(self, records):
-        picks = []
+        picks, self.runs = [], []
         for i in range(len(records)):
             part, row, _ = records.picks[i].tolist() if isinstance(records, Mixture) else (0, i, -1)
             try:
@@ -493,6 +494,7 @@ class Questions(Mixture):
             except UserError:                                              # said, or counted, when it is asked for
                 n = 1
             picks += [(part, row, k) for k in range(max(1, n))]
+            self.runs.append(max(1, n))
         super().__init__(records.parts, picks)
 
 
@@ -623,17 +625,20 @@ class Examples(Dataset):
             raise UserError(f"bad={bad!r} is unknown; choose stop or skip")
         self.records, self.tok, self.template, self.bad = records, tok, template, bad
         self.vision_cfg, self.image_mode, self.max_length = vision_cfg, image_mode, max_length
+        self.last = None, []                                                # a record, and what its pictures became: its other questions want them, too
 
     def __len__(self):
         return len(self.records)
 
     def __getitem__(self, i):
         stage, record = "record", {"id": str(i)}
+        shows = self.records.picks[i, :2].tolist() if isinstance(self.records, Questions) else i
         try:
             record = self.records[i]
             stage = "picture"
-            pictures = [vision.cut_tiles(self.picture(i, name), self.vision_cfg, self.image_mode) for name in record["images"]]
-            stage = "conversation"
+            if self.last[0] != shows:
+                self.last = shows, [vision.cut_tiles(self.picture(i, name), self.vision_cfg, self.image_mode) for name in record["images"]]
+            pictures, stage = self.last[1], "conversation"
             example = self.encode(record, [len(layout) for _, layout in pictures])
         except UserError as error:
             reason = str(error) if stage == "record" else f"{self.records.where(i, record['id'])}: {error}"
@@ -641,7 +646,7 @@ class Examples(Dataset):
                 raise UserError(reason) from None
             return {"skipped": reason, "stage": stage, "id": record["id"], "index": i}
         pixels, layout = vision.join(pictures or [no_picture(self.vision_cfg.image_size)])
-        return example | {"pixels": pixels, "layout": layout, "id": record["id"], "index": i}
+        return example | {"pixels": pixels, "layout": layout, "shows": shows, "id": record["id"], "index": i}
 
     def picture(self, i, name):
         return vision.open_image(self.records.image_path(name))
@@ -667,12 +672,13 @@ def no_picture(S):
 def collate(examples, pad, **more):
     """Examples of unequal length -> one batch, padded on the right; `skipped` says why each of the others is not in it.
 
-    `more`: rows beside tokens and labels (B, T), and what they are padded with.
+    Neighbours that are questions of one record share its tiles, so the towers look once. `more`: rows beside tokens and labels (B, T), and what they are padded with.
     """
     used, none = [e for e in examples if "skipped" not in e], torch.zeros(0, dtype=torch.int64)
     rows = {name: pad_sequence([e[name] for e in used] or [none], batch_first=True, padding_value=value)[: len(used)]
             for name, value in {"tokens": pad, "labels": IGNORE, **more}.items()}
-    pixels, layout = vision.join([(e["pixels"], e["layout"]) for e in used] or [no_picture(0)])         # (N, 3, S, S), (M, 2)
+    alike = [list(some) for _, some in groupby(used, key=lambda e: e.get("shows", id(e)))]
+    pixels, layout = vision.join([(some[0]["pixels"], torch.cat([e["layout"] for e in some])) for some in alike] or [no_picture(0)])  # (N, 3, S, S), (M, 2)
     return rows | {"pixels": pixels, "layout": layout, "lengths": torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64),
                    "ids": [e["id"] for e in used], "skipped": [e["skipped"] for e in examples if "skipped" in e]}
 

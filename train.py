@@ -200,7 +200,7 @@ def fit(cfg, lesson=None):
     if checkpoint:
         restore(vlm, optimizer, checkpoint, state)
     tok.path = out / "tokenizer.model"                                      # the checkpoint it may have come from will be deleted
-    order = itertools.islice(batches(len(records), cfg.batch_size, steps, cfg.seed), first, None)
+    order = itertools.islice(batches(getattr(records, "runs", torch.ones(len(records), dtype=torch.int64)), cfg.batch_size, steps, cfg.seed), first, None)
     loader = iter(DataLoader(examples, batch_sampler=(share(batch, records, vlm.cfg.vision.n_token) for batch in order), num_workers=cfg.workers,
                              pin_memory=device.type == "cuda", collate_fn=functools.partial(
                                  micro_batches, size=cfg.micro_batch_size, pad=tok.pad, budget=cfg.token_budget, collate=lesson.collate)))
@@ -568,12 +568,16 @@ def n_step(cfg, records):
     return cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
 
 
-def batches(n, size, steps, seed):
-    """Index lists, one a step: each epoch a fresh permutation of 0..n-1, cut without regard to where an epoch ends."""
-    draw, queue = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
+def batches(runs, size, steps, seed):
+    """Index lists, one a step: each epoch all indices, as many as `runs` adds up to, shuffled anew, cut without regard to where an epoch ends.
+    Each run of neighbours (1: none) stays together, as the questions of one conversation do."""
+    draw, queue, n = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64), torch.as_tensor(runs)
     for _ in range(steps):
         while len(queue) < size:
-            queue = torch.cat([queue, torch.randperm(n, generator=draw)])
+            order = torch.randperm(len(n), generator=draw)
+            start = n.cumsum(0) - n                                         # of each run, in the file and in the epoch
+            shift = start[order] - (n[order].cumsum(0) - n[order])
+            queue = torch.cat([queue, torch.arange(int(n.sum())) + shift.repeat_interleave(n[order])])
         yield queue[:size].tolist()
         queue = queue[size:]
 

@@ -372,11 +372,10 @@ class Tiling:
     """How a picture becomes several tiles. TILINGS holds the three systems; the defaults are LLaVA-1.5-HD's (arXiv:2310.03744v2, 3.4 and A.1).
 
     Its paper says: 14 grids of up to six tiles, the one that keeps most detail and wastes least; padding-only features dropped, a learned
-    embedding at each row's end, beside a padded global view. It leaves open, and here is chosen as LLaVA-NeXT's code has it: whether the
-    global view has row ends too, how the kept rows are rounded (unpad), what decides between grids (the published formula), the row end's
-    init (N(0, 1/D)). Chosen otherwise: the global view last, where a decoder of one-tile pictures looks for it, right before the question
-    (NeXT: first; on the toy 3 points less after a million tokens); margins in the mean colour, as LLaVA-1.5 pads; one row of patches is
-    left of the thinnest picture (least); a picture that one tile holds has no global view beside it, which would be the same pixels.
+    embedding at each row's end, beside a padded global view. It leaves open, and here is chosen as LLaVA-NeXT's code has it: the order
+    (global_view), whether the global view has row ends too, how the kept rows are rounded (unpad), what decides between grids (the
+    published formula), the row end's init (N(0, 1/D)). Chosen otherwise: margins in the mean colour, as LLaVA-1.5 pads; one row of patches
+    is left of the thinnest picture (least); a picture that one tile holds has no global view beside it, which would be the same pixels.
     """
     mode: str
     grids: tuple                     # (columns, rows) of tiles; the first of equals is taken
@@ -408,7 +407,7 @@ def grids_up_to(n):
 
 
 TILINGS = {
-    "hd": Tiling("hd", grids_up_to(6), global_view="last"),
+    "hd": Tiling("hd", grids_up_to(6)),
     # LLaVA-NeXT's image_grid_pinpoints, which its code reads as (width, height); there is none of one tile
     "anyres": Tiling("anyres", ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), fill="black", global_fit="resize", least=0),
     "internvl": Tiling("internvl", grids_up_to(12), squash=True, global_view="last", global_fit="resize", row_end=False),

@@ -13,10 +13,12 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 import data
 from data import (IGNORE, TEMPLATES, Examples, Questions, Records, Tokenizer, collate, cut_at_stop, encode_conversation,
                   encode_prompt, find_template, stop_ids)
+from model import VLM, DecoderConfig, VLMConfig
 from vision import UserError, VisionConfig, default_template, open_image
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -751,6 +753,21 @@ def test_the_photo_questions_are_whole(llama, capsys):
     argv = ["--image-root", str(PHOTOS), "--model", str(LLAMA), "--limit", "20"]
     assert data.main(["check", str(PHOTOS / "train.json"), *argv]) == 0 and data.main(["check", str(PHOTOS / "val.jsonl"), *argv]) == 0
     assert "20 good, 0 wrong" in capsys.readouterr().out
+
+
+def test_the_questions_of_one_record_share_its_tiles_and_cost_what_they_cost_alone(tmp_path, pictures, tok):
+    talk = [{"from": who, "value": text} for k in range(3) for who, text in (("human", f"<image>\nQuestion {k}?" if k == 0 else f"Question {k}?"), ("gpt", "Yes."))]
+    (tmp_path / "x.json").write_text(json.dumps([{"id": name, "image": f"{name}.png", "conversations": talk} for name in "ab"]))
+    vlm = VLM(VLMConfig(VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64), DecoderConfig(
+        vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=64), image_token=tok.image))
+    items = Examples(Questions(Records(tmp_path / "x.json", pictures)), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256)
+    rows = [items[i] for i in (0, 1, 2, 5, 3)]
+    batch = collate(rows, tok.pad)
+    assert batch["pixels"].shape == (2, 3, 32, 32) and batch["layout"][:, 0].tolist() == [0] * 48 + [1] * 32
+    together = vlm(batch["tokens"], batch["pixels"], layout=batch["layout"])
+    for row, e in zip(together, rows):
+        alone = collate([e], tok.pad)
+        assert_close(row[: len(e["tokens"])], vlm(alone["tokens"], alone["pixels"], layout=alone["layout"])[0])
 
 
 def test_split_questions_makes_of_every_question_a_record_with_all_the_pictures(tmp_path, tok):

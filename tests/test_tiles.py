@@ -51,9 +51,8 @@ def test_hd_has_14_grids_of_up_to_six_tiles_and_internvl_35_of_up_to_twelve():
 def test_grid_kept_rows_and_columns_and_tokens_are_the_published_ones(mode, cfg, size, grid, rows, columns, tokens):
     tiles, layout = cut_tiles(Image.new("RGB", size), cfg, mode)
     assert choose_grid(size, cfg.image_size, TILINGS[mode]) == grid and len(tiles) == 1 + grid[0] * grid[1]
-    n, last = cfg.n_token, mode == "hd"                                     # the global view: NeXT's first, ours of HD last
-    whole, local = (layout[-n:], layout[:-n]) if last else (layout[:n], layout[n:])
-    assert (whole == torch.stack([torch.full((n,), len(tiles) - 1 if last else 0), torch.arange(n)], dim=1)).all()
+    local = layout[cfg.n_token :]                                           # after the global view
+    assert (layout[: cfg.n_token] == torch.stack([torch.zeros(cfg.n_token), torch.arange(cfg.n_token)], dim=1)).all()
     assert (local[:, 0] < 0).sum() == rows and len(layout) == tokens
     assert len(local) == rows * (columns + 1) and (local.view(rows, columns + 1, 2)[:, -1, 0] == -1).all()
 
@@ -80,14 +79,13 @@ def test_tiles_go_row_by_row_and_tokens_in_hd_too_across_the_tiles_of_a_row():
     picture = Image.new("RGB", (56, 56))
     for i, color in enumerate(("red", "green", "blue", "white")):
         picture.paste(color, (28 * (i % 2), 28 * (i // 2), 28 * (i % 2) + 28, 28 * (i // 2) + 28))
-    for mode, at in ("hd", 0), ("anyres", 1), ("internvl", 0):
+    for mode, at in ("hd", 1), ("anyres", 1), ("internvl", 0):
         cfg = replace(TOWERS[mode], tiling=replace(TILINGS[mode], grids=((2, 2),)))
         tiles, layout = cut_tiles(picture, cfg, mode)
         assert [tuple(t[:, 14, 14].tolist()) for t in tiles[at : at + 4]] == [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]
     tiles, layout = cut_tiles(picture, TOWERS["hd"], "hd")
-    assert layout[:9].tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3], [-1, 0]]
-    assert layout[9].tolist() == [0, 4]                                     # the second row of patches
-    assert layout[-16:].tolist() == [[4, i] for i in range(16)]             # and last the whole picture in one tile
+    assert layout[16:25].tolist() == [[1, 0], [1, 1], [1, 2], [1, 3], [2, 0], [2, 1], [2, 2], [2, 3], [-1, 0]]
+    assert layout[25].tolist() == [1, 4]                                    # the second row of patches
 
 
 # ---- what holds for any picture ----------------------------------------------------------------------------------------
@@ -119,16 +117,16 @@ def test_hd_keeps_patches_of_the_picture_and_drops_those_of_padding_only(unpad):
     cfg = replace(TOWERS["hd"], tiling=replace(TILINGS["hd"], unpad=unpad))
     for w, h in sizes(150, seed=1):
         tiles, layout = cut_tiles(Image.new("RGB", (w, h), "red"), cfg, "hd")
-        local = layout[: -cfg.n_token] if choose_grid((w, h), 28, cfg.tiling) != (1, 1) else layout
+        local = layout[cfg.n_token :] if choose_grid((w, h), 28, cfg.tiling) != (1, 1) else layout
         patches = tiles.unfold(2, 7, 7).unfold(3, 7, 7)[:, 0].flatten(1, 2)            # (n, 16, 7, 7), their red
         share = ((patches == 255).float().mean(dim=(2, 3)))
         kept = torch.zeros(share.shape, dtype=torch.bool)
         kept[tuple(local[local[:, 0] >= 0].T)] = True
-        n = max(1, len(tiles) - 1)                                          # without the global view
+        first = len(tiles) > 1
         if unpad == "touch":                                                # exactly those that show any of it
-            assert (kept[:n] == (share[:n] > 0)).all(), (w, h)
+            assert (kept[first:] == (share[first:] > 0)).all(), (w, h)
         else:                                                               # full ones may be lost only at the two rims
-            assert kept[:n].any() and (share[:n][kept[:n]] > 0).float().mean() >= 0.5, (w, h)
+            assert kept[first:].any() and (share[first:][kept[first:]] > 0).float().mean() >= 0.5, (w, h)
 
 
 def test_grids_and_token_counts_equal_transformers_for_any_size():
