@@ -9,7 +9,7 @@ The division happens once per step: micro-batches hold unequal numbers of superv
 short answers more. (The original averages the means; so its loss curves differ a little from ours at equal data.)
 
     python train.py --stage finetune                                  # the toy: draws its world, trains, and is examined
-    python train.py --stage finetune --model photo --data FILE.json --image-root DIR --max-steps 3000
+    python train.py --stage finetune --model photo --data FILE.json --image-root DIR
     python train.py --model llava-1.5-7b --vision CLIP --llm VICUNA --data MIX.json --image-root DIR --dry-run      # what it would take
     torchrun --nproc-per-node 8 train.py --shard ...                  # FSDP2: weights, gradients and moments in eighths; --no-shard: DDP
 
@@ -129,7 +129,7 @@ TOY = dict(vision=str(HERE / "assets/toy-clip"), llm=str(HERE / "assets/toy-vicu
 RECIPES = {
     ("toy", "pretrain"): TOY | dict(lr=1e-2, batch_size=16, max_steps=1500, template="vicuna_v1"),         # its decoder knows no other
     ("toy", "finetune"): TOY | dict(projector=str(HERE / "assets/toy-connector"), lr=3e-4, batch_size=16, max_steps=400),
-    ("photo", "finetune"): dict(lr=1e-3, batch_size=128, max_steps=2500, split_questions=True, eval_every=250, save_every=500),
+    ("photo", "finetune"): dict(lr=1e-3, batch_size=128, max_steps=3000, split_questions=True, eval_every=250, save_every=500),
     ("llava-1.5-7b", "pretrain"): dict(lr=1e-3, batch_size=256, clip=math.inf, image_mode="crop", max_length=2048, token_budget=16384, compile=True),
     ("llava-1.5-7b", "finetune"): dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048, token_budget=8192, compile=True),
 }
