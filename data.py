@@ -229,6 +229,8 @@ def train_tokenizer(path, lines, vocab_size, required=""):
 
     `required`: characters that become pieces however rare they are. The same lines give the same file.
     """
+    if vocab_size < 300:
+        raise UserError(f"no tokenizer of {vocab_size} tokens: bytes and marks alone are 259, and then come characters; give at least 300")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -868,8 +870,11 @@ def tokenizer(args):
     for i in range(len(records)):
         lines += [line for _, text in records[i]["turns"] for line in text.replace("<image>", "").split("\n")]
     path = Path(args.out) / "tokenizer.model"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(path, lines, args.vocab_size)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(path, lines, args.vocab_size)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); give another folder") from None
     whole = Counter(word for line in lines for word in re.findall(r"\w+", line))
     tok = Tokenizer(path)
     cut = sum(n for word, n in whole.items() if len(tok.encode(word)) > 1)

@@ -504,11 +504,17 @@ def test_a_tokenizer_of_the_records_own_words_has_each_as_one_token_and_the_same
     assert tok.decode(tok.encode("a word it never met:\n  \u732b")) == "a word it never met:\n  \u732b"
 
 
-@pytest.mark.parametrize("size, says", [(50, "50 tokens .*smaller"), (9000, "9000 tokens .*too high.*<= ")])
+@pytest.mark.parametrize("size, says", [(-1, "-1 tokens.*at least 300"), (299, "299 tokens.*at least 300"), (9000, "9000 tokens .*too high.*<= ")])
 def test_a_tokenizer_too_small_or_too_large_for_its_texts_is_refused_with_the_bound(tmp_path, size, says):
     with pytest.raises(UserError, match=says):
         data.main(["tokenizer", str(write(tmp_path / "a.json", [record(0)])), "--vocab-size", str(size), "--out", str(tmp_path)])
     assert not (tmp_path / "tokenizer.model").exists()
+
+
+def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path):
+    file = write(tmp_path / "a.json", [record(0)])
+    with pytest.raises(UserError, match="--out .*a.json: cannot be written"):
+        data.main(["tokenizer", str(file), "--vocab-size", "300", "--out", str(file)])
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
