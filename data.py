@@ -229,16 +229,17 @@ def train_tokenizer(path, lines, vocab_size, required=""):
 
     `required`: characters that become pieces however rare they are. The same lines give the same file.
     """
-    if vocab_size < 300:
-        raise UserError(f"no tokenizer of {vocab_size} tokens: bytes and marks alone are 259, and then come characters; give at least 300")
+    if vocab_size < 260:
+        raise UserError(f"no tokenizer of {vocab_size} tokens: bytes and marks alone are 259, and then come characters and words; give more")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(line.strip() for line in lines), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
             add_dummy_prefix=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
             required_chars=required, split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
-    except RuntimeError as error:
-        raise UserError(f"no tokenizer of {vocab_size} tokens can be made of these texts: {str(error).rpartition('] ')[2]}") from None
+    except (RuntimeError, TypeError, ValueError) as error:                 # also where half a character (a lone surrogate) is in a text
+        why = str(error).rpartition("] ")[2].split(" or decrease character_coverage")[0] or "they hold no words"
+        raise UserError(f"no tokenizer of {vocab_size} tokens can be made of these texts: {why}") from None
     Path(path).write_bytes(model.getvalue())
 
 
@@ -484,7 +485,7 @@ class Questions(Mixture):
     """The same records, but every question with its answer is one of its own. The records are read once, to count their questions.
 
     A decoder that starts from nothing learns from short rows which words matter, long before it does so in long ones. `runs` says how
-    many questions each record has: those of one stay together (train.batches), so that their pictures are looked at once (collate).
+    many questions each record has: those of one stay together (train.batches), so that in a batch their pictures are looked at once (collate).
     """
 
     def __init__(self, records):
@@ -866,19 +867,20 @@ def need(where, row, **kinds):
 
 def tokenizer(args):
     """Learn a tokenizer from the words of the records, for a decoder that starts from random weights (train.py --tokenizer)."""
-    records, lines = Records(args.file, args.image_root), []
+    path, records, words = Path(args.out) / "tokenizer.model", Records(args.file), []
+    if (path.parent / "config.json").exists():
+        raise UserError(f"--out {args.out}: a model is there, and its tokenizer belongs to it; give another folder")
     for i in range(len(records)):
-        lines += [line for _, text in records[i]["turns"] for line in text.replace("<image>", "").split("\n")]
-    path = Path(args.out) / "tokenizer.model"
+        words += [word for _, text in records[i]["turns"] for word in text.replace("<image>", " ").split()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(path, lines, args.vocab_size)
+        train_tokenizer(path, (word[k : k + 1000] for word in words for k in range(0, len(word), 1000)), args.vocab_size)   # it drops long lines
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); give another folder") from None
-    whole = Counter(word for line in lines for word in re.findall(r"\w+", line))
-    tok = Tokenizer(path)
-    cut = sum(n for word, n in whole.items() if len(tok.encode(word)) > 1)
-    print(f"{path}: {args.vocab_size} tokens; of {whole.total():,} words in {len(records):,} records {1 - cut / max(1, whole.total()):.1%} are one token")
+    plain = Counter(word for text in words for word in re.findall(r"\w+", text))
+    tok, n = Tokenizer(path), plain.total()
+    whole = sum(k for word, k in plain.items() if len(tok.encode(word)) == 1)
+    print(f"{path}: {args.vocab_size} tokens; of {n:,} words in {len(records):,} records {whole / max(1, n):.1%} are one token")
     return 0
 
 
@@ -1064,7 +1066,7 @@ def main(argv=None):
             sub.add_argument("--limit", type=int, default=0, help="records to read at most, 0 for all")
             sub.add_argument("--workers", type=int, default=0, help="processes that open pictures beside this one")
     sub = programs.add_parser("tokenizer", help=tokenizer.__doc__, description=tokenizer.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    sub.set_defaults(program=tokenizer, image_root=None)
+    sub.set_defaults(program=tokenizer)
     sub.add_argument("file", help="JSON list or JSONL of records")
     sub.add_argument("--vocab-size", type=int, default=512, help="tokens in all: 259 are bytes and marks, the others characters, parts of words and words")
     sub.add_argument("--out", required=True, help="folder for tokenizer.model")

@@ -512,7 +512,7 @@ def hd(out, cfg, batch_size=8, lr=1e-3, size=192, words=0.5):
         steps = max(1, round(cfg.tokens / length / batch_size))
         print(f"{way}: {length:.0f} tokens a record, {steps} steps", flush=True)
         for seed in range(cfg.seeds):
-            run_dir = out / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
+            run_dir = out / f"{way.replace(', ', '-').replace(' ', '-')}-{steps}x{batch_size}-{seed}"
             if not (run_dir / "results.json").exists():
                 flags = {"stage": "finetune", "data": world / "train.json", "image-mode": mode, "batch-size": batch_size, "max-steps": steps, "lr": lr, "seed": seed,
                          "out": run_dir, "eval-every": 0, "save-every": 0, "eval-limit": cfg.eval_limit} | {name.replace("_", "-"): value for name, value in choices.items()}

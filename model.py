@@ -152,7 +152,8 @@ class VLM(nn.Module):
         """(B, T) int64, (n, 3, S, S) -> logits (B, T, V); with labels (B, T), not shifted, IGNORE where unsupervised -> scalar loss.
 
         Every image is a run of image tokens exactly as long as its visual tokens; pixels come in the order of the runs, and so does
-        layout (M, 2), which picks the visual tokens from their features (vision.cut_tiles; None: all features in their order).
+        layout (M, 2), which picks the visual tokens from their features (vision.cut_tiles; None: all features in their order); with it, runs
+        may share a picture.
         The loss, - log of Eq. 3 in arXiv:2304.08485, is the mean over supervised tokens. ValueError when runs and pictures differ, or nothing
         is supervised.
         """

@@ -569,15 +569,15 @@ def n_step(cfg, records):
 
 
 def batches(runs, size, steps, seed):
-    """Index lists, one a step: each epoch all indices, as many as `runs` adds up to, shuffled anew, cut without regard to where an epoch ends.
-    Each run of neighbours (1: none) stays together, as the questions of one conversation do."""
-    draw, queue, n = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64), torch.as_tensor(runs)
+    """Index lists, one a step: each epoch a fresh permutation of all indices, cut without regard to where an epoch ends. `runs`: how many
+    neighbours each time stay together, as the questions of one record do; they add up to the number of indices."""
+    draw, queue, length = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64), torch.as_tensor(runs)
+    first = length.cumsum(0) - length                                       # index of each run
     for _ in range(steps):
         while len(queue) < size:
-            order = torch.randperm(len(n), generator=draw)
-            start = n.cumsum(0) - n                                         # of each run, in the file and in the epoch
-            shift = start[order] - (n[order].cumsum(0) - n[order])
-            queue = torch.cat([queue, torch.arange(int(n.sum())) + shift.repeat_interleave(n[order])])
+            order = torch.randperm(len(length), generator=draw)
+            n = length[order]
+            queue = torch.cat([queue, torch.arange(int(n.sum())) + (first[order] - (n.cumsum(0) - n)).repeat_interleave(n)])
         yield queue[:size].tolist()
         queue = queue[size:]
 

@@ -504,7 +504,7 @@ def test_a_tokenizer_of_the_records_own_words_has_each_as_one_token_and_the_same
     assert tok.decode(tok.encode("a word it never met:\n  \u732b")) == "a word it never met:\n  \u732b"
 
 
-@pytest.mark.parametrize("size, says", [(-1, "-1 tokens.*at least 300"), (299, "299 tokens.*at least 300"), (9000, "9000 tokens .*too high.*<= ")])
+@pytest.mark.parametrize("size, says", [(-1, "-1 tokens.*259.*give more"), (262, "262 tokens .*smaller"), (3 * 10**9, "3000000000 tokens"), (9000, "9000 tokens .*too high.*<= ")])
 def test_a_tokenizer_too_small_or_too_large_for_its_texts_is_refused_with_the_bound(tmp_path, size, says):
     with pytest.raises(UserError, match=says):
         data.main(["tokenizer", str(write(tmp_path / "a.json", [record(0)])), "--vocab-size", str(size), "--out", str(tmp_path)])
@@ -514,7 +514,12 @@ def test_a_tokenizer_too_small_or_too_large_for_its_texts_is_refused_with_the_bo
 def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path):
     file = write(tmp_path / "a.json", [record(0)])
     with pytest.raises(UserError, match="--out .*a.json: cannot be written"):
-        data.main(["tokenizer", str(file), "--vocab-size", "300", "--out", str(file)])
+        data.main(["tokenizer", str(file), "--vocab-size", "275", "--out", str(file)])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="a model is there"):
+        data.main(["tokenizer", str(file), "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="they hold no words"):
+        data.main(["tokenizer", str(write(tmp_path / "b.json", [record(0, "<image>", " ")])), "--out", str(tmp_path / "new")])
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -761,13 +766,17 @@ def test_the_photo_questions_are_whole(llama, capsys):
     assert "20 good, 0 wrong" in capsys.readouterr().out
 
 
-def test_the_questions_of_one_record_share_its_tiles_and_cost_what_they_cost_alone(tmp_path, pictures, tok):
+def test_the_questions_of_one_record_share_its_tiles_and_cost_what_they_cost_alone(tmp_path, pictures, tok, monkeypatch):
     talk = [{"from": who, "value": text} for k in range(3) for who, text in (("human", f"<image>\nQuestion {k}?" if k == 0 else f"Question {k}?"), ("gpt", "Yes."))]
     (tmp_path / "x.json").write_text(json.dumps([{"id": name, "image": f"{name}.png", "conversations": talk} for name in "ab"]))
     vlm = VLM(VLMConfig(VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64), DecoderConfig(
         vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=64), image_token=tok.image))
     items = Examples(Questions(Records(tmp_path / "x.json", pictures)), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256)
+    opened = []
+    monkeypatch.setattr(items, "picture", lambda i, name: opened.append(name) or Examples.picture(items, i, name))
     rows = [items[i] for i in (0, 1, 2, 5, 3)]
+    assert [Path(name).name for name in opened] == ["a.png", "b.png"]
+    assert not rows[2]["pixels"].equal(rows[3]["pixels"])
     batch = collate(rows, tok.pad)
     assert batch["pixels"].shape == (2, 3, 32, 32) and batch["layout"][:, 0].tolist() == [0] * 48 + [1] * 32
     together = vlm(batch["tokens"], batch["pixels"], layout=batch["layout"])
