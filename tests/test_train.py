@@ -183,6 +183,15 @@ def test_the_questions_of_one_record_stay_together_in_an_epoch():
         assert run in "".join(map(str, order[:6])) and run in "".join(map(str, order[6:]))
 
 
+def test_split_questions_look_once_at_a_picture_that_several_questions_of_a_step_are_about(go, monkeypatch):
+    tiles, look = [], VLM.features
+    monkeypatch.setattr(VLM, "features", lambda self, pixels: tiles.append(len(pixels)) or look(self, pixels))
+    assert go("--split-questions", "--batch-size", 32) == 0
+    assert len(tiles) == 8 and max(tiles) < 32
+    tiles.clear()
+    assert go("--batch-size", 32, out="whole") == 0 and set(tiles) == {32}
+
+
 def test_accumulation_and_the_full_batch_train_the_same_model(go):
     assert go(out="full") == 0 and go("--micro-batch-size", 3, out="micro") == 0
     torch.testing.assert_close(losses("micro"), losses("full"), rtol=1e-4, atol=1e-4)
