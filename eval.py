@@ -24,6 +24,10 @@ Where this departs from the originals:
   - MathVista's answers are extracted by rule where no `extraction` is given, and the figure says so.
 """
 
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 import argparse
 import ast
 import base64
@@ -35,24 +39,81 @@ import os
 import re
 import sys
 import time
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
+import numpy as np
+import torch
 
 import toyworld
-from data import cut_at_stop, encode_prompt, entries, need, parse_args, read_any, read_pickle, run, stop_ids, write_xlsx
-from model import write_whole
+from conversation import cut_at_stop, encode_prompt, stop_ids
+import sample as asking
+from sample import newest_run, open_model
+from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
+from support.distributed import rank
+from support.io import entries, need, read_any, read_pickle, write_whole, write_xlsx
 from toyworld import COT, INSUFFICIENT, LETTER, SHORT
-from train import Flags, iou, newest_run, one_of, open_model, pick_device
-from vision import MODES, UserError, cut_tiles, join, open_image
+from vision import MODES, cut_tiles, join, open_image
+
+
+
+def examine(vlm, tok, questions, out):
+    """Answer every held-out question, print accuracy by category beside two baselines, and write results.json."""
+    began = time.time()
+    names = list(dict.fromkeys(path for q in questions for path in q["paths"]))
+    other = {name: names[(i + len(names) // 2) % len(names)] for i, name in enumerate(names)}      # each question meets another picture
+    said = asking.answer(vlm, tok, [(q["paths"], q["text"]) for q in questions])
+    blind = asking.answer(vlm, tok, [([other[p] for p in q["paths"]], q["text"]) for q in questions])
+    commonest = {}                                                          # by category, of what is compared: of a worked answer its end
+    for c in {q["category"] for q in questions}:
+        truths = [q["answer"] for q in questions if q["category"] == c]
+        top = Counter(map(final, truths)).most_common(1)[0][0]
+        commonest[c] = next(t for t in truths if final(t) == top)
+    right = [{"accuracy": is_right(a, q["answer"]), "most_frequent": is_right(commonest[q["category"]], q["answer"]), "shuffled": is_right(b, q["answer"])}
+             for q, (a, _), (b, _) in zip(questions, said, blind)]
+    table = {}
+    for category in [*dict.fromkeys(q["category"] for q in questions), "all"]:
+        rows = [r for q, r in zip(questions, right) if category in (q["category"], "all")]
+        table[category] = {"n": len(rows)} | {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
+    print(f"\nheld-out accuracy, {len(questions)} questions in {time.time() - began:.0f} s"
+          f"\n{'':14s}{'n':>6s}{'accuracy':>10s}{'most frequent answer':>22s}{'shuffled pictures':>19s}")
+    for name, row in table.items():
+        print(f"{name:14s}{row['n']:6d}{row['accuracy']:10.1%}{row['most_frequent']:22.1%}{row['shuffled']:19.1%}")
+    n_cut = sum(not whole for _, whole in said)
+    print(f"{n_cut} of {len(said)} answers were cut off for being too long")
+    answers = [{"question_id": q["id"], "category": q["category"], "prompt": q["text"], "text": a, "truth": q["answer"], "right": r["accuracy"], "cut_off": not whole}
+               for q, (a, whole), r in zip(questions, said, right)]
+    if rank() == 0:
+        write_whole(out / "results.json", lambda tmp: tmp.write_text(json.dumps({"table": table, "cut_off": n_cut, "records": answers}, indent=1)))
+
+
+
+def is_right(said, truth):
+    """Exact match but for case and a final dot; of a worked answer what follows `Final answer:`; of a box, IoU >= 0.5 (RefCOCO)."""
+    box = re.compile(r"\[(\d\.\d+), (\d\.\d+), (\d\.\d+), (\d\.\d+)\]")
+    if box.fullmatch(truth):
+        found = box.search(said)
+        return bool(found) and iou(*([float(x) for x in m.groups()] for m in (found, box.fullmatch(truth)))) >= 0.5
+    return ("Final answer:" in said) == ("Final answer:" in truth) and final(said) == final(truth)
+
+
+
+def final(text):
+    return text.rsplit("Final answer:", 1)[-1].strip().rstrip(".").lower()
+
+
+
+def iou(a, b):
+    """Intersection over union of two boxes [x1, y1, x2, y2]."""
+    area = lambda x1, y1, x2, y2: max(0.0, x2 - x1) * max(0.0, y2 - y1)
+    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return both / max(area(*a) + area(*b) - both, 1e-9)
+
+
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
 
 def main(argv=None):
     cfg = parse(argv)
@@ -60,6 +121,8 @@ def main(argv=None):
     results = [evaluate(name, cfg, model) for name in cfg.benchmark]
     print("\n" + table(results))
     return 0
+
+
 
 def evaluate(name, cfg, model):
     """One benchmark from its files to results.json, which is returned."""
@@ -115,8 +178,12 @@ def evaluate(name, cfg, model):
     report(result, len({str(item["image"]) for item in items if item["image"]}), files, out, time.time() - began)
     return result
 
+
+
 def but(cfg, **changes):
     return argparse.Namespace(**vars(cfg) | changes)
+
+
 
 def grade(bench, items, rows, cfg, cot):
     """Answers {item id: row} -> the result of one column, with its records. A missing answer counts as wrong."""
@@ -153,12 +220,16 @@ def grade(bench, items, rows, cfg, cot):
         "unparsed": bad / len(given) if given else 0.0, "n_unparsed": bad, "missing": len(records) - len(given),
         "cut_off": sum("cut_off" in r for r in records), "metric": bench.metric} | metrics | {"records": records}
 
+
+
 def interval(tally, headline, n=1000):
     """95% percentile bootstrap over the rows of `tally`, the benchmark's units; the same every time."""
     draw, u = np.random.default_rng(0), len(tally)
     figures = [headline(np.bincount(draw.integers(u, size=u), minlength=u) @ tally) for _ in range(n)]
     figures = [f for f in figures if f is not None and math.isfinite(f)]
     return [float(x) for x in np.percentile(figures, [2.5, 97.5])] if figures else None
+
+
 
 def compare(records, file):
     """Paired test against another results.json: the same units, their difference, and how often chance signs alone give as much."""
@@ -179,6 +250,8 @@ def compare(records, file):
             "better": int((d > 0).sum()), "worse": int((d < 0).sum()), "p": float(p),
             "test": "paired sign-flip permutation of per-unit scores, two-sided"}
 
+
+
 def per_unit(records):
     """{question, picture or circular group: its score}"""
     scores = defaultdict(list)
@@ -187,16 +260,19 @@ def per_unit(records):
             scores[r.get("unit", r["id"])].append(r.get("unit_score", r["score"]))
     return {unit: mean(found) for unit, found in scores.items()}
 
+
+
 def percent(sums):
     """Mean in percent, of columns (score, 1)."""
     return 100 * float(sums[0] / sums[1]) if sums[1] else None
+
+
 
 def mean(scores):
     scores = list(scores)
     return sum(scores) / len(scores) if scores else None
 
 
-# ---- the model's answers -----------------------------------------------------------------------------------------------
 
 class Model:
     """A VLM, its tokenizer, and which family's prompts it is asked with."""
@@ -255,6 +331,8 @@ class Model:
         pixels, layout = (x.to(self.device) for x in join(pictures)) if pictures else (None, None)
         return tokens, lengths, {"pixels": pixels, "layout": layout, "shared": shared}
 
+
+
 def ask(model, bench, items, modes, cfg, out):
     """Every item in every mode -> {mode: {id: {"text", ...}}}. Batches are cut once, by length, from all items: --resume leaves out whole
     batches only, so that each answer comes from the same arithmetic as in an uninterrupted run."""
@@ -300,6 +378,8 @@ def ask(model, bench, items, modes, cfg, out):
             bar.update(len(batch))
     return {mode: {item["id"]: row for item in items if not (row := done[mode, item["id"]]).get("too_long")} for mode in modes}
 
+
+
 def answer(model, bench, batch, turns, shown, encoded, cot, cfg):
     """One batch -> rows {"text", ...} in its order. A question near the model's length is asked alone: nobody's answer depends on its neighbours."""
     if cfg.likelihood and "candidates" in batch[0] and not cot:
@@ -326,16 +406,22 @@ def answer(model, bench, batch, turns, shown, encoded, cot, cfg):
             rows[k]["first"] = first[k]
     return rows
 
+
+
 def prompt_of(item, cot):
     """The text after the picture. `cot`: the direct instruction makes way for InternVL's frame, or for the benchmark's own."""
     if cot:
         return item.get("cot", COT + item["question"])
     return item["question"] + ("\n" + item["suffix"] if item["suffix"] else "")
 
+
+
 def form_of(item, cot):
     """How long the answer will be, as far as the prompt tells (steps, or a word or letter): a batch runs until its longest one has ended."""
     prompt = prompt_of(item, cot)
     return COT in prompt, SHORT in prompt or LETTER in prompt
+
+
 
 def pictures_of(items, cfg):
     """{id: (its pictures, the pictures of the blind baseline: none, or another record's)}; what is missing is said before the first answer."""
@@ -353,6 +439,8 @@ def pictures_of(items, cfg):
     other = {p: some[(i + max(1, len(some) // 2)) % len(some)] for i, p in enumerate(some)} if cfg.blind == "other" else {}
     return {id: (paths, [other.get(p, p) for p in paths] if cfg.blind == "other" else []) for id, paths in found.items()}
 
+
+
 def find_picture(root, name, id):
     """The official place under the image root, or the bare name in it, or in a folder images/; as .jpg or .png, for SEED-Bench's names
     have no ending."""
@@ -365,12 +453,18 @@ def find_picture(root, name, id):
             return place
     raise UserError(f"{path}: no such picture (record {id}); check the path and --image-root")
 
+
+
 def open_picture(source):
     return open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
 
 def stamp(directory):
     """Size and time of the weights: --resume must not mix two models under one name."""
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(directory).glob("*.safetensors"))]
+
+
 
 def some_of(items, limit):
     """--limit: a random sample, the same every time, in file order. Units (MME's pictures, MMBench's circular groups) stay whole, so a
@@ -381,17 +475,22 @@ def some_of(items, limit):
     kept = set(sample(units, limit * len(units) / len(items)))
     return [item for item in items if item.get("unit", item["id"]) in kept]
 
+
+
 def sample(rows, n):
     """About n of them, in their order. Not the first ones, which would be of one kind, nor every k-th: POPE's answers alternate."""
     return [rows[i] for i in sorted(np.random.default_rng(21).permutation(len(rows))[: max(1, round(n))])]
 
 
-# ---- files and answers ---------------------------------------------------------------------------------------------------
 
 OPTIONAL = (str, type(None))
 
+
+
 def folder(data):
     return Path(data).parent if Path(data).is_file() else Path(data)
+
+
 
 def find(data, *names, optional=False):
     """The first of these official names in the data folder or two folders down; where --data is a file, it is the one that is meant."""
@@ -405,6 +504,8 @@ def find(data, *names, optional=False):
         return None
     raise UserError(f"{data}: no {' or '.join(names)} in it; --data is the folder with the official files, under their official names")
 
+
+
 def split_of(cfg, files):
     """--split, or the first of {split: file} that is there (those with public labels stand first) -> split, path"""
     there = [split for split, name in files.items() if Path(cfg.data).name == name or find(cfg.data, name, optional=True)]
@@ -412,26 +513,38 @@ def split_of(cfg, files):
     one_of("--split", split, list(files))
     return split, find(cfg.data, files[split])
 
+
+
 def named(form, *splits):
     return {split: form.format(split) for split in splits}
+
+
 
 def beside(cfg, name, optional=False):
     """A further file, in the same folder as what --data names."""
     return find(folder(cfg.data), name, optional=optional)
+
+
 
 def within(where, name, value, known):
     """A field that must have one of a few values."""
     if value not in known:
         raise UserError(f'{where}: "{name}" is {value!r}; it must be one of {", ".join(map(str, known))}')
 
+
+
 def lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 
 def packed(file, content):
     """What is written under this name: text and bytes as they are, rows as JSON Lines, all else as JSON."""
     if not isinstance(content, (str, bytes)):
         content = lines(content) if file.endswith(".jsonl") else json.dumps(content, ensure_ascii=False)
     return content if isinstance(content, bytes) else content.encode()
+
+
 
 def toy_files(name, cfg, out):
     """Write the toy world's held-out questions of one kind as that benchmark's official files, which `read` then reads like any others:
@@ -446,9 +559,13 @@ def toy_files(name, cfg, out):
         write_whole(out / file, lambda tmp: tmp.write_text(content, encoding="utf-8"))
     return out
 
+
+
 TEXT_KEYS = ("text", "prediction", "response", "answer", "extraction", "content", "output")
 ID_KEYS = ("question_id", "questionId", "index", "pid", "id", "sent_id", "image")
 QUESTION_KEYS = ("question", "prompt", "caption", "sent", "sentence")
+
+
 
 def answer_in(row):
     """The answer in a result row of any benchmark's own format, None where there is none."""
@@ -456,6 +573,8 @@ def answer_in(row):
         return str(row["messages"][-1]) if row["messages"] else ""
     keys = [k for k in TEXT_KEYS if k != "answer" or "choices" not in row]  # a row that repeats its problem has the truth there
     return next((str(row[k]) for k in keys if isinstance(row.get(k), (str, int, float))), None)
+
+
 
 def match_up(bench, items, cfg):
     """--predictions -> {item id: row}, joined by id and never by position. Unknown and repeated ids are errors."""
@@ -484,6 +603,8 @@ def match_up(bench, items, cfg):
                         "the official scorer refuses such a file")
     return found
 
+
+
 def predicted(cfg, items):
     """(where, row) of a file in any of the usual forms; {id: text} and {id: {...}} become rows too."""
     path = Path(cfg.predictions)
@@ -502,7 +623,6 @@ def predicted(cfg, items):
         yield name(k), row
 
 
-# ---- text to label -------------------------------------------------------------------------------------------------------
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                                      # in the official order; not ' : % $ # & * ~ ^ |
 NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
@@ -521,8 +641,12 @@ CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in WHOLE for i, mark in 
 STRAIGHT = ("couldn'tve", "hadn'tve"), "aint arent cant couldve couldnt weve wheres whove".split()
 BACKTICKS = {k: v if k in STRAIGHT[1] else v.replace("'", "`") for k, v in CONTRACTIONS.items() if "'" not in k or k in STRAIGHT[0]}
 
+
+
 def one_line(text):
     return text.replace("\n", " ").replace("\t", " ").strip()
+
+
 
 def normalise(text, contractions=CONTRACTIONS):
     """The VQA scorer's processPunctuation and processDigitArticle, oddities included."""
@@ -533,27 +657,39 @@ def normalise(text, contractions=CONTRACTIONS):
     words = [NUMBERS.get(word, word) for word in out.lower().split()]
     return " ".join(contractions.get(word, word) for word in words if word not in ("a", "an", "the"))
 
+
+
 def evalai(text):
     """TextVQA's normaliser (EvalAI, M4C), which LLaVA also applies to what it uploads for VQAv2 and VizWiz."""
     return normalise(one_line(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()))
+
+
 
 def agreement(said, answers):
     """Mean over the annotators of min(1, matches among the others / 3): 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, more matches of ten."""
     n = sum(a == said for a in answers)
     return mean(min(1, (n - (a == said)) / 3) for a in answers)
 
+
+
 def final_answer(text):
     """InternVL's extraction from a chain of thought: the first trigger, the rest of its line; without one the whole text."""
     found = re.search(r"(Final answer:|Answer:)\s*(.*)", text, re.IGNORECASE)
     return found[2].strip() if found else text
 
+
+
 def pope_label(text):
     """Before the first period, without commas, one of the words No, no, not -> no; all else, nothing too -> yes."""
     return "no" if {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split(" ")) else "yes"
 
+
+
 def mme_label(text):
     head = text.lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else "other"
+
+
 
 def scienceqa_letter(text):
     """LLaVA's reader: the letter alone, `B. ...`, or exactly one `The answer is B` with one more character behind it."""
@@ -564,17 +700,25 @@ def scienceqa_letter(text):
     found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 else None
 
+
+
 def true_or_false(text):
     found = re.search(r"\b(true|false)\b", text, re.IGNORECASE)
     return found[1].capitalize() if found else None
+
+
 
 def option_letter(text, n):
     """AI2D: the letter alone, or `B.`, `(B)`, `B. leaf`, `B) leaf`, `B: leaf` -> letter or None."""
     found = re.match(r"\(?([A-Z])(?:$|[.):](?:\s|$))", text.strip())
     return found[1] if found and found[1] in LETTERS[:n] else None
 
+
+
 REFUSALS = ("Sorry, I can't help with images of people yet.", "I can't process this file.", "I'm sorry, but without the image provided",
             "Cannot determine the answer")
+
+
 
 def mmbench_letter(text, options):
     """VLMEvalKit's exact matching, {letter: option text} -> letter, Z (says that none fits), or None (a judge would be asked)."""
@@ -594,6 +738,8 @@ def mmbench_letter(text, options):
         return there[0] if len(there) == 1 else None
     return None
 
+
+
 def m3cot_letter(text, choices):
     """The official judge of the last reply. Late matches win; even the article "a" may become option A."""
     if "[Answer]" in text:
@@ -609,6 +755,8 @@ def m3cot_letter(text, choices):
             return there[-1].upper()
     return None
 
+
+
 def internvl_letter(text, choices):
     """InternVL's own reading of M3CoT: a lone character, a leading letter, an option's text, `A.`, `(A)`; the first of these that occurs."""
     text, pairs = text.strip(), list(zip(LETTERS, choices))
@@ -621,6 +769,8 @@ def internvl_letter(text, choices):
             return there[0]
     return None
 
+
+
 def edit_distance(a, b):
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -628,6 +778,8 @@ def edit_distance(a, b):
         for j, y in enumerate(b, 1):
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
+
+
 
 def mathvista_normal(extraction, item):
     """The official normalisation: a letter becomes its option's text, other text the nearest option; numbers are rounded as asked. None: failed."""
@@ -648,6 +800,8 @@ def mathvista_normal(extraction, item):
         return None
     return str(extraction)
 
+
+
 def mathvista_extract(text, item):
     """What the official pipeline asks GPT-4 for, by rule: its own short cuts, then the last option letter or the last number.
     -> text, was a rule of ours needed?"""
@@ -667,8 +821,12 @@ def mathvista_extract(text, item):
     found = re.findall(r"\[[^\[\]]*\]", text) if kind == "list" else re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
     return (found[-1] if found else ""), True
 
+
+
 WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
          "nineteen twenty").split()
+
+
 
 def counted(text):
     """TallyQA: a letter of the sixteen options (A. 0 ... P. 15), else the first integer or number word."""
@@ -676,6 +834,8 @@ def counted(text):
         return LETTERS.index(text)
     found = re.search(rf"\d+|\b(?:{'|'.join(WORDS)})\b", text, re.IGNORECASE)
     return None if not found else int(found[0]) if found[0].isdigit() else WORDS.index(found[0].lower())
+
+
 
 def strict_box(text):
     """Convention N: the whole text is a Python list of four numbers in [0, 1], x1 < x2, y1 < y2; anything else is None."""
@@ -687,11 +847,15 @@ def strict_box(text):
         return None
     return [float(x) for x in box] if box[0] < box[2] and box[1] < box[3] else None
 
+
+
 def tolerant_box(text):
     """The first four numbers in brackets, thousandths or fractions."""
     found = re.search(r"[\[(]\s*" + r"\s*,\s*".join([r"(-?\d*\.?\d+)"] * 4) + r"\s*[\])]", text)
     box = [float(x) for x in found.groups()] if found else None
     return [x / 1000 for x in box] if box and sum(box) >= 4 else box
+
+
 
 def internvl_box(text, w, h):
     """Convention K: -> pixel box in float32; None, which overlaps with nothing, where none was found."""
@@ -704,6 +868,8 @@ def internvl_box(text, w, h):
         return None
     return (box / np.float32(1000) if box.sum() >= 4 else box) * np.array([w, h, w, h], dtype=np.float32)
 
+
+
 def iou32(a, b):
     """IoU in float32 as torchvision's, without repair of reversed corners."""
     a, b = np.asarray(a, dtype=np.float32), np.asarray(b, dtype=np.float32)
@@ -713,24 +879,33 @@ def iou32(a, b):
     return float(both / union) if union else 0.0
 
 
-# ---- the benchmarks: read, judge, total, submit ----------------------------------------------------------------------------
 
 def ask_for(id, image, question, suffix, truth, **more):
     """An item. `more`: `keys` by which an answer may be known besides the id, `unit`, `candidates` for --likelihood, what judge and total want."""
     return {"id": id, "image": image, "question": question, "suffix": suffix, "truth": truth} | more
 
+
+
 def options(choices):
     return "".join(f"\n{LETTERS[i]}. {choice}" for i, choice in enumerate(choices))
+
+
 
 def bracketed(choices):
     return "".join(f"\n({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
 
+
+
 def right(label, truth):
     return {"parsed": label, "score": float(label is not None and label == truth)}
+
+
 
 def reads(label):
     """The judge of a benchmark whose answers are labels: label(text, item) -> one of them, or None."""
     return lambda item, text, row, cfg: right(label(text, item), item["truth"])
+
+
 
 def groups(records, name):
     """{value: records} by what their items say of `name`; where they say a list, a record is in several groups."""
@@ -741,29 +916,45 @@ def groups(records, name):
             found[str(value)].append(r)
     return found
 
+
+
 def share(records):
     return mean(r["score"] for r in records)
+
+
 
 def vqa_percent(records):
     """Rounded as the VQA scorers do, which multiply before they divide."""
     return round(100 * sum(r["score"] for r in records) / len(records), 2) if records else None
 
+
+
 def two_decimals(records):
     """Rounded as GQA's and ScienceQA's scorers do, which divide before they multiply."""
     return round(100 * share(records), 2) if records else None
 
+
+
 def per(records, name, figure=lambda records: 100 * share(records)):
     return {value: figure(rs) for value, rs in groups(records, name).items()}
+
+
 
 def correct_of(records):
     return {"correct": int(sum(r["score"] for r in records)), "total": len(records)}
 
+
+
 def accuracy(records):
     return {"accuracy": share(records)}
+
+
 
 def each(records):
     """The units of a benchmark whose figure is the mean score."""
     return [[r["score"], 1] for r in records], percent
+
+
 
 def tally_of(units, part, cells, headline):
     """Of lists of records, each a unit of one part (split, subtask): cells(records) -> four counts. -> a row per unit, with its counts in the
@@ -774,15 +965,22 @@ def tally_of(units, part, cells, headline):
         row[parts.index(unit[0]["item"][part])] = cells(unit)
     return tally.reshape(len(units), -1), lambda sums: float(headline(dict(zip(parts, sums.reshape(-1, 4)))))
 
+
+
 def answers_as(name, id_key="question_id", text_key="answer", clean=str):
     return lambda items, records: {name: [{id_key: r["id"], text_key: clean(r["answer"] or "")} for r in records]}
+
+
 
 def nothing(items, records):
     return {}                                                               # answers.jsonl is all there is to hand in
 
 
+
 def answer_texts(where, answers):
     return [need(f"{where}, answer {k}", a if isinstance(a, dict) else {}, answer=str) for k, a in enumerate(answers)]
+
+
 
 def ranking(scores, positive):
     """Areas under the ROC curve and under the precision-recall curve (average precision), as scikit-learn has them."""
@@ -793,10 +991,14 @@ def ranking(scores, positive):
     recall, false = np.append(0, hits / max(hits[-1], 1)), np.append(0, (said - hits) / max(said[-1] - hits[-1], 1))
     return {"roc_auc": float(np.sum(np.diff(false) * (recall[1:] + recall[:-1]) / 2)), "pr_auc": float(np.sum(np.diff(recall) * hits / said))}
 
+
+
 def ranked(records, yes):
     """--likelihood: how well the first candidate's probability tells the true statements from the others."""
     asked = [r for r in records if "p" in r]
     return ranking([r["p"][0] for r in asked], [r["truth"] == yes for r in asked]) if asked else {}
+
+
 
 def read_vqav2(cfg):
     stem = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
@@ -815,6 +1017,8 @@ def read_vqav2(cfg):
         yield ask_for(id, f"{kind}/COCO_{kind}_{image:012d}.jpg", question, SHORT, label.get("answers"), whole=whole,
                       answer_type=label.get("answer_type"), question_type=label.get("question_type"))
 
+
+
 def vqa_judge(style):
     def judge(item, text, row, cfg):
         answers, text = item["truth"] or [], one_line(text)
@@ -829,10 +1033,14 @@ def vqa_judge(style):
         return {"parsed": text, "score": agreement(text, answers) if answers else 0.0}
     return judge
 
+
+
 def total_vqav2(records):
     parts = lambda name: dict(sorted(per(records, name, vqa_percent).items()))
     return {"overall": vqa_percent(records), "perAnswerType": parts("answer_type"), "perQuestionType": parts("question_type"),
             "per_question": {str(r["id"]): vqa_percent([r]) for r in records}}
+
+
 
 def submit_vqav2(items, records):
     """All of test2015 must be in the file; what was not asked gets an empty answer."""
@@ -840,6 +1048,7 @@ def submit_vqav2(items, records):
     whole = items[0]["whole"]
     ids = [row["question_id"] for _, _, row in entries(whole, "questions")] if whole else answers
     return {"vqav2_answers.json": [{"question_id": i, "answer": answers.get(i, "")} for i in ids]}
+
 
 
 def read_gqa(cfg):
@@ -852,15 +1061,23 @@ def read_gqa(cfg):
                       structural=structural, semantic=semantic, group=group.get("global"), words=len(question.split()),
                       steps=sum(not any(x in step for x in ("exist", "query: name", "choose name")) for step in steps))
 
+
+
 def gqa_text(text):
     """LLaVA's conversion of what a model says; the scorer then compares strings."""
     return text.rstrip(".").lower()
 
+
+
 def gqa_judge(item, text, row, cfg):
     return right(text if "prediction" in row else gqa_text(text), item["truth"]) | {"balanced": item["balanced"]}
 
+
+
 def balanced(records):
     return [r for r in records if r["item"]["balanced"]]
+
+
 
 def total_gqa(records):
     scored, everything = balanced(records), len(records)
@@ -878,12 +1095,15 @@ def total_gqa(records):
             "accuracy_per_steps_number": parts("steps", int), "accuracy_per_words_number": parts("words", int)}
 
 
+
 def read_vizwiz(cfg):
     split, path = split_of(cfg, named("{}.json", "val", "test", "train"))
     for where, _, row in entries(path):
         image, question, answers = need(where, row, image=str, question=str, answers=(list, type(None)))
         yield ask_for(image, f"{split}/{image}", question, f"{INSUFFICIENT}\n{SHORT}", answer_texts(where, answers) if answers else None,
                       answerable=row.get("answerable"))
+
+
 
 def total_vizwiz(records):
     unanswerable, answerable = ([r for r in records if r["item"]["answerable"] == k] for k in (0, 1))
@@ -893,6 +1113,7 @@ def total_vizwiz(records):
     return {"overall": vqa_percent(records), "unanswerability": {"average_precision": round(100 * average, 2), "f1_score": round(100 * f1, 2)},
             "answerable": vqa_percent(answerable), "unanswerable": vqa_percent(unanswerable),
             "per_image": {r["id"]: vqa_percent([r]) for r in records}, "num": len(records)}
+
 
 
 def read_textvqa(cfg):
@@ -910,13 +1131,18 @@ def read_textvqa(cfg):
         yield ask_for(id, f"{'test' if split == 'test' else 'train'}_images/{image}.jpg", question[:1].upper() + question[1:] + ocr.get(image, ""),
                       SHORT, answers or None, keys=[(image, question.strip().lower())])
 
+
+
 def total_textvqa(records):
     return {"accuracy": share(records), "accuracy_percent_2dp": two_decimals(records), "num": len(records),
             "per_question": {str(r["id"]): r["score"] for r in records}}
 
 
+
 POPE_SPLITS = ("random", "popular", "adversarial")
 POPE_OFFSET, POPE_MERGED = 10_000_000, {0: "adversarial", 1: "random", 2: "popular"}      # of the ids in LLaVA's one file
+
+
 
 def read_pope(cfg):
     splits = [cfg.split] if cfg.split else POPE_SPLITS
@@ -934,6 +1160,8 @@ def read_pope(cfg):
             within(where, "label", label, ("yes", "no"))
             yield ask_for(f"{split}/{id}", f"val2014/{image}" if image.startswith("COCO_val2014") else image, text, SHORT, label,
                           split=split, question_id=id, candidates=("Yes", "No"))
+
+
 
 def pope_predictions(cfg, items):
     """POPE's own files have one split each and number from 1 in each; LLaVA's merged file has offsets. A file is cut where an id returns,
@@ -963,6 +1191,8 @@ def pope_predictions(cfg, items):
                 lot, number = divmod(id, POPE_OFFSET)
                 yield where, row | {"key": f"{split or POPE_MERGED.get(lot)}/{number}"}
 
+
+
 def pope_split(part, asked, file, data):
     """The split whose questions these are, {id: (where, row)}; where several fit, the file's name may tell."""
     text = lambda row: str(row.get("question", row.get("prompt", ""))).split("\n")[0].strip().lower()
@@ -975,6 +1205,8 @@ def pope_split(part, asked, file, data):
     raise UserError(f"{where}: " + (f"could be of {' or '.join(fits)}; give --split, or name the split in the file's name" if fits else
                                     f"its questions are not those of one split in {data}; check that both are the same version of POPE"))
 
+
+
 def pope_cells(records):
     """TP, FP, TN, FN; yes is positive, and a missing answer is wrong."""
     count = lambda truth, said: sum(r["truth"] == truth and (r["parsed"] == said) for r in records)
@@ -982,20 +1214,28 @@ def pope_cells(records):
     tp, tn = count("yes", "yes"), count("no", "no")
     return [tp, n["no"] - tn, tn, n["yes"] - tp]
 
+
+
 def pope_figures(tp, fp, tn, fn):
     n, ratio = tp + fp + tn + fn, lambda a, b: a / b if b else 0.0
     return {"accuracy": ratio(tp + tn, n), "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
             "f1": ratio(2 * tp, 2 * tp + fp + fn), "yes_ratio": ratio(tp + fp, n)}
+
+
 
 def pope_answered(records):
     """{split: records}; a split without a single answer is left out."""
     found = groups(records, "split")
     return {s: found[s] for s in POPE_SPLITS if any("missing" not in r for r in found.get(s, []))}
 
+
+
 def units_pope(records):
     """The headline is the mean F1 of the splits."""
     units = [[r] for rs in pope_answered(records).values() for r in rs]
     return tally_of(units, "split", pope_cells, lambda counts: 100 * mean(pope_figures(*cells)["f1"] for cells in counts.values()))
+
+
 
 def total_pope(records):
     metrics, splits = {}, pope_answered(records)
@@ -1007,6 +1247,8 @@ def total_pope(records):
         metrics["mean_over_splits"] = {name: mean(metrics[s][name] for s in splits) for name in pope_figures(0, 0, 0, 0)}
     return {"n": sum(map(len, splits.values())), "splits": list(splits)} | metrics
 
+
+
 def submit_pope(items, records):
     rows = defaultdict(list)
     for item, r in zip(items, records):
@@ -1014,12 +1256,17 @@ def submit_pope(items, records):
     return {f"pope_{split}.json": lines(of_split) for split, of_split in rows.items()}
 
 
+
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
 
 def bare(question):
     """MME's question without the sentence for which LLaVA puts its own format prompt."""
     return re.sub(r"\s*Please answer yes or no\.\s*$", "", question)
+
+
 
 def tab_lines(path):
     """(where, cells) of each line of a text between whose cells are tabs."""
@@ -1029,6 +1276,8 @@ def tab_lines(path):
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     return [(f"{path}, line {i}", line.split("\t")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
+
+
 def mme_rows(root, task):
     """(where, [picture, question, answer]) of the tool's <subtask>.txt, or of the release's one text per picture."""
     if (root / f"{task}.txt").is_file():
@@ -1037,6 +1286,8 @@ def mme_rows(root, task):
         names = [f"{text.stem}{end}" for end in (".jpg", ".png", ".jpeg")]
         picture = next((name for name in names if (text.parent / name).is_file() or (root / task / "images" / name).is_file()), names[0])
         yield from ((where, [picture, *cells]) for where, cells in tab_lines(text))
+
+
 
 def read_mme(cfg):
     """The release's folders (one text per picture), or the tool's Your_Results/ (one text per subtask)."""
@@ -1058,6 +1309,8 @@ def read_mme(cfg):
                           keys=[(unit, bare(question).strip().lower())])
     if odd := [unit for unit, n in seen.items() if n != 2]:
         raise UserError(f"{root}: {odd[0]} has {seen[odd[0]]} question(s); every picture of MME has two")
+
+
 
 def mme_predictions(cfg, items):
     """results/<subtask>.txt of picture, question, label, response; or answers in LLaVA's form. A line of another number of fields is
@@ -1081,18 +1334,26 @@ def mme_predictions(cfg, items):
             if whole or any(key in item["keys"] for item in items):
                 yield where, row | {"key": key}
 
+
+
 def mme_judge(item, text, row, cfg):
     label = mme_label(text.replace("\t", " ").replace("\n", " "))
     verdict = {"parsed": label if label != "other" else None, "score": float(label == item["truth"]), "label": label}
     return verdict | ({"skipped_line": True} if "skipped_line" in row else {})
+
+
 
 def mme_counts(records):
     """Right answers and answered lines; pictures with both answers right and pictures."""
     counted, pictures = [r for r in records if "skipped_line" not in r], groups(records, "unit").values()
     return [sum(r["score"] for r in counted), len(counted), sum(sum(r["score"] for r in pair) == 2 for pair in pictures), len(pictures)]
 
+
+
 def mme_score(n_right, answered, both, pictures):
     return 100 * (n_right / answered if answered else 0.0) + 100 * (both / pictures if pictures else 0.0)
+
+
 
 def units_mme(records):
     """The unit is the picture with its two questions; the headline is Perception, or Cognition where a folder holds nothing else."""
@@ -1100,6 +1361,8 @@ def units_mme(records):
     wanted = wanted & set(PERCEPTION) or wanted
     return tally_of(list(groups(records, "unit").values()), "task", mme_counts,
                     lambda counts: sum(mme_score(*counts[task]) for task in wanted))
+
+
 
 def total_mme(records):
     """Subtask = 100 acc + 100 acc+; Perception and Cognition are sums."""
@@ -1115,6 +1378,8 @@ def total_mme(records):
     part = lambda names: float(sum(figures[t]["score"] for t in names if t in figures))
     return {"perception_total": part(PERCEPTION), "cognition_total": part(COGNITION), "tasks": figures}
 
+
+
 def submit_mme(items, records):
     files = defaultdict(str)
     for item, r in zip(items, records):
@@ -1122,6 +1387,7 @@ def submit_mme(items, records):
         picture = item["unit"].partition("/")[2]
         files[f"results/{item['task']}.txt"] += f"{picture}\t{item['official']}\t{item['truth'].capitalize()}\t{flat}\n"
     return files
+
 
 
 def read_scienceqa(cfg):
@@ -1141,6 +1407,8 @@ def read_scienceqa(cfg):
         yield ask_for(id, f"images/{row.get('split', split)}/{id}/{image}" if image else None, context + question + options(choices), LETTER, truth,
                       choices=choices, hint=hint or "", **{k: str(row.get(k, "")) for k in ("subject", "grade", "topic")})
 
+
+
 def scienceqa_judge(item, text, row, cfg):
     if isinstance(row.get("text"), int):                                    # the official result file: {"results": {id: index}}
         letter = LETTERS[row["text"]] if 0 <= row["text"] < 26 else None
@@ -1149,6 +1417,8 @@ def scienceqa_judge(item, text, row, cfg):
     there = letter is not None and letter in LETTERS[: min(5, len(item["choices"]))]
     index = LETTERS.index(letter) if there else -1
     return {"parsed": letter, "score": float(index == item["truth"]), "index": index}
+
+
 
 def total_scienceqa(records):
     pictured, given = [r for r in records if r["item"]["image"]], [r for r in records if "missing" not in r]
@@ -1164,8 +1434,11 @@ def total_scienceqa(records):
             "parsed_letter": {r["id"]: r["parsed"] or "FAILED" for r in given}, "predicted_index": {r["id"]: r["index"] for r in given},
             "official_breakdown": {name: f"{100 * share(rs):.2f}" for name, rs in found.items() if rs}}
 
+
+
 def submit_scienceqa(items, records):
     return {"scienceqa_results.json": {"results": {r["id"]: r.get("index", -1) for r in records}}}
+
 
 
 def read_mmbench(cfg):
@@ -1200,9 +1473,13 @@ def read_mmbench(cfg):
                       "请直接回答选项字母。" if chinese else LETTER, answer or None, choices=choices, unit=index % 1_000_000,
                       category=row.get("category", ""), l2=row.get("l2-category", ""), row=row)
 
+
+
 def units_mmbench(records):
     """Circular: a question counts if all of its rows, the options rotated, are answered right."""
     return [[float(all(r["score"] for r in rs)), 1] for rs in groups(records, "unit").values()], percent
+
+
 
 def total_mmbench(records):
     first, hit = [], {}
@@ -1216,6 +1493,8 @@ def total_mmbench(records):
             "vanilla_first_pass_exact_matching": share(first), "group_hit": hit, "per_category": per(first, "category", circular),
             "per_l2_category": per(first, "l2", circular), "inferred_letter": {str(r["id"]): r["parsed"] for r in records}}
 
+
+
 def submit_mmbench(items, records):
     """The server's workbook: the file's columns without six of them, `prediction` as the seventh."""
     drop, rows = {"hint", "category", "source", "image", "comment", "l2-category"}, []
@@ -1223,6 +1502,7 @@ def submit_mmbench(items, records):
         cells = [(k, v) for k, v in item["row"].items() if k not in drop]
         rows.append(dict(cells[:6] + [("prediction", r["answer"] or "")] + cells[6:]))
     return {"mmbench.xlsx": write_xlsx(rows, numeric=["index"])}
+
 
 
 def read_seed(cfg):
@@ -1238,12 +1518,17 @@ def read_seed(cfg):
         yield ask_for(str(id), f"SEED-Bench-video-image/{kind}_{id}.png" if video else f"SEED-Bench-image/{data}", question + options(choices),
                       LETTER, truth, type=kinds.get(kind, str(kind)), media="video" if video else "image")
 
+
+
 def seed_judge(item, text, row, cfg):
     label = text[:1] if cfg.family == "internvl" else text                  # LLaVA compares the whole text, InternVL its first character
     return right(label if label in list("ABCD") else None, item["truth"])
 
+
+
 def total_seed(records):
     return {"accuracy": 100 * share(records), "per_type": per(records, "type"), "per_media": per(records, "media")}
+
 
 
 def read_ai2d(cfg):
@@ -1266,9 +1551,12 @@ def read_ai2d(cfg):
             yield ask_for(id, f"images/{image}", text + options(choices), LETTER, LETTERS[truth], n=len(choices), split=part,
                           letters="drawn" if row.get("abcLabel") else "none", candidates=tuple("ABCD"))
 
+
+
 def total_ai2d(records):
     return {"accuracy": per(records, "split") | {"final": 100 * share(records)}, "abcLabel": per(records, "letters"),
             "note": "raw pictures: the letters of abcLabel questions are not drawn in"}
+
 
 
 def read_tallyqa(cfg):
@@ -1279,11 +1567,14 @@ def read_tallyqa(cfg):
         yield ask_for(id, image, question, LETTER if cfg.likelihood else SHORT, truth, kind="complex" if simple is False else "simple",
                       candidates=tuple(LETTERS[:16]))
 
+
+
 def total_tallyqa(records):
     read = [r for r in records if r["parsed"] is not None]
     error = lambda rs: math.sqrt(mean((r["parsed"] - r["truth"]) ** 2 for r in rs)) if rs else None
     rmse = {"simple": None, "complex": None} | per(read, "kind", error) | {"final": error(read)}
     return {"accuracy": per(records, "kind") | {"final": 100 * share(records)}, "rmse": rmse}
+
 
 
 def read_vsr(cfg):
@@ -1299,16 +1590,21 @@ def read_vsr(cfg):
                       'Respond with "True" or "False" directly.', ("False", "True")[label == 1], relation=relation, kind=kinds.get(relation, ""),
                       keys=[(image, caption.strip().lower())], candidates=("True", "False"))
 
+
+
 def total_vsr(records):
     return accuracy(records) | ranked(records, "True") | {
         "always_true": mean(float(r["truth"] == "True") for r in records), "per_relation": per(records, "relation"),
         "per_meta_category": per(records, "kind")}
 
 
+
 def four(where, box):
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
         raise UserError(f'{where}: "bbox" is {box}; it must be four numbers')
     return box
+
+
 
 def region(where, id, image, sentence, box, w, h, cfg, **more):
     """The item of one sentence; `box` has corners in pixels."""
@@ -1317,6 +1613,8 @@ def region(where, id, image, sentence, box, w, h, cfg, **more):
     quoted = f"<ref>{sentence}</ref>" if cfg.family == "internvl" else f'"{sentence}"'
     return ask_for(id, image, f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}", "", four(where, box),
                    size=(w, h), keys=[(image, sentence.strip().lower())], **more)
+
+
 
 def read_refcoco(cfg):
     name, split = cfg.name, cfg.split or "val"
@@ -1345,6 +1643,8 @@ def read_refcoco(cfg):
             id, sentence = need(where, s if isinstance(s, dict) else {}, sent_id=int, sent=str)
             yield region(where, id, f"train2014/COCO_train2014_{image:012d}.jpg", sentence, [x, y, x + w, y + h], *sizes[image], cfg)
 
+
+
 def region_judge(least):
     """Convention N (fractions, truth rounded to two decimals) for LLaVA and Prismatic, K (float32, pixels) for InternVL."""
     def judge(item, text, row, cfg):
@@ -1364,13 +1664,19 @@ def region_judge(least):
         return {"parsed": box, "score": float(overlap >= least), "iou": overlap, "tolerant": float(bool(loose) and iou(loose, truth) >= least)}
     return judge
 
+
+
 def total_region(records):
     return accuracy(records) | {"invalid": sum(r["parsed"] is None and "missing" not in r for r in records),
                                 "accuracy_tolerant_reading": mean(r.get("tolerant", 0.0) for r in records)}
 
+
+
 def total_ocid(records):
     parts = per(records, "clutter")
     return total_region(records) | {name: parts[name] for name in ("Minimum", "Medium", "Maximum") if name in parts} | {"All": 100 * share(records)}
+
+
 
 def read_ocid(cfg):
     for where, id, row in entries(split_of(cfg, named("{}_expressions.json", "val", "test", "train"))[1]):
@@ -1385,6 +1691,7 @@ def read_ocid(cfg):
                      clutter="Minimum" if take <= 9 else "Medium" if take <= 16 else "Maximum")
 
 
+
 HINT = "Hint: Please answer the question {} and provide the {}, e.g., {}, at the end."
 FLOAT = "requiring a floating-point number with {} decimal place{}"
 HINTS = {"choice": "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
@@ -1393,6 +1700,8 @@ HINTS = {"choice": "Hint: Please answer the question and provide the correct opt
          "float2": HINT.format(FLOAT.format("two", "s"), "final value", "1.23, 1.34, 1.45"),
          "list": HINT.format("requiring a Python list as an answer", "final list", "[1, 2, 3], [1.2, 1.3, 1.4]")}
 MATHVISTA_GROUPS = ("question_type", "answer_type", "language", "source", "category", "task", "context", "grade", "skills")
+
+
 
 def read_mathvista(cfg):
     path, asked = split_of(cfg, named("{}.json", "testmini", "test"))[1], beside(cfg, "query.json", optional=True)
@@ -1415,6 +1724,8 @@ def read_mathvista(cfg):
         yield ask_for(str(pid), image, query, "", truth or None, cot=COT + without, choices=choices, precision=precision,
                       **{k: metadata.get(k) for k in MATHVISTA_GROUPS} | {"question_type": kind, "answer_type": answer_type})
 
+
+
 def mathvista_judge(item, text, row, cfg):
     """Scoring starts from `extraction`. Where there is none, as from a model, a rule stands in for the official GPT-4."""
     extraction, ours = (row["extraction"], False) if "extraction" in row else mathvista_extract(text, item)
@@ -1422,6 +1733,8 @@ def mathvista_judge(item, text, row, cfg):
     score = float(label is not None and label == item["truth"])
     return {"parsed": label, "score": score, "extraction": extraction, "prediction": label, "true_false": bool(score),
             "by_rule": ours, "rule_extracted": "extraction" not in row}
+
+
 
 def total_mathvista(records):
     names = [k for k in MATHVISTA_GROUPS if any(r["item"].get(k) is not None for r in records)]
@@ -1431,9 +1744,12 @@ def total_mathvista(records):
                     "extracted_by_rule": sum(r.get("by_rule", False) for r in records)}
     return metrics
 
+
+
 def submit_mathvista(items, records):
     return {"mathvista_predictions.json": {
         r["id"]: {"pid": r["id"], "response": r["answer"] or "", "extraction": r.get("extraction", "")} for r in records}}
+
 
 
 def read_m3cot(cfg):
@@ -1458,9 +1774,13 @@ def read_m3cot(cfg):
         yield ask_for(id, image, text, "", truth, cot=f"{text}\n\nLet's think step-by-step!",
                       then=f"Please select the correct answer from the [{letters}] options.", **more)
 
+
+
 def m3cot_judge(item, text, row, cfg):
     letter = (internvl_letter if cfg.family == "internvl" else m3cot_letter)(text, item["choices"])
     return right(letter, item["truth"])
+
+
 
 def total_m3cot(records):
     for r in records:
@@ -1468,10 +1788,13 @@ def total_m3cot(records):
     return {"total": correct_of(records) | {"acc": share(records)}, "domain": per(records, "domain", correct_of),
             "topic": per(records, "domain", lambda rs: per(rs, "topic", correct_of))}
 
+
+
 def submit_m3cot(items, records):
     said = lambda item, r: [r["prompt"], *([r["first"], item["then"]] if "first" in r else []), r["answer"] or ""]
     return {"m3cot.jsonl": [{k: item[k] for k in ("id", "choices", "domain", "topic")} | {"answer": r["truth"], "messages": said(item, r)}
                             for item, r in zip(items, records)]}
+
 
 
 RULE = (
@@ -1482,6 +1805,8 @@ RULE = (
     "containing only two values indicating the scores for Assistant 1 and 2, respectively. The two scores are separated by a space.\nIn the "
     "subsequent line, please provide a comprehensive explanation of your evaluation, avoiding any potential bias and ensuring that the order "
     "in which the responses were presented does not affect your judgment.")
+
+
 
 def read_llava_bench(cfg):
     captions = {need(where, row, image=str): row.get("caption") for where, _, row in entries(beside(cfg, "context.jsonl"))}
@@ -1494,6 +1819,8 @@ def read_llava_bench(cfg):
         yield ask_for(id, f"images/{image}", text, "", reference[id], category=category.removeprefix("llava_bench_"),
                       caption="\n".join(map(str, caption)))
 
+
+
 def judge_pair(text):
     """The two scores on the first line of GPT-4's review; anything else is (-1, -1), which the official mean does not drop."""
     try:
@@ -1501,6 +1828,8 @@ def judge_pair(text):
     except ValueError:
         pair = []
     return pair if len(pair) == 2 else [-1.0, -1.0]
+
+
 
 def llava_bench_judge(item, text, row, cfg):
     """A review of GPT-4 (`content`, or `tuple`) is its score. An answer gets a proxy: F1 of its words against the reference's."""
@@ -1511,14 +1840,20 @@ def llava_bench_judge(item, text, row, cfg):
     both = sum((said & truth).values())
     return {"parsed": text, "score": 2 * both / max(sum(said.values()) + sum(truth.values()), 1)}
 
+
+
 def relative_score(sums):
     """100 model / reference of the mean scores, each rounded as the official summary does: of columns (reference, model, 1)."""
     reference, model = (round(float(x / sums[2]), 3) for x in sums[:2])
     return round(model / reference * 100, 1) if reference > 0 else None
 
+
+
 def units_llava_bench(records):
     reviewed = [[*r["pair"], 1] for r in records if "pair" in r]            # a missing review has no say
     return (reviewed, relative_score) if reviewed else each(records)
+
+
 
 def total_llava_bench(records):
     parts = {"all": records} | groups(records, "category")
@@ -1529,10 +1864,14 @@ def total_llava_bench(records):
     return {"proxy_parts": {name: {"count": len(rs), "mean_words": mean(len((r["answer"] or "").split()) for r in rs),
                                    "empty": sum(not r["answer"] for r in rs), "unigram_f1": share(rs)} for name, rs in parts.items()}}
 
+
+
 def request(r, model, temperature, tokens, *messages, **more):
     """One line of judge_requests.jsonl, ready to send."""
     return {"question_id": r["id"]} | more | {"model": model, "temperature": temperature, "max_tokens": tokens,
                                               "messages": [{"role": role, "content": text} for role, text in messages]}
+
+
 
 def submit_llava_bench(items, records):
     block = lambda item, r: (f"[Context]\n{item['caption']}\n\n[Question]\n{item['question']}\n\n"
@@ -1541,6 +1880,7 @@ def submit_llava_bench(items, records):
     system = ("system", "You are a helpful and precise assistant for checking the quality of the answer.")
     return {"judge_requests.jsonl": [request(r, "gpt-4-0314", 0.2, 1024, system, ("user", block(item, r)), category=item["category"])
                                      for item, r in zip(items, records)]}
+
 
 
 MEME = (
@@ -1561,11 +1901,15 @@ MM_VET = (
     "is a playful way to suggest that these contradictions can lead to distrust or confusion. The humor in this meme is derived from the "
     "unexpected contrast between the names of the countries and their actual physical characteristics. | 1.0\n")
 
+
+
 def read_mm_vet(cfg):
     for where, id, row in entries(find(cfg.data, "mm-vet.json")):
         question, truth, capability, image = need(where, row, question=str, answer=str, capability=list, imagename=OPTIONAL)
         yield ask_for(str(id), f"images/{image or f'{id}.png'}", question, "", truth, capability=capability,
                       combination="_".join(map(str, capability)))
+
+
 
 def mm_vet_judge(item, text, row, cfg):
     """A grade of the official judge (`score`, a number or the list of its runs) is the score. An answer gets a proxy: of the best <OR>
@@ -1579,16 +1923,21 @@ def mm_vet_judge(item, text, row, cfg):
     found = lambda branch: mean(float(normalise(part) in said) for part in branch.split("<AND>"))
     return {"parsed": text, "score": max(found(branch) for branch in item["truth"].split("<OR>"))}
 
+
+
 def total_mm_vet(records):
     one_decimal = lambda rs: round(100 * share(rs), 1)
     parts = {f"per_{name}": per(records, name, lambda rs: {"score": one_decimal(rs), "count": len(rs)}) for name in ("capability", "combination")}
     return {"judged": True, "total": one_decimal(records)} | parts if any("judged" in r for r in records) else {"proxy_parts": parts}
+
+
 
 def submit_mm_vet(items, records):
     padded = lambda truth: truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     ask = lambda item, r: f"{MM_VET}\n" + " | ".join([item["question"], padded(item["truth"]), r["answer"] or "", ""])
     return {"mm_vet.json": {r["id"]: r["answer"] or "" for r in records},
             "judge_requests.jsonl": [request(r, "gpt-4-0613", 0, 3, ("user", ask(item, r))) for item, r in zip(items, records)]}
+
 
 
 @dataclass(frozen=True)
@@ -1606,10 +1955,14 @@ class Benchmark:
     predictions: object = None                   # reader of result files that `predicted` cannot read
     all_needed: bool = False                     # the official scorer refuses a file that lacks an answer
 
+
+
 def paper(llava7=None, llava13=None, prism7=None, prism13=None, **others):
     """LLaVA-1.5 by its own table 3 and 4 or, where it has none, by Prismatic's table; Prism is DINOSigLIP."""
     named = {"LLaVA-1.5-7B": llava7, "LLaVA-1.5-13B": llava13, "Prism-7B": prism7, "Prism-13B": prism13} | others
     return {k: v for k, v in named.items() if v is not None}
+
+
 
 CIRCULAR = {"judge": reads(lambda text, item: mmbench_letter(text, item["choices"])), "total": total_mmbench, "units": units_mmbench,
             "submit": submit_mmbench, "metric": "circular accuracy %"}
@@ -1657,7 +2010,6 @@ ALIASES = {"seed": "seed-bench", "llavabenchinthewild": "llava-bench", "llavaben
            "sqa": "scienceqa", "vqa": "vqav2"}
 
 
-# ---- what people look at ---------------------------------------------------------------------------------------------------
 
 def table(results):
     """Score with interval, items, unparsed, the other columns, the papers' figures."""
@@ -1672,6 +2024,8 @@ def table(results):
                      "proxy, compares with nothing" if "proxy" in r else r["metric"], ", ".join(f"{k} {v}" for k, v in r["paper"].items())])
     width, words = [max(map(len, column)) for column in zip(*rows)], (0, len(head) - 2, len(head) - 1)
     return "\n".join("  ".join(cell.ljust(width[k]) if k in words else cell.rjust(width[k]) for k, cell in enumerate(row)).rstrip() for row in rows)
+
+
 
 def report(result, pictures, files, out, seconds):
     """What else must be known of one benchmark, in a line or two."""
@@ -1690,6 +2044,8 @@ def report(result, pictures, files, out, seconds):
         said.append(f"against {c['with']}: {c['difference']:+.2f} points ({c['ci95'][0]:+.2f} to {c['ci95'][1]:+.2f}), "
                      f"{c['better']} better, {c['worse']} worse of {c['n']}, p = {c['p']:.3g}")
     print("; ".join(said) + f"\n  {out / 'results.json'}, {', '.join(files)}", flush=True)
+
+
 
 def contact_sheet(items, records, cfg, path, columns=4, side=240):
     """--show: wrong answers, spread over the file, each with picture, question, answer and truth."""
@@ -1715,6 +2071,8 @@ def contact_sheet(items, records, cfg, path, columns=4, side=240):
     write_whole(path, lambda tmp: sheet.save(tmp, format="PNG"))
     print(f"{len(wrong)} wrong answers are in {path}")
 
+
+
 def wrapped(text, pen, side):
     """The text in lines that fit, also where a language has no spaces."""
     found = []
@@ -1725,6 +2083,8 @@ def wrapped(text, pen, side):
                 found.append("")
             found[-1] += word
     return found
+
+
 
 def parse(argv):
     cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1773,6 +2133,8 @@ def parse(argv):
     if cfg.resume and cfg.predictions:
         raise UserError("--resume is for a model's answers; --predictions has them all")
     return cfg
+
+
 
 def find_name(name):
     """MMBench, mm_vet, seed: any spelling of one name."""

@@ -7,9 +7,9 @@ For a prompt x (picture and question), a chosen answer y_c and a rejected one y_
                                             L_q  is each one good by itself (BCO, rewards shifted by delta)
                                             L_g  keep writing good answers  (SFT on y_c, mean over its tokens)
 
-    python mpo.py pairs --method correctness --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
-    python mpo.py pairs --method dropout-ntp --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
-    python mpo.py train --model DIR --data PAIRS.jsonl --image-root DIR         # through train.py's loop: its checkpoints, logs, --resume
+    python pairs.py --method correctness --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
+    python pairs.py --method dropout-ntp --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
+    python mpo.py --model DIR --data PAIRS.jsonl --image-root DIR         # through train.py's loop: its checkpoints, logs, --resume
 
 A pair is one row, [picture and question | chosen | rejected]: the rejected answer stands at the positions of the chosen one and neither
 sees the other, so the sums are those of two rows, and picture and question are computed once. A frozen tower looks once for policy and
@@ -21,39 +21,38 @@ reference. Deviations from the authors' code, all of them:
   - answers that ran out of tokens make no pair; the original takes them for wrong ones, or for whole ones.
 """
 
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 import argparse
 import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import random
-import re
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass
-from itertools import islice, product
-from pathlib import Path
-from types import SimpleNamespace
 
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
+import torch
+import torch.nn.functional as F
 
-import model
-from data import IGNORE, Examples, Mixture, Records, collate, encode_conversation, encode_prompt, find_template, open_records, parse_args, run
-from model import PRESETS, write_whole
-from train import (Flags, TrainConfig, arg, build, complete, few, find_files, fit, guarded, is_right, newest_run, one_of, open_model, pick_device,
-                   precision, read_flags, text_of)
-from vision import MODES, UserError, cut_tiles, open_image
+from conversation import encode_conversation
+from data import Examples, Mixture, collate, open_records
+from lab.losses import aot_loss, cdpo_loss, hinge_loss, ipo_loss, orpo_loss, robust_dpo_loss, sppo_loss
+from model import IGNORE, PRESETS
+from sample import newest_run
+from support.cli import must, Flags, UserError, arg, one_of, run
+from support.lora import lora_off
+from support.plots import draw_rewards
+from support.weights import base_of, is_lora
+from train import TrainConfig, build, few, find_files, fit, guarded, precision, read_flags
 
-
-# ---- the losses: each a mean over pairs of what its equation says, of tensors (B,) ---------------------------------------
 
 
 def dpo_loss(r_c, r_r):
@@ -61,9 +60,11 @@ def dpo_loss(r_c, r_r):
     return -F.logsigmoid(r_c - r_r).mean()
 
 
+
 def bco_loss(r_c, r_r, delta):
     """L_q = -log s(r_c - delta) - log s(-(r_r - delta))             arXiv:2404.04656; a sum of two terms, not their mean"""
     return -(F.logsigmoid(r_c - delta) + F.logsigmoid(delta - r_r)).mean()
+
 
 
 def sft_loss(s_c, n_c):
@@ -71,46 +72,12 @@ def sft_loss(s_c, n_c):
     return -(s_c / n_c).mean()
 
 
+
 def shift(delta, n, r_c, r_r):
     """The reward shift: the mean of all rewards so far, these included. (delta, n) of n pairs -> (delta, n) with the new ones; no gradient."""
     total = n + len(r_c)
     return delta + (torch.cat([r_c, r_r]).detach().mean().item() - delta) * len(r_c) / total, total
 
-
-def cdpo_loss(r_c, r_r, epsilon):
-    """-(1 - e) log s(r_c - r_r) - e log s(r_r - r_c)                ericmitchell.ai/cdpo.pdf: a label is wrong with probability e"""
-    return -((1 - epsilon) * F.logsigmoid(r_c - r_r) + epsilon * F.logsigmoid(r_r - r_c)).mean()
-
-
-def robust_dpo_loss(r_c, r_r, epsilon):
-    """(-(1 - e) log s(r_c - r_r) + e log s(r_r - r_c)) / (1 - 2e)   arXiv:2403.00409, Eq. 12: unbiased under such labels"""
-    return (epsilon * F.logsigmoid(r_r - r_c) - (1 - epsilon) * F.logsigmoid(r_c - r_r)).mean() / (1 - 2 * epsilon)
-
-
-def hinge_loss(r_c, r_r):
-    """max(0, 1 - (r_c - r_r))                                       RSO, arXiv:2309.06657, Eq. 8"""
-    return F.relu(1 - (r_c - r_r)).mean()
-
-
-def ipo_loss(d_c, d_r, n_c, n_r, beta):
-    """(d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2, d = s - s_ref      arXiv:2310.12036, Eq. 17; means over tokens, as in the ablation"""
-    return (d_c / n_c - d_r / n_r - 1 / (2 * beta)).square().mean()
-
-
-def sppo_loss(d_c, d_r, beta):
-    """(d_c - 1 / 2 beta)^2 + (d_r + 1 / 2 beta)^2                   arXiv:2405.00675, Eq. 4.7, the winner winning surely"""
-    return ((d_c - 0.5 / beta).square() + (d_r + 0.5 / beta).square()).mean()
-
-
-def aot_loss(gap, gap_ref, beta):
-    """-log s(beta (sort(gap) - sort(gap_ref))), gap = s_c - s_r     arXiv:2406.05882, paired; sorted over the batch: of one pair it is DPO"""
-    return -F.logsigmoid(beta * (gap.sort().values - gap_ref.sort().values)).mean()
-
-
-def orpo_loss(s_c, s_r, n_c, n_r):
-    """-log s(log odds_c - log odds_r), odds = p / (1 - p), p = exp(s / |y|)         arXiv:2403.07691, Eq. 7; no reference"""
-    odds = lambda mean: mean - torch.log(-torch.expm1(mean))               # log p - log(1 - p), p so near 1 that 1 - p must not be rounded
-    return -F.logsigmoid(odds(s_c / n_c) - odds(s_r / n_r)).mean()
 
 
 TERMS = {                                        # name -> the term, of what preference() gives
@@ -123,6 +90,7 @@ TERMS = {                                        # name -> the term, of what pre
 }
 
 
+
 def loss_weights(cfg):
     """--loss -> {term: weight}. ORPO brings its own NLL, with its term at the paper's 0.1 beside it."""
     name, plus, sft = cfg.loss.partition("+")
@@ -133,8 +101,6 @@ def loss_weights(cfg):
         return {"dpo": cfg.w_p, "bco": cfg.w_q, "sft": cfg.w_g} if name == "mpo" else {"sft": cfg.w_g, "orpo": 0.1}
     return {name: 1.0} | ({"sft": cfg.w_g} if plus else {})
 
-
-# ---- log-probabilities -------------------------------------------------------------------------------------------------
 
 
 def log_probs(vlm, batch, seen=None, rows=1024):
@@ -158,8 +124,10 @@ def log_probs(vlm, batch, seen=None, rows=1024):
     return add(s), add(torch.ones_like(s))
 
 
+
 PREFIX, CHOSEN, REJECTED, PADDING = range(4)     # the parts of a row; each sees the prefix and itself
 PairFiles = open_records                         # a file of pairs is a file of records
+
 
 
 class PairExamples(Examples):
@@ -181,6 +149,7 @@ class PairExamples(Examples):
         return pair_row(prefix, chosen, rejected)
 
 
+
 def pair_row(prefix, chosen, rejected):
     """Three lists of ids -> one row of all: tokens, labels, their positions, the row that predicts each, the part it belongs to; (T,) each."""
     p, c, r = len(prefix), len(chosen), len(rejected)
@@ -188,6 +157,7 @@ def pair_row(prefix, chosen, rejected):
     before = [*range(-1, p + c - 1), p - 1, *range(p + c, p + c + r - 1)]
     return {"tokens": torch.tensor(prefix + chosen + rejected), "labels": torch.tensor([IGNORE] * p + chosen + rejected), "at": torch.tensor(at),
             "source": torch.tensor(before).clamp(min=0), "part": torch.tensor([PREFIX] * p + [CHOSEN] * c + [REJECTED] * r)}
+
 
 
 def encode_pair(tok, question, chosen, rejected, template, n_visual):
@@ -206,9 +176,11 @@ def encode_pair(tok, question, chosen, rejected, template, n_visual):
     return rows[0][0], rows[0][1], rows[1][1]
 
 
+
 def collate_pairs(examples, pad):
     """data.collate, with all that a pair's row has."""
     return collate(examples, pad, at=0, source=0, part=PADDING) | {"index": [e["index"] for e in examples if "skipped" not in e]}
+
 
 
 def recompressed(image, i):
@@ -217,8 +189,6 @@ def recompressed(image, i):
     image.convert("RGB").save(file, "JPEG", quality=random.Random(i).randint(75, 100))
     return Image.open(file)
 
-
-# ---- training: what the loop of train.py teaches -----------------------------------------------------------------------
 
 
 @dataclass
@@ -249,6 +219,7 @@ class MPOConfig(TrainConfig):
     cache_features: float = arg(0.0, "")
     split_questions: bool = arg(False, "")
     dry_run: bool = arg(False, "")
+
 
 
 class Pairs:
@@ -314,7 +285,7 @@ class Pairs:
         """s_ref (B, 2)."""
         if self.cfg.reference == "precomputed":
             return self.sums[batch["index"]].to(self.device)
-        with model.lora_off(self.vlm) if self.cfg.reference == "lora-off" else contextlib.nullcontext():
+        with lora_off(self.vlm) if self.cfg.reference == "lora-off" else contextlib.nullcontext():
             return log_probs(self.vlm if self.cfg.reference == "lora-off" else self.ref, batch, seen)[0]
 
     @torch.no_grad()
@@ -363,6 +334,7 @@ class Pairs:
         draw_rewards(out / "mpo.png", out / "log.jsonl")
 
 
+
 def preference(s, s_ref, n, cfg):
     """All that the terms are made of, each (B,): sums, differences to the reference, rewards, lengths."""
     d = s - s_ref
@@ -371,14 +343,17 @@ def preference(s, s_ref, n, cfg):
                            n_c=n[:, 0], n_r=n[:, 1], beta=cfg.beta, epsilon=cfg.epsilon, delta=0.0)
 
 
+
 def to(batch, device):
     return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
+
 def model_files(cfg):
     """The directories that a model is read from: its own, its towers', and of a LoRA its base's."""
-    base = model.base_of(cfg.model, cfg.llm) if model.is_lora(cfg.model) else ""
+    base = base_of(cfg.model, cfg.llm) if is_lora(cfg.model) else ""
     return [Path(p) for p in (cfg.model, *cfg.vision.split(","), base) if p]
+
 
 
 def fingerprint(models, files, more):
@@ -390,6 +365,7 @@ def fingerprint(models, files, more):
         with open(path, "rb") as file:
             said.update(hashlib.file_digest(file, "blake2b").digest())
     return said.hexdigest()[:16]
+
 
 
 def whole_lines(path):
@@ -404,298 +380,10 @@ def whole_lines(path):
     return [json.loads(line) for line in raw.splitlines()]
 
 
-def draw_rewards(path, log, width=800, height=760):
-    """mpo.png: rewards and their margin; share of pairs told apart; delta; NLL. Each line is the mean of the steps around it."""
-    lines = [line for line in map(json.loads, open(log)) if line.get("margin") is not None]
-    if not lines:
-        return
-    panels = {"rewards, beta (s - s_ref)": ["reward_chosen", "reward_rejected", "margin"],
-              "share of pairs with the chosen answer ahead": ["accuracy"],
-              "delta, the mean of all rewards so far": ["delta"],
-              "NLL of the chosen answer per token": ["nll"]}
-    colors, tall, w = ("#1f6fb5", "#d6502b", "#3a9a4a"), (height - 30) // len(panels), len(lines) // 50
-    image = Image.new("RGB", (width, height), "white")
-    pen, steps = ImageDraw.Draw(image), [line["step"] for line in lines]
-    write = lambda at, text, anchor, fill="#555555": pen.text(at, text, fill=fill, anchor=anchor, font_size=13)
-    x = lambda step: 70 + (width - 94) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-    near = [lines[max(0, i - w) : i + w + 1] for i in range(len(lines))]
-    for k, (title, names) in enumerate(panels.items()):
-        curves = {name: [sum(line[name] for line in some) / len(some) for some in near] for name in names}
-        values = [v for curve in curves.values() for v in curve] + ([0.0, 1.0] if "accuracy" in names else [])
-        low, high, top = min(values), max(values), k * tall + 30
-        low, high = (low - 0.05, high + 0.05) if high - low < 1e-6 else (low, high)
-        y = lambda v: top + (tall - 44) * (high - v) / (high - low)
-        for v in (low, 0.0 if low < 0 < high else (low + high) / 2, high):
-            pen.line([(70, y(v)), (width - 24, y(v))], fill="#e6e6e6")
-            write((62, y(v)), f"{v:.3g}", "rm")
-        write((70, top - 18), title, "lt", "#222222")
-        for j, (name, curve) in enumerate(curves.items()):
-            pen.line([(x(s), y(v)) for s, v in zip(steps, curve)], fill=colors[j], width=2)
-            write((width - 24 - 170 * (len(names) - 1 - j), top - 18), f"{name.replace('_', ' ')} {curve[-1]:.3f}", "rt", colors[j])
-    write((70, height - 18), f"step {steps[0]:,} to {steps[-1]:,}", "lt")
-    write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
 
-
-# ---- building pairs ----------------------------------------------------------------------------------------------------
-
-PROMPTS = {                                      # for step-by-step answers, exactly the authors' (MMPR v1, v1.1 and their CoT evaluation)
-    "en": "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to answer, "
-          'please use the format "Final answer: .."\n\nQuestion:\n\n{question}',
-    "zh": "你的任务是回答以下问题。在回答之前，请逐步推理说明您的思路。当你准备好给出答案时，请使用以下格式：\"答案: ...\"\n\n问题:\n\n{question}",
-}
-TRIGGERS = ("Final answer:", "Final Answer:", "答案:")
-DIRECT = ("Answer the question using a single word or phrase.", "Answer with the option's letter from the given choices directly.",
-          "Please answer Yes or No.", r"Please answer the question and put the final answer within \boxed{}.")
-NUMBERS = {word: str(i) for i, word in enumerate("none one two three four five six seven eight nine ten".split())} | {"zero": "0"}
-
-
-def parse_answer(response, min_newlines=2):
-    """A worked answer -> (the rationale with its trigger, the final answer), or None where the format was not kept: a trigger once or twice,
-    the last of them counts; something before it; newlines, because reasoning has lines; one line after it."""
-    trigger = next((t for t in TRIGGERS if t in response), None)
-    if trigger is None or response.count(trigger) > 2 or response.count("\n") < min_newlines:
-        return None
-    rationale, _, final = response.rpartition(trigger)
-    if not rationale.strip() or not final.strip() or "\n" in final.strip():
-        return None
-    return rationale + trigger, final.strip()
-
-
-def letter(text):
-    """B of "B", "B. cat", "(B)"; else None."""
-    found = re.match(r"\(?([A-N])\)?(?:[.:)\s]|$)", text.strip().strip("*"))
-    return found and found[1]
-
-
-def judge(said, truth):
-    """Is this the answer? Case, articles and punctuation do not matter, two for 2 is right, numbers agree to 1 part in 1000, letters by
-    themselves, boxes by IoU. (MMPR's fourth scorer, math-verify, is not here: formulas must be written alike.)"""
-    if len(truth.strip()) == 1 and letter(truth):
-        return letter(said) == letter(truth)
-    bare = lambda text: re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split()
-    plain = lambda text: " ".join(NUMBERS.get(w, w) for w in bare(text) if w not in ("a", "an", "the"))
-    a, b = plain(said), plain(truth)
-    if a == b and b:
-        return True
-    try:
-        a, b = (float(re.sub(r"(degrees?|cm|%)$", "", text).strip()) for text in (a, b))
-        return abs(a - b) <= 1e-3 * abs(b)
-    except ValueError:
-        return is_right(said, truth)
-
-
-def fix_answer(response, truth, min_newlines):
-    """A right answer's last line as the truth writes it, and without bold: so that the model learns that form."""
-    head, final = parse_answer(response, min_newlines)
-    bare = final.strip("*").strip()
-    lines = (head + " " + (truth if truth.lower() in bare.lower().replace(",", "").strip(".") else bare)).split("\n")
-    return "\n".join(lines[:-1] + [lines[-1].replace("**Final", "Final")])
-
-
-def read_questions(records, method):
-    """-> [{"where", "image", "paths", "question", "truth", "chosen", ...}], one for each question of each record; and why others are none.
-
-    `whole` and `tokens` are of the chosen answer, as it is given: that of a file is whole and cost nothing.
-    """
-    found, wrong = [], []
-    for i in range(len(records)):
-        try:
-            record = records[i]
-            paths = [records.image_path(name) for name in record["images"]]
-        except UserError as error:
-            wrong.append(str(error))
-            continue
-        turns = record["turns"] if record["turns"][0][0] == "human" else record["turns"][1:]
-        for k in range(0, len(turns), 2):
-            where = records.where(i, record["id"]) + (f", turn {k + 1}" if len(turns) > 2 else "")
-            truth, text = turns[k + 1][1].strip() if k + 1 < len(turns) else "", turns[k][1]
-            if method == "correctness" and not truth:
-                wrong.append(f"{where}: no answer to judge by")
-            elif not text.replace("<image>", "").strip():
-                wrong.append(f"{where}: no question")
-            else:
-                found.append({"where": where, "image": record.get("image"), "paths": paths, "question": text, "truth": truth,
-                              "chosen": record.get("chosen"), "whole": True, "tokens": 0})
-    return found, wrong
-
-
-def worked(question, n_image, prompt):
-    """The question in the step-by-step prompt: without the ending that asks for a short answer, its one picture in front."""
-    text = question.replace("<image>", "").strip() if n_image <= 1 else question.strip()
-    for ending in DIRECT:
-        text = text.removesuffix(ending).strip()
-    return "<image>\n" * (n_image == 1) + PROMPTS[prompt].replace("{question}", text)
-
-
-def draw_answers(vlm, tok, rows, cfg, seed):
-    """train.complete, cfg.batch_size rows at a time."""
-    cuts = range(0, len(rows), cfg.batch_size)
-    return [row for at in cuts for row in complete(vlm, tok, rows[at : at + cfg.batch_size], cfg.max_new_tokens, temperature=cfg.temperature,
-                                                   top_p=cfg.top_p, top_k=cfg.top_k, seed=seed + at)]
-
-
-def pairs_by_correctness(vlm, tok, asked, cfg, seed):
-    """Sample answers to each question, and pair the right with the wrong and with those that kept no format -> [(pairs, counts), ...]"""
-    results, said = [], iter(draw_answers(vlm, tok, [q["row"] for q in asked for _ in range(cfg.samples)], cfg, seed))
-    for q in asked:
-        count, right, wrong = Counter(), {}, {}
-        for ids, ended, n in islice(said, cfg.samples):
-            text, whole = text_of(tok, vlm.cfg.template, ids, ended)
-            found = parse_answer(text, cfg.min_newlines)
-            kind = ("cut off" if not whole else "empty" if not text else "no format" if not found
-                    else "right" if judge(found[1], q["truth"]) else "wrong")
-            count.update({"answers": 1, "tokens": n, f"answers {kind}": 1})
-            if kind == "right":
-                right[fix_answer(text, q["truth"], cfg.min_newlines)] = found[1]
-            elif kind in ("wrong", "no format"):
-                wrong[text] = found and found[1]
-        made = []
-        for (good, a), (bad, b) in product(right.items(), wrong.items()):
-            if b is not None and a.lower() in b.lower():                    # "2" in "12 or 2": perhaps right after all
-                count["pairs in doubt"] += 1
-            else:
-                made.append({"image": q["image"], "question": q["prompt"], "chosen": good, "rejected": bad, "answer_gt": q["truth"],
-                             "rule": "format" if b is None else "answer"})
-        kept = random.Random(f"{cfg.seed} {q['where']}").sample(made, min(len(made), cfg.pairs_per_question))
-        count.update({"pairs beyond the cap": len(made) - len(kept),
-                      f"questions {'all right' if not wrong else 'none right' if not right else 'right and wrong'}": 1})
-        results.append((kept, count))
-    return results
-
-
-def pairs_by_dropout(vlm, tok, asked, cfg, seed):
-    """DropoutNTP: keep the first words of an answer that was given with the picture, and complete it without -> [(pairs, counts), ...]"""
-    form, results = vlm.cfg.template, []
-    own = [q for q in asked if q["chosen"] is None]                         # the others have their answer from the file
-    for q, (ids, ended, n) in zip(own, draw_answers(vlm, tok, [q["row"] for q in own], cfg, seed)):
-        q["tokens"], (q["chosen"], q["whole"]) = n, text_of(tok, form, ids, ended)
-    begun = [q for q in asked if q["chosen"].strip() and q["whole"]]
-    lead = find_template(form).answer.split("{}")[0].replace("«", "")       # the space that opens an answer in LLaVA's templates
-    for q in begun:
-        words = q["chosen"].strip().split(" ")
-        begin = " ".join(words[: int(len(words) * cfg.ratio)]).strip()
-        q["begin"] = tok.encode(lead + begin, dummy_prefix=False) if begin else []
-        ids, pictures = q["row"] if cfg.load_image else encode_asked(vlm, tok, q["question"].replace("<image>", "").strip(), [])
-        q["row"] = ids + q["begin"], pictures
-    said = iter(draw_answers(vlm, tok, [q["row"] for q in begun], cfg, seed + 2**31))
-    for q in asked:
-        count, chosen = Counter(tokens=q["tokens"]), q["chosen"].strip()
-        if not chosen or not q["whole"]:
-            results.append(([], count + Counter(["answers cut off" if not q["whole"] else "answers empty"])))
-            continue
-        ids, ended, n = next(said)
-        rejected, whole = text_of(tok, form, q["begin"] + ids, ended)
-        wrong = "cut off" if not whole else "empty" if not rejected else "the same" if rejected == chosen else ""
-        count.update({"tokens": n, "answers": 1} | ({f"completions {wrong}": 1} if wrong else {}))
-        front = "<image>\n" if len(q["paths"]) == 1 and "<image>" not in q["question"] else ""
-        results.append(([] if wrong else [{"image": q["image"], "question": front + q["question"], "chosen": chosen, "rejected": rejected}], count))
-    return results
-
-
-def encode_asked(vlm, tok, question, paths):
-    """-> prompt ids and [(tiles, layout), ...]"""
-    pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
-    ids = encode_prompt(tok, [("human", question)], vlm.cfg.template, [len(layout) for _, layout in pictures])
-    if len(ids) >= vlm.cfg.decoder.block_size * 3 // 4:
-        raise UserError(f"a question of {len(ids)} tokens leaves little room for an answer in {vlm.cfg.decoder.block_size}")
-    return ids, pictures
-
-
-def make_pairs(argv):
-    """Groups of questions, one after the other; what a group gave is appended to PAIRS.jsonl.part at once, so a killed run goes on there."""
-    cfg = parse_pairs(argv)
-    out, by_truth = Path(cfg.out), cfg.method == "correctness"
-    part = out.with_name(out.name + ".part")
-    if out.exists():
-        raise UserError(f"--out {out} is there already; remove it, or give another")
-    records = Records(cfg.data, cfg.image_root)
-    vlm, tok = open_model(cfg.model, pick_device(cfg.device), cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
-    asked, wrong = read_questions(records, cfg.method)
-    asked = asked[:: math.ceil(len(asked) / cfg.limit)][: cfg.limit] if cfg.limit else asked
-    if not asked:
-        raise UserError(f"{cfg.data}: no question that could be used" + (f"; the first: {wrong[0]}" if wrong else ""))
-    for reason in wrong[:5]:
-        print(f"skipped: {reason}" + ("; the others are only counted" if reason == wrong[4:5] else ""))
-    flags = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "model", "data", "image_root")}
-    head = {"made by": "mpo.py pairs", "key": fingerprint(model_files(cfg), [Path(cfg.data)], flags), **flags}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    before = whole_lines(part) or [head]
-    if before[0] != head:
-        raise UserError(f"{part} was begun with another model, data or flags; give the same ones, or remove it")
-    size = max(1, cfg.batch_size // (cfg.samples if by_truth else 1))
-    first = len(before) - 1 if len(before) > len(asked) else (len(before) - 1) // size * size      # a half-written group is made again
-    done = before[1 : 1 + first]
-    write_whole(part, lambda tmp: tmp.write_text(to_lines([head, *done]), encoding="utf-8"))
-    print(f"{len(asked):,} questions in groups of {size}" + (f"; {first:,} were answered before" if first else ""), flush=True)
-    began, total = time.time(), sum((Counter(line["counts"]) for line in done), Counter(unreadable=len(wrong)))
-    n_before = total["tokens"]
-    with open(part, "a", encoding="utf-8") as file, tqdm(total=len(asked), initial=first, desc=cfg.method, unit="question",
-                                                         disable=not sys.stderr.isatty()) as bar:
-        for at in range(first, len(asked), size):
-            group = [dict(q) for q in asked[at : at + size]]                # their pictures go when the group is done
-            for q in group:
-                q["prompt"] = worked(q["question"], len(q["paths"]), cfg.prompt) if by_truth else q["question"]
-                try:
-                    q["row"] = encode_asked(vlm, tok, q["prompt"], q["paths"])
-                except UserError as error:
-                    q["why"] = f"{q['where']}: {error}"
-            usable = [q for q in group if "row" in q]
-            found = iter((pairs_by_correctness if by_truth else pairs_by_dropout)(vlm, tok, usable, cfg, cfg.seed * 2**32 + at * 2**12))
-            for q in group:
-                pairs, count = next(found) if "row" in q else ([], Counter(["unusable"]))
-                count.update({"questions": 1, "pairs": len(pairs)})
-                done.append({"pairs": pairs, "counts": dict(+count)} | ({"why": q["why"]} if "why" in q else {}))
-                total += count
-            file.write(to_lines(done[at:]))
-            file.flush()
-            rate = f"{total['pairs']:,} pairs, {(total['tokens'] - n_before) / (time.time() - began):,.0f} tokens/s"
-            bar.update(len(group))
-            bar.set_postfix_str(rate)
-            if not sys.stderr.isatty() and (len(done) * 10 // len(asked) > at * 10 // len(asked)):
-                print(f"{len(done):,} of {len(asked):,} questions, {rate}", flush=True)
-    made = [pair for line in done for pair in line["pairs"]]
-    for why in [line["why"] for line in done if "why" in line][:5]:
-        print(f"skipped: {why}")
-    report(made, dict(total), tok, out)
-    if not made:
-        raise UserError(f"not one pair could be made; the counts are above, {part} holds what there is")
-    write_whole(out, lambda tmp: tmp.write_text(to_lines(made), encoding="utf-8"))
-    part.unlink()
-    print(f"{len(made):,} pairs are in {out}; train on them: python mpo.py train --model {cfg.model} --data {out} --image-root {cfg.image_root}")
-    return 0
-
-
-def to_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def report(made, counts, tok, out):
-    """Print what was kept, what was dropped and why, and how long the answers are; the same as JSON beside the pairs."""
-    for name in sorted(counts):
-        print(f"{name:26s}{counts[name]:10,}")
-    summary = {"counts": counts}
-    if made:
-        lengths = {name: [len(tok.encode(pair[name])) for pair in made] for name in ("question", "chosen", "rejected")}
-        summary |= {"tokens_generated_per_pair": counts["tokens"] / len(made),
-                    "tokens": {name: {"mean": sum(n) / len(n), "min": min(n), "max": max(n)} for name, n in lengths.items()}}
-        print(f"{'tokens generated per pair':26s}{summary['tokens_generated_per_pair']:10.1f}")
-        for name, n in summary["tokens"].items():
-            print(f"{'tokens of the ' + name:26s}{n['mean']:10.1f}   {n['min']} to {n['max']}")
-    write_whole(out.with_name(out.name + ".stats.json"), lambda tmp: tmp.write_text(json.dumps(summary, indent=1) + "\n"))
-
-
-# ---- programs ----------------------------------------------------------------------------------------------------------
-
-
-def must(cfg, names, fits, rule):
-    for name in names.split():
-        if not fits(getattr(cfg, name)):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {rule}")
-
-
-def train(argv):
-    cli = Flags(prog="mpo.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cfg = read_flags(cli, MPOConfig, {}, argv)
+def main(argv=None):
+    cli = Flags(prog="mpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cfg = read_flags(cli, MPOConfig, {}, sys.argv[1:] if argv is None else argv)
     one_of("--reference", cfg.reference, ["precomputed", "copy", "lora-off"])
     terms = loss_weights(cfg)
     must(cfg, "beta", lambda x: x > 0, "above 0")
@@ -708,73 +396,14 @@ def train(argv):
     if "tr-dpo" in terms and cfg.lora_r:
         raise UserError(f"--loss {cfg.loss}: the reference follows the policy's own weights, and a LoRA is beside them; leave out --lora-r")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("mpo.py train runs in one process: start it without torchrun")
+        raise UserError("mpo.py runs in one process: start it without torchrun")
     if not cfg.data:
-        raise UserError("--data: which pairs? python mpo.py pairs makes some")
+        raise UserError("--data: which pairs? python pairs.py makes some")
     if cfg.model in PRESETS:
         raise UserError(f"--model {cfg.model} is a preset: preferences are for a model that can answer; give its directory, such as out/finetune")
     cfg.model = cfg.model or str(newest_run())
     return guarded(lambda: fit(find_files(cfg), Pairs))
 
-
-PAIRS_FLAGS = [                                  # name, default (None: the flag must be given), help
-    ("method", None, "correctness: right against wrong answers to questions with one true answer; dropout-ntp: answers against their completion "
-                     "without the picture"),
-    ("data", None, "questions: JSONL of {image, question, answer}, or LLaVA's JSON; for dropout-ntp \"chosen\" in a record is taken for the answer, "
-                   "else the model gives it"),
-    ("out", None, "JSONL for the pairs"),
-    ("model", "", "model directory; empty: the newest finished run under out/"),
-    ("vision", "", "tower of a model that was published without, DIR or DIR,DIR"),
-    ("llm", "", "directory of the base of a LoRA"),
-    ("image-root", "", "folder that the pictures' names start from; empty: that of --data"),
-    ("samples", 32, "correctness: answers to each question"),
-    ("pairs-per-question", 15, "correctness: at most so many, drawn at random"),
-    ("min-newlines", 2, "correctness: an answer with fewer has not reasoned in lines"),
-    ("prompt", "en", f"correctness: language of the step-by-step prompt, {' or '.join(PROMPTS)}"),
-    ("ratio", 0.5, "dropout-ntp: share of an answer's words that is kept, 0 to 1"),
-    ("load-image", False, "dropout-ntp: complete with the picture after all"),
-    ("temperature", 1.0, "0 takes the likeliest word, more draws at random"),
-    ("top-k", 50, "draw from so many likeliest words; 0: all"),
-    ("top-p", 1.0, "draw from the smallest set of words holding this probability"),
-    ("max-new-tokens", 1024, "longest answer in tokens; one that reaches it makes no pair"),
-    ("batch-size", 64, "answers generated at once"),
-    ("limit", 0, "questions, evenly spread over the file; 0: all"),
-    ("template", "", "conversation template; empty: the model's own"),
-    ("image-mode", "", f"{', '.join(MODES)}; empty: the model's own"),
-    ("seed", 0, "of the draws"),
-    ("device", "auto", "cpu, cuda, cuda:N or auto"),
-    ("dtype", "float32", "of the weights: float32, bfloat16, float16, or auto: as they are stored, but bfloat16 for float16 on a CPU"),
-]
-
-
-def parse_pairs(argv):
-    cli = Flags(prog="mpo.py pairs", description=make_pairs.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default, said in PAIRS_FLAGS:
-        kind = str if default is None else type(default)
-        shown = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind], "required": default is None}
-        cli.add_argument(f"--{name}", default=default, help=said, **shown)
-    cfg = parse_args(cli, argv)
-    one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
-    one_of("--method", cfg.method, ["correctness", "dropout-ntp"])
-    one_of("--prompt", cfg.prompt, list(PROMPTS))
-    one_of("--dtype", cfg.dtype, ["auto", "float32", "bfloat16", "float16"])
-    must(cfg, "ratio", lambda x: 0 <= x < 1, "from 0 to below 1")
-    must(cfg, "temperature", lambda x: 0 <= x < math.inf, "0 or more")
-    must(cfg, "seed", lambda x: 0 <= x < 2**30, "from 0 to 2^30 - 1")
-    must(cfg, "min_newlines limit top_k", lambda x: x >= 0, "0 or more")
-    must(cfg, "samples pairs_per_question max_new_tokens batch_size", lambda x: x >= 1, "at least 1")
-    cfg.model, cfg.image_root = cfg.model or str(newest_run()), cfg.image_root or str(Path(cfg.data).parent)
-    return cfg
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__ + "\npython mpo.py pairs --help and python mpo.py train --help list the flags.")
-        return 0 if argv else 1
-    one_of("mpo.py", argv[0], ["pairs", "train"])
-    return (make_pairs if argv[0] == "pairs" else train)(argv[1:])
 
 
 if __name__ == "__main__":

@@ -9,16 +9,88 @@ is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Gree
 before the first question; an <image> or </s> in what is typed is text.
 """
 
+from dataclasses import replace
+from pathlib import Path
 import argparse
 import sys
 
 import torch
 
-from data import as_text, cut_at_stop, encode_prompt, parse_args, run, stop_ids
-from train import Flags, newest_run, one_of, open_model, pick_device
-from vision import MODES, UserError, cut_tiles, join, open_image
+from conversation import Tokenizer, as_text, cut_at_stop, encode_prompt, find_template, stop_ids
+from model import VLM
+from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
+from support.weights import check_image_mode, check_tokenizer, tokenizer_home
+from vision import MODES, cut_tiles, join, open_image
+
+
+
+def open_model(directory, device="cpu", dtype="auto", vision=None, llm=None, template="", image_mode=""):
+    """A model that others ask, by their flags of these names -> VLM, which has the template and the image mode in its cfg, and its Tokenizer."""
+    if template:
+        find_template(template)                                             # said before gigabytes are read
+    vlm = VLM.from_pretrained(directory, device, None if dtype == "auto" else getattr(torch, dtype), vision, llm)
+    tok = Tokenizer(tokenizer_home(directory, llm))
+    check_tokenizer(vlm, tok)
+    mode = image_mode or vlm.cfg.image_mode
+    check_image_mode(vlm, mode, directory)
+    vlm.cfg = replace(vlm.cfg, template=template or vlm.cfg.template, image_mode=mode)
+    return vlm, tok
+
+
+
+def answer(vlm, tok, questions, max_new_tokens=96, size=48):
+    """Greedy answers to [([picture file, ...], text), ...] -> [(answer, whole), ...]; `whole` is False where the tokens ran out."""
+    answers, by_length = [None] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
+    for start in range(0, len(questions), size):
+        some, prompts = by_length[start : start + size], []
+        for paths, text in (questions[i] for i in some):
+            pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
+            text = text if "<image>" in text or not paths else "<image>" * len(paths) + "\n" + text
+            prompts.append((encode_prompt(tok, [("human", text)], vlm.cfg.template, [len(layout) for _, layout in pictures]), pictures))
+        for i, (ids, ended, _) in zip(some, complete(vlm, tok, prompts, max_new_tokens)):
+            answers[i] = text_of(tok, vlm.cfg.template, ids, ended)
+    return answers
+
+
+
+def complete(vlm, tok, prompts, max_new_tokens, **choices):
+    """A batch [(prompt ids, [(tiles, layout), ...]), ...] -> [(new ids without the stop, whether it came, tokens generated), ...]
+
+    `choices`: what VLM.generate takes, such as temperature and seed; without them greedy.
+    """
+    stop, device, longest = stop_ids(tok, vlm.cfg.template), vlm.decoder.lm_head.weight.device, max(len(ids) for ids, _ in prompts)
+    pictures, room = [picture for _, pictures in prompts for picture in pictures], min(max_new_tokens, vlm.cfg.decoder.block_size - longest)
+    if room < 1:
+        raise UserError(f"a question of {longest} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
+    tokens = torch.tensor([ids + [tok.pad] * (longest - len(ids)) for ids, _ in prompts], device=device)
+    pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
+    new = vlm.generate(tokens, pixels, room, lengths=[len(ids) for ids, _ in prompts], stop=stop, layout=layout, **choices).tolist()
+    ends = [next((k for k, t in enumerate(ids) if t in stop), None) for ids in new]
+    return [(ids[:end], end is not None, len(ids) if end is None else end + 1) for ids, end in zip(new, ends)]
+
+
+
+def text_of(tok, template, ids, ended):
+    """-> text, whether it is whole. Some templates end an answer by a string and not by a token."""
+    text = tok.decode(ids)
+    said = cut_at_stop(text, template)
+    return said.strip(), ended or said != text
+
+
+
+def newest_run(root="out"):
+    """The model directory under out/ that was finished last: config.json is the last file a run writes."""
+    newest = lambda pattern: max(Path(root).glob(pattern), key=lambda p: p.stat().st_mtime, default=None)
+    if found := newest("*/config.json"):
+        return found.parent
+    half = newest("*/checkpoint-*/config.json")
+    raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune) or give --model DIR"
+                    + (f". From an unfinished one there is --model {half.parent}" if half else ""))
+
+
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
+
 
 
 def main(argv=None):
@@ -42,6 +114,7 @@ def main(argv=None):
         turns = turns + [("gpt", as_text(answer))] if answer else turns[:-1]  # an empty answer is no turn to go on from
         question = ask() if chat else None
     return 0
+
 
 
 def say(vlm, tok, prompt, pixels, layout, cfg):
@@ -71,6 +144,7 @@ def say(vlm, tok, prompt, pixels, layout, cfg):
     return text
 
 
+
 def ask():
     """One line from the terminal; None when the user is done."""
     try:
@@ -81,19 +155,20 @@ def ask():
     return question or None
 
 
+
 def parse(argv):
     cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the order the question speaks of them")
     cli.add_argument("--prompt", default="", help="one question; empty: describe the picture, then chat if this is a terminal")
     cli.add_argument("--model", default="", metavar="DIR", help="model directory; empty: the newest finished run under out/")
-    cli.add_argument("--vision", metavar="DIR[,DIR]", help="tower of a model that was published without (python model.py convert puts it in)")
+    cli.add_argument("--vision", metavar="DIR[,DIR]", help="tower of a model that was published without (python -m tools.weights convert puts it in)")
     cli.add_argument("--llm", metavar="DIR", help="base of a LoRA")
     cli.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word, more draws at random (default 0)")
     cli.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set of words holding this probability (default 1)")
     cli.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest words; 0: all (default 0)")
     cli.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default 256)")
     cli.add_argument("--template", default="", help="conversation template; empty: the model's own")
-    cli.add_argument("--image-mode", default="", help=f"{', '.join(MODES)}; empty: the model's own (python model.py info DIR says which)")
+    cli.add_argument("--image-mode", default="", help=f"{', '.join(MODES)}; empty: the model's own (python -m tools.weights info DIR says which)")
     cli.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default auto)")
     cli.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],

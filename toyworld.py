@@ -15,6 +15,10 @@ chat, asks as people do, without one.
     python toyworld.py --hello cat.jpg           # one large picture to ask about
     python toyworld.py --out small --size 192 --words 0.5     # signs that only a look from close by can read
 """
+
+from collections import defaultdict
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 import argparse
 import base64
 import csv
@@ -29,16 +33,17 @@ import re
 import shutil
 import signal
 import sys
-from collections import defaultdict
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
 
+
+
 def arg(default, help):
     return field(default=default, metadata={"help": help})
+
+
 
 @dataclass
 class Config:
@@ -49,6 +54,8 @@ class Config:
     seed: int = arg(0, "another seed, another world")
     words: float = arg(1.0, "size of the signs and their words, above 0 and at most 1: 0.5 draws them half as large")
     hello: str = arg("", "write one 480-pixel picture to this file, and nothing else")
+
+
 
 VERSION = 4                                      # of pictures and questions: raise it when either changes
 COLORS = {"red": (216, 40, 42), "orange": (250, 138, 24), "yellow": (250, 222, 50), "green": (44, 158, 68), "blue": (38, 92, 222),
@@ -64,7 +71,6 @@ BACKGROUNDS = ("meadow", "beach", "night", "room", "snow")
 WORDS = ("STOP", "OPEN", "TAXI", "CAFE", "PARK", "SALE", "BUS", "ZOO", "INN", "GYM", "EXIT", "SHOP")
 UNSEEN = {("cat", "blue"), ("fish", "red"), ("bird", "white"), ("tree", "orange"), ("house", "purple"), ("car", "green"),
           ("ball", "black"), ("star", "yellow")}
-
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")    # of the template vicuna_v1
 DETAIL = "Give a detailed description of the image."
@@ -80,6 +86,7 @@ COT = ("Your task is to answer the question below. Give step by step reasoning b
        'answer, please use the format "Final answer: .."\n\nQuestion:\n\n')
 
 
+
 # -- scenes ----------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Thing:
@@ -89,11 +96,15 @@ class Thing:
     place: str
     box: tuple                                   # x1, y1, x2, y2 as fractions of the side
 
+
+
 @dataclass(frozen=True)
 class Sign:
     word: str
     place: str
     box: tuple
+
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -104,6 +115,8 @@ class Scene:
     @property
     def parts(self):                             # the things and the sign, in reading order
         return reading_order(self.things + ((self.sign,) if self.sign else ()))
+
+
 
 def random_scene(rng, held_out=False):
     """A training scene holds no UNSEEN pair, a held-out one at least one. No scene holds the same pair twice."""
@@ -130,6 +143,8 @@ def random_scene(rng, held_out=False):
     things = [Thing(*pair, SIZES[size], *spot) for pair, size, spot in zip(chosen, sizes, spots)]
     return Scene(rng.choice(BACKGROUNDS), tuple(reading_order(things)), Sign(word, *spots[-1]) if word else None)
 
+
+
 def shrink_sign(scene, scale):
     """The sign smaller, its middle where it was: all that is asked and answered about the scene stays true."""
     if scene.sign is None or scale == 1:
@@ -139,13 +154,18 @@ def shrink_sign(scene, scale):
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
     return replace(scene, sign=replace(scene.sign, box=(x - w, y - h, x + w, y + h)))
 
+
+
 def throw(rng, cell, side):
     """Where a side of that length may begin (in grid steps) so that its middle is well inside cell 0, 1 or 2 of the row."""
     low, high = cell * GRID / 3 + 1, (cell + 1) * GRID / 3 - 1
     return rng.choice([x for x in range(GRID - side + 1) if low <= x + side / 2 <= high])
 
+
+
 def reading_order(parts):
     return sorted(parts, key=lambda part: PLACES.index(part.place))
+
 
 
 # -- drawing: ART lists paints and the shapes they fill, in percent of a box; four numbers are an oval, more a polygon -----------
@@ -198,6 +218,8 @@ LETTERS = {  # strokes on a grid 4 wide and 6 high, each point two digits x y; d
     "S": "41 30 10 01 02 13 33 44 45 36 16 05", "T": "00 40,20 26", "U": "00 05 16 36 45 40", "X": "00 46,40 06",
     "Y": "00 23 40,23 26", "Z": "00 40 06 46"}
 
+
+
 def draw(scene, size=96):
     """The picture, size x size RGB. Nothing is random: the same scene always gives the same pixels."""
     px = SUPER * size
@@ -219,12 +241,16 @@ def draw(scene, size=96):
                 stroke(pen, into(scene.sign.box, px, points), "#342622", thick)
     return image.reduce(SUPER)
 
+
+
 @functools.cache
 def background(name, px):
     """Pale and soft, so that all eight colors stand out. The night is a grey one: a black cat must show, too."""
     image = Image.new("RGB", (px, px))
     paint(ImageDraw.Draw(image), px, (0, 0, 1, 1), name, {})
     return image
+
+
 
 def paint(pen, px, box, name, colors):
     for how, shapes in parsed(ART[name]):
@@ -245,16 +271,22 @@ def paint(pen, px, box, name, colors):
         for points in shapes:
             (pen.ellipse if len(points) == 2 else pen.polygon)(points, color)
 
+
+
 def stroke(pen, points, color, width):
     """A thick line with round ends and corners."""
     pen.line(points, color, round(width))
     for x, y in points:
         pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), color)
 
+
+
 def into(box, px, points):
     """From fractions of the box to pixels of the large picture, leaving room for the outer half of the outline."""
     x, y, w, h = box[0] + OUTLINE / 2, box[1] + OUTLINE / 2, box[2] - box[0] - OUTLINE, box[3] - box[1] - OUTLINE
     return [((x + w * u) * px, (y + h * v) * px) for u, v in points]
+
+
 
 @functools.cache
 def parsed(art):
@@ -262,6 +294,8 @@ def parsed(art):
     points = lambda shape: [(float(x) / 100, float(y) / 100) for x, y in zip(shape.split()[::2], shape.split()[1::2])]
     rows = [row.split(":") for row in art.split(";")]
     return [(how.strip(), [points(shape) for shape in shapes.split(",")]) for how, shapes in rows]
+
+
 
 @functools.cache
 def palette(name):
@@ -274,11 +308,14 @@ def palette(name):
     ink = "#f0f0f4" if dark else "#1e1c24"
     return {"body": color, "plain": color, "edge": edge, "shade": shade, "light": mix((255, 255, 255), 0.45), "ink": ink}
 
+
+
 def hello_picture():
     """The picture of the README's first question; a scene as in training."""
     ball = Thing("ball", "blue", "small", "top right", (.70, .10, .90, .30))
     cat = Thing("cat", "red", "big", "left", (.10, .35, .40, .65))
     return draw(Scene("meadow", (ball, cat), Sign("EXIT", "bottom right", (.55, .70, .95, .90))), 480)
+
 
 
 # -- text ------------------------------------------------------------------------------------------------------------------------
@@ -287,41 +324,62 @@ def caption(scene):
     text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return text[0].upper() + text[1:] + "."
 
+
+
 def named(part):
     return f"{article(part.color)} {part.kind}" if isinstance(part, Thing) else f"a sign that says {part.word}"
+
+
 
 def describe(scene, boxes=True):
     """Everything there is to say, each thing with its box, as LLaVA's detailed descriptions and Shikra's boxes (arXiv:2306.15195)."""
     say = lambda p: f"a {p.size} {p.color} {p.kind} {at(p)}" if isinstance(p, Thing) else f"a sign {at(p)} that says {p.word}"
     return "; ".join(say(p) + (f" {coordinates(p.box)}" if boxes else "") for p in scene.parts)
 
+
+
 def article(word):
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
 
 def at(part):
     return f"{'in' if part.place == 'middle' else 'at'} the {part.place}"
 
+
+
 def coordinates(box):
     return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
+
+
 
 def several(n, kind):
     """1 cat, 2 cats, 2 fish; with n = 0 the plural alone."""
     return (f"{n} " if n else "") + (kind if n == 1 or kind == "fish" else kind + "s")
 
+
+
 def there(n, kind):                              # "no" cats, too
     return f"There {'is' if n == 1 else 'are'} {several(n, kind)}"
+
+
 
 def the(thing, scene):
     """The shortest phrase that means this thing only."""
     return f"the {thing.kind}" if count(scene, kind=thing.kind) == 1 else f"the {thing.color} {thing.kind}"
 
+
+
 def count(scene, kind=None, color=None):
     return sum(kind in (None, thing.kind) and color in (None, thing.color) for thing in scene.things)
+
 
 
 # -- questions: each function asks one about the scene and answers it, or returns None where the scene allows none ---------------
 def ask_caption(scene, rng):
     return CAPTION, caption(scene)
+
+
 
 def ask_existence(scene, rng):
     shown = [(thing.kind, thing.color) for thing in scene.things]
@@ -336,6 +394,8 @@ def ask_existence(scene, rng):
         name = f"{color} {kind}"
     return f"Is there {article(name)} in the image?\n{SHORT}", answer
 
+
+
 def ask_count(scene, rng):
     found = [(f"How many {several(0, kind)} are there?", count(scene, kind=kind)) for kind in KINDS]
     found += [(f"How many {color} things are there?", count(scene, color=color)) for color in COLORS]
@@ -344,9 +404,13 @@ def ask_count(scene, rng):
     question, answer = pick(found, rng, {0: 1, 1: 1, 2: 2, 3: 4, 4: 5})
     return f"{question}\n{SHORT}", str(answer)
 
+
+
 def ask_attribute(scene, rng):
     question, answer, _ = about(rng.choice(scene.things), rng.choice(("kind", "color", "size")), scene)
     return f"{question}\n{SHORT}", answer
+
+
 
 def about(thing, what, scene):
     """A question about one thing: (question, answer, what else one could answer)."""
@@ -358,6 +422,8 @@ def about(thing, what, scene):
     colors = [color for kind, color in nameable(scene) if kind == thing.kind]
     return question, getattr(thing, what), {"kind": KINDS, "color": colors, "size": SIZES, "place": PLACES}[what]
 
+
+
 def ask_spatial(scene, rng):
     answer, found = rng.choice(("yes", "no")), []
     for words, axis, sign in (("to the left of", 0, -1), ("to the right of", 0, 1), ("above", 1, -1), ("below", 1, 1)):
@@ -368,9 +434,13 @@ def ask_spatial(scene, rng):
                     found.append(f"Is {the(a, scene)} {words} {the(b, scene)}?\n{SHORT}")
     return (rng.choice(found), answer) if found else None
 
+
+
 def ask_box(scene, rng):
     thing = rng.choice(scene.things)
     return f"{BOX}{the(thing, scene)}.", coordinates(thing.box)
+
+
 
 def ask_choice(scene, rng):
     what = rng.choice(("kind", "color", "place"))
@@ -382,8 +452,12 @@ def ask_choice(scene, rng):
     choices.insert(letter, right)
     return "\n".join([question, *(f"{'ABCD'[i]}. {choice}" for i, choice in enumerate(choices)), LETTER]), "ABCD"[letter]
 
+
+
 def ask_reading(scene, rng):
     return (f"What word is on the sign?\n{SHORT}", scene.sign.word) if scene.sign else None
+
+
 
 def ask_unanswerable(scene, rng):
     known = rng.random() < 0.5
@@ -396,13 +470,19 @@ def ask_unanswerable(scene, rng):
         question = f"What color is the {absent}?" if what == "color" else f"Is the {absent} small or big?"
     return f"{question}\n{INSUFFICIENT}\n{SHORT}", answer if known else "Unanswerable"
 
+
+
 def ask_reasoning(scene, rng):
     question, answer, _ = reason(scene, rng)
     return f"{question}\n{SHORT}", str(answer)
 
+
+
 def ask_cot(scene, rng):
     question, answer, steps = reason(scene, rng)
     return f"{COT}{question}", f"{steps}\nFinal answer: {answer}"
+
+
 
 def reason(scene, rng):
     """A question that takes two steps: (question, answer, the steps in words)."""
@@ -428,16 +508,22 @@ def reason(scene, rng):
         found.append((question, n - gone, f"{steps} {n} - {gone} = {n - gone}."))
     return pick(found, rng, {0: 2, 1: 2, 2: 1, 3: 2})
 
+
+
 def pick(found, rng, weights):
     """One of the (question, answer, ...): first the answer, by weight (3 unless told), then a question that has it."""
     answers = sorted({answer for _, answer, *_ in found})
     answer = rng.choices(answers, [weights.get(answer, 3) for answer in answers])[0]
     return rng.choice([item for item in found if item[1] == answer])
 
+
+
 def nameable(scene):
     """The pairs a question may name: all, but a training scene must not teach that UNSEEN ones do not exist."""
     held_out = any((thing.kind, thing.color) in UNSEEN for thing in scene.things)
     return [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
+
+
 
 def chat(scene, rng):
     """As people ask, without a format prompt, and answered in a sentence: toy-vicuna has read such questions, answered in a word, but no such
@@ -464,15 +550,20 @@ def chat(scene, rng):
     question, answer = (what == "spatial" and ask_spatial(scene, rng)) or ask_existence(scene, rng)
     return bare(question).replace(" in the image", ""), answer.capitalize() + "."
 
+
+
 ASK = {"caption": ask_caption, "existence": ask_existence, "count": ask_count, "attribute": ask_attribute, "spatial": ask_spatial,
        "box": ask_box, "choice": ask_choice, "reading": ask_reading, "unanswerable": ask_unanswerable, "reasoning": ask_reasoning,
        "cot": ask_cot}
 CATEGORIES = (*ASK, "chat")
 
+
+
 def questions(scene, rng):
     """One (category, question, answer) of each category the scene allows. The question already ends with its format prompt."""
     asked = [(category, ask(scene, rng)) for category, ask in ASK.items()]
     return [(category, *pair) for category, pair in asked if pair]
+
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------------
@@ -508,6 +599,8 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
     finally:
         shutil.rmtree(half, ignore_errors=True)  # gone already unless something went wrong, Ctrl-C included
 
+
+
 def make_picture(job):
     """Draw and save picture i and ask about it. All depends on (seed, split, i) only, so any process may do it."""
     split, i, folder, size, seed, words = job
@@ -527,10 +620,14 @@ def make_picture(job):
     pairs = [(quoted(question) if category == "box" and i % 2 else question, answer) for category, question, answer in turns]
     return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, pairs[-1:])
 
+
+
 def record(id, image, pairs):
     turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
     turns[0]["value"] = "<image>\n" + turns[0]["value"]
     return {"id": id, "image": image, "conversations": turns}
+
+
 
 def pick_val(made, limit):
     """Up to that many questions of each category, the answers taken in turn, so that no answer is frequent."""
@@ -546,12 +643,18 @@ def pick_val(made, limit):
         picked += [lines[r] for r in range(rounds) for lines in groups.values() if r < len(lines)][:limit]
     return [line for _, _, line in sorted(picked, key=lambda item: item[:2])]
 
+
+
 def is_world(out, world):
     path = out / "world.json"
     return path.is_file() and json.loads(path.read_text()) == world
 
+
+
 def dump(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n")
+
+
 
 def quiet():
     """In a drawing process: Ctrl-C is for the parent, which cleans up."""
@@ -559,10 +662,13 @@ def quiet():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+
 # -- as the benchmarks' own files ------------------------------------------------------------------------------------------------
 OFFICIAL = {"pope": "existence", "tallyqa": "count", "gqa": "attribute", "mme": "spatial", "refcoco": "box", "mmbench": "choice",
             "textvqa": "reading", "vizwiz": "unanswerable", "mathvista": "reasoning cot", "llava-bench": "caption"}
 PER_LINE = {"mme": 2, "mmbench": 4}              # questions that one line of val.jsonl becomes, where it is not one
+
+
 
 def official(name, lines, folder):
     """Numbered lines of val.jsonl, [(number, line), ...], as that benchmark is published: {file: text}. `folder` holds the pictures."""
@@ -618,17 +724,22 @@ def official(name, lines, folder):
             "context.jsonl": jsonl({"image": file.name, "caption": a} for _, _, _, a, file in rows),
             "answers_gpt4.jsonl": jsonl({"question_id": k, "text": a} for k, _, _, a, _ in rows)}
 
+
+
 def bare(question):
     """The question without its format prompt."""
     return question.removeprefix(COT).removesuffix(f"\n{LETTER}").removesuffix(f"\n{SHORT}").removesuffix(f"\n{INSUFFICIENT}")
+
+
 
 def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+
 # -- tokenizer -------------------------------------------------------------------------------------------------------------------
 def sayings(n_scenes=2000):
-    """What is said of training scenes, in lines for data.train_tokenizer. At 896 pieces every word of questions() is one piece, and so is
+    """What is said of training scenes, in lines for train_tokenizer. At 896 pieces every word of questions() is one piece, and so is
     every coordinate: a box is always 8."""
     lines = []
     for i in range(n_scenes):
@@ -643,6 +754,7 @@ def sayings(n_scenes=2000):
     return lines
 
 
+
 def parse(Config):
     cli = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(Config):
@@ -652,6 +764,8 @@ def parse(Config):
         near = difflib.get_close_matches(flag.split("=")[0], ["--" + f.name for f in fields(Config)], 1)
         cli.error(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
     return Config(**vars(known))
+
+
 
 def main(cfg):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("toyworld.py: terminated, nothing written"))   # through the clean-up
@@ -666,6 +780,7 @@ def main(cfg):
         sys.exit(f"toyworld.py: {error}")
     except KeyboardInterrupt:
         sys.exit("toyworld.py: interrupted, nothing written")
+
 
 if __name__ == "__main__":
     main(parse(Config))

@@ -19,50 +19,48 @@ from the newest, and ends where the uninterrupted run would have, bit for bit on
 results.json when there were held-out questions. Ctrl-C saves a checkpoint first; a second one ends the run at once.
 """
 
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 import argparse
 import contextlib
-import difflib
 import functools
 import itertools
 import json
 import math
 import os
-import pickle
-import re
 import shutil
-import signal
 import sys
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.adamw import adamw
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import toyworld
-from data import (IGNORE, Examples, Questions, Records, Tokenizer, collate, cut_at_stop, encode_conversation, encode_prompt, find_template, open_records,
-                  parse_args, run, stop_ids)
-from model import (LORA_TARGETS, PRESETS, VLM, adapter_name, add_lora, check_image_mode, check_tokenizer, decoder_config, init_weights, load_adapter,
-                   load_connector, load_decoder, load_vision, open_weights, public_layout, read_json, read_model, read_tower, save_adapter,
-                   save_processor, tokenizer_home, write_whole)
-from vision import MODES, TILINGS, UserError, cut_tiles, find_tiling, grids_up_to, join, open_image
+from conversation import Tokenizer, encode_conversation
+from data import Examples, collate, Questions, Records, batches, micro_batches, open_records, share
+from eval import examine
+from model import IGNORE, PRESETS, VLM, init_weights
+from sample import answer
+from support.checkpoint import catch_ctrl_c, find_checkpoint, move_aside, restore, rewind, save_checkpoint, save_model
+from support.cli import Flags, UserError, arg, one_of, parse_args, run
+from support.distributed import gather, meet, mine, rank, spread, wait, whole, world
+from support.export import save_processor
+from support.io import write_whole
+from support.lora import LORA_TARGETS, add_lora
+from support.optim import make_optimizer, part_of
+from support.plan import dry_run
+from support.plots import draw_curve
+from support.weights import check_tokenizer, decoder_config, load_adapter, load_connector, load_decoder, load_vision, read_json, read_tower, tokenizer_home
+from vision import MODES, TILINGS, find_tiling, grids_up_to
+
+
 
 HERE = Path(__file__).parent
 
-
-def arg(default, help):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -124,6 +122,7 @@ class TrainConfig:
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
 
 
+
 # What a preset changes, by (model, stage); a flag on the command line still wins. llava-1.5 has the published values.
 TOY = dict(vision=str(HERE / "assets/toy-clip"), llm=str(HERE / "assets/toy-vicuna"))
 RECIPES = {
@@ -135,12 +134,12 @@ RECIPES = {
 }
 RECIPES |= {("llava-1.5-hd-7b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}     # stage 1 sees no tiles either
 RECIPES |= {("llava-1.5-13b", stage): RECIPES["llava-1.5-7b", stage] for stage in ("pretrain", "finetune")}
-FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "eval_limit", "save_every", "eval_every", "micro_batch_size",
-                  "token_budget", "recompute", "compile", "shard", "cache_features", "dry_run"}           # on --resume
+
 
 
 def main(argv=None):
     return guarded(lambda: fit(parse(argv)))
+
 
 
 def guarded(train):
@@ -162,6 +161,7 @@ def guarded(train):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
 
 
 def fit(cfg, lesson=None):
@@ -201,7 +201,7 @@ def fit(cfg, lesson=None):
         restore(vlm, optimizer, checkpoint, state)
     tok.path = out / "tokenizer.model"                                      # the checkpoint it may have come from will be deleted
     order = itertools.islice(batches(getattr(records, "runs", torch.ones(len(records), dtype=torch.int64)), cfg.batch_size, steps, cfg.seed), first, None)
-    loader = iter(DataLoader(examples, batch_sampler=(share(batch, records, vlm.cfg.vision.n_token) for batch in order), num_workers=cfg.workers,
+    loader = iter(DataLoader(examples, batch_sampler=(share(batch, records, vlm.cfg.vision.n_token, rank(), world()) for batch in order), num_workers=cfg.workers,
                              pin_memory=device.type == "cuda", collate_fn=functools.partial(
                                  micro_batches, size=cfg.micro_batch_size, pad=tok.pad, budget=cfg.token_budget, collate=lesson.collate)))
     autocast = precision(cfg, device)
@@ -267,7 +267,7 @@ def fit(cfg, lesson=None):
                 return 130
     shown = steps * cfg.batch_size
     if skipped == shown:
-        raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: python data.py check {cfg.data} --image-root {cfg.image_root}")
+        raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: python -m tools.show check {cfg.data} --image-root {cfg.image_root}")
     still = [name for name, p in vlm.named_parameters() if p.requires_grad and p not in optimizer.state]
     print(f"trained {steps - first} steps in {time.time() - began:.0f} s; {skipped} of {shown} records skipped; "
           f"{1 - seen / max(padded, 1):.1%} of the tokens were padding"
@@ -279,6 +279,7 @@ def fit(cfg, lesson=None):
             examine(vlm, tok, questions[::every], out)
     print(f"the model is in {out}; ask it: python sample.py --model {out} --image FILE --prompt TEXT")
     return 0
+
 
 
 class Answers:
@@ -311,8 +312,6 @@ class Answers:
         pass
 
 
-# ---- the parts, in the order of their use ------------------------------------------------------------------------------
-
 
 def parse(argv=None):
     """One flag per field of TrainConfig; the recipe of (--model, --stage) replaces defaults, the command line replaces both."""
@@ -330,6 +329,7 @@ def parse(argv=None):
     return find_files(cfg)
 
 
+
 def recipe_of(argv):
     """What some flags change in the defaults of others."""
     peek = argparse.ArgumentParser(add_help=False)                          # the flags that decide on the defaults of others
@@ -345,6 +345,7 @@ def recipe_of(argv):
         return recipe | dict(vision="", llm="", projector="")
     other = choice.vision or choice.llm or choice.image_mode == "internvl"  # the connector was made for none of these
     return recipe | (dict(projector="") if other else {})
+
 
 
 def read_flags(cli, Config, recipe, argv):
@@ -374,6 +375,7 @@ def read_flags(cli, Config, recipe, argv):
     return cfg
 
 
+
 def find_files(cfg):
     """Fill in the paths that were not given, and check that the files are there."""
     beside = Path(cfg.data).parent
@@ -386,34 +388,15 @@ def find_files(cfg):
     return cfg
 
 
-class Flags(argparse.ArgumentParser):
-    def error(self, message):                    # argparse's own way: forty lines of usage and exit code 2
-        raise UserError(f"{message}; see --help")
-
-
-def one_of(flag, value, known):
-    if value not in known:
-        raise UserError(f"{flag} {value}: did you mean {difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]}? Known are {', '.join(known)}")
-
-
-def pick_device(name):
-    """cpu, cuda, cuda:N or auto -> torch.device, one that is there."""
-    n = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if n else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: choose cpu, cuda, cuda:N or auto")
-    if name != "cpu" and int(name[5:] or 0) >= n:
-        raise UserError(f"--device {name}: PyTorch sees {n} GPUs here; choose cpu or auto" + (f", or cuda:0 to cuda:{n - 1}" if n else ""))
-    return torch.device(name)
-
 
 def is_half(cfg, device):
     return cfg.weights == "float32" and (cfg.dtype == "bfloat16" or cfg.dtype == "auto" and device.type == "cuda")
 
 
+
 def precision(cfg, device):
     return torch.autocast(device.type, torch.bfloat16) if is_half(cfg, device) else contextlib.nullcontext()
+
 
 
 def blueprint(cfg):
@@ -428,6 +411,7 @@ def blueprint(cfg):
     return replace(preset, vision=towers[0], vision2=towers[1] if towers[1:] else None, connector=connector,
                    decoder=replace(decoder, vocab_size=tok.vocab_size),
                    image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos), tok, paths
+
 
 
 def build(cfg, checkpoint=None):
@@ -459,18 +443,6 @@ def build(cfg, checkpoint=None):
     return vlm, tok
 
 
-def open_model(directory, device="cpu", dtype="auto", vision=None, llm=None, template="", image_mode=""):
-    """A model that others ask, by their flags of these names -> VLM, which has the template and the image mode in its cfg, and its Tokenizer."""
-    if template:
-        find_template(template)                                             # said before gigabytes are read
-    vlm = VLM.from_pretrained(directory, device, None if dtype == "auto" else getattr(torch, dtype), vision, llm)
-    tok = Tokenizer(tokenizer_home(directory, llm))
-    check_tokenizer(vlm, tok)
-    mode = image_mode or vlm.cfg.image_mode
-    check_image_mode(vlm, mode, directory)
-    vlm.cfg = replace(vlm.cfg, template=template or vlm.cfg.template, image_mode=mode)
-    return vlm, tok
-
 
 def set_mode(vlm, cfg):
     """How the flags want pictures cut, where they say so."""
@@ -480,14 +452,11 @@ def set_mode(vlm, cfg):
     vlm.set_image_mode(mode, **choices, **(dict(grids=grids_up_to(cfg.max_tiles)) if cfg.max_tiles else {}))
 
 
+
 def lora_base(cfg):
     """The whole model that a LoRA is over: --model, or what a preset, a --projector, a --vision or tiles made of it, saved beside the run."""
     return Path(cfg.model) if not (cfg.model in PRESETS or cfg.projector or cfg.vision or cfg.llm or cfg.image_mode in TILINGS) else Path(cfg.out) / "base"
 
-
-def part_of(name):
-    """A parameter's name -> its part as --train calls it."""
-    return {"decoder": "llm", "vision2": "vision"}.get(name.split(".")[0], name.split(".")[0])
 
 
 def freeze(vlm, cfg, checkpoint=None):
@@ -518,106 +487,10 @@ def freeze(vlm, cfg, checkpoint=None):
     return params
 
 
-class SplitAdamW(torch.optim.Optimizer):
-    """AdamW that loses nothing over bfloat16 weights: the lower half of each float32 weight is kept here, in 16 bits.
-
-    weight = upper * 2^16 + lower, as bits; the upper half, rounded, is the bfloat16 that the model works with. Alone it could not follow: a
-    step of 2e-5 is 200 times less than what a bfloat16 of 1.0 can move by. Weights in float32 (a LoRA's) are stepped as ever.
-    """
-
-    def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), device=p.device)
-                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
-                    state |= {"lower": torch.zeros_like(p, dtype=torch.int16)} if p.dtype == torch.bfloat16 else {}
-                w = ((p.view(torch.int16).int() << 16) + state["lower"]).view(torch.float32) if "lower" in state else p
-                adamw([w], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True, amsgrad=False, maximize=False,
-                      beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
-                if "lower" in state:
-                    bits = w.view(torch.int32)
-                    upper = (bits + 2**15) >> 16                            # to the nearest: the lower half is from -2^15 to 2^15 - 1
-                    state["lower"].copy_(bits - (upper << 16))
-                    p.copy_(upper.to(torch.int16).view(torch.bfloat16))
-
-
-def lr_of(part, cfg):
-    return {"connector": cfg.lr_connector, "vision": cfg.lr_vision}.get(part) or cfg.lr
-
-
-def make_optimizer(vlm, cfg):
-    """AdamW; each part with its learning rate as a share of --lr, weight decay on matrices only."""
-    groups = {}
-    for name, p in vlm.named_parameters():
-        if p.requires_grad:
-            groups.setdefault((p.ndim < 2, part_of(name)), []).append(p)
-    groups = [{"params": ps, "weight_decay": 0.0 if vector else cfg.weight_decay, "share": lr_of(part, cfg) / cfg.lr}
-              for (vector, part), ps in sorted(groups.items(), key=lambda kv: kv[0])]
-    if cfg.weights == "bfloat16":
-        return SplitAdamW(groups, lr=cfg.lr)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
-
 
 def n_step(cfg, records):
     return cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
 
-
-def batches(runs, size, steps, seed):
-    """Index lists, one a step: each epoch a fresh permutation of all indices, cut without regard to where an epoch ends. `runs`: how many
-    neighbours each time stay together, as the questions of one record do; they add up to the number of indices."""
-    draw, queue, length = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64), torch.as_tensor(runs)
-    first = length.cumsum(0) - length                                       # index of each run
-    for _ in range(steps):
-        while len(queue) < size:
-            order = torch.randperm(len(length), generator=draw)
-            n = length[order]
-            queue = torch.cat([queue, torch.arange(int(n.sum())) + (first[order] - (n.cumsum(0) - n)).repeat_interleave(n)])
-        yield queue[:size].tolist()
-        queue = queue[size:]
-
-
-def share(batch, records, n_token):
-    """What this process takes of a step's records. Dealt out longest first, each to whoever has least so far; length as in the file, 4 bytes a token."""
-    if world() == 1:
-        return batch
-    hands, load, tokens = [[] for _ in range(world())], [0] * world(), {i: records.n_bytes(i) / 4 + n_token * records.has_picture(i) for i in batch}
-    for i in sorted(batch, key=lambda i: -tokens[i]):
-        least = load.index(min(load))
-        hands[least].append(i)
-        load[least] += tokens[i]
-    return hands[rank()]
-
-
-def micro_batches(rows, size, pad, budget=0, collate=collate):
-    """The examples of a step -> batches of at most `size` of them (0: one batch), done in the loader process.
-
-    With a budget, instead: sorted by length and cut where that pads least, no batch having more tokens than that, its padding counted. Lengths are
-    rounded up to multiples of 32, so that few shapes occur. Which records share a batch changes nothing in the gradient but the order of its sum.
-    """
-    if not budget:
-        size = size or max(len(rows), 1)
-        return [collate(rows[i : i + size], pad) for i in range(0, len(rows), size)]
-    rows = sorted(rows, key=lambda row: len(row.get("tokens", ())))
-    up, made = [max(32, -(-len(row.get("tokens", ())) // 32) * 32) for row in rows], []
-    best, cut = [0.0], [0]                                                  # of the first e rows: the least cost, and where the last batch begins
-    for e in range(1, len(rows) + 1):
-        fits = [s for s in range(e) if up[e - 1] * (e - s) <= budget] or [e - 1]
-        cost, start = min((best[s] + up[e - 1] * (e - s) + 256, s) for s in fits)           # a batch of its own costs like 256 tokens
-        best.append(cost)
-        cut.append(start)
-    e = len(rows)
-    while e:                                                                # longest first: if memory is short, it is at once
-        batch = collate(rows[cut[e] : e], pad)
-        extra = up[e - 1] - batch["tokens"].shape[1]
-        made.append(batch | {"tokens": F.pad(batch["tokens"], (0, extra), value=pad), "labels": F.pad(batch["labels"], (0, extra), value=IGNORE)})
-        e = cut[e]
-    return made
 
 
 class Cached(Dataset):
@@ -636,6 +509,7 @@ class Cached(Dataset):
         words, size = torch.from_numpy(self.words[at : at + n].astype(np.int64)), math.prod(self.shape)
         features = torch.from_numpy(self.features[row * size : end * size].copy()).view(self.dtype) if end > row else torch.empty(0, dtype=self.dtype)
         return {"tokens": words[:, 0], "labels": words[:, 1], "layout": words[words[:, 2] > -2, 2:], "pixels": features.view(-1, *self.shape), "id": str(i), "index": i}
+
 
 
 @torch.no_grad()
@@ -675,12 +549,14 @@ def cache_features(examples, vlm, cfg, device, out, half):
     return Cached(folder, index.numpy(), shape, dtype)
 
 
+
 def lr_at(step, steps, cfg):
     """Linear warmup to --lr, then half a cosine, which would reach 0 one step after the last. `step` counts from 1."""
     warmup = max(1, int(cfg.warmup * steps))
     if step <= warmup:
         return cfg.lr * step / warmup
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
+
 
 
 def backward(net, micro, device, autocast=contextlib.nullcontext()):
@@ -707,12 +583,15 @@ def backward(net, micro, device, autocast=contextlib.nullcontext()):
     return gather([loss.item()]).sum().item() if total else None, total
 
 
+
 def n_supervised(batch):
     return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
+
 def loss_of(net, batch, device):
     return net(*(batch[k].to(device, non_blocking=True) for k in ("tokens", "pixels", "labels", "layout")))
+
 
 
 def empty_batch():
@@ -721,165 +600,13 @@ def empty_batch():
             "layout": torch.empty(0, 2, dtype=torch.int64)}
 
 
-def dry_run(cfg, records, device, n=200):
-    """Print what the run would be, from configs and a look at n records; no weight is read."""
-    if cfg.model in PRESETS:
-        plan, tok, _ = blueprint(cfg)
-    else:
-        plan, tok = read_model(cfg.model, cfg.vision or None, cfg.llm or None)[0], Tokenizer(tokenizer_home(cfg.model, cfg.llm))
-    with torch.device("meta"):
-        vlm = VLM(plan)
-        set_mode(vlm, cfg)
-        freeze(vlm, cfg)
-    mode = vlm.cfg.image_mode
-    v, d, half = vlm.cfg.vision, plan.decoder, cfg.weights == "bfloat16" or is_half(cfg, device)
-    template, lengths, supervised, pictures, tiles, bad = cfg.template or ("plain" if cfg.stage == "pretrain" else plan.template), [], 0, 0, 0, 0
-    for i in range(0, len(records), -(-len(records) // n)):
-        try:
-            record = records[i]
-            cut = [cut_tiles(open_image(records.image_path(name)), v, mode) if mode in TILINGS else (range(1), range(v.n_token)) for name in record["images"]]
-            tokens, labels = encode_conversation(tok, record["turns"], template, [len(layout) for _, layout in cut])
-        except UserError:
-            bad += 1
-            continue
-        lengths.append(len(tokens))
-        supervised, pictures, tiles = supervised + sum(label != IGNORE for label in labels), pictures + len(cut), tiles + sum(len(some) for some, _ in cut)
-    if not lengths:
-        raise UserError(f"{cfg.data}: not one of {bad} records looked at could be used; see python data.py check")
-    print(f"model      {cfg.model}, decoder of {d.n_layer} blocks {d.n_embd} wide, {v.n_token} visual tokens for a tile of {v.image_size} px, template {template}")
-    parts = {}
-    for name, p in vlm.named_parameters():
-        row = parts.setdefault(part_of(name), [0, 0, 0])
-        row[0], row[1], row[2] = row[0] + p.numel(), row[1] + p.numel() * p.requires_grad, row[2] + p.numel() * p.element_size()
-    for part, (total, trained, _) in parts.items():
-        print(f"  {part:9} {total / 1e6:11,.2f}M parameters, " + (f"{trained / 1e6:,.2f}M train at {lr_of(part, cfg):g}"
-              + (f" (LoRA of rank {cfg.lora_r})" if cfg.lora_r and part == "llm" else "") if trained else "frozen"))
-    mean, steps = sum(lengths) / len(lengths), n_step(cfg, records)
-    print(f"data       {len(records):,} records; in {len(lengths)} of them {mean:.0f} tokens each ({min(lengths)} to {max(lengths)}), {pictures / len(lengths):.2f} pictures in {tiles / len(lengths):.2f} tiles, "
-          f"{supervised / sum(lengths):.0%} supervised" + (f"; {bad} could not be used" if bad else ""))
-    print(f"steps      {steps:,} of {cfg.batch_size} records, {steps * cfg.batch_size * mean / 1e6:,.1f}M tokens")
-    # Memory: what is sure, and activations as one float for each of these: about 10 rows as wide as the model and 4 as wide as its MLP a block
-    trained, weights = sum(row[1] for row in parts.values()), sum(row[2] for row in parts.values())
-    held = cfg.token_budget or (cfg.micro_batch_size or cfg.batch_size) * mean
-    per_token = (10 * d.n_embd + 4 * d.n_hidden) * (2 if half else 4)
-    split = cfg.weights == "bfloat16"
-    memory = {"weights": weights, "their bfloat16 copies": 2 * sum(row[0] for row in parts.values()) if half and not split else 0,
-              "gradients": trained * (2 if split and not cfg.token_budget and not cfg.micro_batch_size else 4), "optimizer": trained * (10 if split else 8),
-              "activations, about": held * (per_token * max(0, d.n_layer - cfg.recompute) + min(cfg.recompute, d.n_layer) * d.n_embd * (2 if half else 4))}
-    n_share = int(os.environ.get("WORLD_SIZE", 1)) if cfg.shard else 1
-    memory = {name: size / (1 if name.startswith("activations") else n_share) for name, size in memory.items()}
-    print("memory     " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()) + f": {sum(memory.values()) / 1e9:.1f} GB"
-          + (f" in each of {n_share} processes" if n_share > 1 else ""))
-    # Time: forward 2 FLOPs for each weight and token, as much again for the inputs' gradients, and for the weights' where they train
-    blocks, train_llm = sum(p.numel() for p in vlm.decoder.layers.parameters()), any(p.requires_grad for p in vlm.decoder.parameters()) and not cfg.lora_r
-    head = plan.decoder.vocab_size * d.n_embd * supervised / sum(lengths)
-    tower = sum(p.numel() for name, p in vlm.named_parameters() if part_of(name) == "vision") * (3 if parts["vision"][1] else 1)
-    again = 2 * blocks * min(cfg.recompute / d.n_layer, 1)
-    per_record = mean * ((6 if train_llm else 4) * (blocks + head) + again) + 2 * tower * tiles / len(lengths) * v.grid**2
-    flops, speed = per_record * steps * cfg.batch_size, matmul_rate(device, torch.bfloat16 if half else torch.float32)
-    print(f"time       {flops:.3g} FLOPs; at half of the {speed / 1e12:.2f} TFLOP/s that a matrix product reaches here: "
-          f"{flops / speed / 0.5 / 3600 / int(os.environ.get('WORLD_SIZE', 1)):,.1f} hours")
-    model = trained * 4 if cfg.lora_r else weights
-    print(f"disk       {model / 1e9:.2f} GB the model, {(model + memory['optimizer'] * n_share) / 1e9:.2f} GB a checkpoint, of which there are two for a moment")
-    return 0
-
-
-def matmul_rate(device, dtype, n=1024, clock=time.perf_counter):
-    """FLOP/s of a square matrix product, the best of a few."""
-    n, best = n if device.type == "cpu" else 8 * n, math.inf
-    x = torch.randn(n, n, device=device, dtype=dtype)
-    for _ in range(5):
-        began = clock()
-        y = x @ x
-        y[0, 0].item()                                                      # waits for a GPU
-        best = min(best, clock() - began)
-    return 2 * n**3 / best
-
-
-# ---- several processes -------------------------------------------------------------------------------------------------
-# torchrun starts the same program on every GPU. Each takes its share of every step's records; process 0 prints, logs and saves.
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def wait():
-    if world() > 1:
-        dist.barrier()
-
-
-def meet(cfg):
-    """Meet the other processes, if torchrun started any; -> this one's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return pick_device(cfg.device)
-    if cfg.shard and cfg.weights == "bfloat16":
-        raise UserError("--shard --weights bfloat16: shares are kept in float32 and worked with in bfloat16 as it is; leave out --weights")
-    device = pick_device(cfg.device if cfg.device == "cpu" or not torch.cuda.is_available() else f"cuda:{os.environ['LOCAL_RANK']}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if rank():
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def gather(numbers):
-    """A few numbers of each process -> (processes, numbers), the same everywhere."""
-    mine = torch.tensor(numbers, dtype=torch.float64)
-    rows = [torch.empty_like(mine) for _ in range(world())]
-    if world() == 1:
-        return mine[None]
-    dist.all_gather(rows, mine)
-    return torch.stack(rows)
-
-
-def spread(vlm, cfg, device, half):
-    """-> the model as it is called in training: compiled where asked for, and one with its copies or shares in the other processes."""
-    towers = [vlm.vision, *([vlm.vision2] if vlm.cfg.vision2 else [])]
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)                         # builds a plan for each new shape, up to a second; flash does not
-    if cfg.compile:
-        for block in vlm.decoder.layers:
-            block.compile(dynamic=True)                                     # one graph for all lengths
-        for block in (block for tower in towers for block in tower.blocks):
-            block.compile(dynamic=True)
-    if world() == 1:
-        return vlm
-    vlm.always_look = True
-    if not cfg.shard:
-        return DistributedDataParallel(vlm, broadcast_buffers=False)
-    mesh, policy = init_device_mesh(device.type, (world(),)), MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32)
-    for block in [*(block for tower in towers for block in tower.blocks), *vlm.decoder.layers]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(vlm, mesh=mesh, mp_policy=policy)                           # the rest: tables, head, norms, connector
-    register_fsdp_forward_method(vlm, "generate")
-    return vlm
-
-
-def whole(t):
-    """A tensor of which each process may hold a share -> all of it."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def mine(t):
-    """The share of it that is here."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-# ---- tripwires ---------------------------------------------------------------------------------------------------------
-
 
 def say_coverage(micro):
     """What the first step learns from: a template that supervises nothing, or everything, is seen here and not after a day."""
     n, all_tokens, rows = sum(map(n_supervised, micro)), sum(int(m["lengths"].sum()) for m in micro), sum(len(m["lengths"]) for m in micro)
     if rows:
         print(f"first step: {n:,} of {all_tokens:,} tokens are supervised ({n / all_tokens:.0%}), {n / rows:.0f} in each of {rows} records")
+
 
 
 def blame(net, micro, device, autocast):
@@ -897,8 +624,10 @@ def blame(net, micro, device, autocast):
     return few(found or everyone)
 
 
+
 def few(ids, n=8):
     return ", ".join(ids[:n]) + (f" and {len(ids) - n} more" if len(ids) > n else "")
+
 
 
 def fingerprints(vlm):
@@ -907,6 +636,7 @@ def fingerprints(vlm):
     norm = lambda t: torch.linalg.vector_norm(t, dtype=torch.float64).view(torch.int64)
     names, marks = zip(*((name, torch.stack([bits(w), norm(w)])) for name, p in vlm.named_parameters() for w in [mine(p).detach()]))
     return dict(zip(names, torch.stack(marks).tolist()))
+
 
 
 def check_moved(vlm, before, optimizer, step):
@@ -924,25 +654,6 @@ def check_moved(vlm, before, optimizer, step):
                 raise UserError(f"step {step} has not changed {name}, which should train; raise --lr ({rate[p]:.1e} in this step)")
 
 
-@contextlib.contextmanager
-def catch_ctrl_c():
-    """Yields a list that is empty until the first Ctrl-C, which lets the step end and saves; the second ends the program at once."""
-    pressed = []
-
-    def press(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")     # print is not safe in a handler
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# ---- held-out questions ------------------------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def as_written(vlm, cfg):
@@ -951,6 +662,7 @@ def as_written(vlm, cfg):
     with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
         yield
     vlm.train()
+
 
 
 def read_held_out(cfg, vlm, tok, n=128, size=32):
@@ -977,6 +689,7 @@ def read_held_out(cfg, vlm, tok, n=128, size=32):
     return questions, micro_batches(some, size, tok.pad)
 
 
+
 @torch.no_grad()
 def held_out_loss(vlm, looks, device, shuffled=False):
     """Mean loss per supervised token; `shuffled`: each question about a picture half a batch away."""
@@ -984,42 +697,6 @@ def held_out_loss(vlm, looks, device, shuffled=False):
         looks = [batch | {"pixels": batch["pixels"].roll(len(batch["pixels"]) // 2, 0)} for batch in looks]
     return sum(loss_of(vlm, batch, device).item() * n_supervised(batch) for batch in looks) / sum(map(n_supervised, looks))
 
-
-def answer(vlm, tok, questions, max_new_tokens=96, size=48):
-    """Greedy answers to [([picture file, ...], text), ...] -> [(answer, whole), ...]; `whole` is False where the tokens ran out."""
-    answers, by_length = [None] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
-    for start in range(0, len(questions), size):
-        some, prompts = by_length[start : start + size], []
-        for paths, text in (questions[i] for i in some):
-            pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
-            text = text if "<image>" in text or not paths else "<image>" * len(paths) + "\n" + text
-            prompts.append((encode_prompt(tok, [("human", text)], vlm.cfg.template, [len(layout) for _, layout in pictures]), pictures))
-        for i, (ids, ended, _) in zip(some, complete(vlm, tok, prompts, max_new_tokens)):
-            answers[i] = text_of(tok, vlm.cfg.template, ids, ended)
-    return answers
-
-
-def complete(vlm, tok, prompts, max_new_tokens, **choices):
-    """A batch [(prompt ids, [(tiles, layout), ...]), ...] -> [(new ids without the stop, whether it came, tokens generated), ...]
-
-    `choices`: what VLM.generate takes, such as temperature and seed; without them greedy.
-    """
-    stop, device, longest = stop_ids(tok, vlm.cfg.template), vlm.decoder.lm_head.weight.device, max(len(ids) for ids, _ in prompts)
-    pictures, room = [picture for _, pictures in prompts for picture in pictures], min(max_new_tokens, vlm.cfg.decoder.block_size - longest)
-    if room < 1:
-        raise UserError(f"a question of {longest} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
-    tokens = torch.tensor([ids + [tok.pad] * (longest - len(ids)) for ids, _ in prompts], device=device)
-    pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
-    new = vlm.generate(tokens, pixels, room, lengths=[len(ids) for ids, _ in prompts], stop=stop, layout=layout, **choices).tolist()
-    ends = [next((k for k, t in enumerate(ids) if t in stop), None) for ids in new]
-    return [(ids[:end], end is not None, len(ids) if end is None else end + 1) for ids, end in zip(new, ends)]
-
-
-def text_of(tok, template, ids, ended):
-    """-> text, whether it is whole. Some templates end an answer by a string and not by a token."""
-    text = tok.decode(ids)
-    said = cut_at_stop(text, template)
-    return said.strip(), ended or said != text
 
 
 def sample_answers(vlm, tok, questions, step, n=3):
@@ -1029,239 +706,6 @@ def sample_answers(vlm, tok, questions, step, n=3):
     lines = [q["text"].replace("<image>", "").strip().split("\n") for q in chosen]
     asked = [next((line for line in some if "?" in line), some[0]) for some in lines]            # the question, without its format prompt
     return "\n".join(f"  Q: {text}\n  A: {a!r}   truth: {q['answer']!r}" for q, text, (a, _) in zip(chosen, asked, said))
-
-
-def examine(vlm, tok, questions, out):
-    """Answer every held-out question, print accuracy by category beside two baselines, and write results.json."""
-    began = time.time()
-    names = list(dict.fromkeys(path for q in questions for path in q["paths"]))
-    other = {name: names[(i + len(names) // 2) % len(names)] for i, name in enumerate(names)}      # each question meets another picture
-    said = answer(vlm, tok, [(q["paths"], q["text"]) for q in questions])
-    blind = answer(vlm, tok, [([other[p] for p in q["paths"]], q["text"]) for q in questions])
-    commonest = {}                                                          # by category, of what is compared: of a worked answer its end
-    for c in {q["category"] for q in questions}:
-        truths = [q["answer"] for q in questions if q["category"] == c]
-        top = Counter(map(final, truths)).most_common(1)[0][0]
-        commonest[c] = next(t for t in truths if final(t) == top)
-    right = [{"accuracy": is_right(a, q["answer"]), "most_frequent": is_right(commonest[q["category"]], q["answer"]), "shuffled": is_right(b, q["answer"])}
-             for q, (a, _), (b, _) in zip(questions, said, blind)]
-    table = {}
-    for category in [*dict.fromkeys(q["category"] for q in questions), "all"]:
-        rows = [r for q, r in zip(questions, right) if category in (q["category"], "all")]
-        table[category] = {"n": len(rows)} | {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
-    print(f"\nheld-out accuracy, {len(questions)} questions in {time.time() - began:.0f} s"
-          f"\n{'':14s}{'n':>6s}{'accuracy':>10s}{'most frequent answer':>22s}{'shuffled pictures':>19s}")
-    for name, row in table.items():
-        print(f"{name:14s}{row['n']:6d}{row['accuracy']:10.1%}{row['most_frequent']:22.1%}{row['shuffled']:19.1%}")
-    n_cut = sum(not whole for _, whole in said)
-    print(f"{n_cut} of {len(said)} answers were cut off for being too long")
-    answers = [{"question_id": q["id"], "category": q["category"], "prompt": q["text"], "text": a, "truth": q["answer"], "right": r["accuracy"], "cut_off": not whole}
-               for q, (a, whole), r in zip(questions, said, right)]
-    if rank() == 0:
-        write_whole(out / "results.json", lambda tmp: tmp.write_text(json.dumps({"table": table, "cut_off": n_cut, "records": answers}, indent=1)))
-
-
-def is_right(said, truth):
-    """Exact match but for case and a final dot; of a worked answer what follows `Final answer:`; of a box, IoU >= 0.5 (RefCOCO)."""
-    box = re.compile(r"\[(\d\.\d+), (\d\.\d+), (\d\.\d+), (\d\.\d+)\]")
-    if box.fullmatch(truth):
-        found = box.search(said)
-        return bool(found) and iou(*([float(x) for x in m.groups()] for m in (found, box.fullmatch(truth)))) >= 0.5
-    return ("Final answer:" in said) == ("Final answer:" in truth) and final(said) == final(truth)
-
-
-def final(text):
-    return text.rsplit("Final answer:", 1)[-1].strip().rstrip(".").lower()
-
-
-def iou(a, b):
-    """Intersection over union of two boxes [x1, y1, x2, y2]."""
-    area = lambda x1, y1, x2, y2: max(0.0, x2 - x1) * max(0.0, y2 - y1)
-    both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return both / max(area(*a) + area(*b) - both, 1e-9)
-
-
-# ---- what a run leaves on disk -----------------------------------------------------------------------------------------
-
-
-def save_model(directory, vlm, tok, state=None):
-    """A self-contained model directory; config.json comes last, so a directory that has one is whole. Of a LoRA, its adapter."""
-    state = what_to_save(vlm) if state is None else state
-    if rank() == 0:
-        save_processor(directory, tok.path, vlm.cfg)
-        save_adapter(vlm, directory, vlm.lora["base"], state) if vlm.lora else vlm.save_pretrained(directory, state)
-
-
-def what_to_save(vlm):
-    """{our name: tensor}: all weights, or what trains if that is a LoRA. Of shares process 0 gets the whole, one tensor after the other."""
-    state = {}
-    for name, p in vlm.named_parameters():
-        if p.requires_grad or not vlm.lora:
-            full = whole(p.detach())                                        # all processes take part
-            if rank() == 0:
-                state[name] = full.cpu() if isinstance(p, DTensor) else full
-    return state
-
-
-def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped, lesson=None):
-    """out/checkpoint-N, built under a hidden name, read again, and renamed when it is on the disk; only then does the older one go, hidden
-    first: whatever is called checkpoint-N is whole, at any moment. Sharded, each process writes the moments that it has."""
-    final = out / f"checkpoint-{step:06d}"
-    hidden = out / f".{final.name}.tmp"
-    try:
-        tensors = what_to_save(vlm)
-        save_model(hidden, vlm, tok, tensors)
-        wait()                                                              # process 0 has made the folder
-        names = {p: name for name, p in vlm.named_parameters()}
-        moments = {names[p]: {key: mine(t) for key, t in state.items()} for p, state in optimizer.state.items()}
-        state = {"step": step, "config": asdict(cfg), "skipped": skipped, "lesson": lesson or {}}
-        files = {hidden / "trainer.pt": state | ({} if cfg.shard and world() > 1 else {"optimizer": moments})} if rank() == 0 else {}
-        if cfg.shard and world() > 1:
-            files[hidden / f"optimizer-{rank()}-of-{world()}.pt"] = moments
-        for file, content in files.items():
-            write_whole(file, lambda path: torch.save(content, path))
-            if not equal(torch.load(file, weights_only=True, map_location="cpu", mmap=True), content):
-                raise UserError(f"{file} reads otherwise than it was written; check the disk")
-        public = public_layout(vlm)[0]
-        again = open_weights(hidden / f"{'adapter_' if vlm.lora else ''}model.safetensors") if rank() == 0 else {}
-        for name, t in tensors.items():
-            if not torch.equal(again[adapter_name(name, public) if vlm.lora else public(name)], t.cpu()):
-                raise UserError(f"{hidden}: {name} reads otherwise than it was written; check the disk")
-        wait()
-        if rank() == 0:
-            os.replace(hidden, final)
-            for old in checkpoints(out)[:-1]:
-                os.replace(old, hidden)
-                shutil.rmtree(hidden)
-    except (UserError, OSError) as error:
-        raise UserError(f"the checkpoint of step {step} could not be saved: {error}; --resume goes on from the one before it") from None
-    finally:
-        if rank() == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
-    wait()
-
-
-def equal(a, b):
-    """Whether two dicts of dicts hold the same."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b.cpu()) if isinstance(a, torch.Tensor) else a == b
-
-
-def restore(vlm, optimizer, checkpoint, state):
-    """The optimizer's moments from one trainer.pt or from the shares of however many processes: they are rows, in the order of the processes."""
-    shares = [state["optimizer"]] if "optimizer" in state else []
-    if not shares:
-        files = sorted(checkpoint.glob("optimizer-*-of-*.pt"), key=lambda f: int(f.name.split("-")[1]))
-        if not files or len(files) != int(files[0].stem.split("-")[-1]):
-            raise UserError(f"{checkpoint}: has {len(files)} of its optimizer-*.pt; copy all of them")
-        shares = [torch.load(f, weights_only=True, map_location="cpu", mmap=True) for f in files]
-    for name, p in vlm.named_parameters():
-        if not p.requires_grad or name not in shares[0]:
-            continue
-        for key, t in shares[0][name].items():
-            if t.ndim == p.ndim and t.ndim:
-                t = torch.cat([s[name][key] for s in shares]) if len(shares) > 1 else t
-                if isinstance(p, DTensor):
-                    n, r = p.device_mesh.size(), rank()
-                    rows = -(-len(t) // n)                                  # FSDP2 cuts as torch.chunk does
-                    t = DTensor.from_local(t[r * rows : (r + 1) * rows].to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-            optimizer.state[p][key] = t.to(p.device, copy=True) if key != "step" or p.is_cuda else t.clone()
-
-
-def checkpoints(out):
-    return sorted((p for p in out.glob("checkpoint-[0-9]*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
-
-def find_checkpoint(out, cfg):
-    """For --resume: the newest checkpoint and its training state. Refuses flags that would make it another run."""
-    if not checkpoints(out):
-        if not (out / "log.jsonl").exists():
-            raise UserError(f"--resume: there is no run in {out}; check --out, or leave out --resume")
-        print(f"--resume: no checkpoint in {out} yet; starting from the beginning")
-        return None, {"step": 0, "skipped": 0}
-    newest = checkpoints(out)[-1]
-    try:
-        state = torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{newest}/trainer.pt: damaged ({str(error).splitlines()[0]}); remove {newest} and start anew") from None
-    for name, now in asdict(cfg).items():
-        if name not in FREE_TO_CHANGE and state["config"].get(name) != now:
-            raise UserError(f"--resume: {newest} was trained with --{name.replace('_', '-')} {state['config'].get(name)!r}, now it is {now!r}; "
-                            "give the same flags, or start a new run in another --out")
-    print(f"resuming after step {state['step']}")
-    return newest, state
-
-
-def newest_run(root="out"):
-    """The model directory under out/ that was finished last: config.json is the last file a run writes."""
-    newest = lambda pattern: max(Path(root).glob(pattern), key=lambda p: p.stat().st_mtime, default=None)
-    if found := newest("*/config.json"):
-        return found.parent
-    half = newest("*/checkpoint-*/config.json")
-    raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune) or give --model DIR"
-                    + (f". From an unfinished one there is --model {half.parent}" if half else ""))
-
-
-def rewind(out, step):
-    """Bring the folder back to where the checkpoint was taken: drop later log lines, a torn last one, and what a kill left half-written."""
-    log = out / "log.jsonl"
-    log.touch()
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_whole(log, lambda tmp: tmp.write_text("".join(lines)))
-    for left in out.glob(".*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def move_aside(out, cfg):
-    """A new run never overwrites an old one: out/finetune becomes out/finetune.1, .2, ..."""
-    if any(out.glob("checkpoint-*")) or any((out / name).exists() for name in ("log.jsonl", "config.json", "tokenizer.model")):
-        for name in ("model", "data", "image_root", "val", "vision", "llm", "tokenizer", "projector"):
-            if (asdict(cfg)[name] and Path(asdict(cfg)[name]).resolve().is_relative_to(out.resolve())):
-                raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]} is in --out {out}, which would be moved aside; give another --out")
-        free = next(f for f in (out.with_name(f"{out.name}.{i}") for i in range(1, 10**6)) if not f.exists())
-        out.rename(free)
-        print(f"{out} held an earlier run; it is now {free}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror}); choose another") from None
-
-
-def draw_curve(path, log, width=800, height=460):
-    """loss.png: the loss of each step, the mean of the steps around it, and the held-out loss as dots, on a logarithmic axis."""
-    lines = [json.loads(line) for line in open(log)]
-    train, val = ([(r["step"], max(r[key], 1e-4)) for r in lines if r.get(key) is not None] for key in ("loss", "val_loss"))
-    if not train:
-        return
-    losses, w = [loss for _, loss in train], len(train) // 50 + 1
-    mean = [sum(near) / len(near) for near in (losses[max(0, i - w) : i + w + 1] for i in range(len(losses)))]
-    left, right, top, bottom = 64, width - 24, 44, height - 52              # the frame, in pixels
-    values, last = [v for _, v in train + val], max(train[-1][0], 2)
-    low, high = math.log(min(values)) - 0.1, math.log(max(values)) + 0.1
-    x = lambda step: left + (right - left) * (step - 1) / (last - 1)
-    y = lambda loss: top + (bottom - top) * (high - math.log(loss)) / (high - low)
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    write = lambda at, text, anchor, fill="#555555": draw.text(at, text, fill=fill, anchor=anchor, font_size=14)
-    for tick in (t for t in (t * 10.0**e for e in range(-4, 4) for t in (1, 1.5, 2, 3, 4, 5, 7)) if low < math.log(t) < high):
-        draw.line([(left, y(tick)), (right, y(tick))], fill="#e6e6e6")
-        write((left - 8, y(tick)), f"{tick:g}", "rm")
-    apart = next(a for a in (t * 10**e for e in range(9) for t in (1, 2, 5)) if last / a <= 8)
-    for tick in range(apart, last + 1, apart):
-        draw.line([(x(tick), bottom), (x(tick), bottom + 5)], fill="#999999")
-        write((x(tick), bottom + 8), f"{tick:,}", "mt")
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill="#999999")
-    draw.line([(x(s), y(v)) for s, v in train], fill="#b9d2ea")
-    draw.line([(x(s), y(v)) for (s, _), v in zip(train, mean)], fill="#1f6fb5", width=2)
-    for s, v in val:
-        draw.ellipse([x(s) - 4, y(v) - 4, x(s) + 4, y(v) + 4], fill="#d6502b")
-    write((left, 14), "loss per supervised token", "lt", "#222222")
-    write((right, height - 12), "step", "rb")
-    write((right, 14), f"step {train[-1][0]:,}: training {mean[-1]:.3f} (mean of the last steps)", "rt", "#1f6fb5")
-    if val:
-        write((right, 32), f"held-out {val[-1][1]:.3f}", "rt", "#d6502b")
-    write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
 
 
 if __name__ == "__main__":

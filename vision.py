@@ -19,25 +19,25 @@ first one's mean colour; the originals pad once for each. Their best models squa
 A tile of which no patch is kept is not looked at (LLaVA-NeXT runs it and drops its features).
 """
 
+from dataclasses import dataclass
 import math
-import re
 import warnings
-from dataclasses import dataclass, replace
 
+from PIL import Image, ImageOps
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+
+from support.cli import UserError
+
+
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
 SQUARE = ("pad", "letterbox", "crop", "resize")                             # one tile: fit
 MODES = (*SQUARE, "hd", "anyres", "internvl")                               # and several: TILINGS
 
-
-class UserError(ValueError):
-    """What the user gave is wrong: says what was found, where, and what to do. Programs print it as one line and exit with 1."""
 
 
 @dataclass
@@ -102,6 +102,7 @@ class VisionConfig:
         return self.feature_layer if self.feature_layer >= 0 else self.n_layer + 1 + self.feature_layer
 
 
+
 class ViT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -145,6 +146,7 @@ class ViT(nn.Module):
         return self.pre_norm(x)
 
 
+
 class Block(nn.Module):
     """ViT Eq. 2 and 3, the norm before each branch."""
 
@@ -162,8 +164,10 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)) * self.scale2
 
 
+
 def norm(cfg):
     return (nn.RMSNorm if cfg.rms_norm else nn.LayerNorm)(cfg.n_embd, eps=cfg.norm_eps)
+
 
 
 class Attention(nn.Module):
@@ -182,6 +186,7 @@ class Attention(nn.Module):
         return self.out_proj(y.transpose(1, 2).reshape(n, T, D))
 
 
+
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
@@ -193,115 +198,20 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-# Our names -> the public ones of CLIP: (start of a name, or an inner part when it begins with a dot, what it becomes).
-CLIP_NAMES = [
-    ("patch.", "embeddings.patch_embedding."), ("class_token", "embeddings.class_embedding"),
-    ("pos", "embeddings.position_embedding.weight"), ("pre_norm.", "pre_layrnorm."), ("norm.", "post_layernorm."),
-    ("blocks.", "encoder.layers."), (".attn.", ".self_attn."), (".norm1.", ".layer_norm1."), (".norm2.", ".layer_norm2."),
-]
-
-
-def rename(name, table):
-    """Translate one tensor name by a table such as CLIP_NAMES."""
-    for ours, theirs in table:
-        if ours.startswith("."):
-            name = name.replace(ours, theirs)
-        elif name.startswith(ours):
-            return rename(theirs + name[len(ours) :], [row for row in table if row[0].startswith(".")])
-    return name
-
-
-# Public names -> ours, of every family of towers, applied in this order. Names that match nothing stay as they are and count as unused.
-TOWER_NAMES = [
-    # CLIP, SigLIP | DINOv2, ViT, InternViT | timm | OpenAI
-    (r"^(embeddings\.patch_embedding|embeddings\.patch_embeddings\.projection|patch_embed\.proj|conv1)\.", "patch."),
-    (r"^(embeddings\.class_embedding|embeddings\.cls_token|cls_token|class_embedding)$", "class_token"),
-    (r"^(embeddings\.register_tokens|reg_token|register_tokens)$", "registers"),
-    (r"^(embeddings\.position_embeddings?(\.weight)?|pos_embed|positional_embedding)$", "pos"),
-    (r"^(pre_layrnorm|norm_pre|ln_pre)\.", "pre_norm."),
-    (r"^(post_layernorm|layernorm|ln_post)\.", "norm."),
-    (r"^(encoder\.layers?|transformer\.resblocks)\.", "blocks."),
-    (r"\.(layer_norm|ln_)([12])\.", r".norm\2."), (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attn.\1_proj."), (r"\.self_attn\.", ".attn."),
-    (r"\.(attention\.output\.dense|attn\.proj)\.", ".attn.out_proj."), (r"\.attn\.in_proj_", ".attn.qkv."),
-    (r"\.(intermediate\.dense|mlp\.c_fc)\.", ".mlp.fc1."), (r"\.(output\.dense|mlp\.c_proj)\.", ".mlp.fc2."),
-    (r"\.(layer_scale|ls)([12])(\.lambda1|\.gamma|\.scale_factor)?$", r".scale\2"),
-]
-# What belongs to these files and not to the tower as it is used here.
-TOWER_UNUSED = (r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias|text)\b|^(head|attn_pool|pooler|classifier|fc_norm|proj)\b|"
-                r"mask_token|position_ids")
-
-
-def tower_tensors(tensors, cfg=None):
-    """{public name: tensor still in its file} of any family -> {our name: the same, cut to our shapes}. Positions are resized to cfg's grid.
-
-    Fused q, k, v (timm, OpenAI, InternViT) are cut in three. A position table without a row for the class token (timm folds that row
-    into the token itself) gets a row of zeros.
-    """
-    for prefix in "vision_model.", "vision_tower.", "visual.", "vit.":       # a file of two towers: what lies outside the prefix is the text tower
-        if any(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    found = {}
-    for name, t in tensors.items():
-        name = name.removeprefix("trunk.")                                  # open_clip around timm
-        if re.search(TOWER_UNUSED, name):
-            continue
-        for pattern, ours in TOWER_NAMES:
-            name = re.sub(pattern, ours, name)
-        if ".attn.qkv." in name:
-            for i, one in enumerate(("q_proj", "k_proj", "v_proj")):
-                found[name.replace("qkv", one)] = t.cut(lambda x, i=i: x.chunk(3)[i])
-        elif name in ("class_token", "registers", "pos"):
-            end = -1 if name == "class_token" else -2                        # (1, 1, D) -> (D,); (1, N, D) -> (N, D)
-            found[name] = t.cut(lambda x, end=end: x.flatten(0, end)) if len(t.shape) > 1 else t
-        else:
-            found[name] = t
-    pos = found.get("pos")
-    if pos is not None and len(pos.shape) == 2 and "class_token" in found and math.isqrt(pos.shape[0]) ** 2 == pos.shape[0]:
-        pos = found["pos"] = pos.cut(lambda x: F.pad(x, (0, 0, 1, 0)))
-    if cfg and pos is not None and len(pos.shape) == 2 and pos.shape[0] != cfg.class_token + cfg.grid**2:
-        found["pos"] = pos.cut(lambda x: resize_positions(x, cfg))
-    return found
-
-
-def resize_positions(pos, cfg):
-    """A position table for another grid: bicubic with antialiasing, as timm and DINOv2 with registers do; the class token's row stays."""
-    n, D = int(cfg.class_token), pos.shape[1]
-    old = math.isqrt(len(pos) - n)
-    if old**2 != len(pos) - n:
-        return pos                                                          # no square: its shape will be reported
-    table = pos[n:].float().view(1, old, old, D).permute(0, 3, 1, 2)         # (1, D, old, old)
-    table = F.interpolate(table, size=(cfg.grid, cfg.grid), mode="bicubic", antialias=True)
-    return torch.cat([pos[:n].float(), table.permute(0, 2, 3, 1).reshape(-1, D)])
-
-
-def tower_by_shapes(tensors, image_size=None, quick_gelu=True):
-    """Our named tensors of a tower in timm's or OpenAI's layout, which brings no numbers of its own -> VisionConfig.
-
-    Heads are 64 wide, 72 in SO400M. Families differ by what they have: a norm before the blocks is CLIP, layer-scale DINOv2, no class
-    token SigLIP, and none of these the ImageNet ViT.
-    """
-    t = {name: tensor.shape for name, tensor in tensors.items()}
-    if not {"patch.weight", "pos", "blocks.0.mlp.fc1.weight"} <= t.keys():
-        raise UserError("holds no tower: no patch embedding, position table or blocks under any known name")
-    D, P = t["patch.weight"][0], t["patch.weight"][-1]
-    clip, dino, cls = "pre_norm.weight" in t, "blocks.0.scale1" in t, "class_token" in t
-    mean, std = (CLIP_MEAN, CLIP_STD) if clip else (IMAGENET_MEAN, IMAGENET_STD) if dino else (HALF, HALF)
-    return VisionConfig(image_size or P * math.isqrt(t["pos"][0] - cls), P, D, 1 + max(int(n.split(".")[1]) for n in t if n.startswith("blocks.")),
-                        16 if D == 1152 else max(1, D // 64), t["blocks.0.mlp.fc1.weight"][0], "quick_gelu" if clip and quick_gelu else "gelu",
-                        1e-5 if clip else 1e-6, cls, t["registers"][0] if "registers" in t else 0, clip, "patch.bias" in t, dino, mean=mean, std=std)
 
 
 def draw(*shape, std=1.0, device=None, dtype=None):
     """N(0, std^2). On the meta device nothing but the shape: to compute there PyTorch imports its whole compiler, over a second and 75 MB."""
     device = device or torch.get_default_device()
     return torch.empty(shape, device=device, dtype=dtype) if device.type == "meta" else torch.randn(shape, device=device, dtype=dtype) * std
+
 
 
 def waves(grid, D, n_class=0):
@@ -317,6 +227,7 @@ def waves(grid, D, n_class=0):
     return 0.7 * F.pad(both, (0, D - both.shape[1], n_class, 0))
 
 
+
 def normalize(pixels, cfg, dtype):
     """uint8 (n, 3, S, S) -> (x/255 - mean)/std per channel. Done on the tower's device: bytes are a quarter of the floats to move."""
     if pixels.dtype != torch.uint8:
@@ -325,9 +236,9 @@ def normalize(pixels, cfg, dtype):
     return ((pixels.float() / 255 - mean) / std).to(dtype)
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
 
 MAX_PIXELS = 100_000_000             # a picture of more is refused unread: it may be a decompression bomb
+
 
 
 def open_image(path):
@@ -355,6 +266,7 @@ def open_image(path):
         raise UserError(f"{path}: broken or cut off ({error}); replace the file or drop the record") from None
 
 
+
 def to_rgb(image):
     """Pillow's own convert("RGB") clips 16 bits to white and forgets transparency."""
     if image.mode.startswith("I"):                                          # 16 bits a pixel
@@ -365,6 +277,7 @@ def to_rgb(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
 
 
 @dataclass(frozen=True)
@@ -401,9 +314,11 @@ class Tiling:
                 raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
 
 
+
 def grids_up_to(n):
     """All (columns, rows) of at most n tiles, the smaller first: 14 for six tiles (LLaVA-1.5-HD), 35 for twelve (InternVL)."""
     return tuple(sorted(((c, r) for c in range(1, n + 1) for r in range(1, n // c + 1)), key=math.prod))
+
 
 
 TILINGS = {
@@ -414,11 +329,13 @@ TILINGS = {
 }
 
 
+
 def find_tiling(cfg, mode):
     """The Tiling of a mode: the model's own if it was made for this mode. None for a mode of one tile."""
     if mode not in MODES:
         raise UserError(f"image mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
     return cfg.tiling if cfg.tiling and cfg.tiling.mode == mode else TILINGS.get(mode)
+
 
 
 def cut_tiles(image, cfg, mode):
@@ -448,6 +365,7 @@ def cut_tiles(image, cfg, mode):
     return to_pixels(tiles), layout
 
 
+
 def join(pictures):
     """[(tiles, layout), ...] of several pictures -> the same of them all, their tiles counted through."""
     before, layouts = 0, []
@@ -457,8 +375,10 @@ def join(pictures):
     return torch.cat([tiles for tiles, _ in pictures]), torch.cat(layouts)
 
 
+
 def to_pixels(tiles):
     return torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2).contiguous()      # (n, 3, S, S)
+
 
 
 def patches_of(tiles, g, keep=None, row_end=False):
@@ -473,6 +393,7 @@ def patches_of(tiles, g, keep=None, row_end=False):
     if row_end:
         layout = torch.cat([layout, torch.tensor([-1, 0]).expand(len(layout), 1, 2)], dim=1)
     return layout.flatten(0, 1)
+
 
 
 def choose_grid(size, S, t):
@@ -495,6 +416,7 @@ def choose_grid(size, S, t):
     return max(t.grids, key=value)
 
 
+
 def place(image, W, H, fill):
     """Scaled to touch two sides of a W x H canvas and centred there -> canvas, (left, top, right, bottom) of the picture on it."""
     w, h = image.size
@@ -503,6 +425,7 @@ def place(image, W, H, fill):
     canvas = Image.new("RGB", (W, H), fill)
     canvas.paste(image.resize(new, Image.BICUBIC), (left, top))
     return canvas, (left, top, left + new[0], top + new[1])
+
 
 
 def kept(size, box, columns, rows, cfg, t):
@@ -520,6 +443,7 @@ def kept(size, box, columns, rows, cfg, t):
         return (pad, H - pad), (0, W)
     pad = (W - max(t.least, w * H // h)) // 2
     return (0, H), (pad, W - pad)
+
 
 
 def fit(image, cfg, mode):
@@ -549,9 +473,11 @@ def fit(image, cfg, mode):
     return center_crop(resize_short(canvas, S), S, S)
 
 
+
 def fill_color(cfg):
     """The mean colour, which is near 0 for the tower."""
     return tuple(int(255 * m) for m in cfg.mean)
+
 
 
 def resize_short(image, S):
@@ -560,56 +486,7 @@ def resize_short(image, S):
     return image.resize((S, int(S * h / w)) if w <= h else (int(S * w / h), S), Image.BICUBIC)
 
 
+
 def center_crop(image, w, h):
     left, top = (image.width - w) // 2, (image.height - h) // 2
     return image.crop((left, top, left + w, top + h))
-
-
-# ---- two things that data.py and model.py both ask --------------------------------------------------------------------
-
-def picture_mode(c, S, default="pad"):
-    """Fields of any public config.json, side of its tile in pixels -> image mode, and its Tiling where that is not the usual one of the mode.
-
-    LLaVA-NeXT's image_grid_pinpoints are pixels, which the original reads as (width, height) and transformers as (height, width): of
-    equally good grids they take another one. Absent fields mean the defaults of the code a config was written by.
-    """
-    kind, is_int = c.get("model_type"), lambda x: type(x) is int and x > 0
-    mode = c.get("image_aspect_ratio") or ("square" if "mm_hidden_size" in c else default)
-    mode = "crop" if mode == "square" else mode
-    if kind == "llava_next" or mode == "anyres" and "mm_hidden_size" in c:
-        if kind != "llava_next" and c.get("mm_patch_merge_type") != "spatial_unpad":
-            raise UserError(f"mm_patch_merge_type is {c.get('mm_patch_merge_type', 'flat')!r}; only 'spatial_unpad' is implemented")
-        sizes = c.get("image_grid_pinpoints") or [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-        if not isinstance(sizes, list) or not all(isinstance(p, list) and len(p) == 2 and all(is_int(x) and x % S == 0 for x in p) for p in sizes):
-            raise UserError(f"image_grid_pinpoints are {sizes!r}; they must be pairs of whole multiples of the tower's {S} px")
-        mode, tiling = "anyres", replace(TILINGS["anyres"], grids=[(a // S, b // S)[:: -1 if kind == "llava_next" else 1] for a, b in sizes])
-    elif kind == "internvl_chat":
-        low, high = (c.get(name) or default for name, default in (("min_dynamic_patch", 1), ("max_dynamic_patch", 6)))
-        if not is_int(low) or not is_int(high) or low > high:
-            raise UserError(f"min_dynamic_patch is {low!r}, max_dynamic_patch {high!r}; they must be whole numbers, in this order")
-        mode, tiling = "internvl" if c.get("dynamic_image_size") else "resize", replace(
-            TILINGS["internvl"], grids=[(i, j) for i, j in grids_up_to(high) if i * j >= low], global_view="last" if c.get("use_thumbnail") else "none")
-    else:
-        return mode, None
-    return mode, None if tiling == TILINGS.get(mode) or mode in SQUARE else tiling
-
-
-
-def default_template(c):
-    """The conversation template that a model was trained with, by the fields of its config.json.
-
-    LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or Llama-2-chat, which need --template.
-    """
-    llm, linear = prismatic_llm(c), c.get("mm_projector_type", "linear") == "linear"
-    if "template" in c:                                                     # InternVL writes it down, and so do we
-        return c["template"]
-    if llm:                                                                 # vicuna-v15-7b, llama2-7b-pure, llama2-13b-chat, ...
-        name = {"pure": "prism_pure", "chat": "prism_llama_2", "instruct": "prism_mistral"}.get(llm.split("-")[-1], llm)
-        return "prism_vicuna" if llm.startswith("vicuna") else name
-    return ("internvl2_5" if str(c.get("model_type")).startswith("intern") else
-            "llava_v1" if "mm_hidden_size" in c and linear else "vicuna_v1")
-
-
-def prismatic_llm(c):
-    """Prismatic's name of its language model, from its native config.json or the one in the HF layout; else None."""
-    return (c["model"] if isinstance(c.get("model"), dict) else c).get("llm_backbone_id")

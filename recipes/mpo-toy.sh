@@ -1,6 +1,6 @@
 #!/bin/sh
 # The whole chain at the size of the toy: finetune, questions, pairs by both methods from the model's own answers, MPO, and a last question.
-# `python lab.py mpo` repeats it for every loss and three seeds, and draws up the table.
+# `python -m lab.ingredients mpo` repeats it for every loss and three seeds, and draws up the table.
 set -eu
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/mpo-toy}
@@ -8,10 +8,10 @@ OUT=${OUT:-out/mpo-toy}
 mkdir -p "$OUT"
 # 300 reasoning questions with their answers; 300 requests for a caption, which have no one true answer
 python -c 'import sys; from pathlib import Path; import lab; lab.write_questions(Path(sys.argv[1]), 300)' "$OUT"
-[ -f "$OUT/correctness.jsonl" ] || python mpo.py pairs --method correctness --model out/finetune --data "$OUT/reasoning.jsonl" --image-root toyworld \
+[ -f "$OUT/correctness.jsonl" ] || python pairs.py --method correctness --model out/finetune --data "$OUT/reasoning.jsonl" --image-root toyworld \
     --samples 8 --min-newlines 1 --max-new-tokens 96 --out "$OUT/correctness.jsonl"
-[ -f "$OUT/dropout.jsonl" ] || python mpo.py pairs --method dropout-ntp --model out/finetune --data "$OUT/captions.jsonl" --image-root toyworld \
+[ -f "$OUT/dropout.jsonl" ] || python pairs.py --method dropout-ntp --model out/finetune --data "$OUT/captions.jsonl" --image-root toyworld \
     --max-new-tokens 96 --out "$OUT/dropout.jsonl"
 cat "$OUT/correctness.jsonl" "$OUT/dropout.jsonl" > "$OUT/pairs.jsonl"
-python mpo.py train --model out/finetune --data "$OUT/pairs.jsonl" --image-root toyworld --val toyworld/val.jsonl --max-steps 60 --out "$OUT/mpo" "$@"
+python mpo.py --model out/finetune --data "$OUT/pairs.jsonl" --image-root toyworld --val toyworld/val.jsonl --max-steps 60 --out "$OUT/mpo" "$@"
 python sample.py --model "$OUT/mpo" --image cat.jpg

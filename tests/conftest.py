@@ -11,7 +11,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer
+from conversation import Tokenizer
 
 tqdm.set_lock(threading.RLock())                 # its own is one for all forks: a child killed while it writes a line would keep it, and all that follow would wait
 tqdm.monitor_interval = 0                        # no thread beside the main one, which might hold that lock in the moment of a fork

@@ -11,15 +11,16 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import bench
-from data import run
+import tools.bench as bench
+from support.cli import run
 from model import VLM, init_weights
+import tools.bench as tools_bench
 
 
 @pytest.fixture(scope="module")
 def vlm():
     torch.manual_seed(0)
-    return init_weights(VLM(bench.setting(bench.read(["train", "--layers", "2"]))[0]))
+    return init_weights(VLM(tools_bench.setting(tools_bench.read(["train", "--layers", "2"]))[0]))
 
 
 def test_the_last_block_gives_the_rows_asked_for_as_if_all_were_computed(vlm):
@@ -36,16 +37,16 @@ def test_the_last_block_gives_the_rows_asked_for_as_if_all_were_computed(vlm):
 
 def test_the_flops_of_a_step_are_those_that_a_counter_sees(vlm):
     """All but attention, which the counter does not know on a CPU, and the patch embedding, which the formula leaves out."""
-    args = bench.read(["train", "--layers", "2", "--rows", "2"])
-    cfg, (rows, words, supervised) = bench.setting(args)
-    tokens, labels, pixels = bench.batch_of(cfg, args, rows, words, supervised, torch.device("cpu"))
+    args = tools_bench.read(["train", "--layers", "2", "--rows", "2"])
+    cfg, (rows, words, supervised) = tools_bench.setting(args)
+    tokens, labels, pixels = tools_bench.batch_of(cfg, args, rows, words, supervised, torch.device("cpu"))
     vlm.vision.requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         vlm(tokens, pixels, labels).backward()
     d, v, T = cfg.decoder, cfg.vision, tokens.shape[1]
     attention = 6 * d.n_layer * d.n_embd * T * rows * T + 4 * 65 * v.n_embd * v.depth * rows * 65
     patches = 2 * 3 * v.patch_size**2 * v.n_embd * rows * v.n_token
-    assert bench.flops_of(cfg, rows, T, supervised, 1) - attention == pytest.approx(counter.get_total_flops() - patches, rel=0.02)
+    assert tools_bench.flops_of(cfg, rows, T, supervised, 1) - attention == pytest.approx(counter.get_total_flops() - patches, rel=0.02)
 
 
 def test_compiled_blocks_are_traced_twice_whatever_the_lengths_and_the_number_of_supervised_tokens(vlm):
@@ -67,7 +68,7 @@ def test_compiled_blocks_are_traced_twice_whatever_the_lengths_and_the_number_of
 
 
 def result(tmp_path, *flags):
-    assert run(lambda: bench.main([*flags, "--out", str(tmp_path / "b")])) == 0
+    assert run(lambda: tools_bench.main([*flags, "--out", str(tmp_path / "b")])) == 0
     return json.loads((tmp_path / "b.json").read_text())
 
 
@@ -84,4 +85,4 @@ def test_the_data_path_is_timed_beside_a_step_and_a_row_says_its_command(tmp_pat
     r = result(tmp_path, "data", "--records", "2000", "--rows", "1", "--layers", "1", "--repeats", "1")
     assert r["records"] == 2000 and r["times"] == pytest.approx(r["rate"] / r["step_rate"])
     said = capsys.readouterr().out
-    assert said.startswith("$ python bench.py data --records 2000") and "On a GPU: not measured" in said
+    assert said.startswith("$ python -m tools.bench data --records 2000") and "On a GPU: not measured" in said

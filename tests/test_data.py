@@ -16,10 +16,15 @@ from PIL import Image
 from torch.testing import assert_close
 
 import data
-from data import (IGNORE, TEMPLATES, Examples, Questions, Records, Tokenizer, collate, cut_at_stop, encode_conversation,
-                  encode_prompt, find_template, stop_ids)
-from model import VLM, DecoderConfig, VLMConfig
-from vision import UserError, VisionConfig, default_template, open_image
+from conversation import TEMPLATES, Tokenizer, cut_at_stop, encode_conversation, encode_prompt, find_template, stop_ids
+from data import Examples, IGNORE, Questions, Records, collate
+from model import DecoderConfig, VLM, VLMConfig
+from support.cli import UserError
+from support.weights import default_template
+from vision import VisionConfig, open_image
+import conversation
+import support.cli as support_cli
+import tools.show as tools_show
 
 SHARED = Path(__file__).parents[2] / "shared"
 LLAMA = SHARED / "tokenizers" / "llama2.model"
@@ -33,7 +38,7 @@ TEXTS = ["Hello world", " two  spaces ", "\n", "", "a\tb\r\n", "</s>", "<image> 
 def train(folder, **change):
     """A sentencepiece model of a few hundred pieces, as Llama's was trained."""
     model = io.BytesIO()
-    text = f"{data.VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. {' '.join(string.printable[:95])}"
+    text = f"{conversation.VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. {' '.join(string.printable[:95])}"
     sentencepiece.SentencePieceTrainer.train(**{
         "sentence_iterator": iter([text] * 20), "model_writer": model, "model_type": "bpe", "vocab_size": 600, "hard_vocab_limit": False,
         "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "split_digits": True,
@@ -288,7 +293,7 @@ def test_text_of_a_conversation_has_the_ids_of_one_encoding_of_the_whole_string(
             question, answer = (" ".join(rng.choices(TEXTS, k=3)) + "?" for _ in range(2))
             question, answer = question.replace("<image>", ""), answer.replace("<image>", "")
             tokens, _ = encode_conversation(t, [("human", question), ("gpt", answer)], "vicuna_v1", [])
-            assert tokens == [t.bos] + t.encode(f"{data.VICUNA} USER: {question} ASSISTANT: {answer}") + [t.eos]
+            assert tokens == [t.bos] + t.encode(f"{conversation.VICUNA} USER: {question} ASSISTANT: {answer}") + [t.eos]
 
 
 def test_no_piece_of_llama_reaches_over_a_space(llama):
@@ -319,7 +324,7 @@ def test_encoding_equals_the_reference_tokenizer_on_1000_strings(llama, tmp_path
         text = re.sub(" +", " ", text).lstrip(" ")       # runs of spaces: transformers 5 departs from sentencepiece, which the next test pins
         assert llama.encode(text) == reference.encode(text, add_special_tokens=False), text
     turns = [("human", "What is it?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Its fur.")]
-    whole = f"{data.VICUNA} USER: What is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Its fur.</s>"
+    whole = f"{conversation.VICUNA} USER: What is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Its fur.</s>"
     assert encode_conversation(llama, turns, "vicuna_v1", [])[0][1:] == reference.encode(whole, add_special_tokens=False)
 
 
@@ -431,7 +436,7 @@ def test_several_pictures_stay_where_they_were_written_each_with_its_own_length(
     turns = [("human", "Is <image> left of <image>?"), ("gpt", "A cat."), ("human", "And this: <image> here?"), ("gpt", "Left.")]
     tokens, labels = encode_conversation(tok, turns, "vicuna_v1", [2, 3, 1])
     text = "".join("#" if i == tok.image else "</s>" if i == tok.eos else tok.piece(i).replace("▁", " ") for i in tokens[1:])
-    assert text == f" {data.VICUNA} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>USER: And this: #  here? ASSISTANT: Left.</s>"
+    assert text == f" {conversation.VICUNA} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>USER: And this: #  here? ASSISTANT: Left.</s>"
     assert all(label == IGNORE for token, label in zip(tokens, labels) if token == tok.image)
 
 
@@ -496,7 +501,7 @@ def test_a_tokenizer_of_the_records_own_words_has_each_as_one_token_and_the_same
     file = write(tmp_path / "a.json", [record(i, f"<image>\nWhere is the {kind}?\nOne word, please.", place) for i, (kind, place) in enumerate(
         zip(["airplane", "frog", "truck"] * 20, ["left", "right", "under the bridge"] * 20))])
     for out in "one", "two":
-        assert data.main(["tokenizer", str(file), "--vocab-size", "340", "--out", str(tmp_path / out)]) == 0
+        assert tools_show.main(["tokenizer", str(file), "--vocab-size", "340", "--out", str(tmp_path / out)]) == 0
     assert "340 tokens" in (said := capsys.readouterr().out) and "100.0%" in said
     assert (tmp_path / "one/tokenizer.model").read_bytes() == (tmp_path / "two/tokenizer.model").read_bytes()
     tok = Tokenizer(tmp_path / "one")
@@ -507,19 +512,19 @@ def test_a_tokenizer_of_the_records_own_words_has_each_as_one_token_and_the_same
 @pytest.mark.parametrize("size, says", [(-1, "-1 tokens.*259.*give more"), (262, "262 tokens .*smaller"), (3 * 10**9, "3000000000 tokens"), (9000, "9000 tokens .*too high.*<= ")])
 def test_a_tokenizer_too_small_or_too_large_for_its_texts_is_refused_with_the_bound(tmp_path, size, says):
     with pytest.raises(UserError, match=says):
-        data.main(["tokenizer", str(write(tmp_path / "a.json", [record(0)])), "--vocab-size", str(size), "--out", str(tmp_path)])
+        tools_show.main(["tokenizer", str(write(tmp_path / "a.json", [record(0)])), "--vocab-size", str(size), "--out", str(tmp_path)])
     assert not (tmp_path / "tokenizer.model").exists()
 
 
 def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path):
     file = write(tmp_path / "a.json", [record(0)])
     with pytest.raises(UserError, match="--out .*a.json: cannot be written"):
-        data.main(["tokenizer", str(file), "--vocab-size", "275", "--out", str(file)])
+        tools_show.main(["tokenizer", str(file), "--vocab-size", "275", "--out", str(file)])
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="a model is there"):
-        data.main(["tokenizer", str(file), "--out", str(tmp_path)])
+        tools_show.main(["tokenizer", str(file), "--out", str(tmp_path)])
     with pytest.raises(UserError, match="they hold no words"):
-        data.main(["tokenizer", str(write(tmp_path / "b.json", [record(0, "<image>", " ")])), "--out", str(tmp_path / "new")])
+        tools_show.main(["tokenizer", str(write(tmp_path / "b.json", [record(0, "<image>", " ")])), "--out", str(tmp_path / "new")])
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -690,7 +695,7 @@ def test_where_bad_records_are_skipped_each_is_counted_with_its_reason(tmp_path,
 def program(capfd):
     """program("show", FILE, ...) -> exit code, what it printed, what it complained of."""
     def program(*argv):
-        code = data.run(lambda: data.main([str(word) for word in argv]))
+        code = support_cli.run(lambda: tools_show.main([str(word) for word in argv]))
         return code, *capfd.readouterr()
     return program
 
@@ -698,7 +703,7 @@ def program(capfd):
 def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, capsys):
     file = write(tmp_path / "a.json", [record(0), record(1, "<image> and <image>?", image=["a.png", "b.png"])])
     out = tmp_path / "show.png"
-    assert data.main(["show", str(file), "--image_root", str(pictures), "--model", str(folder), "--id", "r1", f"--out={out}"]) == 0
+    assert tools_show.main(["show", str(file), "--image_root", str(pictures), "--model", str(folder), "--id", "r1", f"--out={out}"]) == 0
     text = capsys.readouterr().out
     assert text.count("<image> x 64") == 2 and "128 of them visual" in text and "</s>" in text
     shown = Image.open(out)                                                # one below the other, each under its positions in the text
@@ -709,19 +714,19 @@ def test_show_takes_the_template_from_the_model_or_from_the_flag(tmp_path, pictu
     file = write(tmp_path / "a.json", [record(0)])
     argv = ["show", str(file), "--image-root", str(pictures), f"--out={tmp_path / 'show.png'}"]
     tok = with_files(folder, tmp_path, config={"template": "llava_v0"})
-    assert data.main([*argv, "--model", str(tok.path.parent)]) == 0 and data.main([*argv, "--model", str(folder), "--template", "plain"]) == 0
+    assert tools_show.main([*argv, "--model", str(tok.path.parent)]) == 0 and tools_show.main([*argv, "--model", str(folder), "--template", "plain"]) == 0
     text = capsys.readouterr().out
     assert "template llava_v0, pictures 96 px" in text and "template plain" in text
-    assert data.run(lambda: data.main([*argv, "--model", str(folder), "--template", "internvl2.5"])) == 1
+    assert support_cli.run(lambda: tools_show.main([*argv, "--model", str(folder), "--template", "internvl2.5"])) == 1
     assert "did you mean 'internvl2_5'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        data.main(["show", "--help"])
+        tools_show.main(["show", "--help"])
     assert "internlm2-chat" in capsys.readouterr().out
 
 
 def test_check_of_good_records_exits_with_0(tmp_path, pictures, folder, capsys):
     file = write(tmp_path / "a.jsonl", [record(0), record(0), record(1, "<image>?", image=None)])
-    assert data.main(["check", str(file), "--image-root", str(pictures), "--model", str(folder)]) == 0
+    assert tools_show.main(["check", str(file), "--image-root", str(pictures), "--model", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "3 records read, 3 good, 0 wrong" in text and "0: 1 records, 1: 2 records" in text and "ids used repeatedly  1" in text
     assert "<image> as a word    1 records" in text
@@ -740,7 +745,7 @@ def test_programs_say_what_is_wrong_in_one_line(tmp_path, pictures, folder, prog
     code, _, err = program("show", file, "--image-root", pictures, "--model", folder)
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "gone.png" in err
     with pytest.raises(SystemExit):
-        data.main(["check", str(file), "--image_rot", str(pictures)])
+        tools_show.main(["check", str(file), "--image_rot", str(pictures)])
     assert "unknown flag --image-rot; did you mean --image-root?" in capfd.readouterr().err
 
 
@@ -753,7 +758,7 @@ def test_an_error_in_a_loader_process_is_still_one_line(tmp_path, tok, pictures,
         except UserError:            # what a loader process does with an error: sends it over with its traceback in the text
             torch._utils.ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
-    assert data.run(program) == 1
+    assert support_cli.run(program) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"error: {tmp_path / 'a.json'}, record 1 (id 'r1'): ") and err.count("\n") == 1
 
@@ -762,7 +767,7 @@ def test_the_photo_questions_are_whole(llama, capsys):
     if not PHOTOS.exists():
         pytest.skip(f"needs {PHOTOS}")
     argv = ["--image-root", str(PHOTOS), "--model", str(LLAMA), "--limit", "20"]
-    assert data.main(["check", str(PHOTOS / "train.json"), *argv]) == 0 and data.main(["check", str(PHOTOS / "val.jsonl"), *argv]) == 0
+    assert tools_show.main(["check", str(PHOTOS / "train.json"), *argv]) == 0 and tools_show.main(["check", str(PHOTOS / "val.jsonl"), *argv]) == 0
     assert "20 good, 0 wrong" in capsys.readouterr().out
 
 

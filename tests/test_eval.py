@@ -16,7 +16,8 @@ from PIL import Image
 
 import eval as ev
 import toyworld
-from data import read_pickle, run
+from support.cli import run
+from support.io import read_pickle
 from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.usefixtures("one_thread")

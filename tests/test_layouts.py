@@ -14,10 +14,14 @@ from torch.testing import assert_close
 
 import model
 import train
-from data import Tokenizer
-from model import (VLM, Connector, Decoder, DecoderConfig, VLMConfig, check_tokenizer, clip_json, decoder_config, llama_json, load_connector,
-                   load_decoder, load_vision, read_json, read_tower)
-from vision import IMAGENET_MEAN, IMAGENET_STD, UserError, VisionConfig, ViT, resize_positions
+from conversation import Tokenizer
+from model import Connector, Decoder, DecoderConfig, VLM, VLMConfig
+from support.weights import check_tokenizer, clip_json, decoder_config, llama_json, load_connector, load_decoder, load_vision, read_json, read_tower
+from support.cli import UserError
+from support.weights import resize_positions
+from vision import IMAGENET_MEAN, IMAGENET_STD, ViT, VisionConfig
+import support.checkpoint as support_checkpoint
+import tools.weights as tools_weights
 
 transformers = pytest.importorskip("transformers")
 LLAMA = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama2.model"
@@ -321,7 +325,7 @@ def test_prismatic_is_two_reference_towers_a_connector_and_a_llama(tmp_path):
 
     if LLAMA.exists():                                                      # the tokenizer beside it keeps Prismatic's ids of <PAD> and picture
         (folder / "tokenizer.model").write_bytes(LLAMA.read_bytes())
-        assert model.main(["convert", str(folder), str(tmp_path / "out"), "--vision", f"{tmp_path / 'dino'},{tmp_path / 'siglip'}"]) == 0
+        assert tools_weights.main(["convert", str(folder), str(tmp_path / "out"), "--vision", f"{tmp_path / 'dino'},{tmp_path / 'siglip'}"]) == 0
         tok = Tokenizer(tmp_path / "out")
         assert (tok.image, tok.pad) == (Tokenizer(folder).image, Tokenizer(folder).pad) == (32001, 32000)
     vlm.save_pretrained(tmp_path / "ours")                                  # no public layout of ours holds two towers
@@ -392,30 +396,30 @@ def test_internvl_equals_transformers_port_renamed(tmp_path, big):
 def test_convert_gives_transformers_the_original_layout_with_rows_for_the_image_token(tmp_path):
     vlm = lively(VLM(replace(TINY, decoder=replace(TINY.decoder, vocab_size=32000), image_token=32000, pad_token=32001)))
     original(tmp_path / "m", vlm, tower=True)
-    assert model.main(["convert", str(tmp_path / "m"), str(tmp_path / "hf")]) == 0
+    assert tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "hf")]) == 0
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.tensor([[1] + [32000] * 16 + [5, 6]])
     close(vlm(tokens, PIXELS[:1]), theirs(input_ids=tokens, pixel_values=PIXELS[:1]).logits[..., :32000])
     assert theirs.lm_head.weight.shape[0] == 32064
-    assert model.main(["convert", str(tmp_path / "m"), str(tmp_path / "m")]) == 1
+    assert tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "m")]) == 1
 
 
 def test_convert_of_a_language_model_alone_keeps_its_names(tmp_path):
     tensors = {"model.norm.weight": torch.ones(4), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     folder = write(tmp_path / "m", {"model_type": "llama"}, tensors, "pytorch_model.bin")
     (folder / "tokenizer.model").write_text("x")
-    assert model.main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    assert tools_weights.main(["convert", str(folder), str(tmp_path / "out")]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
     assert load_file(tmp_path / "out/model.safetensors").keys() == {"model.norm.weight"}
 
 
 def test_info_says_what_a_model_is_made_of(tmp_path, capsys):
-    assert model.main(["info", "llava-1.5-7b"]) == 0
+    assert tools_weights.main(["info", "llava-1.5-7b"]) == 0
     said = capsys.readouterr().out
     assert all(f"{n:,} parameters" in said for n in (303_507_456, 20_979_712, 6_738_415_616 + 2 * 64 * 4096)) and "576 visual tokens" in said
     for folder in original(tmp_path / "m", narrow(), tower=True), write(tmp_path / "clip", clip_json(TINY.vision), {"x": torch.ones(1)}):
-        assert model.main(["info", str(folder)]) == 0
-    assert model.main(["info", str(tmp_path / "none")]) == 1
+        assert tools_weights.main(["info", str(folder)]) == 0
+    assert tools_weights.main(["info", str(tmp_path / "none")]) == 1
     assert "neither a directory nor a preset" in capsys.readouterr().err
 
 
@@ -494,6 +498,6 @@ def test_a_preset_is_built_from_two_towers_of_other_families_trains_and_is_saved
     assert (vlm.cfg.vision.n_token, vlm.cfg.n_feature, vlm.cfg.connector) == (36, 128, "fused_gelu")        # 6 x 6 patches, tables resized from 4 x 4
     assert {n.split(".")[0] for n, p in vlm.named_parameters() if p in set(train.freeze(vlm, replace(cfg, train="connector,vision")))} == {
         "connector", "vision", "vision2"}
-    train.save_model(tmp_path / "m", vlm, tok)
+    support_checkpoint.save_model(tmp_path / "m", vlm, tok)
     again, same_tok = train.build(train.TrainConfig(model=str(tmp_path / "m")))
     assert again.cfg == vlm.cfg and same(again, vlm) and same_tok.image == tok.image

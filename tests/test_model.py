@@ -20,10 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import model
-from data import Tokenizer, encode_prompt, run
-from model import (PRESETS, VLM, Connector, Decoder, DecoderConfig, RMSNorm, VLMConfig, clip_json, decoder_config, init_weights, llama_json, llava_name,
-                   load_decoder, load_vision, rotary, rotate, sample, save_processor, write_whole)
-from vision import CLIP_NAMES, UserError, VisionConfig, ViT, cut_tiles, rename
+from conversation import Tokenizer, encode_prompt
+from support.cli import run
+from model import Connector, Decoder, DecoderConfig, PRESETS, RMSNorm, VLM, VLMConfig, init_weights, rotary, rotate, sample
+from support.export import save_processor
+from support.io import write_whole
+from support.weights import clip_json, decoder_config, llama_json, llava_name, load_decoder, load_vision
+from support.cli import UserError
+from support.weights import CLIP_NAMES, rename
+from vision import ViT, VisionConfig, cut_tiles
+import support.weights as support_weights
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
@@ -65,7 +71,7 @@ def test_the_decoder_equals_llama_with_few_or_many_key_value_heads(n_kv_head, he
     cfg = replace(TINY.decoder, n_kv_head=n_kv_head, head_dim=head_dim)
     ours, tokens = lively(Decoder(cfg)), torch.tensor([prompt(20), prompt(21)[:21]])
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_json(cfg))).eval()
-    theirs.load_state_dict({rename(name, model.LLAMA_NAMES): p for name, p in ours.state_dict().items()}, strict=True)
+    theirs.load_state_dict({rename(name, support_weights.LLAMA_NAMES): p for name, p in ours.state_dict().items()}, strict=True)
     assert theirs.config.rope_parameters["rope_theta"] == 500
     assert_close(ours.lm_head(ours(ours.embed_tokens(tokens))), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -122,7 +128,7 @@ def test_an_impossible_decoder_is_refused(change):
 def llava(vlm):
     """transformers' LLaVA with the weights of `vlm`."""
     with torch.random.fork_rng():
-        theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**model.llava_config(TINY, "float32"))).eval()
+        theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**support_weights.llava_config(TINY, "float32"))).eval()
     theirs.load_state_dict({family(llava_name(name), "D"): p for name, p in vlm.state_dict().items()}, strict=True)
     return theirs
 
@@ -338,14 +344,14 @@ def test_a_clip_and_a_llama_directory_open_as_tower_and_decoder(tmp_path):
     clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=clip_json(TINY.vision), text_config=dict(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=9)))
     clip.save_pretrained(tmp_path / "clip")
-    vision = ViT(model.vision_config(model.read_json(tmp_path / "clip" / "config.json")))
+    vision = ViT(support_weights.vision_config(support_weights.read_json(tmp_path / "clip" / "config.json")))
     load_vision(vision, tmp_path / "clip")
     assert vision.cfg == TINY.vision
     assert torch.equal(vision.patch.weight, clip.vision_model.embeddings.patch_embedding.weight)
 
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_json(replace(TINY.decoder, vocab_size=80))))
     llama.save_pretrained(tmp_path / "llama")
-    cfg = decoder_config(model.read_json(tmp_path / "llama" / "config.json"))
+    cfg = decoder_config(support_weights.read_json(tmp_path / "llama" / "config.json"))
     decoder = Decoder(replace(cfg, vocab_size=96))                          # 16 new rows for <image> and <pad>
     load_decoder(decoder, tmp_path / "llama")
     assert_close(decoder.lm_head.weight[:80], llama.lm_head.weight)
@@ -399,7 +405,7 @@ def test_transformers_tokenizer_gives_our_ids_for_any_text_and_later_turns(tmp_p
         pytest.skip(f"needs {LLAMA}")
     tok = Tokenizer(tiny_tokenizer if file == "tiny" else LLAMA)
     save_processor(tmp_path, tok.path, with_tokenizer(tok))
-    (tmp_path / "config.json").write_text(json.dumps(model.llava_config(with_tokenizer(tok), "float32")))
+    (tmp_path / "config.json").write_text(json.dumps(support_weights.llava_config(with_tokenizer(tok), "float32")))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("", " ", "  two  spaces ", "a\n\n b\n  c", "naïve café 你好 🙂👩‍👩‍👧", "x = [0.12, 0.98]\t####", "    code(){}  aaaa",
                  "12,345.67 € 1999"):
@@ -477,7 +483,7 @@ def test_absent_fields_of_the_public_config_mean_vicuna_7b_and_clip(saved):
               "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
                                 "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}}
     (saved / "config.json").write_text(json.dumps(config))
-    assert model.read_config(saved) == PRESETS["llava-1.5-7b"]
+    assert support_weights.read_config(saved) == PRESETS["llava-1.5-7b"]
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -19,9 +19,15 @@ import model
 import mpo
 import toyworld
 import train
-from data import IGNORE, Records, Tokenizer, encode_conversation, open_records, run
-from model import VLM, DecoderConfig, VLMConfig, save_processor
-from vision import UserError, VisionConfig
+from conversation import Tokenizer, encode_conversation
+from data import IGNORE, Records, open_records
+from support.cli import run
+from model import DecoderConfig, VLM, VLMConfig
+from support.export import save_processor
+from support.cli import UserError
+from vision import VisionConfig
+import lab.losses as lab_losses
+import pairs
 
 ROOT = Path(mpo.__file__).parent
 fork = multiprocessing.get_context("fork").Process
@@ -73,7 +79,7 @@ def examples(folder, tok, vlm, file="pairs.jsonl", bad="stop"):
 
 
 def go(tiny, folder, *flags, out="run", data="pairs.jsonl"):
-    base = ["train", "--model", tiny, "--data", folder / data, "--image-root", folder, "--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--lr", "3e-3",
+    base = ["--model", tiny, "--data", folder / data, "--image-root", folder, "--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--lr", "3e-3",
             "--eval-every", 0, "--no-final-eval", "--workers", 0, "--out", out]
     return run(lambda: mpo.main([str(word) for word in [*base, *flags]]))
 
@@ -120,13 +126,13 @@ def test_bco_without_a_shift_and_with_the_cumulative_one_over_two_steps():
 
 def test_ipo_takes_means_over_tokens_and_one_token_each_gives_its_vector_on_sums():
     assert abs(mpo.TERMS["ipo"](terms_of(ONE)) - 24.3789) < 1e-4
-    near(mpo.ipo_loss(T(3.0), T(-1.0), T(1.0), T(1.0), 0.1), 1.0)
+    near(lab_losses.ipo_loss(T(3.0), T(-1.0), T(1.0), T(1.0), 0.1), 1.0)
 
 
 def test_orpo_equals_its_vector_and_survives_a_certain_answer():
-    near(mpo.orpo_loss(T(-2.0 * 60), T(-2.0125 * 80), T(60.0), T(80.0)), 0.685952)
+    near(lab_losses.orpo_loss(T(-2.0 * 60), T(-2.0125 * 80), T(60.0), T(80.0)), 0.685952)
     s = torch.tensor([-1e-6], requires_grad=True)
-    mpo.orpo_loss(s, torch.tensor([-30.0]), torch.ones(1), torch.ones(1)).backward()
+    lab_losses.orpo_loss(s, torch.tensor([-30.0]), torch.ones(1), torch.ones(1)).backward()
     assert s.grad.isfinite().all()
 
 
@@ -138,7 +144,7 @@ def test_an_undecided_model_costs_one_coin_flip_in_dpo_and_two_in_bco():
 
 def test_aot_sorts_over_the_batch():
     gap, ref = T(3.0, -1.0, 2.0), T(0.0, 5.0, 1.0)
-    near(mpo.aot_loss(gap, ref, 0.1), -sum(math.log(1 / (1 + math.exp(-0.1 * (a - b)))) for a, b in zip((-1, 2, 3), (0, 1, 5))) / 3)
+    near(lab_losses.aot_loss(gap, ref, 0.1), -sum(math.log(1 / (1 + math.exp(-0.1 * (a - b)))) for a, b in zip((-1, 2, 3), (0, 1, 5))) / 3)
 
 
 def by_hand(name, s, ref, n, beta, e, delta):
@@ -477,15 +483,15 @@ def test_meta_json_mixes_files_with_their_own_roots_and_repeats(tiny, folder, to
 
 
 def test_the_final_answer_is_behind_the_last_trigger():
-    assert mpo.parse_answer("First.\nSecond.\nFinal answer: 4")[1] == "4"
-    assert mpo.parse_answer("Final answer: 3 at first.\nNo.\nFinal answer: 4")[1] == "4"
-    assert mpo.parse_answer("一。\n二。\n答案: 四")[1] == "四"
+    assert pairs.parse_answer("First.\nSecond.\nFinal answer: 4")[1] == "4"
+    assert pairs.parse_answer("Final answer: 3 at first.\nNo.\nFinal answer: 4")[1] == "4"
+    assert pairs.parse_answer("一。\n二。\n答案: 四")[1] == "四"
 
 
 @pytest.mark.parametrize("text", ["4", "Final answer: 4", "One line. Final answer: 4", "a\nFinal answer: 4", "a\nb\nFinal answer:", "a\nb\nFinal answer: 4\nor 5",
                                   "\n\nFinal answer: 4", "a\nFinal answer: 1\nFinal answer: 2\nFinal answer: 3"])
 def test_other_forms_are_no_answer(text):
-    assert mpo.parse_answer(text) is None
+    assert pairs.parse_answer(text) is None
 
 
 @pytest.mark.parametrize("said, truth, right", [
@@ -493,19 +499,19 @@ def test_other_forms_are_no_answer(text):
     ("B. dog", "B", True), ("(B)", "B", True), ("C", "B", False), ("bird", "B", False), ("12", "2", False), ("90 degrees", "90", True), ("", "a", False),
     ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.55]", True), ("[0.60, 0.60, 0.90, 0.90]", "[0.10, 0.10, 0.50, 0.55]", False), ("nan", "4", False)])
 def test_the_judge(said, truth, right):
-    assert mpo.judge(said, truth) is right
+    assert pairs.judge(said, truth) is right
 
 
 def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_ending():
-    said = mpo.worked("How many?\n<image>\nAnswer the question using a single word or phrase.", 1, "en")
+    said = pairs.worked("How many?\n<image>\nAnswer the question using a single word or phrase.", 1, "en")
     assert said == ("<image>\nYour task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to answer, "
                     'please use the format "Final answer: .."\n\nQuestion:\n\nHow many?')
-    assert mpo.worked("Is it?\nAnswer the question using a single word or phrase.", 1, "en") == "<image>\n" + toyworld.COT + "Is it?"
+    assert pairs.worked("Is it?\nAnswer the question using a single word or phrase.", 1, "en") == "<image>\n" + toyworld.COT + "Is it?"
 
 
 def test_a_right_answer_is_written_as_the_truth_is():
-    assert mpo.fix_answer("a\nb\n**Final answer:** **Red**", "red", 2) == "a\nb\nFinal answer: red"
-    assert mpo.fix_answer("a\nb\nFinal answer: A Red one", "red", 2) == "a\nb\nFinal answer: red"
+    assert pairs.fix_answer("a\nb\n**Final answer:** **Red**", "red", 2) == "a\nb\nFinal answer: red"
+    assert pairs.fix_answer("a\nb\nFinal answer: A Red one", "red", 2) == "a\nb\nFinal answer: red"
 
 
 # ---- building pairs: the program ---------------------------------------------------------------------------------------
@@ -519,9 +525,9 @@ def asked(folder):
 
 
 def build(tiny, folder, method, *flags, out="pairs/made.jsonl"):
-    base = ["pairs", "--method", method, "--model", tiny, "--data", folder / "questions.jsonl", "--image-root", folder, "--out", out, "--samples", 4,
+    base = ["--method", method, "--model", tiny, "--data", folder / "questions.jsonl", "--image-root", folder, "--out", out, "--samples", 4,
             "--batch-size", 8, "--max-new-tokens", 12]
-    return run(lambda: mpo.main([str(word) for word in [*base, *flags]]))
+    return run(lambda: pairs.main([str(word) for word in [*base, *flags]]))
 
 
 @pytest.fixture
@@ -533,7 +539,7 @@ def talkative(monkeypatch):
         def complete(vlm, tok_, rows, cfg, seed):
             calls.append(rows)
             return [(tok.encode(texts[(seed + i) % len(texts)]), not texts[(seed + i) % len(texts)].endswith("..."), 5) for i in range(len(rows))]
-        monkeypatch.setattr(mpo, "draw_answers", complete)
+        monkeypatch.setattr(pairs, "draw_answers", complete)
         return calls
     return says
 
@@ -546,7 +552,7 @@ def test_right_answers_meet_wrong_ones_and_those_without_form(tiny, folder, aske
     talkative("One.\nTwo.\nFinal answer: 1", "One.\nTwo.\nFinal answer: 2", "I do not know.", "One.\nTwo.\nFinal ...")
     assert build(tiny, folder, "correctness") == 0
     made = lines("pairs/made.jsonl")
-    assert {(p["answer_gt"], p["rule"], mpo.parse_answer(p["chosen"])[1]) for p in made} == {(t, rule, t) for t in "12" for rule in ("answer", "format")}
+    assert {(p["answer_gt"], p["rule"], pairs.parse_answer(p["chosen"])[1]) for p in made} == {(t, rule, t) for t in "12" for rule in ("answer", "format")}
     assert all(p["question"].startswith("<image>\nYour task") and p["image"] == "a.png" and set(p) >= {"chosen", "rejected"} for p in made)
     said = capfd.readouterr().out
     stats = json.loads(Path("pairs/made.jsonl.stats.json").read_text())
@@ -599,12 +605,12 @@ def test_without_a_chosen_answer_the_model_gives_its_own_with_the_picture(tiny, 
 
 @pytest.mark.parametrize("method", ["correctness", "dropout-ntp"])
 def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny, folder, asked, method, monkeypatch):
-    monkeypatch.setattr(mpo, "judge", lambda said, truth: True)             # a random model never answers: anything is an answer here
-    monkeypatch.setattr(mpo, "parse_answer", lambda text, n=2: (text, text[:3]) if len(text) % 2 else None)
-    monkeypatch.setattr(mpo, "fix_answer", lambda text, *_: text)
+    monkeypatch.setattr(pairs, "judge", lambda said, truth: True)             # a random model never answers: anything is an answer here
+    monkeypatch.setattr(pairs, "parse_answer", lambda text, n=2: (text, text[:3]) if len(text) % 2 else None)
+    monkeypatch.setattr(pairs, "fix_answer", lambda text, *_: text)
     monkeypatch.setattr(mpo, "text_of", lambda tok, template, ids, ended: (tok.decode(ids).strip(), True))
     assert build(tiny, folder, method, out="whole.jsonl") == 0
-    calls, original = [], mpo.draw_answers
+    calls, original = [], pairs.draw_answers
 
     def draw_answers(*args):
         calls.append(None)
@@ -613,13 +619,13 @@ def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny,
                 file.write('{"pairs": [')                                   # the kill comes while a line is written
             os._exit(9)
         return original(*args)
-    monkeypatch.setattr(mpo, "draw_answers", draw_answers)
+    monkeypatch.setattr(pairs, "draw_answers", draw_answers)
     flags = ["--batch-size", 8 if method == "correctness" else 2]
     child = fork(target=lambda: os._exit(build(tiny, folder, method, *flags, out="made.jsonl")))
     child.start()
     child.join()
     assert child.exitcode == 9 and Path("made.jsonl.part").exists() and not Path("made.jsonl").exists()
-    monkeypatch.setattr(mpo, "draw_answers", original)
+    monkeypatch.setattr(pairs, "draw_answers", original)
     assert build(tiny, folder, method, *flags, "--seed", 1, out="made.jsonl") == 1          # other flags: refused
     assert build(tiny, folder, method, *flags, out="made.jsonl") == 0 and not Path("made.jsonl.part").exists()
     if method == "dropout-ntp":
@@ -639,16 +645,11 @@ def test_a_wrong_flag_of_the_builder_is_one_clear_line(tiny, folder, asked, capf
 def test_a_recipe_has_only_flags_that_there_are(recipe, monkeypatch, folder, tiny):
     """Each command of the script, with its folders filled in, gets as far as reading files."""
     text = (ROOT / "recipes" / recipe).read_text()
-    commands = re.findall(r"mpo\.py\"? ((?:train|pairs)(?:[^\n\\]|\\\n)*)", text)
+    commands = re.findall(r"(mpo|pairs)\.py\"? ((?:[^\n\\]|\\\n)*)", text)
     monkeypatch.setattr(mpo, "fit", lambda cfg, *_: 0)
-    monkeypatch.setattr(mpo, "make_pairs", lambda argv: mpo.parse_pairs(argv) and 0)
+    monkeypatch.setattr(pairs, "make_pairs", lambda argv: pairs.parse_pairs(argv) and 0)
     assert commands
-    for command in commands:
+    for program, command in commands:
         words = shlex.split(command.replace("\\\n", " ").replace('"$@"', ""))
         words = [str(folder / "pairs.jsonl") if w in ("$META", "$PAIRS", "$OUT/pairs.jsonl", "toyworld/val.jsonl") else str(folder) if w.startswith("$") else w for w in words]
-        assert mpo.main(words) == 0
-
-
-def test_the_program_names_its_parts(capfd):
-    assert run(lambda: mpo.main(["pair"])) == 1 and "pairs" in errors(capfd)[-1]
-    assert run(lambda: mpo.main(["--help"])) == 0
+        assert {"mpo": mpo, "pairs": pairs}[program].main(words) == 0

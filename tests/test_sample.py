@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import sample
-from data import encode_prompt, run
+from conversation import encode_prompt
+from support.cli import run
 from model import VLM
 from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 from vision import cut_tiles, open_image

@@ -21,12 +21,25 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-import bench
+import tools.bench as bench
 import model
 import train
-from data import IGNORE, open_records, run
-from model import VLM, DecoderConfig, VLMConfig, add_lora, head_loss, load_adapter, lora_off, merged_state, save_adapter, save_processor
-from vision import UserError, VisionConfig, patches_of
+from data import IGNORE, open_records
+from support.cli import run
+from model import DecoderConfig, VLM, VLMConfig, head_loss
+from support.export import save_adapter, save_processor
+from support.lora import add_lora, lora_off, merged_state
+from support.weights import load_adapter
+from support.cli import UserError
+from vision import VisionConfig, patches_of
+import data
+import support.checkpoint as support_checkpoint
+import support.distributed as support_distributed
+import support.optim as support_optim
+import support.plan as support_plan
+import support.weights as support_weights
+import tools.bench as tools_bench
+import tools.weights as tools_weights
 
 ROOT = Path(train.__file__).parent
 fork = multiprocessing.get_context("fork").Process
@@ -159,7 +172,7 @@ def test_a_merged_lora_equals_the_unmerged_one(tiny, tmp_path):
     tokens, pixels, _ = a_batch(vlm.cfg)
     for directory in "merged", "adapter":                                   # an adapter's directory opens like any other
         assert_close(VLM.from_pretrained(tmp_path / directory)(tokens, pixels), vlm(tokens, pixels), rtol=1e-5, atol=1e-5)
-    assert model.main(["convert", str(tmp_path / "adapter"), str(tmp_path / "converted")]) == 0
+    assert tools_weights.main(["convert", str(tmp_path / "adapter"), str(tmp_path / "converted")]) == 0
     assert all(torch.equal(t, merged_state(vlm)[name]) for name, t in VLM.from_pretrained(tmp_path / "converted").state_dict().items())
 
 
@@ -298,11 +311,11 @@ def test_shares_are_even_and_together_the_batch(monkeypatch):
     class Sized:
         n_bytes = lambda self, i: 100 * (i % 7) + 50
         has_picture = lambda self, i: i % 3 == 0
-    monkeypatch.setattr(train, "world", lambda: 4)
+    monkeypatch.setattr(support_distributed, "world", lambda: 4)
     hands = []
     for r in range(4):
-        monkeypatch.setattr(train, "rank", lambda: r)
-        hands.append(train.share(list(range(64)), Sized(), 576))
+        monkeypatch.setattr(support_distributed, "rank", lambda: r)
+        hands.append(data.share(list(range(64)), Sized(), 576))
     assert sorted(i for hand in hands for i in hand) == list(range(64))
     load = [sum(25 * (i % 7) + 12.5 + 576 * (i % 3 == 0) for i in hand) for hand in hands]
     assert max(load) < 1.05 * min(load)
@@ -315,7 +328,7 @@ def test_bfloat16_weights_with_their_lower_halves_are_float32_adamw_bit_for_bit(
     torch.manual_seed(0)
     exact = torch.nn.Parameter(torch.cat([torch.randn(100), torch.ones(8), torch.zeros(4), torch.tensor([1e-30, -3e38])]).bfloat16().float())
     split = torch.nn.Parameter(exact.detach().bfloat16())
-    one, two = torch.optim.AdamW([exact], lr=2e-5, weight_decay=0.1, fused=True), train.SplitAdamW([split], lr=2e-5)
+    one, two = torch.optim.AdamW([exact], lr=2e-5, weight_decay=0.1, fused=True), support_optim.SplitAdamW([split], lr=2e-5)
     two.param_groups[0]["weight_decay"] = 0.1
     for _ in range(50):
         split.grad = torch.randn(114).bfloat16()
@@ -351,8 +364,8 @@ def test_each_part_has_its_learning_rate_and_unlisted_parts_have_none(tiny):
     vlm = VLM.from_pretrained(tiny)
     cfg = train.TrainConfig(model=str(tiny), train="connector,llm", lr=2e-4, lr_connector=2e-5, weight_decay=0.1)
     train.freeze(vlm, cfg)
-    groups = {(part, vector): (g["share"] * cfg.lr, g["weight_decay"]) for g in train.make_optimizer(vlm, cfg).param_groups
-              for p in g["params"] for part, vector in [(next(train.part_of(n) for n, q in vlm.named_parameters() if q is p), p.ndim < 2)]}
+    groups = {(part, vector): (g["share"] * cfg.lr, g["weight_decay"]) for g in support_optim.make_optimizer(vlm, cfg).param_groups
+              for p in g["params"] for part, vector in [(next(support_optim.part_of(n) for n, q in vlm.named_parameters() if q is p), p.ndim < 2)]}
     assert groups == {("connector", False): (pytest.approx(2e-5), 0.1), ("connector", True): (pytest.approx(2e-5), 0.0), ("llm", False): (2e-4, 0.1),
                       ("llm", True): (2e-4, 0.0)}
 
@@ -394,7 +407,7 @@ def test_batches_under_a_token_budget_waste_less_than_5_percent_on_llava_like_le
     for step in range(20):
         rows = [{"tokens": torch.zeros(t, dtype=torch.int64), "labels": torch.zeros(t, dtype=torch.int64), "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8),
                  "layout": torch.empty(0, 2, dtype=torch.int64), "id": str(t)} for t in llava_like(128, step)]
-        made = train.micro_batches(rows, 0, 0, budget=16384)
+        made = data.micro_batches(rows, 0, 0, budget=16384)
         assert sorted(i for m in made for i in m["ids"]) == sorted(r["id"] for r in rows)
         assert all(m["tokens"].numel() <= 16384 and m["tokens"].shape == m["labels"].shape and m["tokens"].shape[1] % 32 == 0 for m in made)
         seen, padded = seen + sum(int(m["lengths"].sum()) for m in made), padded + sum(m["tokens"].numel() for m in made)
@@ -457,7 +470,7 @@ def test_a_frozen_weight_that_moves_and_a_trainable_one_that_does_not_stop_the_r
     vlm = VLM.from_pretrained(tiny)
     cfg = train.TrainConfig(model=str(tiny), train="connector")
     train.freeze(vlm, cfg)
-    optimizer = train.make_optimizer(vlm, cfg)
+    optimizer = support_optim.make_optimizer(vlm, cfg)
     vlm(*a_batch(vlm.cfg)).backward()
     before = train.fingerprints(vlm)
     with pytest.raises(UserError, match="not changed connector"):
@@ -488,7 +501,7 @@ def test_a_checkpoint_that_reads_otherwise_than_it_was_written_is_not_kept(tiny,
     original = train.open_weights
     monkeypatch.setattr(train, "open_weights", lambda file: {name: t + 1 for name, t in original(file).items()})
     with pytest.raises(UserError, match="reads otherwise than it was written"):
-        train.save_checkpoint(tmp_path / "run", 1, vlm, tok, torch.optim.AdamW(vlm.parameters()), cfg, 0)
+        support_checkpoint.save_checkpoint(tmp_path / "run", 1, vlm, tok, torch.optim.AdamW(vlm.parameters()), cfg, 0)
     assert list((tmp_path / "run").glob("*")) == []
 
 
@@ -500,7 +513,7 @@ def test_each_evaluation_compares_with_shuffled_pictures(go, mixed):
 
 
 def test_a_dry_run_says_it_all_and_reads_no_weights(go, tiny, capfd, tok, tmp_path):
-    for part, config in (("clip", model.clip_json(tiny_config(tok).vision)), ("llama", model.llama_json(tiny_config(tok).decoder))):
+    for part, config in (("clip", support_weights.clip_json(tiny_config(tok).vision)), ("llama", support_weights.llama_json(tiny_config(tok).decoder))):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))                # and no weights at all
     (tmp_path / "llama/tokenizer.model").write_bytes((ROOT / "assets/toy-vicuna/tokenizer.model").read_bytes())
@@ -553,8 +566,8 @@ RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.sh") if "mpo" not in p.st
 def test_each_recipe_is_planned_at_true_size_without_any_weights(recipe, tok, mixed, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seven = model.PRESETS["llava-1.5-7b"]
-    configs = {"CLIP": model.clip_json(replace(seven.vision, image_size=224 if "v1-" in recipe.stem and "1.5" not in recipe.stem else 336)),
-               "VICUNA": model.llama_json(seven.decoder), "LLAMA": model.llama_json(seven.decoder),
+    configs = {"CLIP": support_weights.clip_json(replace(seven.vision, image_size=224 if "v1-" in recipe.stem and "1.5" not in recipe.stem else 336)),
+               "VICUNA": support_weights.llama_json(seven.decoder), "LLAMA": support_weights.llama_json(seven.decoder),
                "DINO": {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
                "SIGLIP": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27,
                           "num_attention_heads": 16, "intermediate_size": 4304}}
@@ -564,7 +577,7 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(recipe, tok, mi
         (tmp_path / name / "tokenizer.model").write_bytes((ROOT / "assets/toy-vicuna/tokenizer.model").read_bytes())
     flags = subprocess.run([recipe, "--dry-run", "--device", "cpu"], capture_output=True, text=True, check=True, env={
         **os.environ, "LAUNCH": "echo", "DATA": str(mixed), "IMAGES": str(mixed.parent), **{name: str(tmp_path / name) for name in configs}}).stdout.split()
-    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr(support_plan, "matmul_rate", lambda *_: 1e12)
     if "pretrain" in recipe.stem:                                          # captions: each record has a picture
         records = [r for r in json.loads(mixed.read_text()) if "image" in r]
         mixed.write_text(json.dumps(records))
@@ -580,15 +593,15 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(recipe, tok, mi
 def test_the_bench_runs_both_sides_on_the_same_weights_and_they_agree(program, tmp_path, capsys):
     pytest.importorskip("transformers")
     flags = [program, "--peer", "transformers", "--rows", "1", "--words", "12", "--layers", "1", "--repeats", "1", "--new-tokens", "4", "--no-memory"]
-    assert run(lambda: bench.main([*flags, "--out", str(tmp_path / "b")])) == 0
+    assert run(lambda: tools_bench.main([*flags, "--out", str(tmp_path / "b")])) == 0
     result = json.loads((tmp_path / "b.json").read_text())
     assert set(result["sides"]) == {"plainvlm", "transformers"} and result["ratio"] > 0
     assert result["agreement"] < 1e-3 if program == "train" else result["agreement"] == 1
 
 
 def test_the_bench_draws_how_a_step_grows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(bench.GROW, "batch", ("rows", (1, 2, 3)))
+    monkeypatch.setitem(tools_bench.GROW, "batch", ("rows", (1, 2, 3)))
     flags = ["train", "--grow", "batch", "--layers", "1", "--repeats", "1", "--no-memory", "--out", str(tmp_path / "g")]
-    assert run(lambda: bench.main(flags)) == 0
+    assert run(lambda: tools_bench.main(flags)) == 0
     assert len(json.loads((tmp_path / "g.json").read_text())) == 3 and Image.open(tmp_path / "g.png").size == (640, 400)
     assert "grows with batch to the power" in capsys.readouterr().out

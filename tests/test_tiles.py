@@ -15,9 +15,18 @@ import data
 import sample
 import toyworld
 import train
-from data import Examples, Records, collate, encode_prompt
-from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig, info, read_config, save_processor
-from vision import MODES, TILINGS, UserError, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join, normalize
+from conversation import encode_prompt
+from data import Examples, Records, collate
+from model import Connector, DecoderConfig, PRESETS, VLM, VLMConfig
+from support.export import save_processor
+from support.weights import read_config
+from tools.weights import info
+from support.cli import UserError
+from vision import MODES, TILINGS, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join, normalize
+import conversation
+import lab.ingredients as lab_ingredients
+import support.cli as support_cli
+import tools.show as tools_show
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(train.__file__).parent
@@ -188,7 +197,7 @@ def test_an_anyres_model_opens_in_transformers_as_llava_next_and_says_the_same(t
     theirs, report = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     processor, question = transformers.AutoProcessor.from_pretrained(tmp_path), "<image>\nWhat is this?"
-    text = f"{data.VICUNA} USER: {question} ASSISTANT:"
+    text = f"{conversation.VICUNA} USER: {question} ASSISTANT:"
     for size in (28, 28), (60, 31), (31, 60), (100, 90), (300, 40), (200, 5), (2, 300):
         pixels, layout = cut_tiles(noise(*size), ours.cfg.vision, "anyres")
         tokens = torch.tensor([encode_prompt(tok, [("human", question)], "vicuna_v1", [len(layout)])])
@@ -294,7 +303,7 @@ def test_training_and_sampling_count_the_same_tokens(records, tok):
         seen = []
         vlm.generate = lambda tokens, pixels, n, **flags: seen.append((tokens, flags["layout"])) or torch.full((len(tokens), 1), tok.eos)
         paths = [records.image_path(name) for name in records[2]["images"]]
-        train.answer(vlm, tok, [(paths, "What?")])
+        sample.answer(vlm, tok, [(paths, "What?")])
         (tokens, layout), = seen
         assert torch.equal(layout, examples[2]["layout"]) and (tokens == tok.image).sum() == (examples[2]["tokens"] == tok.image).sum() == len(layout)
 
@@ -351,7 +360,7 @@ def go(tok, world, tmp_path, monkeypatch):
     def run(mode, *flags, out, model="start", steps=4):
         base = ["--model", model, "--data", "world/train.json", "--batch-size", 4, "--max-steps", steps, "--save-every", 2, "--lr", "3e-3",
                 "--image-mode", mode, "--workers", 0, "--out", out, "--eval-every", 0, "--device", "cpu"]
-        return data.run(lambda: train.main([str(x) for x in (*base, *flags)]))
+        return support_cli.run(lambda: train.main([str(x) for x in (*base, *flags)]))
     return run
 
 
@@ -397,7 +406,7 @@ def test_a_choice_of_tiles_that_cannot_be_is_one_line(go, capfd):
                         (("anyres", "--max-tiles", 3), "five grids"), (("hdd",), "did you mean hd")):
         assert go(*flags, out="x") == 1
         assert says in capfd.readouterr().err.splitlines()[-1]
-    assert data.run(lambda: sample.main(["--model", "start", "--image", "world/images/val_00000.png", "--image-mode", "hd", "--prompt", "?"])) == 1
+    assert support_cli.run(lambda: sample.main(["--model", "start", "--image", "world/images/val_00000.png", "--image-mode", "hd", "--prompt", "?"])) == 1
     assert "never learned how the rows of several tiles end" in capfd.readouterr().err
 
 
@@ -405,7 +414,7 @@ def test_a_choice_of_tiles_that_cannot_be_is_one_line(go, capfd):
 def test_show_draws_every_tile_with_its_positions_and_row_ends(tmp_path, records, tok, mode, capsys):
     save(tiny(tok, mode), tok, tmp_path / "m")
     flags = {"--image-root": tmp_path, "--model": tmp_path / "m", "--id": "2", "--out": tmp_path / "s.png"}
-    assert data.main(["show", str(records.path), *(str(x) for pair in flags.items() for x in pair)]) == 0
+    assert tools_show.main(["show", str(records.path), *(str(x) for pair in flags.items() for x in pair)]) == 0
     text, cfg = capsys.readouterr().out, tiny(tok, mode).cfg.vision
     cut = [cut_tiles(noise(*size), cfg, mode) for size in MIXED[2]]
     for (tiles, layout), name in zip(cut, ("20.png", "21.png", "22.png")):
@@ -419,7 +428,7 @@ def test_show_draws_every_tile_with_its_positions_and_row_ends(tmp_path, records
 def test_show_dims_what_is_dropped_and_draws_the_rest_as_it_is():
     cfg = VisionConfig(image_size=96, patch_size=12, n_embd=8, n_head=1)
     tiles, layout = cut_tiles(Image.new("RGB", (320, 240), "red"), cfg, "hd")
-    sheet = np.asarray(data.draw_picture(tiles, layout, list(range(len(layout))), cfg))
+    sheet = np.asarray(tools_show.draw_picture(tiles, layout, list(range(len(layout))), cfg))
     assert len(layout) == 64 + 16 * (22 + 1)                                # of 24 columns the outer two are padding
     assert ((sheet == (255, 0, 0)).all(-1).sum() == ((tiles[:, 0] == 255) & (tiles[:, 1] == 0)).sum() > 256 * 192)
     margin = np.asarray((122, 116, 104), dtype=np.uint8)
@@ -461,7 +470,7 @@ def test_the_hd_experiment_gives_every_way_the_same_budget_of_tokens_and_repeats
 
     monkeypatch.setattr(train, "main", pretend)
     for _ in range(2):
-        assert lab.main(["hd", "--out", str(tmp_path / "hd"), "--tokens", "200000", "--pictures", "32", "--seeds", "3"]) == 0
+        assert lab_ingredients.main(["hd", "--out", str(tmp_path / "hd"), "--tokens", "200000", "--pictures", "32", "--seeds", "3"]) == 0
     assert [(f["--image-mode"], f.get("--global-view"), f["--seed"]) for f in seen] == [
         (mode, view, str(seed)) for mode, view in (("pad", None), ("hd", None), ("hd", "none")) for seed in range(3)]
     lengths = [float(line.split(": ")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "tokens a record" in line][:3]

@@ -13,8 +13,10 @@ import eval as ev
 import mpo
 import toyworld
 import train
-from model import VLM, DecoderConfig, VLMConfig, init_weights, save_processor
+from model import DecoderConfig, VLM, VLMConfig, init_weights
+from support.export import save_processor
 from vision import VisionConfig, cut_tiles
+import support.cli as support_cli
 
 ROOT = Path(train.__file__).parent
 
@@ -48,7 +50,7 @@ def start(tok, world, tmp_path, monkeypatch):
 def go(mode, *flags, out, model="start"):
     base = ["--model", model, "--data", "world/train.json", "--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--lr", "3e-3", "--image-mode", mode,
             "--workers", 0, "--out", out, "--eval-every", 0, "--no-final-eval", "--device", "cpu"]
-    return data.run(lambda: train.main([str(x) for x in (*base, *flags)]))
+    return support_cli.run(lambda: train.main([str(x) for x in (*base, *flags)]))
 
 
 def weights(out):
@@ -106,9 +108,9 @@ def test_preferences_are_learned_about_tiles_and_two_references_agree(start, mod
                                            for k, name in enumerate(images)))
     logs = {}
     for kind in ("precomputed", "copy"):
-        flags = ["train", "--model", "tiled", "--data", "pairs.jsonl", "--image-root", "world", "--batch-size", 4, "--max-steps", 3, "--lr", "3e-3", "--workers", 0,
+        flags = ["--model", "tiled", "--data", "pairs.jsonl", "--image-root", "world", "--batch-size", 4, "--max-steps", 3, "--lr", "3e-3", "--workers", 0,
                  "--eval-every", 0, "--no-final-eval", "--reference", kind, "--out", kind, "--device", "cpu"]
-        assert data.run(lambda: mpo.main([str(x) for x in flags])) == 0
+        assert support_cli.run(lambda: mpo.main([str(x) for x in flags])) == 0
         logs[kind] = losses(kind)
     assert_close(torch.tensor(logs["precomputed"]), torch.tensor(logs["copy"]), rtol=1e-5, atol=1e-6)
 
@@ -130,5 +132,5 @@ def test_recomputed_blocks_change_no_gradient_of_a_row_of_two_answers(start, tok
 def test_one_process_is_asked_for_where_only_one_can_be(start, monkeypatch, capfd):
     Path("pairs.jsonl").write_text(json.dumps({"question": "What?", "chosen": "a", "rejected": "b"}) + "\n")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert data.run(lambda: mpo.main(["train", "--model", "start", "--data", "pairs.jsonl"])) == 1
+    assert support_cli.run(lambda: mpo.main(["--model", "start", "--data", "pairs.jsonl"])) == 1
     assert "without torchrun" in capfd.readouterr().err.splitlines()[-1]

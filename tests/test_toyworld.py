@@ -15,8 +15,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import toyworld
-from data import train_tokenizer
-from toyworld import COLORS, KINDS, PLACES, UNSEEN, Scene, Sign, Thing, caption, describe, draw, questions, random_scene
+from conversation import train_tokenizer
+from toyworld import COLORS, KINDS, PLACES, Scene, Sign, Thing, UNSEEN, caption, describe, draw, questions, random_scene
 
 CAT = Thing("cat", "red", "big", "top left", (0.05, 0.05, 0.35, 0.35))
 BALL = Thing("ball", "orange", "small", "right", (0.70, 0.40, 0.90, 0.60))

@@ -27,9 +27,19 @@ from safetensors.torch import load_file
 
 import toyworld
 import train
-from data import IGNORE, Examples, Records, Tokenizer, collate, run
-from model import VLM, DecoderConfig, VLMConfig, clip_json, llama_json, save_processor, write_model
-from vision import UserError, VisionConfig
+from conversation import Tokenizer
+from data import Examples, IGNORE, Records, collate
+from support.cli import run
+from model import DecoderConfig, VLM, VLMConfig
+from support.export import save_processor
+from support.weights import clip_json, llama_json, write_model
+from support.cli import UserError
+from vision import VisionConfig
+import data
+import eval
+import sample
+import support.checkpoint as support_checkpoint
+import support.plots as support_plots
 
 ROOT = Path(train.__file__).parent
 fork = multiprocessing.get_context("fork").Process
@@ -132,7 +142,7 @@ def mixed(tok, tmp_path):
 
 def gradients(tiny, rows, size, pad):
     vlm = VLM.from_pretrained(tiny)
-    loss, n = train.backward(vlm, train.micro_batches(rows, size, pad), torch.device("cpu"))
+    loss, n = train.backward(vlm, data.micro_batches(rows, size, pad), torch.device("cpu"))
     return loss, n, {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
 
 
@@ -170,14 +180,14 @@ def test_the_learning_rate_rises_for_the_warmup_and_falls_to_nearly_zero():
 
 
 def test_every_epoch_shows_each_record_once_in_an_order_of_the_seed():
-    order = [i for batch in train.batches([1] * 10, 4, 5, seed=1) for i in batch]
+    order = [i for batch in data.batches([1] * 10, 4, 5, seed=1) for i in batch]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    assert order != [i for batch in train.batches([1] * 10, 4, 5, seed=2) for i in batch]
-    assert [len(batch) for batch in train.batches([1] * 3, 8, 2, seed=0)] == [8, 8]
+    assert order != [i for batch in data.batches([1] * 10, 4, 5, seed=2) for i in batch]
+    assert [len(batch) for batch in data.batches([1] * 3, 8, 2, seed=0)] == [8, 8]
 
 
 def test_the_questions_of_one_record_stay_together_in_an_epoch():
-    order = [i for batch in train.batches([2, 1, 3], 3, 4, seed=0) for i in batch]
+    order = [i for batch in data.batches([2, 1, 3], 3, 4, seed=0) for i in batch]
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
     for run in "01", "345":
         assert run in "".join(map(str, order[:6])) and run in "".join(map(str, order[6:]))
@@ -314,7 +324,7 @@ def test_a_save_that_dies_at_any_point_leaves_the_old_checkpoint_or_the_new_one(
     cfg = train.TrainConfig(model=str(tiny))
     vlm, tok = train.build(cfg)
     optimizer, out, deaths = torch.optim.AdamW(vlm.parameters()), tmp_path / "run", 0
-    save = lambda step: train.save_checkpoint(out, step, vlm, tok, optimizer, cfg, 0)
+    save = lambda step: support_checkpoint.save_checkpoint(out, step, vlm, tok, optimizer, cfg, 0)
 
     def die_at(k):
         calls = []
@@ -381,8 +391,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(go, at_step, cap
 
 def test_a_full_disk_at_the_final_model_leaves_the_last_checkpoint(go, monkeypatch, capfd):
     def full():
-        original = train.save_model
-        monkeypatch.setattr(train, "save_model", lambda directory, *rest: (small_files() if directory == Path("run") else None, original(directory, *rest)))
+        original = support_checkpoint.save_model
+        monkeypatch.setattr(support_checkpoint, "save_model", lambda directory, *rest: (small_files() if directory == Path("run") else None, original(directory, *rest)))
         return go()
     assert in_child(full) == 1
     error = errors(capfd)
@@ -491,8 +501,8 @@ def test_a_loss_that_is_no_number_stops_the_run(go, capfd):
 
 
 def test_a_loader_process_that_is_killed_is_one_line(go, monkeypatch, capfd):
-    me, original = os.getpid(), train.micro_batches
-    monkeypatch.setattr(train, "micro_batches", lambda *args, **flags: original(*args, **flags) if os.getpid() == me else os.kill(os.getpid(), signal.SIGKILL))
+    me, original = os.getpid(), data.micro_batches
+    monkeypatch.setattr(data, "micro_batches", lambda *args, **flags: original(*args, **flags) if os.getpid() == me else os.kill(os.getpid(), signal.SIGKILL))
     assert go("--workers", 1) == 1
     error = errors(capfd)[-1]
     assert error.startswith("error: DataLoader worker") and "--workers 0" in error
@@ -581,8 +591,8 @@ def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, cap
     said = [("2.", True), ("1", True), ("1", False), ("So.\nFinal answer: 3", True), ("3", True)]
     blind = [("2", True), ("2", True), ("2", True), ("no", True), ("no", True)]
     seen = []
-    monkeypatch.setattr(train, "answer", lambda vlm, tok, asked: seen.append(asked) or (said, blind)[len(seen) - 1])
-    train.examine(None, None, questions, tmp_path)
+    monkeypatch.setattr(sample, "answer", lambda vlm, tok, asked: seen.append(asked) or (said, blind)[len(seen) - 1])
+    eval.examine(None, None, questions, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["table"] == {"count": {"n": 3, "accuracy": 2 / 3, "most_frequent": 2 / 3, "shuffled": 2 / 3},
                                 "cot": {"n": 2, "accuracy": 1 / 2, "most_frequent": 1, "shuffled": 0},
@@ -597,23 +607,23 @@ def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, cap
     ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.60]", True), ("[0.10, 0.10, 0.30, 0.30]", "[0.10, 0.10, 0.50, 0.50]", False),
     ("at the top", "[0.10, 0.10, 0.50, 0.50]", False)])
 def test_what_counts_as_right(said, truth, right):
-    assert train.is_right(said, truth) is right
+    assert eval.is_right(said, truth) is right
 
 
 def test_answers_in_batches_are_those_of_each_question_alone_in_their_order(tiny, tok, world):
     vlm, pictures = VLM.from_pretrained(tiny), [world / PICTURE, world / OTHER]
     questions = [(pictures[:1], "What is in the image, on the left or on the right of it?"), ([], "How many?"), (pictures, "Which?"), (pictures[1:], "What?")]
-    together = train.answer(vlm, tok, questions, max_new_tokens=12)
-    assert together == [train.answer(vlm, tok, [q], max_new_tokens=12)[0] for q in questions]
-    assert together == train.answer(vlm, tok, questions, max_new_tokens=12, size=2)
+    together = sample.answer(vlm, tok, questions, max_new_tokens=12)
+    assert together == [sample.answer(vlm, tok, [q], max_new_tokens=12)[0] for q in questions]
+    assert together == sample.answer(vlm, tok, questions, max_new_tokens=12, size=2)
     assert len({a for a, _ in together}) > 1 and not all(whole for _, whole in together)
 
 
 def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
     vlm = VLM.from_pretrained(tiny)
-    assert train.answer(vlm, tok, [([], "How many things are there? " * 50)], max_new_tokens=10_000)[0][1] is False
+    assert sample.answer(vlm, tok, [([], "How many things are there? " * 50)], max_new_tokens=10_000)[0][1] is False
     with pytest.raises(UserError, match="leaves no room for an answer in 512"):
-        train.answer(vlm, tok, [([], "How many things are there? " * 100)])
+        sample.answer(vlm, tok, [([], "How many things are there? " * 100)])
 
 
 # ---- what one sees -----------------------------------------------------------------------------------------------------
@@ -622,7 +632,7 @@ def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
 @pytest.mark.parametrize("values", [[2.0], [None, 3.0, 1.0], [7.0, 0.0, 1e4], [1.0] * 60])
 def test_the_curve_is_drawn_whatever_the_values(tmp_path, values):
     (tmp_path / "log").write_text("".join(json.dumps({"step": i, "loss": v}) + "\n" for i, v in enumerate(values, 1)) + '{"step": 1, "val_loss": 2.5}\n')
-    train.draw_curve(tmp_path / "loss.png", tmp_path / "log")
+    support_plots.draw_curve(tmp_path / "loss.png", tmp_path / "log")
     image = Image.open(tmp_path / "loss.png")
     assert image.size == (800, 460) and len(image.getcolors(10_000)) > 3
 

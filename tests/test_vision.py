@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from vision import CLIP_MEAN, CLIP_NAMES, CLIP_STD, MODES, UserError, VisionConfig, ViT, cut_tiles, fit, normalize, open_image, rename
+from support.cli import UserError
+from support.weights import CLIP_NAMES, rename
+from vision import CLIP_MEAN, CLIP_STD, MODES, ViT, VisionConfig, cut_tiles, fit, normalize, open_image
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=28, patch_size=14)

@@ -1,38 +1,8 @@
-"""The toy's own CLIP, Vicuna and connector, from nothing: what LLaVA's second stage starts from, at a size that a laptop trains in two and a half hours.
+"""lab.ingredients: moved here; to be rewritten."""
 
-    python lab.py ingredients                   # writes assets/toy-clip, assets/toy-vicuna and assets/toy-connector
-    python lab.py hd                            # pictures of one tile and of several, three seeds, one table
-    python lab.py tile-speed                    # training tokens/s with tiles and without
-    python lab.py mpo                           # preference learning in miniature: finetune, pairs, every loss, three seeds, one table
-
-toy-clip    A tower of CLIP's architecture, trained to match pictures with texts. Its class token: whole pictures with captions, as in
-            CLIP (arXiv:2103.00020). Its patches, where a VLM reads them: each with the phrases that are true of the thing it shows ("a
-            big red cat at the top left", "a green thing", "a sign that says OPEN"), as RegionCLIP does it (arXiv:2112.09106).
-                s_iq = e^tau <v_i, t_q>                                                 v, t of unit length
-                L = mean over true (i, q) of log (e^s_iq + sum of e^s over what is false) - s_iq, once for the texts q' that are
-                    false of i, once for the pictures or patches i' that q is false of.
-            Half of the phrases are a true one with one word changed, most often the kind: colors and places alone go a long way.
-            What would make a pair that training never shows counts neither as true nor as false: see holds(). And two of five things
-            wear a paint that has no name, as the things of the world do: see repaint().
-toy-vicuna  A Llama that has never seen a picture, trained on pictures that are spelled: 64 patches in reading order, each the sum of the
-            embeddings of the words that are true of it (column "c", row "5", "red", "cat", "small", "top", "left"), then questions and
-            answers. So it knows words, counting and space, and all that is left for the connector is to turn patches into such words.
-            (A real Vicuna learned from text alone, and LLaVA shows it 1.2 million pictures before it reads them well.)
-
-toy-connector   Between the two, by least squares: what the tower sees in a patch -> the sum of the embeddings of the words that are true of
-            it. (LLaVA's first stage finds the way from captions alone, but from 558,000 of them; train.py --stage pretrain does as LLaVA.)
-            Three of ten things wear a nameless paint here, too; of these the colors' part of the sum is left open.
-
-No (kind, color) pair of toyworld.UNSEEN is ever drawn. toy-vicuna has read of them, as any language model has of blue cats: without that it
-took them for impossible and did not find them even when told; toy-clip, toy-connector and the finetune have never met them.
-
-hd          The toy world with words that one tile of 96 px cannot show, trained with `pad`, with LLaVA-1.5-HD's tiles, and with these but
-            without the global view, at the same budget of training tokens: held-out accuracy, mean and standard deviation over seeds
-            (the paper's own ablation, arXiv:2310.03744v2, A.1). Runs that are finished are not repeated.
-tile-speed  Training tokens/s of the decoder with HD's packing and without, at equal sequence length and equally many tiles.
-mpo         SFT, DPO, BCO and their sums on pairs that the model itself made: see compare_losses().
-"""
-
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 import argparse
 import contextlib
 import json
@@ -42,30 +12,34 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
-from dataclasses import replace
-from pathlib import Path
 
+from tqdm import tqdm
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import mpo
 import toyworld
 import train
-from data import IGNORE, Examples, Records, Tokenizer, encode_conversation, parse_args, run, train_tokenizer
-from model import (LLAMA_NAMES, PRESETS, VLM, Decoder, clip_json, init_weights, llama_json, load_decoder, load_vision, public_layout, rename,
-                   write_model)
-from train import is_right
-from vision import CLIP_NAMES, TILINGS, UserError, ViT, cut_tiles, join
+from conversation import Tokenizer, encode_conversation, train_tokenizer
+from data import Examples, Records
+from eval import is_right
+from model import IGNORE, Decoder, PRESETS, VLM, init_weights
+from pairs import judge, parse_answer
+from sample import answer
+from support.cli import UserError, parse_args, run
+from support.weights import rename, CLIP_NAMES, LLAMA_NAMES, clip_json, llama_json, load_decoder, load_vision, public_layout, write_model
+from vision import TILINGS, ViT, cut_tiles, join
+
+
 
 ATTRIBUTES = ("size", "color", "kind", "place", "word")
 VALUES = (toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
 FALSE, TRUE, UNTOLD = 0, 1, 2                    # of a phrase and a thing
 HARD = ("choice", "count", "box")
 NOTHING, UNSURE = -1, -2                         # of a patch that shows none of the things, or too little of one to say
+
 
 
 def main(argv=None):
@@ -106,8 +80,6 @@ def main(argv=None):
         make_connector(out, cfg)
 
 
-# ---- toy-clip ----------------------------------------------------------------------------------------------------------
-
 
 def make_clip(out, cfg, size=48, lr=6e-4):
     torch.manual_seed(cfg.seed)
@@ -127,6 +99,7 @@ def make_clip(out, cfg, size=48, lr=6e-4):
     print(f"toy-clip: {n} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-clip'}")
 
 
+
 def descend(name, module, n, lr_at, loss_at, look):
     """The loop of both: n steps of AdamW at lr_at(step) on loss_at(step), and now and then a look, which also saves."""
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -144,9 +117,11 @@ def descend(name, module, n, lr_at, loss_at, look):
             sys.stdout.flush()
 
 
+
 def write_clip(out, clip):
     vision = {"vision_model." + rename(name, CLIP_NAMES): p.half() for name, p in clip.vision.state_dict().items()}
     write_model(out / "toy-clip", vision, clip_json(clip.vision.cfg))
+
 
 
 class CLIP(nn.Module):
@@ -173,6 +148,7 @@ class CLIP(nn.Module):
         return F.normalize(self.read(h), dim=-1)
 
 
+
 def contrastive_loss(s, holding):
     """s (P, Q), holding (P, Q): TRUE, FALSE or UNTOLD, whether that text holds of that picture or patch."""
     true = holding == TRUE
@@ -183,6 +159,7 @@ def contrastive_loss(s, holding):
         each = torch.logaddexp(false.logsumexp(dim)[at], right) - right
         loss = loss + (each / true.sum(dim)[at]).sum() / true.any(dim).sum()     # every text and every patch weighs the same
     return loss
+
 
 
 def contrastive_batch(rng, size):
@@ -209,6 +186,7 @@ def contrastive_batch(rng, size):
     return draw(scenes, rng), captions, texts, torch.tensor(patches), torch.tensor(holding)
 
 
+
 def repaint(thing, rng):
     """The thing in a paint that has no name: a tower that has seen cats of every hue looks at their shape, even of a blue one. Never a paint
     that is less than 110 (summed over red, green and blue) from the color of the kind's UNSEEN pair."""
@@ -220,8 +198,10 @@ def repaint(thing, rng):
             return replace(thing, color="#%02x%02x%02x" % tuple(paint))
 
 
+
 def repainted(scene, rng, share):
     return replace(scene, things=tuple(repaint(thing, rng) if rng.random() < share else thing for thing in scene.things))
+
 
 
 def covered(scene, g=8, enough=0.25):
@@ -237,10 +217,12 @@ def covered(scene, g=8, enough=0.25):
     return torch.from_numpy(np.where(most >= enough, who, np.where(most <= 0.02, NOTHING, UNSURE)))
 
 
+
 def facts(scene):
     """Each thing as (size, color, kind, place, word); None where it has no such attribute, or its paint no name."""
     return [(t.size, t.color if t.color in toyworld.COLORS else None, t.kind, t.place, None) for t in scene.things] + (
         [(None, None, "sign", scene.sign.place, scene.sign.word)] if scene.sign else [])
+
 
 
 def thin_out(fact, rng):
@@ -250,9 +232,11 @@ def thin_out(fact, rng):
     return said if any(x not in (None, "sign") for x in said) else fact
 
 
+
 def change_a_word(fact, rng):
     i = rng.choice([i for i, x in enumerate(fact) if x not in (None, "sign") for _ in range(3 if i == 2 else 1)])   # kinds are the hard part
     return (*fact[:i], rng.choice([x for x in VALUES[i] if x != fact[i]]), *fact[i + 1 :])
+
 
 
 def holds(phrase, fact):
@@ -267,10 +251,12 @@ def holds(phrase, fact):
     return UNTOLD if {(phrase[2], fact[1]), (fact[2], phrase[1])} & toyworld.UNSEEN else FALSE
 
 
+
 def words(phrase):
     size, color, kind, place, word = phrase
     what = f"sign that says {word}" if word else " ".join(x for x in (size, color, kind or "thing") if x)
     return f"a {what}" + (f" at the {place}" if place else "")
+
 
 
 def tokenize(tok, texts):
@@ -280,11 +266,13 @@ def tokenize(tok, texts):
     return torch.tensor([x + [tok.pad] * (T - len(x)) for x in ids]), torch.tensor([len(x) - 1 for x in ids])
 
 
+
 def draw(scenes, rng=None):
     """-> (B, 3, S, S). With rng some are drawn larger and made smaller as any user's picture is, which draws edges a little differently."""
     cfg = PRESETS["toy"].vision
     sides = [rng.choice((1, 1, 4 / 3, 2, 3)) if rng else 1 for _ in scenes]
     return torch.cat([cut_tiles(toyworld.draw(s, round(k * cfg.image_size)), cfg, "pad")[0] for s, k in zip(scenes, sides)])
+
 
 
 @torch.no_grad()
@@ -306,8 +294,6 @@ def named(clip, tok, n=128):
     return {name: sum(w) / len(w) for name, w in wins.items()}
 
 
-# ---- toy-vicuna --------------------------------------------------------------------------------------------------------
-
 
 def make_vicuna(out, cfg, size=32, lr=1e-3):
     torch.manual_seed(cfg.seed)
@@ -328,6 +314,7 @@ def make_vicuna(out, cfg, size=32, lr=1e-3):
     print(f"toy-vicuna: {n} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-vicuna'}")
 
 
+
 def spell(scene, tok, rng=None):
     """A picture in words: of each of 8 x 8 patches its column (a to h), its row (1 to 8), and of what it shows the kind, the color and the
     size, or what is written, and the place -> ids (64, 7), -1 where there is nothing more to say. It is what the tower knows of a patch.
@@ -341,6 +328,7 @@ def spell(scene, tok, rng=None):
         ids = [i for i in ids if not rng or rng.random() > 0.08]
         said.append(ids + [-1] * (7 - len(ids)))
     return said
+
 
 
 def text_loss(decoder, tok, lessons, noise=0.0):
@@ -358,9 +346,11 @@ def text_loss(decoder, tok, lessons, noise=0.0):
     return F.cross_entropy(logits, labels[keep]), [g.tolist() for g in logits.argmax(-1).split(keep.sum(1).tolist())]
 
 
+
 def spelled_rows(said, table):
     """Ids (B, 64, 7) as spell() gives them -> (B, 64, D), the sums of their embeddings."""
     return (F.embedding(said.clamp(min=0), table) * (said >= 0)[..., None]).sum(2)
+
 
 
 def lesson(tok, rng, progress):
@@ -374,6 +364,7 @@ def lesson(tok, rng, progress):
     free = [id for id in range(tok.n_text) if re.fullmatch(r"\u2581[A-Za-z]{3,}", tok.processor.id_to_piece(id)) and id not in taken]
     other = {id: new for name, new in zip(names, rng.sample(free, len(names))) if rng.random() < 0.5 for id in name}
     return *([other.get(id, id) for id in ids] for ids in told), [[other.get(id, id) for id in ids] for ids in spelled]
+
 
 
 def plain_lesson(tok, rng, progress):
@@ -402,6 +393,7 @@ def plain_lesson(tok, rng, progress):
     return tokens, labels, spelled
 
 
+
 def terse(scene, rng):
     """Questions of a few words, the last of them what is asked about."""
     kinds, names = [t.kind for t in scene.things], [f"{p.color} {p.kind}" if p in scene.things else p.word for p in scene.parts]
@@ -426,11 +418,13 @@ def terse(scene, rng):
     return pairs + [("all", toyworld.caption(scene)), ("sign", scene.sign.word if scene.sign else "none")]
 
 
+
 def bare(question):
     """A question without its format prompt."""
     for prompt in (toyworld.SHORT, toyworld.LETTER, toyworld.INSUFFICIENT):
         question = question.replace("\n" + prompt, "")
     return question
+
 
 
 @torch.no_grad()
@@ -449,8 +443,6 @@ def told(decoder, tok, n=64):
         wins[category] = sum(is_right(tok.decode(g[:-1]), tok.decode(a[:-1])) for g, a in zip(guesses, answers)) / len(answers)
     return wins
 
-
-# ---- toy-connector ------------------------------------------------------------------------------------------------------
 
 
 def make_connector(out, cfg, n=8000, size=32, lr=4e-3):
@@ -493,9 +485,9 @@ def make_connector(out, cfg, n=8000, size=32, lr=4e-3):
     print(f"toy-connector: {steps} steps in {(time.time() - began) / 60:.1f} minutes, now in {out / 'toy-connector'}")
 
 
-# ---- hd ----------------------------------------------------------------------------------------------------------------
 
 WAYS = {"pad": ("pad", {}), "hd": ("hd", {}), "hd, no global view": ("hd", {"global_view": "none"})}
+
 
 
 def hd(out, cfg, batch_size=8, lr=1e-3, size=192, words=0.5):
@@ -529,6 +521,7 @@ def hd(out, cfg, batch_size=8, lr=1e-3, size=192, words=0.5):
     return 0
 
 
+
 @torch.no_grad()
 def kinds_told(size, n=128, S=96):
     """Of the patches of held-out things in pictures of `size` px, cut into tiles: how often is the visual token, as tower and connector are
@@ -543,6 +536,7 @@ def kinds_told(size, n=128, S=96):
         for p, thing in enumerate(scene.things):
             right += (said[covered(scene, 8 * k) == p] == toyworld.KINDS.index(thing.kind)).tolist()
     return sum(right) / len(right)
+
 
 
 def tile_speed(B=8, size=192, rounds=15):
@@ -585,7 +579,6 @@ def tile_speed(B=8, size=192, rounds=15):
     return 0
 
 
-# ---- preference learning in miniature ----------------------------------------------------------------------------------
 
 VARIANTS = {                                     # row of the table -> (--loss, its pairs: correctness, and DropoutNTP's at these ratios)
     "SFT on chosen": ("sft", True, 0.5), "DPO": ("dpo", True, 0.5), "DPO+sft": ("dpo+sft", True, 0.5), "BCO+sft": ("bco+sft", True, 0.5),
@@ -601,6 +594,7 @@ CLAIMS = (                                       # (what the paper says, the dif
     ("DropoutNTP lessens hallucination (Table 4)", ("before", "hallucinated"), ("MPO, DropoutNTP 0.5 alone", "hallucinated")),
     ("and at half of the answer more than at a quarter (Table 9)", ("MPO, DropoutNTP 0.25 alone", "hallucinated"), ("MPO, DropoutNTP 0.5 alone", "hallucinated")),
     ("or at three quarters (Table 9)", ("MPO, DropoutNTP 0.75 alone", "hallucinated"), ("MPO, DropoutNTP 0.5 alone", "hallucinated")))
+
 
 
 def compare_losses(cfg):
@@ -645,11 +639,13 @@ def compare_losses(cfg):
     return 0
 
 
+
 def quietly(out, program, flags, made):
     """Run one of our programs unless what it makes is there; what it prints goes to a file."""
     if not (made / "config.json" if made.suffix != ".jsonl" else made).exists():
         with open(out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             program.main([str(word) for word in flags])
+
 
 
 def line_of(found, between=", "):
@@ -661,10 +657,12 @@ def line_of(found, between=", "):
     return between.join(cells)
 
 
+
 def scene_of(split, i):
     """The scene of a picture of the toy world, and its generator, as toyworld.make_picture had them."""
     rng = random.Random(f"0 {split} {i}")
     return toyworld.random_scene(rng, held_out=split == "val"), random.Random(f"lab {split} {i}")
+
 
 
 def write_questions(out, n):
@@ -680,6 +678,7 @@ def write_questions(out, n):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+
 def make_exam(n):
     """[(picture, question, answer, scene)] about held-out pictures."""
     exam = []
@@ -690,17 +689,19 @@ def make_exam(n):
     return exam
 
 
+
 def take_exam(model, exam):
     """-> shares: right answers asked directly and step by step, worked answers without a final one, things in captions that are not in the picture."""
     vlm, tok = VLM.from_pretrained(model), Tokenizer(model)
-    ask = lambda question: [said for said, _ in train.answer(vlm, tok, [([p], question(q)) for p, q, _, _ in exam])]
-    direct, worked, captions = ask(lambda q: f"{q}\n{toyworld.SHORT}"), ask(lambda q: mpo.worked(q, 1, "en")), ask(lambda q: toyworld.CAPTION)
-    final = [mpo.parse_answer(said, 1) for said in worked]
+    ask = lambda question: [said for said, _ in answer(vlm, tok, [([p], question(q)) for p, q, _, _ in exam])]
+    direct, worked, captions = ask(lambda q: f"{q}\n{toyworld.SHORT}"), ask(lambda q: worked(q, 1, "en")), ask(lambda q: toyworld.CAPTION)
+    final = [parse_answer(said, 1) for said in worked]
     wrong = [made_up(said, scene) for said, (*_, scene) in zip(captions, exam)]
     share = lambda found: sum(found) / len(exam)
-    return {"direct": share(mpo.judge(said, truth) for said, (_, _, truth, _) in zip(direct, exam)),
-            "cot": share(bool(f) and mpo.judge(f[1], truth) for f, (_, _, truth, _) in zip(final, exam)), "no_format": share(f is None for f in final),
+    return {"direct": share(judge(said, truth) for said, (_, _, truth, _) in zip(direct, exam)),
+            "cot": share(bool(f) and judge(f[1], truth) for f, (_, _, truth, _) in zip(final, exam)), "no_format": share(f is None for f in final),
             "hallucinated": sum(n for n, _ in wrong) / max(1, sum(n for _, n in wrong)), "captions": share(n > 0 for n, _ in wrong)}
+
 
 
 def made_up(caption, scene):

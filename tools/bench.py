@@ -1,27 +1,7 @@
-"""How fast, beside a peer: the same model from the same weights, here and in transformers, doing the same work in turn.
+"""tools.bench: moved here; to be rewritten."""
 
-    python bench.py train --peer transformers                       # one optimizer step of LLaVA's second stage, 10M parameters
-    python bench.py train --preset 100m --dtype bfloat16 --peer transformers --compile
-    python bench.py train --grow length                             # time and memory against one size; a table, and bench.png
-    python bench.py mpo --peer transformers                         # one step of preference learning
-    python bench.py sample --peer transformers                      # greedy decoding
-    python bench.py data                                            # records a second that one core prepares, and that a step takes
-
-Two runs on a busy machine cannot be compared, so both sides run step by step in turn in one process, each ratio is of two neighbouring
-steps, and the median of the ratios counts. On a CPU time is the process's own, on one thread: what others do on the machine is not in it.
-Memory is the highest a process of its own ever held, with and without what it held before its first step.
-
-Model FLOPs of a step, with n_t tokens through the decoder's blocks (P weights), n_s supervised ones through the head and what follows the
-last block's attention (Q of the P weights), n_v patch rows through the frozen tower (W weights) and connector (C weights), attention causal:
-    6 ((P - Q) n_t + (Q + V D) n_s) + 12 L D T n_t / 2 + 2 W n_v + 4 S D_v L_v n_v + 6 C n_v
-The peer runs head and last block on every token; that is work nobody asked for and is not counted. MFU is against a square matrix product
-in the same run.
-
-A step of mpo: pairs with 256 visual tokens and 60 tokens an answer, and the three losses of mpo.py on both sides. Here a pair is one row, its
-picture is looked at once, and what the reference says is known (--no-precomputed: asked in every step). The peer does it the usual way: two
-rows a pair, the picture encoded for each, the reference asked in every step, a log-softmax of all logits.
-"""
-
+from dataclasses import replace
+from pathlib import Path
 import argparse
 import copy
 import json
@@ -32,18 +12,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
-from pathlib import Path
 
+from PIL import Image, ImageDraw
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 import mpo
-from data import Examples, Records, Tokenizer, encode_conversation, parse_args, run
-from model import PRESETS, VLM, DecoderConfig, VLMConfig, init_weights
-from train import TOY, Flags, matmul_rate, micro_batches, one_of, pick_device
-from vision import UserError, VisionConfig, cut_tiles, open_image
+from conversation import Tokenizer, encode_conversation
+from data import Examples, Records, micro_batches
+from model import DecoderConfig, PRESETS, VLM, VLMConfig, init_weights
+from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
+from support.plan import matmul_rate
+from train import TOY
+from vision import VisionConfig, cut_tiles, open_image
+
+
 
 # Sizes, and a batch: records, words a record, of which supervised
 SIZES = {
@@ -55,6 +38,7 @@ GROW = {"length": ("words", (32, 64, 128, 256, 512)), "pictures": ("pictures", (
         "batch": ("rows", (4, 8, 16, 32, 64))}
 WHAT = {"train": "one optimizer step", "mpo": "one step of preference learning", "sample": "greedy decoding",
         "data": "records a second that one core prepares, and that a step takes"}
+
 
 
 def main(argv=None):
@@ -70,6 +54,7 @@ def main(argv=None):
         report(result)
     Path(f"{args.out}.json").write_text(json.dumps(result, indent=1))
     return 0
+
 
 
 def read(argv):
@@ -107,6 +92,7 @@ def read(argv):
     return args
 
 
+
 def setting(args):
     """-> VLMConfig, (rows, words, supervised) with the flags put in; for mpo (pairs, words of the question, words of an answer)."""
     cfg, rows, words, supervised = SIZES[args.preset]
@@ -119,6 +105,7 @@ def setting(args):
     return cfg, (args.rows or (1 if args.program == "sample" else rows), words, supervised if args.program == "mpo" else min(supervised, words - 1))
 
 
+
 def batch_of(cfg, args, rows, words, supervised, device):
     """Random ids and pixels: tokens and labels (B, T), pixels (n, 3, S, S), normalised as the peer wants them."""
     draw = torch.Generator().manual_seed(0)
@@ -128,6 +115,7 @@ def batch_of(cfg, args, rows, words, supervised, device):
     labels = torch.where(torch.arange(n_visual + words) >= n_visual + words - supervised, tokens, -100)
     pixels = torch.randn(rows * args.pictures, 3, S, S, generator=draw)
     return tokens.to(device), labels.to(device), pixels.to(device)
+
 
 
 def sides(args, cfg, device):
@@ -171,6 +159,7 @@ def sides(args, cfg, device):
     return made
 
 
+
 def pairs_here(model, call, tokens, pixels, n, args):
     """tokens (B, prefix + 2n) hold a pair as one row, and are collated as mpo.py does it."""
     p, N = tokens.shape[1] - 2 * n, model.cfg.vision.n_token
@@ -194,6 +183,7 @@ def pairs_here(model, call, tokens, pixels, n, args):
     return loss_of
 
 
+
 def pairs_there(model, call, tokens, pixels, n, args):
     """The same pairs as 2 B rows, the chosen answers first."""
     two = torch.cat([tokens[:, :-n], torch.cat([tokens[:, : -2 * n], tokens[:, -n:]], dim=1)])              # (2B, prefix + n)
@@ -211,14 +201,17 @@ def pairs_there(model, call, tokens, pixels, n, args):
     return loss_of
 
 
+
 def pair_loss(s, s_ref, n, cfg=mpo.MPOConfig()):
     p = mpo.preference(s, s_ref, torch.full_like(s, n), cfg)
     p.delta, _ = mpo.shift(0.0, 0, p.r_c, p.r_r)
     return sum(weight * mpo.TERMS[name](p) for name, weight in mpo.loss_weights(cfg).items())
 
 
+
 def half(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
 
 
 def step_of(loss_of, optimizer, args, device):
@@ -230,6 +223,7 @@ def step_of(loss_of, optimizer, args, device):
     return loss.detach()
 
 
+
 def decoding(name, model, tokens, pixels, args):
     """Greedy, and past any end token: both sides make as many tokens."""
     n, dtype = args.new_tokens, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
@@ -239,6 +233,7 @@ def decoding(name, model, tokens, pixels, args):
     unsaid = [model.config.image_token_id, model.config.image_token_id + 1]
     return lambda: model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels.to(dtype), max_new_tokens=n, min_new_tokens=n,
                                   do_sample=False, suppress_tokens=unsaid, pad_token_id=0)[:, tokens.shape[1] :]
+
 
 
 def seconds(step, args, device):
@@ -253,8 +248,10 @@ def seconds(step, args, device):
     return clock() - began, said
 
 
+
 def clock_of(args, device):
     return time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
+
 
 
 def compare(args):
@@ -300,8 +297,10 @@ def compare(args):
     return result
 
 
+
 def size(parameters):
     return sum(p.numel() for p in parameters)
+
 
 
 def flops_of(cfg, rows, T, supervised, pictures):
@@ -316,6 +315,7 @@ def flops_of(cfg, rows, T, supervised, pictures):
             + 6 * size(vlm.connector.parameters()) * rows * pictures * v.n_token)
 
 
+
 def memory_of(args, name):
     """Peak memory of a process that does nothing but two steps of one side."""
     flags = [x for key in ("preset", "peer", "rows", "words", "supervised", "pictures", "vocab", "layers", "dtype", "new_tokens", "threads", "device")
@@ -326,12 +326,14 @@ def memory_of(args, name):
     return json.loads(said.stdout.strip().splitlines()[-1])
 
 
+
 def alone(args):
     device = pick_device(args.device)
     (_, step), = sides(args, setting(args)[0], device).values()
     before, peak = held_while(lambda: (step(), step()))
     print(json.dumps({"peak_bytes": peak, "step_bytes": peak - before}))
     return 0
+
 
 
 def held_while(work):
@@ -342,6 +344,7 @@ def held_while(work):
         file.write("5")                                                     # what was held for a moment earlier does not count
     work()
     return before, status("VmHWM")
+
 
 
 def report(r):
@@ -364,6 +367,7 @@ def report(r):
               + (f"; losses agree to {r['agreement']:.0e}" if r["program"] != "sample" else f"; {r['agreement']:.0%} of the tokens are the same"))
     print(f"a square matrix product: {r['matmul'] / 1e9:,.0f} GFLOP/s" + (f"; a step: {r['flops'] / 1e9:,.1f} GFLOP" if r["program"] == "train" else "")
           + ("; on a GPU: not measured" if r["device"] == "cpu" else ""))
+
 
 
 def grow(args):
@@ -390,6 +394,7 @@ def grow(args):
     return 0
 
 
+
 def plot(path, name, values, panels, width=640, height=400):
     """Time, and memory if it was measured, of a step against a size, all from 0: what is linear looks it."""
     image = Image.new("RGB", (width * len(panels), height), "white")
@@ -407,6 +412,7 @@ def plot(path, name, values, panels, width=640, height=400):
             draw.text((x(values[-1]), y(ys[-1]) - 6), side, fill=color, anchor="rb", font_size=13)
         draw.text((x(0), 14), f"{unit} a step against {name}", fill="#222222", font_size=14)
     image.save(path)
+
 
 
 def data_path(args, pictures=16, some=96):
@@ -457,6 +463,7 @@ def data_path(args, pictures=16, some=96):
     step = compare(argparse.Namespace(**vars(args) | {"program": "train", "peer": "", "memory": False}))["sides"]["plainvlm"]
     print(f"a training step of {args.preset} takes {step['rows_per_second']:,.1f} records a second and core: {rate / step['rows_per_second']:.1f} times that is ready. On a GPU: not measured")
     return result | {"step_rate": step["rows_per_second"], "times": rate / step["rows_per_second"]}
+
 
 
 def draw_photos(folder, n, w=640, h=480):

@@ -1,0 +1,176 @@
+"""The command line: a flag for each field of a dataclass, and the one way in which a program ends.
+
+    @dataclass
+    class Config:
+        data: str = arg(REQUIRED, "JSON or JSON lines of records", positional=True)
+        mode: str = arg("pad", "how a picture becomes tiles", choices=("pad", "crop"))
+        lr: float = arg(1e-3, "peak learning rate", above=0)
+        benchmark: tuple = arg((), "names of benchmarks")               # a tuple takes any number of words
+
+    def main(argv=None):
+        cfg = parse(Config, argv, description=__doc__)
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+
+Type, default, help, choices and range of a flag stand on its field and nowhere else. `--image_root` is read as `--image-root`.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from dataclasses import field, fields
+
+REQUIRED = object()                  # the default of a flag that must be given
+
+
+class UserError(ValueError):
+    """What the user gave is wrong: says what was found, where, and what to do. Programs print it as one line and exit with 1."""
+
+
+def arg(default, help, choices=(), positional=False, **limits):
+    """A field that becomes a flag.
+
+    choices: the words allowed, an empty text beside them; of a text with commas each part is looked up.
+    limits: at_least, above, at_most, below.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional, "limits": limits})
+
+
+def parse(Config, argv=None, description="", defaults=None):
+    """argv (sys.argv[1:] where None) -> a Config. `defaults` replace those of the fields; the command line replaces both."""
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in flag_fields(Config):
+        add_flag(parser, f, (defaults or {}).get(f.name, f.default))
+    dashed = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    found, unknown = parser.parse_known_args(dashed)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}; see --help")
+    cfg = Config(**vars(found))
+    check_values(cfg)
+    return cfg
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):        # argparse's own way: forty lines of usage and exit code 2
+        raise UserError(f"{message}; see --help")
+
+
+def flag_fields(Config):
+    return [f for f in fields(Config) if f.metadata.get("help")]      # an empty help hides a field
+
+
+def add_flag(parser, f, default):
+    name = "--" + f.name.replace("_", "-")
+    text = f.metadata["help"].replace("%", "%%")
+    if f.metadata["choices"]:
+        text += f" ({', '.join(f.metadata['choices'])})"
+    if default is not REQUIRED and default not in ("", ()):
+        shown = {True: "yes", False: "no"}[default] if f.type is bool else default
+        text += f" (default {shown})"
+    options = {"help": text}
+    if f.metadata["positional"]:
+        parser.add_argument(f.name, metavar=f.name.upper().replace("_", "-"), **options)
+        return
+    if f.type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif f.type is tuple:
+        options |= {"nargs": "+", "metavar": "TEXT"}
+    else:
+        options |= {"type": f.type, "metavar": {int: "N", float: "X", str: "TEXT"}[f.type]}
+    if default is REQUIRED:
+        options["required"] = True
+    else:
+        options["default"] = default
+    parser.add_argument(name, **options)
+
+
+def check_values(cfg):
+    """Every value is one of its choices and within its range."""
+    for f in flag_fields(type(cfg)):
+        name = f.name if f.metadata["positional"] else "--" + f.name.replace("_", "-")
+        value = getattr(cfg, f.name)
+        if f.metadata["choices"]:
+            for word in value if f.type is tuple else value.split(","):
+                one_of(name, word, f.metadata["choices"])
+        for rule, limit in f.metadata["limits"].items():
+            if not RULES[rule](value, limit):
+                raise UserError(f"{name} {value}: must be {rule.replace('_', ' ')} {limit:g}")
+
+
+RULES = {                            # NaN keeps none of them
+    "at_least": lambda x, limit: x >= limit,
+    "above": lambda x, limit: x > limit,
+    "at_most": lambda x, limit: x <= limit,
+    "below": lambda x, limit: x < limit,
+}
+
+
+def one_of(name, value, known):
+    """UserError where `value` is none of the `known` words; an empty one passes."""
+    if value and value not in known:
+        raise UserError(f"{name} {value}: unknown{nearest(value, known)}. Known are {', '.join(known)}")
+
+
+def nearest(word, known):
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def pick_device(name):
+    """cpu, cuda, cuda:N or auto -> torch.device, one that is there."""
+    import torch
+
+    n = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if n else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: choose cpu, cuda, cuda:N or auto")
+    if name != "cpu" and int(name[5:] or 0) >= n:
+        raise UserError(f"--device {name}: PyTorch sees {n} GPUs here; choose cpu, or auto")
+    return torch.device(name)
+
+
+def run(program):
+    """Call a program and return its exit code: 0 done, 1 said in a line on stderr, 130 interrupted."""
+    try:
+        return program()
+    except UserError as error:
+        text = str(error)
+        if text.startswith("Caught UserError in DataLoader worker"):    # torch wraps a loader process's error in its traceback
+            text = text.rpartition("UserError: ")[2].strip()
+        print(f"error: {text}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:          # `python -m tools.show ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# ---- what follows is of the old parsers; it goes with the last program that still uses it ----
+
+
+Flags = Parser
+
+
+def parse_args(parser, argv):
+    """argparse, but --image_root is --image-root, and an unknown flag is told which known one it resembles."""
+    argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        subs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        known = [flag for p in (parser, *(p for a in subs for p in a.choices.values())) for flag in p._option_string_actions]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+        parser.error(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    return args
+
+
+def must(cfg, names, fits, rule):
+    for name in names.split():
+        if not fits(getattr(cfg, name)):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {rule}")
