@@ -49,7 +49,7 @@ from model import IGNORE, PRESETS
 from sample import newest_run
 from support.cli import must, Flags, UserError, arg, one_of, run
 from support.lora import lora_off
-from support.plots import draw_rewards
+from support.plots import plot
 from support.weights import base_of, is_lora
 from train import TrainConfig, build, few, find_files, fit, guarded, precision, read_flags
 
@@ -330,8 +330,12 @@ class Pairs:
         moved = {name: t for name, t in self.ref.state_dict().items() if not name.startswith("vision")} if "tr-dpo" in self.terms else {}
         return {"delta": self.delta, "n_delta": self.n_delta} | ({"reference": moved} if moved else {})
 
-    def draw(self, out):
-        draw_rewards(out / "mpo.png", out / "log.jsonl")
+    def draw(self, out, curves):
+        panels = {"rewards, beta (s - s_ref)": ("reward_chosen", "reward_rejected", "margin"),
+                  "share of pairs with the chosen answer ahead": ("accuracy",),
+                  "delta, the mean of all rewards so far": ("delta",),
+                  "NLL of the chosen answer per token": ("nll",)}
+        plot(out / "mpo.png", {title: {name: curves.get(name, ([], [])) for name in names} for title, names in panels.items()})
 
 
 

@@ -53,7 +53,7 @@ from support.io import write_whole
 from support.lora import LORA_TARGETS, add_lora
 from support.optim import make_optimizer, part_of
 from support.plan import dry_run
-from support.plots import draw_curve
+from support.plots import add_points, plot
 from support.weights import check_tokenizer, decoder_config, load_adapter, load_connector, load_decoder, load_vision, read_json, read_tower, tokenizer_home
 from vision import MODES, TILINGS, find_tiling, grids_up_to
 
@@ -206,6 +206,12 @@ def fit(cfg, lesson=None):
                                  micro_batches, size=cfg.micro_batch_size, pad=tok.pad, budget=cfg.token_budget, collate=lesson.collate)))
     autocast = precision(cfg, device)
 
+    # The curves of the steps that a resumed run has behind it.
+    curves = {}
+    if first and (out / "log.jsonl").exists():
+        for line in open(out / "log.jsonl"):
+            add_points(curves, json.loads(line))
+
     # The loop.
     began, busy, seen, padded, skipped, untested = time.time(), 0.0, 0, 0, state["skipped"], True
     with (catch_ctrl_c() as stop, open(out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1) as log,
@@ -240,8 +246,9 @@ def fit(cfg, lesson=None):
             seen, padded, skipped, halt = (int(a + b) for a, b in zip((seen, padded, skipped, 0), totals.sum(0)))
             busy += time.time() - start
             left = (time.time() - began) / (step - first) * (steps - step)
-            log.write(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, **measured, "time": round(time.time() - began, 2)}
-                                 | ({"skipped": bad} if bad else {})) + "\n")
+            line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, **measured, "time": round(time.time() - began, 2)}
+            add_points(curves, line)
+            log.write(json.dumps(line | ({"skipped": bad} if bad else {})) + "\n")
             said, rate = "no usable record" if loss is None else f"loss {loss:.4f}", f"{seen / busy:,.0f} tokens/s"
             said += "".join(f"  {name} {measured[name]:.3f}" for name in lesson.shown if loss is not None)
             bar.set_postfix_str(f"{said}, {rate}")
@@ -252,13 +259,16 @@ def fit(cfg, lesson=None):
                 with as_written(vlm, cfg):
                     val_loss, shuffled = held_out_loss(vlm, looks, device), held_out_loss(vlm, looks, device, shuffled=True)
                     said = sample_answers(vlm, tok, questions, step)
-                log.write(json.dumps({"step": step, "val_loss": val_loss, "val_loss_shuffled": shuffled}) + "\n")
+                line = {"step": step, "val_loss": val_loss, "val_loss_shuffled": shuffled}
+                add_points(curves, line)
+                log.write(json.dumps(line) + "\n")
                 bar.write(f"held-out loss {val_loss:.4f}, with pictures shuffled {shuffled:.4f}"
                           + (": the model makes no use of the pictures" if shuffled < 1.01 * val_loss and any(len(m["pixels"]) for m in looks) else "")
                           + "\n" + said)
             if rank() == 0 and (step % 50 == 0 or step == steps or halt):
-                draw_curve(out / "loss.png", out / "log.jsonl")
-                lesson.draw(out)
+                train_loss, held_out = curves.get("loss", ([], [])), curves.get("val_loss", ([], []))
+                plot(out / "loss.png", {"loss per supervised token": {"training": train_loss, "held-out": held_out}})
+                lesson.draw(out, curves)
             sys.stdout.flush()
             if halt or step == steps or cfg.save_every and step % cfg.save_every == 0:
                 save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped, lesson.state())
@@ -308,7 +318,7 @@ class Answers:
     def state(self):                             # what a checkpoint must hold besides weights and optimizer
         return {}
 
-    def draw(self, out):                         # a picture beside loss.png
+    def draw(self, out, curves):                 # a picture beside loss.png
         pass
 
 

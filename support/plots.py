@@ -1,78 +1,86 @@
-"""support.plots: moved here; to be rewritten."""
+"""The curves of a run, drawn as a PNG with Pillow.
 
-import json
-import math
+    plot("loss.png", {"loss per supervised token": {"training": (steps, losses), "held-out": (steps, losses)}})
+
+Each title is a panel, each label a line in it: pale as it was measured, strong as the mean of the points around.
+A vertical axis is logarithmic where all its values are positive and differ by a factor of ten.
+A run keeps its curves in memory (`add_points`), so that nothing reads its whole log again to draw them.
+"""
 
 from PIL import Image, ImageDraw
+import numpy as np
 
 from support.io import write_whole
 
+COLORS = ("#1f6fb5", "#d6502b", "#3a9a4a")
+GREY, PALE_GREY, BLACK = "#555555", "#e6e6e6", "#222222"
 
 
-def draw_curve(path, log, width=800, height=460):
-    """loss.png: the loss of each step, the mean of the steps around it, and the held-out loss as dots, on a logarithmic axis."""
-    lines = [json.loads(line) for line in open(log)]
-    train, val = ([(r["step"], max(r[key], 1e-4)) for r in lines if r.get(key) is not None] for key in ("loss", "val_loss"))
-    if not train:
-        return
-    losses, w = [loss for _, loss in train], len(train) // 50 + 1
-    mean = [sum(near) / len(near) for near in (losses[max(0, i - w) : i + w + 1] for i in range(len(losses)))]
-    left, right, top, bottom = 64, width - 24, 44, height - 52              # the frame, in pixels
-    values, last = [v for _, v in train + val], max(train[-1][0], 2)
-    low, high = math.log(min(values)) - 0.1, math.log(max(values)) + 0.1
-    x = lambda step: left + (right - left) * (step - 1) / (last - 1)
-    y = lambda loss: top + (bottom - top) * (high - math.log(loss)) / (high - low)
+def add_points(curves, line):
+    """Add the numbers in one line of the log to curves, {name: (steps, values)}."""
+    for name, value in line.items():
+        if isinstance(value, (int, float)):
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(line["step"])
+            values.append(value)
+
+
+def plot(path, panels, width=800):
+    """panels: {title: {label: (xs, ys)}}, drawn one below the other. A curve without points is left out."""
+    height = max(460, 190 * len(panels))
+    panel_height = height // len(panels)
     image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    write = lambda at, text, anchor, fill="#555555": draw.text(at, text, fill=fill, anchor=anchor, font_size=14)
-    for tick in (t for t in (t * 10.0**e for e in range(-4, 4) for t in (1, 1.5, 2, 3, 4, 5, 7)) if low < math.log(t) < high):
-        draw.line([(left, y(tick)), (right, y(tick))], fill="#e6e6e6")
-        write((left - 8, y(tick)), f"{tick:g}", "rm")
-    apart = next(a for a in (t * 10**e for e in range(9) for t in (1, 2, 5)) if last / a <= 8)
-    for tick in range(apart, last + 1, apart):
-        draw.line([(x(tick), bottom), (x(tick), bottom + 5)], fill="#999999")
-        write((x(tick), bottom + 8), f"{tick:,}", "mt")
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill="#999999")
-    draw.line([(x(s), y(v)) for s, v in train], fill="#b9d2ea")
-    draw.line([(x(s), y(v)) for (s, _), v in zip(train, mean)], fill="#1f6fb5", width=2)
-    for s, v in val:
-        draw.ellipse([x(s) - 4, y(v) - 4, x(s) + 4, y(v) + 4], fill="#d6502b")
-    write((left, 14), "loss per supervised token", "lt", "#222222")
-    write((right, height - 12), "step", "rb")
-    write((right, 14), f"step {train[-1][0]:,}: training {mean[-1]:.3f} (mean of the last steps)", "rt", "#1f6fb5")
-    if val:
-        write((right, 32), f"held-out {val[-1][1]:.3f}", "rt", "#d6502b")
+    pen = ImageDraw.Draw(image, "RGBA")  # with alpha: a pale line lets the one below it through
+    for k, (title, curves) in enumerate(panels.items()):
+        frame = (70, k * panel_height + 34, width - 24, (k + 1) * panel_height - 32)
+        drawn = {label: np.array(points) for label, points in curves.items() if points[0]}
+        if drawn:
+            draw_panel(pen, frame, title, drawn)
     write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
 
 
+def draw_panel(pen, frame, title, curves):
+    """frame: (left, top, right, bottom) in pixels; curves: {label: array (2, n)}."""
+    left, top, right, bottom = frame
+    xs, ys = np.concatenate(list(curves.values()), axis=1)
+    is_log = ys.min() > 0 and ys.max() >= 10 * ys.min()
+    bend, unbend = (np.log, np.exp) if is_log else (np.asarray, np.asarray)
+    low = bend(ys.min()) - 0.01
+    high = bend(ys.max()) + 0.01
 
-def draw_rewards(path, log, width=800, height=760):
-    """mpo.png: rewards and their margin; share of pairs told apart; delta; NLL. Each line is the mean of the steps around it."""
-    lines = [line for line in map(json.loads, open(log)) if line.get("margin") is not None]
-    if not lines:
-        return
-    panels = {"rewards, beta (s - s_ref)": ["reward_chosen", "reward_rejected", "margin"],
-              "share of pairs with the chosen answer ahead": ["accuracy"],
-              "delta, the mean of all rewards so far": ["delta"],
-              "NLL of the chosen answer per token": ["nll"]}
-    colors, tall, w = ("#1f6fb5", "#d6502b", "#3a9a4a"), (height - 30) // len(panels), len(lines) // 50
-    image = Image.new("RGB", (width, height), "white")
-    pen, steps = ImageDraw.Draw(image), [line["step"] for line in lines]
-    write = lambda at, text, anchor, fill="#555555": pen.text(at, text, fill=fill, anchor=anchor, font_size=13)
-    x = lambda step: 70 + (width - 94) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-    near = [lines[max(0, i - w) : i + w + 1] for i in range(len(lines))]
-    for k, (title, names) in enumerate(panels.items()):
-        curves = {name: [sum(line[name] for line in some) / len(some) for some in near] for name in names}
-        values = [v for curve in curves.values() for v in curve] + ([0.0, 1.0] if "accuracy" in names else [])
-        low, high, top = min(values), max(values), k * tall + 30
-        low, high = (low - 0.05, high + 0.05) if high - low < 1e-6 else (low, high)
-        y = lambda v: top + (tall - 44) * (high - v) / (high - low)
-        for v in (low, 0.0 if low < 0 < high else (low + high) / 2, high):
-            pen.line([(70, y(v)), (width - 24, y(v))], fill="#e6e6e6")
-            write((62, y(v)), f"{v:.3g}", "rm")
-        write((70, top - 18), title, "lt", "#222222")
-        for j, (name, curve) in enumerate(curves.items()):
-            pen.line([(x(s), y(v)) for s, v in zip(steps, curve)], fill=colors[j], width=2)
-            write((width - 24 - 170 * (len(names) - 1 - j), top - 18), f"{name.replace('_', ' ')} {curve[-1]:.3f}", "rt", colors[j])
-    write((70, height - 18), f"step {steps[0]:,} to {steps[-1]:,}", "lt")
-    write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
+    def to_pixels(x, y):
+        across = left + (right - left) * (x - xs.min()) / max(np.ptp(xs), 1)
+        down = bottom - (bottom - top) * (bend(y) - low) / (high - low)
+        return list(zip(np.atleast_1d(across), np.atleast_1d(down)))
+
+    # At most five numbers on either axis.
+    for y in unbend(np.linspace(low, high, 5)):
+        (_, down), = to_pixels(xs.min(), y)
+        pen.line([(left, down), (right, down)], fill=PALE_GREY)
+        pen.text((left - 8, down), f"{y:.3g}", fill=GREY, anchor="rm", font_size=13)
+    for x in np.unique(np.linspace(xs.min(), xs.max(), 5).round()):
+        (across, _), = to_pixels(x, ys.min())
+        pen.text((across, bottom + 6), f"{x:,.0f}", fill=GREY, anchor="mt", font_size=13)
+
+    # The curves, and beside the title what each is called and where it ends.
+    pen.text((left, top - 24), title, fill=BLACK, anchor="lt", font_size=14)
+    words_left = left + pen.textlength(title, font_size=14)
+    for (label, (x, y)), color in zip(curves.items(), COLORS):
+        mean = mean_around(y)
+        pen.line(to_pixels(x, y), fill=color + "50")
+        pen.line(to_pixels(x, mean), fill=color, width=2)
+        if len(x) <= 30:
+            for across, down in to_pixels(x, y):
+                pen.circle((across, down), 3, fill=color)
+        words = f"{label} {mean[-1]:.3f}"
+        pen.text((words_left + 24, top - 24), words, fill=color, anchor="lt", font_size=14)
+        words_left += 24 + pen.textlength(words, font_size=14)
+
+
+def mean_around(values):
+    """The mean of each value and its neighbours, a fiftieth of all on either side."""
+    n, reach = len(values), len(values) // 50
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.maximum(np.arange(n) - reach, 0)
+    end = np.minimum(np.arange(n) + reach + 1, n)
+    return (sums[end] - sums[first]) / (end - first)

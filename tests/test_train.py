@@ -631,8 +631,11 @@ def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
 
 @pytest.mark.parametrize("values", [[2.0], [None, 3.0, 1.0], [7.0, 0.0, 1e4], [1.0] * 60])
 def test_the_curve_is_drawn_whatever_the_values(tmp_path, values):
-    (tmp_path / "log").write_text("".join(json.dumps({"step": i, "loss": v}) + "\n" for i, v in enumerate(values, 1)) + '{"step": 1, "val_loss": 2.5}\n')
-    support_plots.draw_curve(tmp_path / "loss.png", tmp_path / "log")
+    curves = {}
+    for step, loss in enumerate(values, 1):
+        support_plots.add_points(curves, {"step": step, "loss": loss})
+    panels = {"loss": {"training": curves["loss"], "held-out": ([1], [2.5]), "never measured": ([], [])}}
+    support_plots.plot(tmp_path / "loss.png", panels)
     image = Image.open(tmp_path / "loss.png")
     assert image.size == (800, 460) and len(image.getcolors(10_000)) > 3
 
