@@ -1,28 +1,26 @@
 """The toy world: small drawn pictures and every kind of question the papers ask, with nothing to download.
 
-A scene is a soft background, one to four things and sometimes a sign with a word on it. A thing has a kind, a color, a size and a
-place in a 3x3 grid. As the scene is known, so is the right answer to any question about it:
-    picture = draw(scene)                        # any size: all coordinates are fractions of the side
-    caption(scene), describe(scene)              # "A red cat, a blue ball and a sign that says OPEN."
-    questions(scene, rng)                        # [(category, question with its format prompt, answer), ...]
-The eight (kind, color) pairs of UNSEEN never occur in training, and every validation picture shows at least one: a model that
-learned the pairs by heart fails there, one that learned kinds and colors apart does not. Each category stands for a benchmark:
-existence POPE, count TallyQA, attribute GQA, spatial VSR, box RefCOCO, choice MMBench, reading TextVQA, unanswerable VizWiz,
-reasoning and cot M3CoT; format prompts are those of LLaVA-1.5 (arXiv:2310.03744v2) and InternVL-2.5-MPO (arXiv:2411.10442). A twelfth,
-chat, asks as people do, without one.
+A scene is a soft background, one to four things and sometimes a sign with a word on it. A thing has a kind,
+a color, a size and a place in a 3x3 grid. As the scene is known, so is the right answer to any question:
+    picture = draw_scene(scene)         # any size: all coordinates are fractions of the side
+    caption(scene), describe(scene)     # "A red cat, a blue ball and a sign that says OPEN."
+    ask_all(scene, rng)                 # [(category, question with its format prompt, answer), ...]
 
-    python toyworld.py                           # toyworld/: 6000 training and 240 validation pictures, 6 s on two cores
-    python toyworld.py --hello cat.jpg           # one large picture to ask about
+The eight (kind, color) pairs of UNSEEN never occur in training, and every validation picture shows one: a
+model that learned the pairs by heart fails there, one that learned kinds and colors apart does not.
+
+Each category stands for a benchmark: existence POPE, count TallyQA, attribute GQA, spatial VSR, box RefCOCO,
+choice MMBench, reading TextVQA, unanswerable VizWiz, reasoning and cot M3CoT. The format prompts are those of
+LLaVA-1.5 (arXiv:2310.03744v2) and InternVL-2.5-MPO (arXiv:2411.10442). A twelfth category, chat, asks as
+people do, without one.
+
+    python toyworld.py                  # toyworld/: 6000 training and 240 validation pictures, 6 s
+    python toyworld.py --hello cat.jpg  # one large picture to ask about
     python toyworld.py --out small --size 192 --words 0.5     # signs that only a look from close by can read
 """
 
-from collections import defaultdict
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-import argparse
 import base64
 import csv
-import difflib
 import functools
 import io
 import json
@@ -33,69 +31,100 @@ import re
 import shutil
 import signal
 import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
-
-
-
-def arg(default, help):
-    return field(default=default, metadata={"help": help})
-
+from support.cli import UserError, arg, parse, run
 
 
 @dataclass
-class Config:
+class WorldConfig:
     out: str = arg("toyworld", "folder to write; must not exist yet, unless it holds this very world")
-    train: int = arg(6000, "number of training pictures")
-    val: int = arg(240, "number of validation pictures, each with an UNSEEN thing")
-    size: int = arg(96, "side of a picture in pixels")
+    train: int = arg(6000, "number of training pictures", at_least=1)
+    val: int = arg(240, "number of validation pictures, each with an UNSEEN thing", at_least=1)
+    size: int = arg(96, "side of a picture in pixels", at_least=1)
     seed: int = arg(0, "another seed, another world")
-    words: float = arg(1.0, "size of the signs and their words, above 0 and at most 1: 0.5 draws them half as large")
+    words: float = arg(1.0, "size of the signs: 0.5 draws them half as large", above=0, at_most=1)
     hello: str = arg("", "write one 480-pixel picture to this file, and nothing else")
 
 
-
-VERSION = 4                                      # of pictures and questions: raise it when either changes
-COLORS = {"red": (216, 40, 42), "orange": (250, 138, 24), "yellow": (250, 222, 50), "green": (44, 158, 68), "blue": (38, 92, 222),
-          "purple": (146, 58, 186), "white": (252, 252, 252), "black": (34, 34, 40)}
-GRID = 20                                        # boxes lie on a grid of 1/20 of the side, so two decimals say them exactly
-SIDES = {                                        # width and height in grid steps, small and big
-    "cat": ((4, 4), (6, 6)), "fish": ((4, 3), (7, 5)), "bird": ((4, 4), (6, 6)), "tree": ((3, 4), (5, 7)),
-    "house": ((4, 4), (6, 6)), "car": ((4, 3), (7, 5)), "ball": ((4, 4), (6, 6)), "star": ((4, 4), (6, 6))}
-KINDS, SIZES = tuple(SIDES), ("small", "big")
+VERSION = 4                              # of pictures and questions: raise it when either changes
+COLORS = {
+    "red": (216, 40, 42),
+    "orange": (250, 138, 24),
+    "yellow": (250, 222, 50),
+    "green": (44, 158, 68),
+    "blue": (38, 92, 222),
+    "purple": (146, 58, 186),
+    "white": (252, 252, 252),
+    "black": (34, 34, 40),
+}
+GRID = 20                                # in steps of a box: 1/20 of the side, so two decimals say it exactly
+SIDES = {                                # width and height in grid steps, small and big
+    "cat": ((4, 4), (6, 6)),
+    "fish": ((4, 3), (7, 5)),
+    "bird": ((4, 4), (6, 6)),
+    "tree": ((3, 4), (5, 7)),
+    "house": ((4, 4), (6, 6)),
+    "car": ((4, 3), (7, 5)),
+    "ball": ((4, 4), (6, 6)),
+    "star": ((4, 4), (6, 6)),
+}
+KINDS = tuple(SIDES)
+SIZES = ("small", "big")
 LEGS = {"cat": 4, "bird": 2, "fish": 0}
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 BACKGROUNDS = ("meadow", "beach", "night", "room", "snow")
 WORDS = ("STOP", "OPEN", "TAXI", "CAFE", "PARK", "SALE", "BUS", "ZOO", "INN", "GYM", "EXIT", "SHOP")
-UNSEEN = {("cat", "blue"), ("fish", "red"), ("bird", "white"), ("tree", "orange"), ("house", "purple"), ("car", "green"),
-          ("ball", "black"), ("star", "yellow")}
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")    # of the template vicuna_v1
+UNSEEN = {
+    ("cat", "blue"), ("fish", "red"), ("bird", "white"), ("tree", "orange"),
+    ("house", "purple"), ("car", "green"), ("ball", "black"), ("star", "yellow"),
+}
+
+# ---- what is said around a question ----
+SYSTEM = (                               # of the template vicuna_v1
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 DETAIL = "Give a detailed description of the image."
 CAPTION = "Provide a one-sentence caption for the provided image."
-BRIEF = ("Provide a brief description of the given image.", "Give a short and clear explanation of the image.",
-         "Describe the image concisely.", "Write a terse but informative summary of the picture.")
-LOOK = ("What is in the picture?", "What do you see?", "What does the picture show?", "Describe the picture.", "What is in this image?")
+BRIEF = (
+    "Provide a brief description of the given image.",
+    "Give a short and clear explanation of the image.",
+    "Describe the image concisely.",
+    "Write a terse but informative summary of the picture.",
+)
+LOOK = (
+    "What is in the picture?",
+    "What do you see?",
+    "What does the picture show?",
+    "Describe the picture.",
+    "What is in this image?",
+)
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
-COT = ("Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
-       'answer, please use the format "Final answer: .."\n\nQuestion:\n\n')
+COT = (
+    "Your task is to answer the question below. Give step by step reasoning before you answer, "
+    "and when you're ready to answer, please use the format \"Final answer: ..\"\n\nQuestion:\n\n"
+)
 
 
+# ---- scenes ----
 
-# -- scenes ----------------------------------------------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class Thing:
     kind: str
     color: str
-    size: str                                    # small or big
+    size: str                            # small or big
     place: str
-    box: tuple                                   # x1, y1, x2, y2 as fractions of the side
-
+    box: tuple                           # x1, y1, x2, y2 as fractions of the side
 
 
 @dataclass(frozen=True)
@@ -105,544 +134,758 @@ class Sign:
     box: tuple
 
 
-
 @dataclass(frozen=True)
 class Scene:
     background: str
-    things: tuple                                # in reading order: row by row, left to right
+    things: tuple                        # in reading order: row by row, left to right
     sign: Sign | None = None
 
     @property
-    def parts(self):                             # the things and the sign, in reading order
-        return reading_order(self.things + ((self.sign,) if self.sign else ()))
-
+    def parts(self):
+        """The things and the sign, in reading order."""
+        sign = (self.sign,) if self.sign else ()
+        return reading_order(self.things + sign)
 
 
 def random_scene(rng, held_out=False):
-    """A training scene holds no UNSEEN pair, a held-out one at least one. No scene holds the same pair twice."""
+    """A training scene holds no UNSEEN pair, a held-out one at least one. No pair stands twice in a scene."""
+    chosen = random_pairs(rng, held_out)
+    sizes = [rng.randrange(2) for _ in chosen]
+    word = rng.choice(WORDS) if rng.random() < 0.4 else None
+
+    # Things and sign, each in a cell of its own, without overlap.
+    sides = [SIDES[kind][size] for (kind, _), size in zip(chosen, sizes)]
+    if word:
+        sides.append((len(word) + 4, 4))
+    spots = random_spots(rng, sides)
+
+    things = []
+    for (kind, color), size, (place, box) in zip(chosen, sizes, spots):
+        things.append(Thing(kind, color, SIZES[size], place, box))
+    background = rng.choice(BACKGROUNDS)
+    sign = Sign(word, *spots[-1]) if word else None
+    return Scene(background, tuple(reading_order(things)), sign)
+
+
+def random_pairs(rng, held_out):
+    """One to four different (kind, color) pairs, often alike in kind or color."""
     pairs = [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
     chosen = [rng.choice(sorted(UNSEEN) if held_out else pairs)]
-    alike = rng.choice(("kind", "kind", "color", "neither"))     # left to chance, nearly every count would be 0 or 1
+    first_kind, first_color = chosen[0]
+    # Left to chance, nearly every count would be 0 or 1.
+    alike = rng.choice(("kind", "kind", "color", "neither"))
     n = rng.choices((1, 2, 3, 4), (1, 2, 3, 4))[0]
     while len(chosen) < n:
         kind, color = rng.choice(pairs)
         if rng.random() < 0.75:
-            kind, color = chosen[0][0] if alike == "kind" else kind, chosen[0][1] if alike == "color" else color
+            kind = first_kind if alike == "kind" else kind
+            color = first_color if alike == "color" else color
         if (kind, color) in pairs and (kind, color) not in chosen:
             chosen.append((kind, color))
-    sizes = [rng.randrange(2) for _ in chosen]
-    word = rng.choice(WORDS) if rng.random() < 0.4 else None
-    sides = [SIDES[kind][size] for (kind, _), size in zip(chosen, sizes)] + ([(len(word) + 4, 4)] if word else [])
-    while True:                                  # throw all boxes again until none overlap
-        cells = rng.sample(range(9), len(sides))
-        corners = [(throw(rng, cell % 3, w), throw(rng, cell // 3, h)) for cell, (w, h) in zip(cells, sides)]
-        boxes = [(x, y, x + w, y + h) for (x, y), (w, h) in zip(corners, sides)]
-        if not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for i, a in enumerate(boxes) for b in boxes[:i]):
-            break
-    spots = [(PLACES[cell], tuple(v / GRID for v in box)) for cell, box in zip(cells, boxes)]
-    things = [Thing(*pair, SIZES[size], *spot) for pair, size, spot in zip(chosen, sizes, spots)]
-    return Scene(rng.choice(BACKGROUNDS), tuple(reading_order(things)), Sign(word, *spots[-1]) if word else None)
+    return chosen
 
+
+def random_spots(rng, sides):
+    """(place, box) for each (width, height) in grid steps: all are thrown again until none overlap."""
+    while True:
+        cells = rng.sample(range(9), len(sides))
+        boxes = []
+        for cell, (w, h) in zip(cells, sides):
+            x = random_offset(rng, cell % 3, w)
+            y = random_offset(rng, cell // 3, h)
+            boxes.append((x, y, x + w, y + h))
+        if not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
+            break
+    spots = []
+    for cell, box in zip(cells, boxes):
+        spots.append((PLACES[cell], tuple(v / GRID for v in box)))
+    return spots
+
+
+def random_offset(rng, cell, side):
+    """Where a side of that length may begin, in grid steps: its middle well inside its cell (0, 1 or 2)."""
+    low = cell * GRID / 3 + 1
+    high = (cell + 1) * GRID / 3 - 1
+    fitting = [x for x in range(GRID - side + 1) if low <= x + side / 2 <= high]
+    return rng.choice(fitting)
+
+
+def overlap(a, b):
+    beside = a[0] >= b[2] or b[0] >= a[2]
+    above = a[1] >= b[3] or b[1] >= a[3]
+    return not (beside or above)
 
 
 def shrink_sign(scene, scale):
-    """The sign smaller, its middle where it was: all that is asked and answered about the scene stays true."""
+    """The sign smaller, its middle where it was: all that is said of the scene stays true."""
     if scene.sign is None or scale == 1:
         return scene
     x1, y1, x2, y2 = scene.sign.box
     w, h = (x2 - x1) * scale / 2, (y2 - y1) * scale / 2
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    return replace(scene, sign=replace(scene.sign, box=(x - w, y - h, x + w, y + h)))
-
-
-
-def throw(rng, cell, side):
-    """Where a side of that length may begin (in grid steps) so that its middle is well inside cell 0, 1 or 2 of the row."""
-    low, high = cell * GRID / 3 + 1, (cell + 1) * GRID / 3 - 1
-    return rng.choice([x for x in range(GRID - side + 1) if low <= x + side / 2 <= high])
-
+    box = (x - w, y - h, x + w, y + h)
+    return replace(scene, sign=replace(scene.sign, box=box))
 
 
 def reading_order(parts):
     return sorted(parts, key=lambda part: PLACES.index(part.place))
 
 
+# ---- drawing ----
+# ART lists paints and the shapes they fill, in percent of a box; four numbers are an oval, more a polygon.
 
-# -- drawing: ART lists paints and the shapes they fill, in percent of a box; four numbers are an oval, more a polygon -----------
-SUPER = 4                                        # drawn this much larger, then averaged down: PIL draws without antialiasing
-OUTLINE = 0.011                                  # of the picture's side
+SUPER = 4                                # drawn this much larger, then averaged down: PIL has no antialiasing
+OUTLINE = 0.011                          # of the picture's side
 ART = {
-    "cat": """body: 60 99 74 99 86 94 94 84 97 70 96 60 100 50 98 43 92 42 87 48 85 60 86 70 83 79 76 85 64 88,
-              10 44 72 100, 6 40 2 0 34 14, 72 40 78 0 46 14, 0 8 80 62; shade: 10 22 9 10 20 16, 70 22 71 10 60 16,
-              20 86 38 100, 44 86 62 100; white: 15 24 35 44, 45 24 65 44; #1e1c24: 22 26 31 43, 49 26 58 43;
-              #ec8c96: 35 45 45 45 40 51; line ink: 30 49 4 46, 30 49 4 53, 50 49 76 46, 50 49 76 53""",
-    "fish": """body: 0 12 74 94, 62 53 100 8 92 53 100 100, 28 18 44 0 62 6 60 26; shade: 90 52 72 50 95 22,
-               90 56 72 58 95 84, 40 52 60 42 58 68; line edge: 30 22 34 38 34 66 30 84; white: 10 32 26 54;
-               #1e1c24: 13 37 22 50; line ink: 7 68 14 73 21 70""",
-    "bird": """#966432: 38 82 41 82 41 96 49 96 49 101 38 101, 52 82 55 82 55 96 63 96 63 101 52 101, 82 14 100 27 82 36;
-               #e8a846: 84 18 97 27 84 32; body: 20 44 0 30 2 52 16 70, 8 32 78 88, 46 0 90 50;
-               shade: 18 46 58 42 54 66 36 74; line edge: 18 46 36 74 54 66 58 42; white: 62 12 78 28; #1e1c24: 67 15 76 25""",
-    "tree": """#604634: 38 60 62 60 68 101 32 101; #84644c: 43 60 55 60 58 98 42 98; body: 0 30 56 74, 44 30 100 74,
-               14 0 86 56, 24 40 76 80; light: 26 10 46 20, 10 40 24 47, 60 38 74 45; shade: 54 20 68 27, 30 60 46 67,
-               74 58 88 65, 38 36 50 42""",
-    "house": """body: 72 30 72 6 88 6 88 44, 9 42 91 42 91 100 9 100, 0 50 50 0 100 50; shade: 4 48 50 3 96 48;
-                line edge: 4 50 96 50; edge: 16 58 38 58 38 80 16 80, 62 58 84 58 84 80 62 80;
-                #604634: 42 66 58 66 58 99 42 99; #faf0c4: 19 61 35 61 35 77 19 77, 65 61 81 61 81 77 65 77, 43 22 57 36,
-                52 80 56 85; line edge: 27 60 27 78, 73 60 73 78""",
-    "car": """body: 20 42 30 0 66 0 82 42, 0 52 6 42 90 42 100 56 100 80 0 80; #deecf2: 28 38 35 10 46 10 46 38,
-              51 38 51 10 62 10 72 38; shade: 2 66 98 66 98 78 2 78; line edge: 48.5 10 48.5 66; #fff4be: 91 50 99 62;
-              #28282e: 12 58 37 102, 64 58 89 102; #c4c6ce: 19.5 71 29.5 89, 71.5 71 81.5 89""",
-    "ball": """body: 0 0 100 100; shade: 30 1 70 99; plain: 40 1 60 99; shade: 42 2 58 12; light: 12 20 28 40""",
-    "star": """body: 50 0 64 34 100 38.2 73 62.6 80.9 100 50 81.5 19.1 100 27 62.6 0 38.2 36 34; ink: 36 42 44 55,
-               56 42 64 55; light: 26 52 35 59, 65 52 74 59; line ink: 42 62 46 66 54 66 58 62""",
-    "sign": """#5c4230: 47 50 53 50 53 102 47 102, 3 -2 97 -2 101 4 101 76 97 81 3 81 -1 76 -1 4;
-               #faf0d6: 4 7 96 7 96 72 4 72""",
-    "meadow": """#d0e5f0: -1 -1 101 -1 101 101 -1 101; #deecf2: 10 10 34 20, 20 6 44 19, 62 20 90 29;
-                 #cae0c4: -30 50 80 140, 30 54 150 140; line #b8d2b2: 8 79 10 82 12 78, 28 65 30 68 32 64,
-                 48 87 50 90 52 86, 68 69 70 72 72 68, 88 83 90 86 92 82""",
-    "beach": """#d6e8f0: -1 -1 101 -1 101 50 -1 50; #bad6dc: -1 45 101 45 101 70 -1 70;
-                #eee4cc: -1 66 101 66 101 101 -1 101, -20 61 60 76; line #cce2e6: 9 51 12 50 15 51 18 50 21 51,
-                49 56 52 55 55 56 58 55 61 56, 74 50 77 49 80 50 83 49 86 50""",
-    "night": """#707690: -1 -1 101 -1 101 101 -1 101; #7c829a: 70 6 90 26; #707690: 65 4 84 22; #8e94aa: 8 10 9 11,
-                25 30 26 31, 45 8 46 9, 60 33 61 34, 90 42 91 43, 14 50 15 51, 38 48 39 49; #626a78: -40 66 80 150,
-                20 72 150 150""",
-    "room": """#e6dcd4: -1 -1 101 -1 101 71 -1 71; #d0beac: -1 70 101 70 101 101 -1 101; #dccec2: -1 68 101 68 101 71 -1 71;
-               line #c6b4a2: -1 80 101 80, -1 91 101 91, 20 71 20 80, 60 71 60 80, 40 80 40 91, 85 80 85 91, 25 91 25 101""",
-    "snow": """#ced8e6: -1 -1 101 -1 101 101 -1 101; #e4eaf1: -40 55 90 150, 30 50 160 150, 10 10 12 12, 30 22 32 24,
-               55 7 57 9, 80 16 82 18, 93 36 95 38, 16 40 18 42"""}
-LETTERS = {  # strokes on a grid 4 wide and 6 high, each point two digits x y; drawn here, so that no font file is needed
+    "cat": """
+        body: 60 99 74 99 86 94 94 84 97 70 96 60 100 50 98 43 92 42 87 48 85 60 86 70 83 79 76 85 64
+        88, 10 44 72 100, 6 40 2 0 34 14, 72 40 78 0 46 14, 0 8 80 62; shade: 10 22 9 10 20 16, 70 22 71
+        10 60 16, 20 86 38 100, 44 86 62 100; white: 15 24 35 44, 45 24 65 44; #1e1c24: 22 26 31 43, 49
+        26 58 43; #ec8c96: 35 45 45 45 40 51; line ink: 30 49 4 46, 30 49 4 53, 50 49 76 46, 50 49 76 53
+    """,
+    "fish": """
+        body: 0 12 74 94, 62 53 100 8 92 53 100 100, 28 18 44 0 62 6 60 26; shade: 90 52 72 50 95 22, 90
+        56 72 58 95 84, 40 52 60 42 58 68; line edge: 30 22 34 38 34 66 30 84; white: 10 32 26 54;
+        #1e1c24: 13 37 22 50; line ink: 7 68 14 73 21 70
+    """,
+    "bird": """
+        #966432: 38 82 41 82 41 96 49 96 49 101 38 101, 52 82 55 82 55 96 63 96 63 101 52 101, 82 14 100
+        27 82 36; #e8a846: 84 18 97 27 84 32; body: 20 44 0 30 2 52 16 70, 8 32 78 88, 46 0 90 50;
+        shade: 18 46 58 42 54 66 36 74; line edge: 18 46 36 74 54 66 58 42; white: 62 12 78 28; #1e1c24:
+        67 15 76 25
+    """,
+    "tree": """
+        #604634: 38 60 62 60 68 101 32 101; #84644c: 43 60 55 60 58 98 42 98; body: 0 30 56 74, 44 30
+        100 74, 14 0 86 56, 24 40 76 80; light: 26 10 46 20, 10 40 24 47, 60 38 74 45; shade: 54 20 68
+        27, 30 60 46 67, 74 58 88 65, 38 36 50 42
+    """,
+    "house": """
+        body: 72 30 72 6 88 6 88 44, 9 42 91 42 91 100 9 100, 0 50 50 0 100 50; shade: 4 48 50 3 96 48;
+        line edge: 4 50 96 50; edge: 16 58 38 58 38 80 16 80, 62 58 84 58 84 80 62 80; #604634: 42 66 58
+        66 58 99 42 99; #faf0c4: 19 61 35 61 35 77 19 77, 65 61 81 61 81 77 65 77, 43 22 57 36, 52 80 56
+        85; line edge: 27 60 27 78, 73 60 73 78
+    """,
+    "car": """
+        body: 20 42 30 0 66 0 82 42, 0 52 6 42 90 42 100 56 100 80 0 80; #deecf2: 28 38 35 10 46 10 46
+        38, 51 38 51 10 62 10 72 38; shade: 2 66 98 66 98 78 2 78; line edge: 48.5 10 48.5 66; #fff4be:
+        91 50 99 62; #28282e: 12 58 37 102, 64 58 89 102; #c4c6ce: 19.5 71 29.5 89, 71.5 71 81.5 89
+    """,
+    "ball": """
+        body: 0 0 100 100; shade: 30 1 70 99; plain: 40 1 60 99; shade: 42 2 58 12; light: 12 20 28 40
+    """,
+    "star": """
+        body: 50 0 64 34 100 38.2 73 62.6 80.9 100 50 81.5 19.1 100 27 62.6 0 38.2 36 34; ink: 36 42 44
+        55, 56 42 64 55; light: 26 52 35 59, 65 52 74 59; line ink: 42 62 46 66 54 66 58 62
+    """,
+    "sign": """
+        #5c4230: 47 50 53 50 53 102 47 102, 3 -2 97 -2 101 4 101 76 97 81 3 81 -1 76 -1 4; #faf0d6: 4 7
+        96 7 96 72 4 72
+    """,
+    "meadow": """
+        #d0e5f0: -1 -1 101 -1 101 101 -1 101; #deecf2: 10 10 34 20, 20 6 44 19, 62 20 90 29; #cae0c4:
+        -30 50 80 140, 30 54 150 140; line #b8d2b2: 8 79 10 82 12 78, 28 65 30 68 32 64, 48 87 50 90 52
+        86, 68 69 70 72 72 68, 88 83 90 86 92 82
+    """,
+    "beach": """
+        #d6e8f0: -1 -1 101 -1 101 50 -1 50; #bad6dc: -1 45 101 45 101 70 -1 70; #eee4cc: -1 66 101 66
+        101 101 -1 101, -20 61 60 76; line #cce2e6: 9 51 12 50 15 51 18 50 21 51, 49 56 52 55 55 56 58
+        55 61 56, 74 50 77 49 80 50 83 49 86 50
+    """,
+    "night": """
+        #707690: -1 -1 101 -1 101 101 -1 101; #7c829a: 70 6 90 26; #707690: 65 4 84 22; #8e94aa: 8 10 9
+        11, 25 30 26 31, 45 8 46 9, 60 33 61 34, 90 42 91 43, 14 50 15 51, 38 48 39 49; #626a78: -40 66
+        80 150, 20 72 150 150
+    """,
+    "room": """
+        #e6dcd4: -1 -1 101 -1 101 71 -1 71; #d0beac: -1 70 101 70 101 101 -1 101; #dccec2: -1 68 101 68
+        101 71 -1 71; line #c6b4a2: -1 80 101 80, -1 91 101 91, 20 71 20 80, 60 71 60 80, 40 80 40 91,
+        85 80 85 91, 25 91 25 101
+    """,
+    "snow": """
+        #ced8e6: -1 -1 101 -1 101 101 -1 101; #e4eaf1: -40 55 90 150, 30 50 160 150, 10 10 12 12, 30 22
+        32 24, 55 7 57 9, 80 16 82 18, 93 36 95 38, 16 40 18 42
+    """,
+}
+LETTERS = {                              # strokes on a grid 4 wide and 6 high, a point is two digits x y
     "A": "06 02 20 42 46,04 44", "B": "00 30 41 42 33 03,33 44 45 36 06 00", "C": "41 30 10 01 05 16 36 45",
-    "E": "40 00 06 46,03 33", "F": "40 00 06,03 33", "G": "41 30 10 01 05 16 36 45 43 23", "H": "00 06,40 46,03 43",
-    "I": "10 30,20 26,16 36", "K": "00 06,40 03 46", "L": "00 06 46", "M": "06 00 23 40 46", "N": "06 00 46 40",
-    "O": "10 30 41 45 36 16 05 01 10", "P": "06 00 30 41 43 34 04", "R": "06 00 30 41 42 33 03,23 46",
-    "S": "41 30 10 01 02 13 33 44 45 36 16 05", "T": "00 40,20 26", "U": "00 05 16 36 45 40", "X": "00 46,40 06",
-    "Y": "00 23 40,23 26", "Z": "00 40 06 46"}
+    "E": "40 00 06 46,03 33", "F": "40 00 06,03 33", "G": "41 30 10 01 05 16 36 45 43 23",
+    "H": "00 06,40 46,03 43", "I": "10 30,20 26,16 36", "K": "00 06,40 03 46", "L": "00 06 46",
+    "M": "06 00 23 40 46", "N": "06 00 46 40", "O": "10 30 41 45 36 16 05 01 10",
+    "P": "06 00 30 41 43 34 04", "R": "06 00 30 41 42 33 03,23 46",
+    "S": "41 30 10 01 02 13 33 44 45 36 16 05", "T": "00 40,20 26", "U": "00 05 16 36 45 40",
+    "X": "00 46,40 06", "Y": "00 23 40,23 26", "Z": "00 40 06 46",
+}
 
 
-
-def draw(scene, size=96):
+def draw_scene(scene, size=96):
     """The picture, size x size RGB. Nothing is random: the same scene always gives the same pixels."""
     px = SUPER * size
-    image = background(scene.background, px).copy()
+    image = draw_background(scene.background, px).copy()
+
     pen = ImageDraw.Draw(image, "RGBA")          # RGBA only for the soft shadows
     for thing in scene.things:
-        (x1, y1), (x2, y2) = into(thing.box, px, [(.08, 1), (.92, 1)])
-        pen.ellipse((x1, y1 - 0.025 * px, x2, y2), fill=(40, 40, 60, 70))
+        left, right = on_canvas(thing.box, px, [(0.08, 1), (0.92, 1)])
+        oval = (left[0], left[1] - 0.025 * px, *right)
+        pen.ellipse(oval, fill=(40, 40, 60, 70))
+
     pen = ImageDraw.Draw(image)
     for thing in scene.things:
-        paint(pen, px, thing.box, thing.kind, palette(thing.color))
+        paint_art(pen, px, thing.box, thing.kind, palette(thing.color))
     if scene.sign:
-        paint(pen, px, scene.sign.box, "sign", {})
-        step = 0.82 / (6 * len(scene.sign.word) - 2)                         # letters are 4 steps wide and 2 apart
-        thick = 0.016 * px * round((scene.sign.box[3] - scene.sign.box[1]) * GRID / 4, 6)       # 4 / GRID is a sign's usual height
-        for i, letter in enumerate(scene.sign.word):
-            for line in LETTERS[letter].split(","):
-                points = [(.09 + step * (6 * i + int(x)), .175 + .075 * int(y)) for x, y in line.split()]
-                stroke(pen, into(scene.sign.box, px, points), "#342622", thick)
+        paint_art(pen, px, scene.sign.box, "sign", {})
+        paint_word(pen, px, scene.sign)
     return image.reduce(SUPER)
 
 
-
 @functools.cache
-def background(name, px):
-    """Pale and soft, so that all eight colors stand out. The night is a grey one: a black cat must show, too."""
+def draw_background(name, px):
+    """Pale and soft, so that all eight colors stand out. The night is grey: a black cat must show, too."""
     image = Image.new("RGB", (px, px))
-    paint(ImageDraw.Draw(image), px, (0, 0, 1, 1), name, {})
+    paint_art(ImageDraw.Draw(image), px, (0, 0, 1, 1), name, {})
     return image
 
 
-
-def paint(pen, px, box, name, colors):
-    for how, shapes in parsed(ART[name]):
-        color = colors.get(how.split()[-1], how.split()[-1])
-        shapes = [into(box, px, shape) for shape in shapes]
+def paint_art(pen, px, box, name, colors):
+    for how, shapes in parse_art(ART[name]):
+        paint = how.split()[-1]
+        color = colors.get(paint, paint)
+        shapes = [on_canvas(box, px, shape) for shape in shapes]
         if how.startswith("line"):
             for points in shapes:
                 pen.line(points, color, max(1, round(OUTLINE / 2 * px)))
             continue
-        if how == "body":                        # first all edges, then all insides: one silhouette without edges within
-            half = OUTLINE / 2 * px
+        if how == "body":
+            # First all edges, then all insides: one silhouette without edges within.
             for points in shapes:
-                if len(points) == 2:
-                    (x1, y1), (x2, y2) = points
-                    pen.ellipse((x1 - half, y1 - half, x2 + half, y2 + half), colors["edge"])
-                else:
-                    stroke(pen, points + points[:1], colors["edge"], 2 * half)
+                paint_edge(pen, points, colors["edge"], OUTLINE / 2 * px)
         for points in shapes:
-            (pen.ellipse if len(points) == 2 else pen.polygon)(points, color)
+            fill = pen.ellipse if len(points) == 2 else pen.polygon
+            fill(points, color)
 
 
+def paint_edge(pen, points, color, half):
+    if len(points) == 2:
+        (x1, y1), (x2, y2) = points
+        pen.ellipse((x1 - half, y1 - half, x2 + half, y2 + half), color)
+    else:
+        thick_line(pen, points + points[:1], color, 2 * half)
 
-def stroke(pen, points, color, width):
+
+def paint_word(pen, px, sign):
+    """The letters of a sign: each is 4 steps wide, and 2 steps apart."""
+    step = 0.82 / (6 * len(sign.word) - 2)
+    height = sign.box[3] - sign.box[1]           # usually 4 steps of the grid
+    thick = 0.016 * px * round(height * GRID / 4, 6)
+    for i, letter in enumerate(sign.word):
+        for line in LETTERS[letter].split(","):
+            points = []
+            for column, row in line.split():
+                x = 0.09 + step * (6 * i + int(column))
+                y = 0.175 + 0.075 * int(row)
+                points.append((x, y))
+            thick_line(pen, on_canvas(sign.box, px, points), "#342622", thick)
+
+
+def thick_line(pen, points, color, width):
     """A thick line with round ends and corners."""
     pen.line(points, color, round(width))
+    r = width / 2
     for x, y in points:
-        pen.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), color)
+        pen.ellipse((x - r, y - r, x + r, y + r), color)
 
 
-
-def into(box, px, points):
-    """From fractions of the box to pixels of the large picture, leaving room for the outer half of the outline."""
-    x, y, w, h = box[0] + OUTLINE / 2, box[1] + OUTLINE / 2, box[2] - box[0] - OUTLINE, box[3] - box[1] - OUTLINE
-    return [((x + w * u) * px, (y + h * v) * px) for u, v in points]
-
+def on_canvas(box, px, points):
+    """Fractions of the box -> pixels of the large picture, with room for the outer half of the outline."""
+    x = box[0] + OUTLINE / 2
+    y = box[1] + OUTLINE / 2
+    w = box[2] - box[0] - OUTLINE
+    h = box[3] - box[1] - OUTLINE
+    scaled = [(x + w * u, y + h * v) for u, v in points]
+    return [(u * px, v * px) for u, v in scaled]
 
 
 @functools.cache
-def parsed(art):
+def parse_art(art):
     """[(paint, [[(x, y), ...] of each shape]), ...]"""
-    points = lambda shape: [(float(x) / 100, float(y) / 100) for x, y in zip(shape.split()[::2], shape.split()[1::2])]
-    rows = [row.split(":") for row in art.split(";")]
-    return [(how.strip(), [points(shape) for shape in shapes.split(",")]) for how, shapes in rows]
+    found = []
+    for row in art.split(";"):
+        paint, shapes = row.split(":")
+        found.append((paint.strip(), [parse_points(shape) for shape in shapes.split(",")]))
+    return found
 
+
+def parse_points(shape):
+    numbers = [float(number) / 100 for number in shape.split()]
+    return list(zip(numbers[::2], numbers[1::2]))
 
 
 @functools.cache
 def palette(name):
     """The paints of a thing: its own color, one of COLORS or any "#rrggbb", and what goes with it."""
     color = COLORS[name] if name in COLORS else ImageColor.getrgb(name)
-    dark, pale = max(color) < 100, min(color) > 195
-    mix = lambda other, share: tuple(round(a + (b - a) * share) for a, b in zip(color, other))
-    edge = (206, 206, 214) if dark else (104, 104, 118) if pale else mix((0, 0, 0), 0.55)
-    shade = mix((255, 255, 255), 0.2) if dark else mix((40, 40, 70), 0.18)
-    ink = "#f0f0f4" if dark else "#1e1c24"
-    return {"body": color, "plain": color, "edge": edge, "shade": shade, "light": mix((255, 255, 255), 0.45), "ink": ink}
+    is_dark = max(color) < 100
+    is_pale = min(color) > 195
 
+    def mix(other, share):
+        return tuple(round(a + (b - a) * share) for a, b in zip(color, other))
+
+    if is_dark:
+        edge = (206, 206, 214)
+    elif is_pale:
+        edge = (104, 104, 118)
+    else:
+        edge = mix((0, 0, 0), 0.55)
+    shade = mix((255, 255, 255), 0.2) if is_dark else mix((40, 40, 70), 0.18)
+    return {
+        "body": color,
+        "plain": color,
+        "edge": edge,
+        "shade": shade,
+        "light": mix((255, 255, 255), 0.45),
+        "ink": "#f0f0f4" if is_dark else "#1e1c24",
+    }
 
 
 def hello_picture():
     """The picture of the README's first question; a scene as in training."""
-    ball = Thing("ball", "blue", "small", "top right", (.70, .10, .90, .30))
-    cat = Thing("cat", "red", "big", "left", (.10, .35, .40, .65))
-    return draw(Scene("meadow", (ball, cat), Sign("EXIT", "bottom right", (.55, .70, .95, .90))), 480)
+    ball = Thing("ball", "blue", "small", "top right", (0.70, 0.10, 0.90, 0.30))
+    cat = Thing("cat", "red", "big", "left", (0.10, 0.35, 0.40, 0.65))
+    sign = Sign("EXIT", "bottom right", (0.55, 0.70, 0.95, 0.90))
+    return draw_scene(Scene("meadow", (ball, cat), sign), 480)
 
 
+# ---- what is said of a scene ----
 
-# -- text ------------------------------------------------------------------------------------------------------------------------
+
 def caption(scene):
-    parts = [named(part) for part in scene.parts]
-    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    """A red cat, a blue ball and a sign that says OPEN."""
+    parts = [name_part(part) for part in scene.parts]
+    text = parts[-1]
+    if len(parts) > 1:
+        text = ", ".join(parts[:-1]) + " and " + text
     return text[0].upper() + text[1:] + "."
 
 
-
-def named(part):
-    return f"{article(part.color)} {part.kind}" if isinstance(part, Thing) else f"a sign that says {part.word}"
-
+def name_part(part):
+    if isinstance(part, Sign):
+        return f"a sign that says {part.word}"
+    return f"{with_article(part.color)} {part.kind}"
 
 
 def describe(scene, boxes=True):
-    """Everything there is to say, each thing with its box, as LLaVA's detailed descriptions and Shikra's boxes (arXiv:2306.15195)."""
-    say = lambda p: f"a {p.size} {p.color} {p.kind} {at(p)}" if isinstance(p, Thing) else f"a sign {at(p)} that says {p.word}"
-    return "; ".join(say(p) + (f" {coordinates(p.box)}" if boxes else "") for p in scene.parts)
+    """LLaVA's detailed descriptions: all there is to say, boxes as in Shikra (arXiv:2306.15195)."""
+    said = []
+    for part in scene.parts:
+        if isinstance(part, Thing):
+            text = f"a {part.size} {part.color} {part.kind} {at_place(part)}"
+        else:
+            text = f"a sign {at_place(part)} that says {part.word}"
+        said.append(f"{text} {coordinates(part.box)}" if boxes else text)
+    return "; ".join(said)
 
 
-
-def article(word):
+def with_article(word):
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-
-def at(part):
+def at_place(part):
     return f"{'in' if part.place == 'middle' else 'at'} the {part.place}"
-
 
 
 def coordinates(box):
     return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
 
 
-
-def several(n, kind):
-    """1 cat, 2 cats, 2 fish; with n = 0 the plural alone."""
-    return (f"{n} " if n else "") + (kind if n == 1 or kind == "fish" else kind + "s")
+def plural(kind):
+    return kind if kind == "fish" else kind + "s"
 
 
+def count_noun(n, kind):
+    """1 cat, 2 cats, 2 fish, no cats."""
+    return f"{n} {kind if n == 1 else plural(kind)}"
 
-def there(n, kind):                              # "no" cats, too
-    return f"There {'is' if n == 1 else 'are'} {several(n, kind)}"
+
+def there_are(n, kind):
+    return f"There {'is' if n == 1 else 'are'} {count_noun(n, kind)}"
 
 
-
-def the(thing, scene):
+def short_phrase(thing, scene):
     """The shortest phrase that means this thing only."""
-    return f"the {thing.kind}" if count(scene, kind=thing.kind) == 1 else f"the {thing.color} {thing.kind}"
+    if count_things(scene, kind=thing.kind) == 1:
+        return f"the {thing.kind}"
+    return f"the {thing.color} {thing.kind}"
 
 
-
-def count(scene, kind=None, color=None):
+def count_things(scene, kind=None, color=None):
     return sum(kind in (None, thing.kind) and color in (None, thing.color) for thing in scene.things)
 
 
+def nameable_pairs(scene):
+    """Pairs a question may name: all, but a training scene must not teach that UNSEEN ones do not exist."""
+    held_out = any((thing.kind, thing.color) in UNSEEN for thing in scene.things)
+    return [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
 
-# -- questions: each function asks one about the scene and answers it, or returns None where the scene allows none ---------------
+
+# ---- questions: each function asks one and answers it, or returns None where the scene allows none ----
+
+
 def ask_caption(scene, rng):
     return CAPTION, caption(scene)
 
 
-
 def ask_existence(scene, rng):
+    """Is there a red cat in the image? -> yes"""
     shown = [(thing.kind, thing.color) for thing in scene.things]
     answer = rng.choice(("yes", "no"))
     if rng.random() < 0.3:
-        name = rng.choice([kind for kind in KINDS if (count(scene, kind=kind) > 0) == (answer == "yes")])
+        wanted = answer == "yes"
+        name = rng.choice([kind for kind in KINDS if (count_things(scene, kind=kind) > 0) == wanted])
     else:
-        absent = [pair for pair in nameable(scene) if pair not in shown]
+        absent = [pair for pair in nameable_pairs(scene) if pair not in shown]
         if rng.random() < 0.5:                   # half right is harder
-            absent = [(k, c) for k, c in absent if any(k == kind or c == color for kind, color in shown)]
+            kinds, colors = zip(*shown)
+            absent = [(kind, color) for kind, color in absent if kind in kinds or color in colors]
         kind, color = rng.choice(shown if answer == "yes" else absent)
         name = f"{color} {kind}"
-    return f"Is there {article(name)} in the image?\n{SHORT}", answer
-
+    return f"Is there {with_article(name)} in the image?\n{SHORT}", answer
 
 
 def ask_count(scene, rng):
-    found = [(f"How many {several(0, kind)} are there?", count(scene, kind=kind)) for kind in KINDS]
-    found += [(f"How many {color} things are there?", count(scene, color=color)) for color in COLORS]
+    """How many blue things are there? -> 2"""
+    found = [(f"How many {plural(kind)} are there?", count_things(scene, kind=kind)) for kind in KINDS]
+    found += [(f"How many {color} things are there?", count_things(scene, color=color)) for color in COLORS]
     if not scene.sign:                           # is a sign a thing? Better not ask
-        found += [("How many things are there?", len(scene.things))]
-    question, answer = pick(found, rng, {0: 1, 1: 1, 2: 2, 3: 4, 4: 5})
+        found.append(("How many things are there?", len(scene.things)))
+    weights = {0: 1, 1: 1, 2: 2, 3: 4, 4: 5}
+    question, answer = pick_answer(found, rng, weights)
     return f"{question}\n{SHORT}", str(answer)
 
 
-
 def ask_attribute(scene, rng):
-    question, answer, _ = about(rng.choice(scene.things), rng.choice(("kind", "color", "size")), scene)
+    """Is the cat small or big? -> big"""
+    thing = rng.choice(scene.things)
+    question, answer, _ = ask_about(thing, rng.choice(("kind", "color", "size")), scene)
     return f"{question}\n{SHORT}", answer
 
 
+def ask_about(thing, what, scene):
+    """A question about one thing: (question, answer, what one could answer)."""
+    name = short_phrase(thing, scene)
+    if what == "kind":
+        return f"What is the thing {at_place(thing)}?", thing.kind, KINDS
+    if what == "color":
+        # The question must not tell the color.
+        name = name.replace(f"{thing.color} {thing.kind}", f"{thing.kind} {at_place(thing)}")
+        colors = [color for kind, color in nameable_pairs(scene) if kind == thing.kind]
+        return f"What color is {name}?", thing.color, colors
+    if what == "size":
+        return f"Is {name} small or big?", thing.size, SIZES
+    return f"Where is {name}?", thing.place, PLACES
 
-def about(thing, what, scene):
-    """A question about one thing: (question, answer, what else one could answer)."""
-    name = the(thing, scene)
-    if what == "color":                          # must not be told by the question
-        name = name.replace(f"{thing.color} {thing.kind}", f"{thing.kind} {at(thing)}")
-    question = {"kind": f"What is the thing {at(thing)}?", "color": f"What color is {name}?", "size": f"Is {name} small or big?",
-                "place": f"Where is {name}?"}[what]
-    colors = [color for kind, color in nameable(scene) if kind == thing.kind]
-    return question, getattr(thing, what), {"kind": KINDS, "color": colors, "size": SIZES, "place": PLACES}[what]
 
+RELATIONS = (                                    # words, axis, direction along it
+    ("to the left of", 0, -1),
+    ("to the right of", 0, 1),
+    ("above", 1, -1),
+    ("below", 1, 1),
+)
 
 
 def ask_spatial(scene, rng):
-    answer, found = rng.choice(("yes", "no")), []
-    for words, axis, sign in (("to the left of", 0, -1), ("to the right of", 0, 1), ("above", 1, -1), ("below", 1, 1)):
+    """Is the cat to the left of the ball? -> yes"""
+    answer = rng.choice(("yes", "no"))
+    found = []
+    for words, axis, direction in RELATIONS:
         for a in scene.things:
             for b in scene.things:
-                gap = sign * (a.box[axis] + a.box[axis + 2] - b.box[axis] - b.box[axis + 2]) / 2
-                if (gap if answer == "yes" else -gap) > 0.19:    # clearly so, or clearly the other way (grid: 0.2 or more)
-                    found.append(f"Is {the(a, scene)} {words} {the(b, scene)}?\n{SHORT}")
+                ends_a = a.box[axis] + a.box[axis + 2]
+                gap = direction * (ends_a - b.box[axis] - b.box[axis + 2]) / 2
+                if answer == "no":
+                    gap = -gap
+                if gap > 0.19:                   # clearly so, or clearly the other way (grid: 0.2 or more)
+                    phrase = f"{short_phrase(a, scene)} {words} {short_phrase(b, scene)}"
+                    found.append(f"Is {phrase}?\n{SHORT}")
     return (rng.choice(found), answer) if found else None
 
 
-
 def ask_box(scene, rng):
+    """... the region this sentence describes: the cat. -> [0.10, 0.35, 0.40, 0.65]"""
     thing = rng.choice(scene.things)
-    return f"{BOX}{the(thing, scene)}.", coordinates(thing.box)
-
+    return f"{BOX}{short_phrase(thing, scene)}.", coordinates(thing.box)
 
 
 def ask_choice(scene, rng):
+    """What color is the cat?  A. red  B. blue  C. green  D. white -> A"""
     what = rng.choice(("kind", "color", "place"))
-    question, right, names = about(rng.choice(scene.things), what, scene)
-    others = [getattr(thing, what) for thing in scene.things]    # what is true of another thing comes first: a harder choice
+    question, right, names = ask_about(rng.choice(scene.things), what, scene)
+    # What is true of another thing comes first: a harder choice.
+    others = [getattr(thing, what) for thing in scene.things]
     names = [name for name in others if name in names] + rng.sample(names, len(names))
-    choices = rng.sample([name for name in dict.fromkeys(names) if name != right][:3], 3)
-    letter = rng.randrange(4)
-    choices.insert(letter, right)
-    return "\n".join([question, *(f"{'ABCD'[i]}. {choice}" for i, choice in enumerate(choices)), LETTER]), "ABCD"[letter]
-
+    wrong = [name for name in dict.fromkeys(names) if name != right]
+    choices = rng.sample(wrong[:3], 3)
+    place = rng.randrange(4)
+    choices.insert(place, right)
+    options = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices)]
+    return "\n".join([question, *options, LETTER]), "ABCD"[place]
 
 
 def ask_reading(scene, rng):
     return (f"What word is on the sign?\n{SHORT}", scene.sign.word) if scene.sign else None
 
 
-
 def ask_unanswerable(scene, rng):
+    """What color is the fish? (there is none) -> Unanswerable"""
     known = rng.random() < 0.5
     what = rng.choice(("color", "color", "size"))
-    question, answer, _ = about(rng.choice(scene.things), what, scene)
-    if known == bool(scene.sign) and rng.random() < (0.5 if known else 0.33):    # signs are the rarer case
-        question, answer = "What word is on the sign?", scene.sign and scene.sign.word
+    question, answer, _ = ask_about(rng.choice(scene.things), what, scene)
+    share = 0.5 if known else 0.33               # signs are the rarer case
+    about_sign = known == bool(scene.sign) and rng.random() < share
+    if about_sign:
+        question = "What word is on the sign?"
+        answer = scene.sign and scene.sign.word
     elif not known:
-        absent = rng.choice([kind for kind in KINDS if not count(scene, kind=kind)])
+        absent = rng.choice([kind for kind in KINDS if not count_things(scene, kind=kind)])
         question = f"What color is the {absent}?" if what == "color" else f"Is the {absent} small or big?"
     return f"{question}\n{INSUFFICIENT}\n{SHORT}", answer if known else "Unanswerable"
 
 
-
 def ask_reasoning(scene, rng):
-    question, answer, _ = reason(scene, rng)
+    """How many cats and balls are there together? -> 3"""
+    question, answer, _ = two_step_question(scene, rng)
     return f"{question}\n{SHORT}", str(answer)
 
 
-
 def ask_cot(scene, rng):
-    question, answer, steps = reason(scene, rng)
+    """The same, with its steps: There are 2 cats. There is 1 ball. 2 + 1 = 3. Final answer: 3"""
+    question, answer, steps = two_step_question(scene, rng)
     return f"{COT}{question}", f"{steps}\nFinal answer: {answer}"
 
 
+def two_step_question(scene, rng):
+    """(question, answer, the steps in words)"""
+    found = [*add_or_compare(scene), *count_legs(scene), *take_away(scene)]
+    return pick_answer(found, rng, {0: 2, 1: 2, 2: 1, 3: 2})
 
-def reason(scene, rng):
-    """A question that takes two steps: (question, answer, the steps in words)."""
-    found, n = [], len(scene.things)
-    kinds = {kind: count(scene, kind=kind) for kind in KINDS if count(scene, kind=kind)}
+
+def present_kinds(scene):
+    counts = {kind: count_things(scene, kind=kind) for kind in KINDS}
+    return {kind: n for kind, n in counts.items() if n}
+
+
+def add_or_compare(scene):
+    kinds = present_kinds(scene)
     for a, n_a in kinds.items():
         for b, n_b in kinds.items():
-            steps, a_s, b_s = f"{there(n_a, a)}. {there(n_b, b)}. {n_a}", several(0, a), several(0, b)
+            steps = f"{there_are(n_a, a)}. {there_are(n_b, b)}. {n_a}"
             if a != b:
-                found.append((f"How many {a_s} and {b_s} are there together?", n_a + n_b, f"{steps} + {n_b} = {n_a + n_b}."))
+                question = f"How many {plural(a)} and {plural(b)} are there together?"
+                yield question, n_a + n_b, f"{steps} + {n_b} = {n_a + n_b}."
             if n_a > n_b:
-                found.append((f"How many more {a_s} than {b_s} are there?", n_a - n_b, f"{steps} - {n_b} = {n_a - n_b}."))
+                question = f"How many more {plural(a)} than {plural(b)} are there?"
+                yield question, n_a - n_b, f"{steps} - {n_b} = {n_a - n_b}."
+
+
+def count_legs(scene):
+    kinds = present_kinds(scene)
     legs = {kind: kinds[kind] * LEGS[kind] for kind in LEGS if kind in kinds}
-    if legs:
-        steps = [f"{several(kinds[kind], kind)} {'has' if kinds[kind] == 1 else 'have'} {legs[kind]} legs." for kind in legs]
-        steps += [f"{' + '.join(map(str, legs.values()))} = {sum(legs.values())}."] if len(legs) > 1 else []
-        found.append(("How many legs do the animals have together?", sum(legs.values()), " ".join(steps)))
+    if not legs:
+        return
+    steps = []
+    for kind, n_leg in legs.items():
+        has = "has" if kinds[kind] == 1 else "have"
+        steps.append(f"{count_noun(kinds[kind], kind)} {has} {n_leg} legs.")
+    total = sum(legs.values())
+    if len(legs) > 1:
+        steps.append(f"{' + '.join(map(str, legs.values()))} = {total}.")
+    yield "How many legs do the animals have together?", total, " ".join(steps)
+
+
+def take_away(scene):
+    n = len(scene.things)
     besides = " besides the sign" if scene.sign else ""
     for color in sorted({thing.color for thing in scene.things}):
-        gone = count(scene, color=color)
-        steps = f"{there(n, 'thing')}{besides}. {several(gone, 'thing')} {'is' if gone == 1 else 'are'} {color}."
+        gone = count_things(scene, color=color)
+        verb = "is" if gone == 1 else "are"
+        steps = f"{there_are(n, 'thing')}{besides}. {count_noun(gone, 'thing')} {verb} {color}."
         question = f"How many things{besides} would be left if every {color} thing were taken away?"
-        found.append((question, n - gone, f"{steps} {n} - {gone} = {n - gone}."))
-    return pick(found, rng, {0: 2, 1: 2, 2: 1, 3: 2})
+        yield question, n - gone, f"{steps} {n} - {gone} = {n - gone}."
 
 
-
-def pick(found, rng, weights):
-    """One of the (question, answer, ...): first the answer, by weight (3 unless told), then a question that has it."""
+def pick_answer(found, rng, weights):
+    """One of the (question, answer, ...): first an answer, by weight (else 3), then a question with it."""
     answers = sorted({answer for _, answer, *_ in found})
     answer = rng.choices(answers, [weights.get(answer, 3) for answer in answers])[0]
     return rng.choice([item for item in found if item[1] == answer])
 
 
+def ask_chat(scene, rng):
+    """As people ask, without a format prompt, and answered in a sentence.
 
-def nameable(scene):
-    """The pairs a question may name: all, but a training scene must not teach that UNSEEN ones do not exist."""
-    held_out = any((thing.kind, thing.color) in UNSEEN for thing in scene.things)
-    return [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
-
-
-
-def chat(scene, rng):
-    """As people ask, without a format prompt, and answered in a sentence: toy-vicuna has read such questions, answered in a word, but no such
-    answers. The finetune teaches them."""
-    what = rng.choice(("picture", "picture", "place", "color", "size", "spot", "count", "sign", "existence", "spatial"))
+    toy-vicuna has read such questions, answered in a word, but no such answers. The finetune teaches them.
+    """
+    kinds = ("picture", "picture", "place", "color", "size", "spot", "count", "sign", "existence", "spatial")
+    what = rng.choice(kinds)
     thing = rng.choice(scene.things)
     if what == "picture":
         return rng.choice(LOOK), caption(scene)
     if what in ("place", "color", "size"):
-        question, answer, _ = about(thing, what, scene)
-        return question, f"It is {at(thing) if what == 'place' else answer}."
+        question, answer, _ = ask_about(thing, what, scene)
+        return question, f"It is {at_place(thing) if what == 'place' else answer}."
     if what == "spot":
         spot = rng.choice((thing, thing, replace(thing, place=rng.choice(PLACES))))
         found = [part for part in scene.parts if part.place == spot.place]
-        return f"What is {at(spot)}?", f"It is {named(found[0])}." if found else "There is nothing."
+        return f"What is {at_place(spot)}?", f"It is {name_part(found[0])}." if found else "There is nothing."
     if what == "count":
         kind = rng.choice((thing.kind, thing.kind, rng.choice(KINDS)))
-        return f"How many {several(0, kind)} are there?", there(count(scene, kind=kind) or "no", kind) + "."
+        n = count_things(scene, kind=kind)
+        return f"How many {plural(kind)} are there?", there_are(n or "no", kind) + "."
     if what == "sign":
         question = rng.choice(("What does the sign say?", "What word is on the sign?", "Where is the sign?"))
         if not scene.sign:
             return question, "There is no sign."
-        return question, f"It is {at(scene.sign)}." if "Where" in question else f"It says {scene.sign.word}."
-    question, answer = (what == "spatial" and ask_spatial(scene, rng)) or ask_existence(scene, rng)
-    return bare(question).replace(" in the image", ""), answer.capitalize() + "."
+        where = "Where" in question
+        return question, f"It is {at_place(scene.sign)}." if where else f"It says {scene.sign.word}."
+    asked = ask_spatial(scene, rng) if what == "spatial" else None
+    question, answer = asked or ask_existence(scene, rng)
+    return without_format(question).replace(" in the image", ""), answer.capitalize() + "."
 
 
+def without_format(question):
+    """The question without its format prompt."""
+    question = question.removeprefix(COT)
+    for prompt in (LETTER, SHORT, INSUFFICIENT):
+        question = question.removesuffix(f"\n{prompt}")
+    return question
 
-ASK = {"caption": ask_caption, "existence": ask_existence, "count": ask_count, "attribute": ask_attribute, "spatial": ask_spatial,
-       "box": ask_box, "choice": ask_choice, "reading": ask_reading, "unanswerable": ask_unanswerable, "reasoning": ask_reasoning,
-       "cot": ask_cot}
+
+ASK = {
+    "caption": ask_caption,
+    "existence": ask_existence,
+    "count": ask_count,
+    "attribute": ask_attribute,
+    "spatial": ask_spatial,
+    "box": ask_box,
+    "choice": ask_choice,
+    "reading": ask_reading,
+    "unanswerable": ask_unanswerable,
+    "reasoning": ask_reasoning,
+    "cot": ask_cot,
+}
 CATEGORIES = (*ASK, "chat")
 
 
-
-def questions(scene, rng):
-    """One (category, question, answer) of each category the scene allows. The question already ends with its format prompt."""
+def ask_all(scene, rng):
+    """One (category, question with its format prompt, answer) of each category the scene allows."""
     asked = [(category, ask(scene, rng)) for category, ask in ASK.items()]
     return [(category, *pair) for category, pair in asked if pair]
 
 
+# ---- files ----
 
-# -- files -----------------------------------------------------------------------------------------------------------------------
+
 def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=1.0):
-    """Write the pictures, train.json and pretrain.json (LLaVA's format), val.jsonl and world.json into the new folder out.
-    All is written into a hidden folder beside it, renamed at the end: a world that can be seen is complete."""
+    """Write pictures, train.json and pretrain.json (LLaVA's format), val.jsonl and world.json to a new folder.
+
+    All is written into a hidden folder beside it, renamed at the end: a world that can be seen is complete.
+    """
     out = Path(out).absolute()
-    world = {"version": VERSION, "train": n_train, "val": n_val, "size": size, "seed": seed} | ({"words": words} if words != 1 else {})
+    world = {"version": VERSION, "train": n_train, "val": n_val, "size": size, "seed": seed}
+    if words != 1:
+        world["words"] = words
     if is_world(out, world):
         print(f"{out} already holds this world")
         return
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not this world {world}: remove it or give another --out")
-    half = out.parent / f".{out.name}.{os.getpid()}.tmp"
+        raise UserError(f"{out} exists and is not this world {world}: remove it or give another --out")
+
+    hidden = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        (half / "images").mkdir(parents=True)
-        jobs = [(split, i, half, size, seed, words) for split, n in (("train", n_train), ("val", n_val)) for i in range(n)]
-        with multiprocessing.get_context("fork").Pool(initializer=quiet) as pool:
+        (hidden / "images").mkdir(parents=True)
+        jobs = [("train", i, hidden, size, seed, words) for i in range(n_train)]
+        jobs += [("val", i, hidden, size, seed, words) for i in range(n_val)]
+        with multiprocessing.get_context("fork").Pool(initializer=leave_ctrl_c_to_parent) as pool:
             made = pool.imap(make_picture, jobs, chunksize=32)
             made = list(tqdm(made, f"drawing {out.name}", total=len(jobs), unit=" pictures", leave=False))
+
         train, val = made[:n_train], made[n_train:]
-        dump(half / "train.json", [record for record, _ in train])
-        dump(half / "pretrain.json", [record for _, record in train])
+        write_list(hidden / "train.json", [record for record, _ in train])
+        write_list(hidden / "pretrain.json", [record for _, record in train])
         lines = pick_val(val, max(1, round(0.3 * n_val)))
-        (half / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        dump(half / "world.json", world)
+        (hidden / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_list(hidden / "world.json", world)
         print(f"{out}: {n_train} training and {n_val} validation pictures, {len(lines)} validation questions")
         try:
-            half.rename(out)
+            hidden.rename(out)
         except OSError:
             if not is_world(out, world):         # else another process was faster, and ours is the same
                 raise
-    finally:
-        shutil.rmtree(half, ignore_errors=True)  # gone already unless something went wrong, Ctrl-C included
-
+    except OSError as error:                     # full disk, folder not writable or taken
+        raise UserError(f"the toy world could not be drawn: {error}") from None
+    finally:                                     # gone already unless something went wrong, Ctrl-C included
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def make_picture(job):
-    """Draw and save picture i and ask about it. All depends on (seed, split, i) only, so any process may do it."""
+    """Draw and save picture i and ask about it. All depends on (seed, split, i): any process may do it."""
     split, i, folder, size, seed, words = job
     rng = random.Random(f"{seed} {split} {i}")
     scene = random_scene(rng, held_out=split == "val")
     name = f"images/{split}_{i:05d}.png"
-    draw(shrink_sign(scene, words), size).save(folder / name, compress_level=1)
-    asked = questions(scene, rng)
+    draw_scene(shrink_sign(scene, words), size).save(folder / name, compress_level=1)
+    asked = ask_all(scene, rng)
     if split == "val":
-        return name, [*asked, ("chat", *chat(scene, rng))]
-    scarce = [item for item in asked if item[0] == "reading"]                 # few pictures have a sign: always ask what it says
-    turns = scarce + rng.sample([item for item in asked if item not in scarce], 5)
-    turns += {question: ("chat", question, answer) for question, answer in (chat(scene, rng) for _ in range(3))}.values()
+        return name, [*asked, ("chat", *ask_chat(scene, rng))]
+
+    # Few pictures have a sign: always ask what it says. Five more questions, and up to three of chat.
+    turns = [item for item in asked if item[0] == "reading"]
+    turns += rng.sample([item for item in asked if item[0] != "reading"], 5)
+    chats = dict(ask_chat(scene, rng) for _ in range(3))
+    turns += [("chat", question, answer) for question, answer in chats.items()]
     rng.shuffle(turns)
-    turns.append(("detail", DETAIL, describe(scene)))                        # last, so that no answer can be copied from it
-    quoted = lambda q: f'{BOX}"{q.removeprefix(BOX).removesuffix(".")}"'      # as Prismatic's evaluation asks
-    pairs = [(quoted(question) if category == "box" and i % 2 else question, answer) for category, question, answer in turns]
-    return record(f"train-{i}", name, pairs), record(f"pretrain-{i}", name, pairs[-1:])
+    turns.append(("detail", DETAIL, describe(scene)))    # last, so that no answer can be copied from it
+
+    pairs = []
+    for category, question, answer in turns:
+        if category == "box" and i % 2:          # quoted, as Prismatic's evaluation asks
+            question = f'{BOX}"{question.removeprefix(BOX).removesuffix(".")}"'
+        pairs.append((question, answer))
+    return llava_record(f"train-{i}", name, pairs), llava_record(f"pretrain-{i}", name, pairs[-1:])
 
 
-
-def record(id, image, pairs):
-    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
+def llava_record(id, image, pairs):
+    turns = []
+    for question, answer in pairs:
+        turns.append({"from": "human", "value": question})
+        turns.append({"from": "gpt", "value": answer})
     turns[0]["value"] = "<image>\n" + turns[0]["value"]
     return {"id": id, "image": image, "conversations": turns}
 
 
-
 def pick_val(made, limit):
-    """Up to that many questions of each category, the answers taken in turn, so that no answer is frequent."""
+    """Up to `limit` questions of each category, the answers taken in turn, so that none is frequent."""
     by_answer = {category: defaultdict(list) for category in CATEGORIES}
     for i, (name, asked) in enumerate(made):
         for k, (category, question, answer) in enumerate(asked):
-            line = {"question_id": f"val-{i}-{k}", "image": name, "text": question, "answer": answer, "category": category}
-            key = answer == "Unanswerable" if category == "unanswerable" else answer.split("Final answer: ")[-1]
+            line = {
+                "question_id": f"val-{i}-{k}",
+                "image": name,
+                "text": question,
+                "answer": answer,
+                "category": category,
+            }
+            key = answer.split("Final answer: ")[-1]
+            if category == "unanswerable":
+                key = answer == "Unanswerable"
             by_answer[category][key].append((i, k, line))
+
     picked = []
     for groups in by_answer.values():
         rounds = max((len(lines) for lines in groups.values()), default=0)
-        picked += [lines[r] for r in range(rounds) for lines in groups.values() if r < len(lines)][:limit]
+        in_turn = []
+        for r in range(rounds):
+            in_turn += [lines[r] for lines in groups.values() if r < len(lines)]
+        picked += in_turn[:limit]
     return [line for _, _, line in sorted(picked, key=lambda item: item[:2])]
-
 
 
 def is_world(out, world):
@@ -650,29 +893,25 @@ def is_world(out, world):
     return path.is_file() and json.loads(path.read_text()) == world
 
 
-
-def dump(path, value):
+def write_list(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
-
-def quiet():
+def leave_ctrl_c_to_parent():
     """In a drawing process: Ctrl-C is for the parent, which cleans up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+# ---- as the benchmarks' own files: goes to the tests ----
 
-# -- as the benchmarks' own files ------------------------------------------------------------------------------------------------
 OFFICIAL = {"pope": "existence", "tallyqa": "count", "gqa": "attribute", "mme": "spatial", "refcoco": "box", "mmbench": "choice",
             "textvqa": "reading", "vizwiz": "unanswerable", "mathvista": "reasoning cot", "llava-bench": "caption"}
 PER_LINE = {"mme": 2, "mmbench": 4}              # questions that one line of val.jsonl becomes, where it is not one
 
-
-
 def official(name, lines, folder):
     """Numbered lines of val.jsonl, [(number, line), ...], as that benchmark is published: {file: text}. `folder` holds the pictures."""
-    rows = [(k, line, bare(line["text"]), line["answer"], Path(line["image"])) for k, line in lines]
+    rows = [(k, line, without_format(line["text"]), line["answer"], Path(line["image"])) for k, line in lines]
     if name == "pope":
         return {"coco_pope_random.json": jsonl({"question_id": k, "image": line["image"], "text": q, "label": a} for k, line, q, a, _ in rows)}
     if name == "tallyqa":
@@ -724,28 +963,18 @@ def official(name, lines, folder):
             "context.jsonl": jsonl({"image": file.name, "caption": a} for _, _, _, a, file in rows),
             "answers_gpt4.jsonl": jsonl({"question_id": k, "text": a} for k, _, _, a, _ in rows)}
 
-
-
-def bare(question):
-    """The question without its format prompt."""
-    return question.removeprefix(COT).removesuffix(f"\n{LETTER}").removesuffix(f"\n{SHORT}").removesuffix(f"\n{INSUFFICIENT}")
-
-
-
 def jsonl(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-
-# -- tokenizer -------------------------------------------------------------------------------------------------------------------
 def sayings(n_scenes=2000):
-    """What is said of training scenes, in lines for train_tokenizer. At 896 pieces every word of questions() is one piece, and so is
+    """What is said of training scenes, in lines for data.train_tokenizer. At 896 pieces every word of questions() is one piece, and so is
     every coordinate: a box is always 8."""
     lines = []
     for i in range(n_scenes):
         rng = random.Random(f"tokenizer {i}")
         scene = random_scene(rng)
-        pairs = [pair for _, *pair in questions(scene, rng)]
+        pairs = [pair for _, *pair in ask_all(scene, rng)]
         pairs += [(rng.choice(BRIEF), caption(scene)), ("", describe(scene, boxes=False))]
         numbers = [f"{x / GRID:.2f}" for x in range(GRID + 1)]               # evenly: in boxes some would be rare
         texts = [f"{SYSTEM} USER: {question} ASSISTANT: {answer}" for question, answer in pairs] + [f"[{n}, {n}" for n in numbers]
@@ -754,33 +983,19 @@ def sayings(n_scenes=2000):
     return lines
 
 
-
-def parse(Config):
-    cli = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for f in fields(Config):
-        cli.add_argument("--" + f.name, type=f.type, default=f.default, help=f.metadata["help"])
-    known, unknown = cli.parse_known_args()
-    for flag in unknown:
-        near = difflib.get_close_matches(flag.split("=")[0], ["--" + f.name for f in fields(Config)], 1)
-        cli.error(f"unknown argument {flag}" + (f": did you mean {near[0]}?" if near else ""))
-    return Config(**vars(known))
-
-
-
-def main(cfg):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("toyworld.py: terminated, nothing written"))   # through the clean-up
-    if not 0 < cfg.words <= 1:
-        sys.exit(f"toyworld.py: --words {cfg.words}: must be above 0 and at most 1")
+def main(argv=None):
+    cfg = parse(WorldConfig, argv, description=__doc__)
+    # Through the clean-up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated, nothing written"))
+    if not cfg.hello:
+        write_world(cfg.out, cfg.train, cfg.val, cfg.size, cfg.seed, cfg.words)
+        return 0
     try:
-        if cfg.hello:
-            hello_picture().save(cfg.hello)
-        else:
-            write_world(cfg.out, cfg.train, cfg.val, cfg.size, cfg.seed, cfg.words)
-    except OSError as error:                     # full disk, folder not writable or taken
-        sys.exit(f"toyworld.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("toyworld.py: interrupted, nothing written")
+        hello_picture().save(cfg.hello)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--hello {cfg.hello}: cannot be written ({error}); end it in .jpg") from None
+    return 0
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    sys.exit(run(main))

@@ -271,7 +271,7 @@ def draw(scenes, rng=None):
     """-> (B, 3, S, S). With rng some are drawn larger and made smaller as any user's picture is, which draws edges a little differently."""
     cfg = PRESETS["toy"].vision
     sides = [rng.choice((1, 1, 4 / 3, 2, 3)) if rng else 1 for _ in scenes]
-    return torch.cat([cut_tiles(toyworld.draw(s, round(k * cfg.image_size)), cfg, "pad")[0] for s, k in zip(scenes, sides)])
+    return torch.cat([cut_tiles(toyworld.draw_scene(s, round(k * cfg.image_size)), cfg, "pad")[0] for s, k in zip(scenes, sides)])
 
 
 
@@ -359,7 +359,7 @@ def lesson(tok, rng, progress):
     *told, spelled = plain_lesson(tok, rng, progress)
     if rng.random() < 0.5 or any(id in tok.encode("legs") for id in told[0]):            # who could count the legs of a word?
         return *told, spelled
-    names = [tok.encode(toyworld.several(0, kind)) + tok.encode(kind) for kind in toyworld.KINDS] + [tok.encode(color) for color in toyworld.COLORS]
+    names = [tok.encode(toyworld.plural(kind)) + tok.encode(kind) for kind in toyworld.KINDS] + [tok.encode(color) for color in toyworld.COLORS]
     taken = {id for name in names for id in name}.union(told[0], *spelled)
     free = [id for id in range(tok.n_text) if re.fullmatch(r"\u2581[A-Za-z]{3,}", tok.processor.id_to_piece(id)) and id not in taken]
     other = {id: new for name, new in zip(names, rng.sample(free, len(names))) if rng.random() < 0.5 for id in name}
@@ -375,8 +375,8 @@ def plain_lesson(tok, rng, progress):
     shares = (1, 0, 0) if progress < 0.15 else (0.4, 0.6, 0) if progress < 0.3 else (0.2, 0.4, 0.4) if progress < 0.5 else (0.05, 0.2, 0.75)
     form = rng.choices(("terse", "bare", "conversation"), shares)[0]
     spelled = spell(scene, tok, rng)
-    asked = toyworld.questions(scene, rng)                                  # and more of what is hard
-    asked += [item for _ in range(2) for item in toyworld.questions(scene, rng) if item[0] in HARD and item not in asked]
+    asked = toyworld.ask_all(scene, rng)                                  # and more of what is hard
+    asked += [item for _ in range(2) for item in toyworld.ask_all(scene, rng) if item[0] in HARD and item not in asked]
     if form == "conversation":
         pairs = [(bare(q) if rng.random() < 0.25 else q, a) for _, q, a in rng.sample(asked, min(5, len(asked)))]
         pairs += [(toyworld.DETAIL, toyworld.describe(scene))] * (rng.random() < 0.3)
@@ -397,17 +397,17 @@ def plain_lesson(tok, rng, progress):
 def terse(scene, rng):
     """Questions of a few words, the last of them what is asked about."""
     kinds, names = [t.kind for t in scene.things], [f"{p.color} {p.kind}" if p in scene.things else p.word for p in scene.parts]
-    pairs = [("how many " + k, str(toyworld.count(scene, kind=k))) for k in rng.sample(toyworld.KINDS, 2) + kinds[:1]]
-    pairs += [("how many " + c, str(toyworld.count(scene, color=c))) for c in rng.sample(list(toyworld.COLORS), 1) + [scene.things[0].color]]
+    pairs = [("how many " + k, str(toyworld.count_things(scene, kind=k))) for k in rng.sample(toyworld.KINDS, 2) + kinds[:1]]
+    pairs += [("how many " + c, str(toyworld.count_things(scene, color=c))) for c in rng.sample(list(toyworld.COLORS), 1) + [scene.things[0].color]]
     pairs += [("after " + a, b) for a, b in zip(names, names[1:] + ["none"])] + [("first", names[0])]          # a caption, step by step
     for t in scene.things:
         name = t.kind if kinds.count(t.kind) == 1 else f"{t.color} {t.kind}"
         pairs += [("color " + t.kind, t.color)] * (name == t.kind) + [("size " + name, t.size), ("place " + name, t.place), ("thing " + t.place, t.kind)]
         pairs += [("box " + name, toyworld.coordinates(t.box)), (f"any {t.color} {t.kind}", "yes")]
         other, near = (rng.choice(toyworld.KINDS), rng.choice(list(toyworld.COLORS))), rng.choice([(t.kind, c) for c in toyworld.COLORS] + [(k, t.color) for k in toyworld.KINDS])
-        pairs += [(f"any {c} {k}", "no") for k, c in [rng.choice((other, near))] if not toyworld.count(scene, k, c) and (k, c) in toyworld.nameable(scene)]
+        pairs += [(f"any {c} {k}", "no") for k, c in [rng.choice((other, near))] if not toyworld.count_things(scene, k, c) and (k, c) in toyworld.nameable_pairs(scene)]
         what, question, values = rng.choice((("kind", "thing " + t.place, toyworld.KINDS), ("place", "place " + name, toyworld.PLACES),
-                                             ("color", f"color {t.kind} {t.place}", [c for k, c in toyworld.nameable(scene) if k == t.kind])))
+                                             ("color", f"color {t.kind} {t.place}", [c for k, c in toyworld.nameable_pairs(scene) if k == t.kind])))
         right = getattr(t, what)
         options = rng.sample([v for v in values if v != right], 3)
         options.insert(rng.randrange(4), right)
@@ -437,7 +437,7 @@ def told(decoder, tok, n=64):
             rng = random.Random(f"told {i}")
             scene = toyworld.random_scene(rng, held_out=True)
             lessons += [(*encode_conversation(tok, [("human", q), ("gpt", a)], "vicuna_v1", [64]), spell(scene, tok))
-                        for c, q, a in toyworld.questions(scene, rng) if c == category]
+                        for c, q, a in toyworld.ask_all(scene, rng) if c == category]
         guesses = text_loss(decoder, tok, lessons)[1]
         answers = [[i for i in labels if i != IGNORE] for _, labels, _ in lessons]
         wins[category] = sum(is_right(tok.decode(g[:-1]), tok.decode(a[:-1])) for g, a in zip(guesses, answers)) / len(answers)
@@ -529,7 +529,7 @@ def kinds_told(size, n=128, S=96):
     vlm, tok = train.build(train.parse(["--stage", "finetune"]))
     words, rng, right, k = vlm.decoder.embed_tokens.weight[[tok.encode(kind)[0] for kind in toyworld.KINDS]], random.Random(1), [], size // S
     for scene in (toyworld.random_scene(rng, held_out=True) for _ in range(n)):
-        picture = toyworld.draw(scene, size)
+        picture = toyworld.draw_scene(scene, size)
         tiles = [cut_tiles(picture.crop((S * c, S * r, S * c + S, S * r + S)), vlm.cfg.vision, "pad")[0] for r in range(k) for c in range(k)]
         said = vlm.connector(vlm.vision(torch.cat(tiles)).flatten(0, 1)) @ (words - words.mean(0)).T
         said = said.view(k, k, 8, 8, -1).transpose(1, 2).reshape(64 * k * k, -1).argmax(-1)             # the patches of all tiles, row by row
@@ -670,7 +670,7 @@ def write_questions(out, n):
     reasoning, captions = [], []
     for i in range(n):
         scene, rng = scene_of("train", i)
-        question, truth, _ = toyworld.reason(scene, rng)
+        question, truth, _ = toyworld.two_step_question(scene, rng)
         image = f"images/train_{i:05d}.png"
         reasoning.append({"image": image, "question": f"{question}\n{toyworld.SHORT}", "answer": str(truth)})
         captions.append({"image": image, "question": toyworld.CAPTION})
@@ -684,7 +684,7 @@ def make_exam(n):
     exam = []
     for i in range(min(n, 240)):
         scene, rng = scene_of("val", i)
-        question, truth, _ = toyworld.reason(scene, rng)
+        question, truth, _ = toyworld.two_step_question(scene, rng)
         exam.append((Path(f"toyworld/images/val_{i:05d}.png"), question, str(truth), scene))
     return exam
 

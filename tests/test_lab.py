@@ -45,7 +45,7 @@ def test_words_that_stand_for_a_kind_or_a_color_do_so_in_the_picture_and_in_what
                  for a, b in zip(before, after, strict=True)}
         assert len({a for a, _ in pairs}) == len(pairs)                     # each word by one other, everywhere
         changed = {a: b for a, b in pairs if a != b}
-        assert {tok.decode([a]).strip() for a in changed} <= {*COLORS, *KINDS, *(toyworld.several(0, kind) for kind in KINDS)}
+        assert {tok.decode([a]).strip() for a in changed} <= {*COLORS, *KINDS, *(toyworld.plural(kind) for kind in KINDS)}
         assert not any(tok.decode([b]).strip() in {*COLORS, *KINDS} for b in changed.values())
         renamed += bool(changed)
     assert 5 < renamed < 35

@@ -16,7 +16,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import toyworld
 from conversation import train_tokenizer
-from toyworld import COLORS, KINDS, PLACES, Scene, Sign, Thing, UNSEEN, caption, describe, draw, questions, random_scene
+from support.cli import UserError
+from toyworld import COLORS, KINDS, PLACES, UNSEEN, Scene, Sign, Thing, ask_all, caption, describe, draw_scene, random_scene
 
 CAT = Thing("cat", "red", "big", "top left", (0.05, 0.05, 0.35, 0.35))
 BALL = Thing("ball", "orange", "small", "right", (0.70, 0.40, 0.90, 0.60))
@@ -29,18 +30,18 @@ def asked(n, held_out=False):
     """(scene, category, question without its format prompt, answer) of n scenes, five rounds of questions each."""
     for i, scene in enumerate(scenes(n, held_out)):
         for k in range(5):
-            for category, question, answer in questions(scene, random.Random(f"{i} {k}")):
+            for category, question, answer in ask_all(scene, random.Random(f"{i} {k}")):
                 yield scene, category, question, answer
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------------------
 def test_the_same_scene_gives_the_same_pixels():
-    assert draw(SCENE).tobytes() == draw(SCENE).tobytes()
+    assert draw_scene(SCENE).tobytes() == draw_scene(SCENE).tobytes()
     assert [random_scene(random.Random(7)) for _ in range(2)] == [random_scene(random.Random(7))] * 2
 
 def test_a_large_picture_made_small_is_the_small_picture():
     for scene in scenes(10):
-        large, small = np.asarray(draw(scene, 480).reduce(5), int), np.asarray(draw(scene, 96), int)
+        large, small = np.asarray(draw_scene(scene, 480).reduce(5), int), np.asarray(draw_scene(scene, 96), int)
         assert np.abs(large - small).mean() < 2.5
 
 def test_every_thing_and_sign_fills_its_box_tightly():
@@ -48,16 +49,16 @@ def test_every_thing_and_sign_fills_its_box_tightly():
     for scene in scenes(60):
         for thing in scene.parts:
             alone = Scene(scene.background, (thing,)) if isinstance(thing, Thing) else Scene(scene.background, (), thing)
-            empty = np.asarray(draw(Scene(scene.background, ()), 200), int)
-            ys, xs = np.nonzero(np.abs(np.asarray(draw(alone, 200), int) - empty).max(2) > 20)
+            empty = np.asarray(draw_scene(Scene(scene.background, ()), 200), int)
+            ys, xs = np.nonzero(np.abs(np.asarray(draw_scene(alone, 200), int) - empty).max(2) > 20)
             found = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
             assert np.abs(np.array(found) - 200 * np.array(thing.box)).max() <= 2.5, (thing, found)
 
 def test_a_thing_shows_its_color_more_than_any_other():
     for thing in (thing for scene in scenes(100) + scenes(50, True) for thing in scene.things):
         x1, y1, x2, y2 = (round(96 * v) for v in thing.box)
-        picture = draw(Scene("snow", (thing,)))
-        empty = np.asarray(draw(Scene("snow", ())), int)[y1:y2, x1:x2]
+        picture = draw_scene(Scene("snow", (thing,)))
+        empty = np.asarray(draw_scene(Scene("snow", ())), int)[y1:y2, x1:x2]
         patch = np.asarray(picture, int)[y1:y2, x1:x2]
         pixels = patch[np.abs(patch - empty).max(2) > 8]
         nearest = np.abs(pixels[:, None] - np.array(list(COLORS.values()))).sum(2)
@@ -200,7 +201,7 @@ def test_who_guesses_blindly_does_badly():
 def test_chat_asks_without_a_format_prompt_and_answers_in_a_true_sentence():
     cat, ball = Thing("cat", "red", "big", "left", (0.1, 0.35, 0.4, 0.65)), Thing("ball", "blue", "small", "top right", (0.7, 0.1, 0.9, 0.3))
     scene = Scene("meadow", (ball, cat), Sign("EXIT", "bottom right", (0.55, 0.7, 0.95, 0.9)))
-    said = dict(toyworld.chat(scene, random.Random(i)) for i in range(3000))
+    said = dict(toyworld.ask_chat(scene, random.Random(i)) for i in range(3000))
     assert all(said[question] == "A blue ball, a red cat and a sign that says EXIT." for question in toyworld.LOOK)
     true = {"Where is the ball?": "It is at the top right.", "Where is the sign?": "It is at the bottom right.", "What color is the cat?": "It is red.",
             "Is the cat small or big?": "It is big.", "How many cats are there?": "There is 1 cat.", "How many trees are there?": "There are no trees.",
@@ -208,7 +209,7 @@ def test_chat_asks_without_a_format_prompt_and_answers_in_a_true_sentence():
             "What is at the bottom?": "There is nothing.", "What does the sign say?": "It says EXIT.", "Is there a red cat?": "Yes.", "Is there a fish?": "No.",
             "Is the cat to the left of the ball?": "Yes.", "Is the cat above the ball?": "No."}
     assert {question: said.get(question) for question in true} == true
-    signless = dict(toyworld.chat(Scene("snow", (cat,)), random.Random(i)) for i in range(300))
+    signless = dict(toyworld.ask_chat(Scene("snow", (cat,)), random.Random(i)) for i in range(300))
     assert {signless[question] for question in signless if "sign" in question} == {"There is no sign."}
 
 
@@ -248,7 +249,7 @@ def test_the_same_seed_writes_the_same_world_and_a_finished_world_is_left_alone(
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(world)).read_bytes()
     toyworld.write_world(world, 30, 60, 96, 0)
     assert "already" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match="not this world"):
+    with pytest.raises(UserError, match="not this world"):
         toyworld.write_world(world, 30, 60, 96, seed=1)
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
@@ -270,7 +271,7 @@ def test_errors_are_one_line_without_traceback(tmp_path):
     full = run("--out", tmp_path / "full", "--train", 200, "--val", 2, preexec_fn=file_size_limit)   # as on a full disk
     for result in (taken, nowhere, full):
         assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert result.stderr.strip().splitlines()[-1].startswith("toyworld.py: ")
+        assert result.stderr.strip().splitlines()[-1].startswith("error: ")
     assert os.listdir(tmp_path) == ["file"]
     assert "did you mean --seed?" in run("--sed", 3).stderr
 
