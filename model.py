@@ -157,7 +157,7 @@ class VLM(nn.Module):
         rows = (target != IGNORE).nonzero()[:, 0]
         if not len(rows):
             raise ValueError("no supervised token in the batch: its loss would be 0/0; check the labels (python -m tools.show show)")
-        return head_loss(self.decoder(x, rows=rows), self.decoder.lm_head.weight, target[rows]) / len(rows)
+        return -token_log_probs(self.decoder(x, rows=rows), self.decoder.lm_head.weight, target[rows]).mean()
 
     def embed(self, tokens, pixels, layout=None):
         """Word embeddings with the pictures written over their rows: (B, T), (n, 3, S, S), (M, 2) -> (B, T, D)."""
@@ -438,45 +438,68 @@ def rotate(x, cos, sin):
 
 
 
-def head_loss(h, W, y):
-    """- sum over n rows of log softmax(h W^T)[y]: (n, D), (V, D), (n,) -> scalar. No (n, V) logits exist at any moment."""
-    dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else W.dtype
-    return HeadLoss.apply(h, W, y, dtype, torch.is_grad_enabled())
+def token_log_probs(h, W, targets):
+    """log softmax(h W^T)[target] of every row: (n, D), (V, D), (n,) -> (n,) float32.
+
+    SFT minimises minus their mean over all supervised tokens, DPO compares their sums over two answers.
+    """
+    device = h.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else W.dtype
+    return TokenLogProbs.apply(h, W, targets, dtype, torch.is_grad_enabled())
 
 
+class TokenLogProbs(torch.autograd.Function):
+    """A slice of rows at a time: no (n, V) logits exist at any moment.
 
-class HeadLoss(torch.autograd.Function):
-    """Both gradients of a slice of rows are made while its logits are there, p - onehot(y) in their place; backward only scales them."""
+    What a log-probability says to its logits is onehot(target) - p. The first slices keep it for the way back,
+    in the place of their logits; beyond them there might be no room, and it is computed once more.
+    """
 
-    @staticmethod
-    def forward(ctx, h, W, y, dtype, learn):
-        rows = max(1, (2**26 if h.is_cuda else 2**23) // len(W))            # float32 logits of 256 MB there, 32 MB here: about a cache
-        to_h, to_W = (learn and needed for needed in ctx.needs_input_grad[:2])
-        grad_h, grad_W = torch.empty_like(h) if to_h else None, torch.empty_like(W, dtype=torch.float32) if to_W else None
-        loss, w = torch.zeros((), device=h.device), W.to(dtype)
-        with torch.autocast(h.device.type, enabled=False):
-            for at in range(0, len(y), rows):
-                x, target = h[at : at + rows].to(dtype), y[at : at + rows, None]
-                p = (x @ w.T).float()                                       # logits, and in the same memory what becomes of them
-                top, said = p.amax(-1, keepdim=True), p.gather(1, target)
-                total = p.sub_(top).exp_().sum(-1, keepdim=True)
-                loss += (total.log() + top - said).sum()
-                if to_h or to_W:
-                    p = p.div_(total).scatter_add_(1, target, torch.full_like(said, -1.0)).to(dtype)
-                if to_h:
-                    grad_h[at : at + rows] = p @ w
-                if to_W and dtype == torch.float32:
-                    torch.addmm(grad_W, p.T, x, beta=float(at > 0), out=grad_W)
-                elif to_W:
-                    grad_W = grad_W.add_(p.T @ x) if at else grad_W.copy_(p.T @ x)
-        ctx.save_for_backward(grad_h, grad_W)
-        ctx.dtype = W.dtype
-        return loss
+    slice_size = {"cpu": 2**23, "cuda": 2**26}  # logits: 32 MB in float32, about a cache; 256 MB
+    n_kept = 8                                  # slices
 
     @staticmethod
-    def backward(ctx, g):
-        grad_h, grad_W = ctx.saved_tensors
-        return None if grad_h is None else grad_h * g, None if grad_W is None else grad_W.mul_(g).to(ctx.dtype), None, None, None
+    def forward(ctx, h, W, targets, dtype, learn):
+        ctx.rows = max(1, TokenLogProbs.slice_size[h.device.type] // len(W))
+        ctx.dtype, ctx.kept = dtype, []
+        ctx.save_for_backward(h, W, targets)
+        log_probs = []
+        w = W.to(dtype)
+        for x, target in zip(h.split(ctx.rows), targets.split(ctx.rows)):
+            log_prob, gradient = TokenLogProbs.one_slice(x.to(dtype), w, target)
+            log_probs.append(log_prob)
+            if learn and len(ctx.kept) < TokenLogProbs.n_kept:
+                ctx.kept.append(gradient)
+        return torch.cat(log_probs)
+
+    @staticmethod
+    def one_slice(x, w, target):
+        """-> log-probabilities (r,) and onehot(target) - p (r, V), all in the memory of one slice's logits."""
+        target = target[:, None]                                            # (r, 1)
+        logits = (x @ w.T).float()                                          # (r, V)
+        top = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(1, target)
+        p = logits.sub_(top).exp_()
+        total = p.sum(-1, keepdim=True)
+        gradient = p.div_(-total).scatter_add_(1, target, torch.ones_like(chosen))
+        return (chosen - top - total.log())[:, 0], gradient.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        h, W, targets = ctx.saved_tensors
+        h_wanted, W_wanted = ctx.needs_input_grad[:2]
+        grad_h = torch.empty_like(h) if h_wanted else None
+        grad_W = torch.zeros_like(W, dtype=torch.float32) if W_wanted else None
+        w = W.to(ctx.dtype)
+        for at in range(0, len(h), ctx.rows):
+            some = slice(at, at + ctx.rows)
+            x = h[some].to(ctx.dtype)
+            gradient = ctx.kept.pop(0) if ctx.kept else TokenLogProbs.one_slice(x, w, targets[some])[1]
+            if h_wanted:
+                grad_h[some] = (gradient @ w) * upstream[some, None]
+            if W_wanted:
+                grad_W += gradient.T @ (x * upstream[some, None]).to(ctx.dtype)
+        return grad_h, grad_W if grad_W is None else grad_W.to(W.dtype), None, None, None
 
 
 

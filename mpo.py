@@ -36,7 +36,6 @@ import sys
 import time
 
 from PIL import Image
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 import torch
@@ -45,7 +44,7 @@ import torch.nn.functional as F
 from conversation import encode_conversation
 from data import Examples, Mixture, collate, open_records
 from lab.losses import aot_loss, cdpo_loss, hinge_loss, ipo_loss, orpo_loss, robust_dpo_loss, sppo_loss
-from model import IGNORE, PRESETS
+from model import IGNORE, PRESETS, token_log_probs
 from sample import newest_run
 from support.cli import must, Flags, UserError, arg, one_of, run
 from support.lora import lora_off
@@ -103,12 +102,10 @@ def loss_weights(cfg):
 
 
 
-def log_probs(vlm, batch, seen=None, rows=1024):
+def log_probs(vlm, batch, seen=None):
     """A batch of pairs -> s (B, 2) float32, n (B, 2): sums of log-probabilities and numbers of tokens of chosen and rejected answers.
 
-    Prompt, picture and padding count zero. The head is run on answer tokens only, `rows` of them at a time, each time once more on
-    the way back: no more than (rows, V) logits exist at any moment. (model.head_loss makes its gradient on the way there, when it
-    is not yet known how much each answer weighs in L.) `seen`: the pictures' vlm.features, if they are known.
+    Prompt, picture and padding count zero. `seen`: the pictures' vlm.features, if they are known.
     """
     part, keep = batch["part"], batch["labels"] != IGNORE                                    # (B, T)
     now = torch.arange(part.shape[1], device=part.device)
@@ -117,9 +114,7 @@ def log_probs(vlm, batch, seen=None, rows=1024):
     x = vlm.embed(batch["tokens"], batch["pixels"] if seen is None else seen, batch["layout"])
     h = vlm.decoder(x, at=batch["at"], mask=mask[:, None], rows=row * part.shape[1] + batch["source"][keep])
     y, slot = batch["labels"][keep], 2 * row + (part[keep] == REJECTED)
-    one = lambda h, y: -F.cross_entropy(vlm.decoder.lm_head(h).float(), y, reduction="none")
-    many = len(y) > rows and torch.is_grad_enabled()
-    s = torch.cat([checkpoint(one, *some, use_reentrant=False) if many else one(*some) for some in zip(h.split(rows), y.split(rows))])
+    s = token_log_probs(h, vlm.decoder.lm_head.weight, y)
     add = lambda values: torch.zeros(2 * len(part), device=h.device).index_add(0, slot, values).view(-1, 2)
     return add(s), add(torch.ones_like(s))
 

@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model
 from conversation import Tokenizer, encode_prompt
 from support.cli import run
 from model import Connector, Decoder, DecoderConfig, PRESETS, RMSNorm, VLM, VLMConfig, init_weights, rotary, rotate, sample
+from model import TokenLogProbs, token_log_probs
 from support.export import save_processor
 from support.io import write_whole
 from support.weights import clip_json, decoder_config, llama_json, llava_name, load_decoder, load_vision
@@ -189,6 +192,80 @@ def test_gradients_reach_every_part_but_the_layers_that_are_never_run():
     still = {name for name, p in vlm.named_parameters() if p.grad is None}
     unused = {"vision.norm.weight", "vision.norm.bias"} | {f"vision.blocks.2.{name}" for name, _ in vlm.vision.blocks[2].named_parameters()}
     assert still == unused
+
+
+# ---- log-probabilities without logits -------------------------------------------------------------------------------
+
+def in_float64(h, W, targets, weights):
+    """Plain autograd as the judge: log-probabilities, and both gradients of their weighted sum."""
+    h, W = h.detach().double().requires_grad_(), W.detach().double().requires_grad_()
+    log_probs = F.linear(h, W).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return log_probs, *torch.autograd.grad((log_probs * weights).sum(), [h, W])
+
+
+def far_from(found, exact):
+    """The largest error, as a share of the largest number: what float32 can promise of a sum."""
+    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("slice_size, n_kept", [(2**23, 8), (100 * 50, 8), (100 * 50, 2), (1, 0)])
+def test_log_probs_and_both_gradients_are_those_of_autograd(monkeypatch, slice_size, n_kept):
+    """In one slice, in seven that are kept, in seven of which two are, and row by row, each computed twice."""
+    monkeypatch.setattr(TokenLogProbs, "slice_size", {"cpu": slice_size})
+    monkeypatch.setattr(TokenLogProbs, "n_kept", n_kept)
+    torch.manual_seed(0)
+    h, W = torch.randn(601, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (601,))
+    weights = torch.randn(601)                   # every token has its own, as in DPO
+    exact = in_float64(h, W, targets, weights)
+
+    log_probs = token_log_probs(h, W, targets)
+    grads = torch.autograd.grad((log_probs * weights).sum(), [h, W])
+    for found, right in zip([log_probs, *grads], exact):
+        assert far_from(found, right) < 1e-5
+
+
+def test_a_frozen_head_gets_no_gradient_and_without_grad_nothing_is_kept():
+    h, W, targets = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4), torch.tensor([1, 2, 3, 4, 8])
+    token_log_probs(h, W, targets).sum().backward()
+    assert h.grad is not None and W.grad is None
+    with torch.no_grad():
+        assert not token_log_probs(h, W, targets).requires_grad
+
+
+def test_huge_logits_give_finite_log_probs_and_nan_stays_nan():
+    W, target = torch.eye(3), torch.tensor([0])
+    assert token_log_probs(torch.tensor([[0.0, 1e4, 0.0]]), W, target).item() == -1e4
+    assert token_log_probs(torch.tensor([[0.0, math.nan, 0.0]]), W, target).isnan()
+
+
+def test_under_autocast_the_head_runs_in_bfloat16_and_its_gradient_stays_float32():
+    torch.manual_seed(0)
+    h, W = torch.randn(64, 32, requires_grad=True), torch.randn(500, 32, requires_grad=True)
+    targets = torch.randint(0, 500, (64,))
+    exact = in_float64(h, W, targets, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs = token_log_probs(h, W, targets)
+    log_probs.sum().backward()
+    assert log_probs.dtype == W.grad.dtype == torch.float32
+    assert far_from(log_probs, exact[0]) < 0.01          # bfloat16 keeps eight bits: 0.004 of each number
+    assert far_from(W.grad, exact[2]) < 0.02
+
+
+def test_no_tensor_of_the_size_of_all_logits_is_ever_made(monkeypatch):
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    monkeypatch.setattr(TokenLogProbs, "slice_size", {"cpu": 2**18})
+    h, W = torch.randn(2048, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    with Watch():
+        token_log_probs(h, W, torch.randint(0, 1000, (2048,))).sum().backward()
+    assert max(sizes) <= 2**18 < 2048 * 1000 / 7
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import model
 import train
 from data import IGNORE, open_records
 from support.cli import run
-from model import DecoderConfig, VLM, VLMConfig, head_loss
+from model import DecoderConfig, VLM, VLMConfig
 from support.export import save_adapter, save_processor
 from support.lora import add_lora, lora_off, merged_state
 from support.weights import load_adapter
@@ -68,61 +68,6 @@ def a_batch(cfg, rows=3, length=40):
     tokens[:, 1 : 1 + cfg.vision.n_token] = cfg.image_token
     labels = torch.where(torch.arange(length) > torch.tensor([[20], [30], [38]])[:rows], tokens, IGNORE)
     return tokens, torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8, generator=draw), labels
-
-
-# ---- the loss without logits -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("V", [50, 30_000])                                 # one slice, and several: a slice holds 2^23 logits
-def test_the_head_loss_and_both_its_gradients_are_those_of_autograd(V):
-    draw = torch.Generator().manual_seed(0)
-    h, W, y = torch.randn(601, 16, generator=draw), torch.randn(V, 16, generator=draw), torch.randint(0, V, (601,), generator=draw)
-    ours, theirs = ([t.clone().requires_grad_() for t in (h, W)] for _ in range(2))
-    a, b = head_loss(*ours, y) / 7, F.cross_entropy(F.linear(*theirs), y, reduction="sum") / 7
-    a.backward(), b.backward()
-    assert_close(a, b)
-    for mine, autograds in zip(ours, theirs):
-        assert_close(mine.grad, autograds.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_a_frozen_head_gets_no_gradient_and_without_grad_there_is_none_at_all():
-    h, W, y = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4), torch.tensor([1, 2, 3, 4, 8])
-    head_loss(h, W, y).backward()
-    assert h.grad is not None and W.grad is None
-    with torch.no_grad():
-        assert not head_loss(h, W, y).requires_grad
-
-
-def test_the_head_loss_of_huge_logits_is_finite_and_nan_stays_nan():
-    W, y = torch.eye(3), torch.tensor([0])
-    assert_close(head_loss(torch.tensor([[0.0, 1e4, 0.0]]), W, y), torch.tensor(1e4))
-    assert head_loss(torch.tensor([[0.0, float("nan"), 0.0]]), W, y).isnan()
-
-
-def test_under_autocast_the_head_runs_in_bfloat16_and_its_gradient_stays_float32():
-    torch.manual_seed(0)
-    h, W, y = torch.randn(64, 32, requires_grad=True), torch.randn(500, 32, requires_grad=True), torch.randint(0, 500, (64,))
-    exact = F.cross_entropy(h @ W.T, y, reduction="sum")
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = head_loss(h, W, y)
-    loss.backward()
-    assert loss.dtype == W.grad.dtype == torch.float32
-    assert_close(loss, exact, rtol=1e-2, atol=0.0)
-    assert_close(W.grad, torch.autograd.grad(exact, W)[0], rtol=0.05, atol=0.05)
-
-
-def test_no_tensor_of_the_size_of_all_logits_is_ever_made():
-    sizes = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            out = op(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
-            return out
-    h, W = torch.randn(2048, 8, requires_grad=True), torch.randn(32_000, 8, requires_grad=True)
-    with Watch():
-        head_loss(h, W, torch.randint(0, 32_000, (2048,))).backward()
-    assert max(sizes) <= 2**23 < 2048 * 32_000 / 7
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
