@@ -360,7 +360,7 @@ class Examples(Dataset):
             if self.bad == "stop":
                 raise UserError(reason) from None
             return {"skipped": reason, "stage": stage, "id": record["id"], "index": i}
-        pixels, layout = vision.join(pictures or [no_picture(self.vision_cfg.image_size)])
+        pixels, layout = vision.join_pictures(pictures or [no_picture(self.vision_cfg.image_size)])
         return example | {"pixels": pixels, "layout": layout, "shows": shows, "id": record["id"], "index": i}
 
     def picture(self, i, name):
@@ -395,7 +395,7 @@ def collate(examples, pad, **more):
     rows = {name: pad_sequence([e[name] for e in used] or [none], batch_first=True, padding_value=value)[: len(used)]
             for name, value in {"tokens": pad, "labels": IGNORE, **more}.items()}
     alike = [list(some) for _, some in groupby(used, key=lambda e: e.get("shows", id(e)))]
-    pixels, layout = vision.join([(some[0]["pixels"], torch.cat([e["layout"] for e in some])) for some in alike] or [no_picture(0)])  # (N, 3, S, S), (M, 2)
+    pixels, layout = vision.join_pictures([(some[0]["pixels"], torch.cat([e["layout"] for e in some])) for some in alike] or [no_picture(0)])  # (N, 3, S, S), (M, 2)
     return rows | {"pixels": pixels, "layout": layout, "lengths": torch.tensor([len(e["tokens"]) for e in used], dtype=torch.int64),
                    "ids": [e["id"] for e in used], "skipped": [e["skipped"] for e in examples if "skipped" in e]}
 

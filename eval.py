@@ -53,7 +53,7 @@ from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
 from support.distributed import rank
 from support.io import entries, need, read_any, read_pickle, write_whole, write_xlsx
 from toyworld import COT, INSUFFICIENT, LETTER, SHORT
-from vision import MODES, cut_tiles, join, open_image
+from vision import MODES, cut_tiles, join_pictures, open_image
 
 
 
@@ -293,7 +293,7 @@ class Model:
         cut = [(cut or self.cut)(p) for p in pictures]
         words = [(role, text.replace("<image>", "image") if cut else text) for role, text in turns]      # its text has no places for pictures
         words[0] = ("human", "<image>" * len(cut) + "\n" * bool(cut) + words[0][1])
-        return encode_prompt(self.tok, words, self.template, [len(layout) for _, layout in cut]), join(cut) if cut else None
+        return encode_prompt(self.tok, words, self.template, [len(layout) for _, layout in cut]), join_pictures(cut) if cut else None
 
     def generate(self, encoded, room):
         """Greedy answers to [(ids, pictures), ...] of any lengths -> [(text, whole), ...]; `whole` is False where `room` tokens did not do."""
@@ -328,7 +328,7 @@ class Model:
         if len(begun) == 1 and len(pictures) == len(encoded) > 1:
             shared = [known.setdefault((tuple(ids[: max(begun)]), *(t.numpy().tobytes() for t in p)), len(known)) for ids, p in encoded]
             pictures = [encoded[shared.index(i)][1] for i in range(len(known))]
-        pixels, layout = (x.to(self.device) for x in join(pictures)) if pictures else (None, None)
+        pixels, layout = (x.to(self.device) for x in join_pictures(pictures)) if pictures else (None, None)
         return tokens, lengths, {"pixels": pixels, "layout": layout, "shared": shared}
 
 

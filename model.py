@@ -32,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.cli import UserError
-from vision import TILINGS, ViT, VisionConfig, draw, find_tiling
+from vision import TILINGS, ViT, VisionConfig, find_tiling, random_normal
 
 
 
@@ -71,7 +71,7 @@ class VLMConfig:
     pad_token: int = 32001
     bos_token: int = 1
     eos_token: int = 2
-    image_mode: str = "pad"          # how a picture becomes tiles: vision.fit, vision.TILINGS (and vision.tiling, where the model differs)
+    image_mode: str = "pad"          # how a picture becomes tiles: vision.make_square, vision.TILINGS (and vision.tiling, where the model differs)
     template: str = "vicuna_v1"      # how a conversation becomes one text: TEMPLATES
     vision2: VisionConfig | None = None      # a second tower on the same tile, its features beside the first one's (Prismatic)
 
@@ -306,7 +306,7 @@ class Connector(nn.Module):
     def want_row_end(self, wanted):
         if wanted != (self.row_end is not None):
             like = self.linear_1.bias
-            self.row_end = nn.Parameter(draw(self.D, std=self.D**-0.5, device=like.device, dtype=like.dtype)) if wanted else None
+            self.row_end = nn.Parameter(random_normal(self.D, std=self.D**-0.5, device=like.device, dtype=like.dtype)) if wanted else None
 
     def forward(self, x, index=None):
         x = x if index is None else x.index_select(0, index.clamp(min=0))
@@ -324,7 +324,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding.from_pretrained(draw(cfg.vocab_size, cfg.n_embd), freeze=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(random_normal(cfg.vocab_size, cfg.n_embd), freeze=False)
         self.layers = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)

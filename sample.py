@@ -20,7 +20,7 @@ from conversation import Tokenizer, as_text, cut_at_stop, encode_prompt, find_te
 from model import VLM
 from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
 from support.weights import check_image_mode, check_tokenizer, tokenizer_home
-from vision import MODES, cut_tiles, join, open_image
+from vision import MODES, cut_tiles, join_pictures, open_image
 
 
 
@@ -63,7 +63,7 @@ def complete(vlm, tok, prompts, max_new_tokens, **choices):
     if room < 1:
         raise UserError(f"a question of {longest} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
     tokens = torch.tensor([ids + [tok.pad] * (longest - len(ids)) for ids, _ in prompts], device=device)
-    pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
+    pixels, layout = (x.to(device) for x in join_pictures(pictures)) if pictures else (None, None)
     new = vlm.generate(tokens, pixels, room, lengths=[len(ids) for ids, _ in prompts], stop=stop, layout=layout, **choices).tolist()
     ends = [next((k for k, t in enumerate(ids) if t in stop), None) for ids in new]
     return [(ids[:end], end is not None, len(ids) if end is None else end + 1) for ids, end in zip(new, ends)]
@@ -101,7 +101,7 @@ def main(argv=None):
         raise UserError("nothing to answer: give --image, --prompt or both")
     vlm, tok = open_model(cfg.model or newest_run(), device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
     pictures = [cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode) for image in images]
-    pixels, layout = (x.to(device) for x in join(pictures)) if pictures else (None, None)
+    pixels, layout = (x.to(device) for x in join_pictures(pictures)) if pictures else (None, None)
 
     turns, question = [], cfg.prompt or (DESCRIBE if images else ask())
     if not cfg.prompt and images:

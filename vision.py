@@ -35,8 +35,8 @@ from support.cli import UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
-SQUARE = ("pad", "letterbox", "crop", "resize")                             # one tile: fit
-MODES = (*SQUARE, "hd", "anyres", "internvl")                               # and several: TILINGS
+SQUARE_MODES = ("pad", "letterbox", "crop", "resize")                             # one tile: fit
+MODES = (*SQUARE_MODES, "hd", "anyres", "internvl")                               # and several: TILINGS
 
 
 
@@ -109,13 +109,13 @@ class ViT(nn.Module):
         self.cfg, D, P = cfg, cfg.n_embd, cfg.patch_size
         self.patch = nn.Conv2d(3, D, kernel_size=P, stride=P, bias=cfg.patch_bias)
         if cfg.class_token:
-            self.class_token = nn.Parameter(draw(D, std=D**-0.5))
+            self.class_token = nn.Parameter(random_normal(D, std=D**-0.5))
         if cfg.n_register:
-            self.registers = nn.Parameter(draw(cfg.n_register, D, std=D**-0.5))
-        self.pos = nn.Parameter(waves(cfg.grid, D, int(cfg.class_token)))
+            self.registers = nn.Parameter(random_normal(cfg.n_register, D, std=D**-0.5))
+        self.pos = nn.Parameter(wave_positions(cfg.grid, D, int(cfg.class_token)))
         self.pre_norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = norm(cfg) if cfg.final_norm else nn.Identity()
+        self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()
 
     def forward(self, pixels):
         """The visual tokens as the connector reads them: (n, 3, S, S) -> (n, N, D). uint8 pixels are normalised here; floats already are."""
@@ -136,7 +136,7 @@ class ViT(nn.Module):
 
     def embed(self, pixels):
         """ViT Eq. 1: (n, 3, S, S) -> (n, prefix + N, D)."""
-        x = normalize(pixels, self.cfg, self.patch.weight.dtype)
+        x = normalize_pixels(pixels, self.cfg, self.patch.weight.dtype)
         x = self.patch(x).flatten(2).transpose(1, 2)                        # (n, N, D), row by row
         if self.cfg.class_token:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
@@ -152,9 +152,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm1 = norm(cfg)
+        self.norm1 = make_norm(cfg)
         self.attn = Attention(cfg)
-        self.norm2 = norm(cfg)
+        self.norm2 = make_norm(cfg)
         self.mlp = MLP(cfg)
         self.scale1 = nn.Parameter(torch.ones(cfg.n_embd)) if cfg.layer_scale else 1.0
         self.scale2 = nn.Parameter(torch.ones(cfg.n_embd)) if cfg.layer_scale else 1.0
@@ -165,7 +165,7 @@ class Block(nn.Module):
 
 
 
-def norm(cfg):
+def make_norm(cfg):
     return (nn.RMSNorm if cfg.rms_norm else nn.LayerNorm)(cfg.n_embd, eps=cfg.norm_eps)
 
 
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         self.n_head = cfg.n_head
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(cfg.n_embd, cfg.n_embd, bias=not cfg.rms_norm) for _ in range(3))
         self.out_proj = nn.Linear(cfg.n_embd, cfg.n_embd)
-        self.q_norm, self.k_norm = (norm(cfg) if cfg.rms_norm else nn.Identity() for _ in range(2))         # over all heads at once
+        self.q_norm, self.k_norm = (make_norm(cfg) if cfg.rms_norm else nn.Identity() for _ in range(2))         # over all heads at once
 
     def forward(self, x):                                                   # (n, T, D)
         n, T, D = x.shape
@@ -207,14 +207,14 @@ ACTIVATIONS = {
 
 
 
-def draw(*shape, std=1.0, device=None, dtype=None):
+def random_normal(*shape, std=1.0, device=None, dtype=None):
     """N(0, std^2). On the meta device nothing but the shape: to compute there PyTorch imports its whole compiler, over a second and 75 MB."""
     device = device or torch.get_default_device()
     return torch.empty(shape, device=device, dtype=dtype) if device.type == "meta" else torch.randn(shape, device=device, dtype=dtype) * std
 
 
 
-def waves(grid, D, n_class=0):
+def wave_positions(grid, D, n_class=0):
     """Where a fresh position table starts: zeros for the class token, then sines and cosines of row and column, (n_class + grid^2, D). Random
     rows as small as a fresh table's are drowned by the pixels of a bright patch; these are as large as what they stand beside."""
     device = torch.get_default_device()                                     # said, because transformers 5 makes linspace forget a `with device`
@@ -228,7 +228,7 @@ def waves(grid, D, n_class=0):
 
 
 
-def normalize(pixels, cfg, dtype):
+def normalize_pixels(pixels, cfg, dtype):
     """uint8 (n, 3, S, S) -> (x/255 - mean)/std per channel. Done on the tower's device: bytes are a quarter of the floats to move."""
     if pixels.dtype != torch.uint8:
         return pixels.to(dtype)
@@ -308,8 +308,8 @@ class Tiling:
             raise UserError(f"grids are {self.grids!r}; they must be pairs of (columns, rows)") from None
         if not self.grids or min(map(min, self.grids)) < 1:
             raise UserError(f"grids are {self.grids!r}; at least one is needed, of one tile or more")
-        for name, known in (("mode", MODES[len(SQUARE) :]), ("fill", ("mean", "black")), ("global_view", ("first", "last", "none")),
-                            ("global_fit", SQUARE), ("unpad", ("floor", "touch"))):
+        for name, known in (("mode", MODES[len(SQUARE_MODES) :]), ("fill", ("mean", "black")), ("global_view", ("first", "last", "none")),
+                            ("global_fit", SQUARE_MODES), ("unpad", ("floor", "touch"))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
 
@@ -345,13 +345,13 @@ def cut_tiles(image, cfg, mode):
     """
     t, S, g = find_tiling(cfg, mode), cfg.image_size, cfg.grid // cfg.merge
     if t is None:
-        return to_pixels([fit(image, cfg, mode)]), patches_of([[0]], g)
+        return to_pixels([make_square(image, cfg, mode)]), patch_layout([[0]], g)
     columns, rows = choose_grid(image.size, S, t)
     if t.squash:
-        canvas, layout = image.resize((columns * S, rows * S), Image.BICUBIC), patches_of([[i] for i in range(columns * rows)], g)
+        canvas, layout = image.resize((columns * S, rows * S), Image.BICUBIC), patch_layout([[i] for i in range(columns * rows)], g)
     else:
-        canvas, box = place(image, columns * S, rows * S, (0, 0, 0) if t.fill == "black" else fill_color(cfg))
-        layout = patches_of(torch.arange(columns * rows).view(rows, columns).tolist(), g, kept(image.size, box, columns, rows, cfg, t), t.row_end)
+        canvas, box = pad_to_canvas(image, columns * S, rows * S, (0, 0, 0) if t.fill == "black" else mean_color(cfg))
+        layout = patch_layout(torch.arange(columns * rows).view(rows, columns).tolist(), g, kept_patches(image.size, box, columns, rows, cfg, t), t.row_end)
     tiles = [canvas.crop((c * S, r * S, (c + 1) * S, (r + 1) * S)) for r in range(rows) for c in range(columns)]
     seen = [i for i in range(len(tiles)) if (layout[:, 0] == i).any()]
     number = torch.full((len(tiles) + 1,), -1)                              # the last one is for tile -1, the row ends
@@ -359,14 +359,14 @@ def cut_tiles(image, cfg, mode):
     tiles, layout[:, 0] = [tiles[i] for i in seen], number[layout[:, 0]]
     alike = t.squash == (t.global_fit == "resize")                          # then a grid of one tile is the global view
     if t.global_view != "none" and not (columns * rows == 1 and alike):
-        whole = to_pixels([fit(image, cfg, t.global_fit)]), patches_of([[0]], g, row_end=t.global_row_end)
+        whole = to_pixels([make_square(image, cfg, t.global_fit)]), patch_layout([[0]], g, row_end=t.global_row_end)
         rest = to_pixels(tiles) if tiles else torch.empty((0, 3, S, S), dtype=torch.uint8), layout
-        return join([whole, rest] if t.global_view == "first" else [rest, whole])
+        return join_pictures([whole, rest] if t.global_view == "first" else [rest, whole])
     return to_pixels(tiles), layout
 
 
 
-def join(pictures):
+def join_pictures(pictures):
     """[(tiles, layout), ...] of several pictures -> the same of them all, their tiles counted through."""
     before, layouts = 0, []
     for tiles, layout in pictures:
@@ -381,7 +381,7 @@ def to_pixels(tiles):
 
 
 
-def patches_of(tiles, g, keep=None, row_end=False):
+def patch_layout(tiles, g, keep=None, row_end=False):
     """A map of tiles [[tile, ...], ...], g x g patches each -> layout of its patches row by row; of each patch (tile, patch).
 
     `keep` ((first row, end), (first column, end)) cuts the map, in patches.
@@ -417,7 +417,7 @@ def choose_grid(size, S, t):
 
 
 
-def place(image, W, H, fill):
+def pad_to_canvas(image, W, H, fill):
     """Scaled to touch two sides of a W x H canvas and centred there -> canvas, (left, top, right, bottom) of the picture on it."""
     w, h = image.size
     new = (W, min(math.ceil(h * (W / w)), H)) if W / w < H / h else (min(math.ceil(w * (H / h)), W), H)
@@ -428,7 +428,7 @@ def place(image, W, H, fill):
 
 
 
-def kept(size, box, columns, rows, cfg, t):
+def kept_patches(size, box, columns, rows, cfg, t):
     """Which patches of the map are not dropped as padding: (first row, end), (first column, end).
 
     floor: LLaVA-NeXT's unpad, in whole numbers: transformers rounds to 7 digits, the original lets 36 - 1e-15 become 35.
@@ -446,7 +446,7 @@ def kept(size, box, columns, rows, cfg, t):
 
 
 
-def fit(image, cfg, mode):
+def make_square(image, cfg, mode):
     """PIL RGB of any size -> S x S. The four ways of LLaVA-1.5 and Prismatic, with Pillow's bicubic filter:
 
     pad        square canvas in the mean colour, picture in the middle, then scale (LLaVA-1.5, stage 2)
@@ -455,8 +455,8 @@ def fit(image, cfg, mode):
     resize     scale both sides to S, whatever the shape (Prismatic's best)
     """
     S, (w, h) = cfg.image_size, image.size
-    if mode not in SQUARE:
-        raise UserError(f"image mode {mode!r} is unknown; choose one of {', '.join(SQUARE)}")
+    if mode not in SQUARE_MODES:
+        raise UserError(f"image mode {mode!r} is unknown; choose one of {', '.join(SQUARE_MODES)}")
     if mode == "resize":
         return image.resize((S, S), Image.BICUBIC)
     if mode == "crop":
@@ -466,7 +466,7 @@ def fit(image, cfg, mode):
         scale = 2500 / max(w, h)
         image = image.resize((max(1, round(w * scale)), max(1, round(h * scale))), Image.BICUBIC)
         w, h = image.size
-    side, fill = max(w, h), fill_color(cfg)
+    side, fill = max(w, h), mean_color(cfg)
     left, top = (side - w) // 2, (side - h) // 2
     canvas = Image.new("RGB", (side, side) if mode == "pad" else (w + 2 * left, h + 2 * top), fill)
     canvas.paste(image, (left, top))
@@ -474,7 +474,7 @@ def fit(image, cfg, mode):
 
 
 
-def fill_color(cfg):
+def mean_color(cfg):
     """The mean colour, which is near 0 for the tower."""
     return tuple(int(255 * m) for m in cfg.mean)
 

@@ -30,7 +30,7 @@ from pairs import judge, parse_answer
 from sample import answer
 from support.cli import UserError, parse_args, run
 from support.weights import rename, CLIP_NAMES, LLAMA_NAMES, clip_json, llama_json, load_decoder, load_vision, public_layout, write_model
-from vision import TILINGS, ViT, cut_tiles, join
+from vision import TILINGS, ViT, cut_tiles, join_pictures
 
 
 
@@ -550,7 +550,7 @@ def tile_speed(B=8, size=192, rounds=15):
     batches = {}
     for mode, n in ("pad", 5), ("hd", 1):
         tower = vlm.cfg.vision
-        pixels, layout = join([cut_tiles(picture, tower, mode)] * (n * B))
+        pixels, layout = join_pictures([cut_tiles(picture, tower, mode)] * (n * B))
         batches[mode] = pixels, layout
     T = 64 + max(len(layout) for _, layout in batches.values()) // B
     seconds = {name: [] for name in ("pad", "hd", "tower")}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from model import DecoderConfig, IGNORE, PRESETS, VLMConfig
 from support.cli import UserError
 from support.io import write_json, write_whole
-from vision import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, SQUARE, TILINGS, VisionConfig, find_tiling, grids_up_to
+from vision import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, SQUARE_MODES, TILINGS, VisionConfig, find_tiling, grids_up_to
 
 
 
@@ -152,7 +152,7 @@ def picture_mode(c, S, default="pad"):
             TILINGS["internvl"], grids=[(i, j) for i, j in grids_up_to(high) if i * j >= low], global_view="last" if c.get("use_thumbnail") else "none")
     else:
         return mode, None
-    return mode, None if tiling == TILINGS.get(mode) or mode in SQUARE else tiling
+    return mode, None if tiling == TILINGS.get(mode) or mode in SQUARE_MODES else tiling
 
 
 

@@ -31,7 +31,7 @@ from support.export import save_adapter, save_processor
 from support.lora import add_lora, lora_off, merged_state
 from support.weights import load_adapter
 from support.cli import UserError
-from vision import VisionConfig, patches_of
+from vision import VisionConfig, patch_layout
 import data
 import support.checkpoint as support_checkpoint
 import support.distributed as support_distributed
@@ -436,7 +436,7 @@ def test_the_record_whose_loss_is_no_number_is_named_alone(tiny, tok):
     tokens, pixels, labels = a_batch(vlm.cfg)
     tokens, labels = tokens.masked_fill(tokens == row, 5), labels.masked_fill(labels == row, 5)
     tokens[1, 25] = row
-    micro = [{"tokens": tokens, "pixels": pixels, "labels": labels, "layout": patches_of([[0], [1], [2]], 4), "ids": ["good", "bad", "fine"]}]
+    micro = [{"tokens": tokens, "pixels": pixels, "labels": labels, "layout": patch_layout([[0], [1], [2]], 4), "ids": ["good", "bad", "fine"]}]
     assert train.blame(vlm, micro, torch.device("cpu"), contextlib.nullcontext()) == "bad"
 
 

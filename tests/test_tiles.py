@@ -22,7 +22,7 @@ from support.export import save_processor
 from support.weights import read_config
 from tools.weights import info
 from support.cli import UserError
-from vision import MODES, TILINGS, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join, normalize
+from vision import MODES, TILINGS, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join_pictures, normalize_pixels
 import conversation
 import lab.ingredients as lab_ingredients
 import support.cli as support_cli
@@ -162,10 +162,10 @@ def test_the_tiles_are_those_of_transformers_image_processors(size):
     tiles, _ = cut_tiles(picture, TOWERS["anyres"], "anyres")
     theirs = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28},
                                         image_grid_pinpoints=[[r * 28, c * 28] for c, r in TILINGS["anyres"].grids])
-    assert_close(normalize(tiles, TOWERS["anyres"], torch.float32), theirs(picture, return_tensors="pt")["pixel_values"][0], rtol=0, atol=1e-5)
+    assert_close(normalize_pixels(tiles, TOWERS["anyres"], torch.float32), theirs(picture, return_tensors="pt")["pixel_values"][0], rtol=0, atol=1e-5)
     tiles, _ = cut_tiles(picture, TOWERS["internvl"], "internvl")
     theirs = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=12)
-    assert_close(normalize(tiles, TOWERS["internvl"], torch.float32), theirs(picture, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-5)
+    assert_close(normalize_pixels(tiles, TOWERS["internvl"], torch.float32), theirs(picture, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-5)
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from support.cli import UserError
 from support.weights import CLIP_NAMES, rename
-from vision import CLIP_MEAN, CLIP_STD, MODES, ViT, VisionConfig, cut_tiles, fit, normalize, open_image
+from vision import CLIP_MEAN, CLIP_STD, MODES, ViT, VisionConfig, cut_tiles, make_square, normalize_pixels, open_image
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=28, patch_size=14)
@@ -127,7 +127,7 @@ def test_pad_and_crop_equal_the_image_processors_of_transformers(size):
         tiles, layout = cut_tiles(noise(*size), CFG, mode)
         theirs = processor(noise(*size), return_tensors="pt")["pixel_values"]
         assert len(layout) == 16 and tiles.dtype == torch.uint8
-        assert_close(normalize(tiles, CFG, torch.float32), theirs, rtol=0, atol=1e-5)
+        assert_close(normalize_pixels(tiles, CFG, torch.float32), theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -139,8 +139,8 @@ def test_letterbox_equals_prismatics_and_resize_a_plain_squash(size):
     short = 56 / min(canvas.size)
     canvas = canvas.resize((int(canvas.width * short + 1e-9), int(canvas.height * short + 1e-9)), Image.BICUBIC)
     x, y = (canvas.width - 56) // 2, (canvas.height - 56) // 2
-    assert fit(noise(w, h), CFG, "letterbox").tobytes() == canvas.crop((x, y, x + 56, y + 56)).tobytes()
-    assert fit(noise(w, h), CFG, "resize").tobytes() == noise(w, h).resize((56, 56), Image.BICUBIC).tobytes()
+    assert make_square(noise(w, h), CFG, "letterbox").tobytes() == canvas.crop((x, y, x + 56, y + 56)).tobytes()
+    assert make_square(noise(w, h), CFG, "resize").tobytes() == noise(w, h).resize((56, 56), Image.BICUBIC).tobytes()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -155,7 +155,7 @@ def test_a_picture_of_extreme_shape_costs_little_memory(size, mode, monkeypatch)
 
 def test_an_unknown_mode_names_the_known_ones():
     with pytest.raises(UserError, match="'stretch' is unknown; choose one of pad, letterbox, crop, resize"):
-        fit(noise(4, 4), CFG, "stretch")
+        make_square(noise(4, 4), CFG, "stretch")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
