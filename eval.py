@@ -62,15 +62,15 @@ def examine(vlm, tok, questions, out):
     began = time.time()
     names = list(dict.fromkeys(path for q in questions for path in q["paths"]))
     other = {name: names[(i + len(names) // 2) % len(names)] for i, name in enumerate(names)}      # each question meets another picture
-    said = asking.answer(vlm, tok, [(q["paths"], q["text"]) for q in questions])
-    blind = asking.answer(vlm, tok, [([other[p] for p in q["paths"]], q["text"]) for q in questions])
+    said = answer_questions(vlm, tok, questions)
+    blind = answer_questions(vlm, tok, [q | {"paths": [other[p] for p in q["paths"]]} for q in questions])
     commonest = {}                                                          # by category, of what is compared: of a worked answer its end
     for c in {q["category"] for q in questions}:
         truths = [q["answer"] for q in questions if q["category"] == c]
         top = Counter(map(final, truths)).most_common(1)[0][0]
         commonest[c] = next(t for t in truths if final(t) == top)
     right = [{"accuracy": is_right(a, q["answer"]), "most_frequent": is_right(commonest[q["category"]], q["answer"]), "shuffled": is_right(b, q["answer"])}
-             for q, (a, _), (b, _) in zip(questions, said, blind)]
+             for q, (a, *_), (b, *_) in zip(questions, said, blind)]
     table = {}
     for category in [*dict.fromkeys(q["category"] for q in questions), "all"]:
         rows = [r for q, r in zip(questions, right) if category in (q["category"], "all")]
@@ -79,12 +79,20 @@ def examine(vlm, tok, questions, out):
           f"\n{'':14s}{'n':>6s}{'accuracy':>10s}{'most frequent answer':>22s}{'shuffled pictures':>19s}")
     for name, row in table.items():
         print(f"{name:14s}{row['n']:6d}{row['accuracy']:10.1%}{row['most_frequent']:22.1%}{row['shuffled']:19.1%}")
-    n_cut = sum(not whole for _, whole in said)
+    n_cut = sum(not given.whole for given in said)
     print(f"{n_cut} of {len(said)} answers were cut off for being too long")
     answers = [{"question_id": q["id"], "category": q["category"], "prompt": q["text"], "text": a, "truth": q["answer"], "right": r["accuracy"], "cut_off": not whole}
-               for q, (a, whole), r in zip(questions, said, right)]
+               for q, (a, whole, _), r in zip(questions, said, right)]
     if rank() == 0:
         write_whole(out / "results.json", lambda tmp: tmp.write_text(json.dumps({"table": table, "cut_off": n_cut, "records": answers}, indent=1)))
+
+
+
+def answer_questions(vlm, tok, questions):
+    """[{"text", "paths"}, ...] -> [Answer, ...]"""
+    pictures = {path: asking.open_picture(vlm, path) for q in questions for path in q["paths"]}
+    prompts = [asking.encode_question(vlm, tok, q["text"], [pictures[p] for p in q["paths"]]) for q in questions]
+    return asking.answer(vlm, tok, prompts)
 
 
 

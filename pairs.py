@@ -17,7 +17,7 @@ from conversation import encode_prompt, find_template
 from data import Records
 from eval import is_right
 from mpo import fingerprint, model_files, whole_lines
-from sample import complete, newest_run, open_model, text_of
+from sample import answer, newest_run, open_model, read_answer
 from support.cli import must, run, Flags, UserError, one_of, parse_args, pick_device
 from support.io import write_whole
 from vision import MODES, cut_tiles, open_image
@@ -121,10 +121,7 @@ def worked(question, n_image, prompt):
 
 
 def draw_answers(vlm, tok, rows, cfg, seed):
-    """train.complete, cfg.batch_size rows at a time."""
-    cuts = range(0, len(rows), cfg.batch_size)
-    return [row for at in cuts for row in complete(vlm, tok, rows[at : at + cfg.batch_size], cfg.max_new_tokens, temperature=cfg.temperature,
-                                                   top_p=cfg.top_p, top_k=cfg.top_k, seed=seed + at)]
+    return answer(vlm, tok, rows, cfg.max_new_tokens, cfg.batch_size, seed, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
 
 
 
@@ -133,8 +130,8 @@ def pairs_by_correctness(vlm, tok, asked, cfg, seed):
     results, said = [], iter(draw_answers(vlm, tok, [q["row"] for q in asked for _ in range(cfg.samples)], cfg, seed))
     for q in asked:
         count, right, wrong = Counter(), {}, {}
-        for ids, ended, n in islice(said, cfg.samples):
-            text, whole = text_of(tok, vlm.cfg.template, ids, ended)
+        for text, whole, ids in islice(said, cfg.samples):
+            n = len(ids)
             found = parse_answer(text, cfg.min_newlines)
             kind = ("cut off" if not whole else "empty" if not text else "no format" if not found
                     else "right" if judge(found[1], q["truth"]) else "wrong")
@@ -162,8 +159,8 @@ def pairs_by_dropout(vlm, tok, asked, cfg, seed):
     """DropoutNTP: keep the first words of an answer that was given with the picture, and complete it without -> [(pairs, counts), ...]"""
     form, results = vlm.cfg.template, []
     own = [q for q in asked if q["chosen"] is None]                         # the others have their answer from the file
-    for q, (ids, ended, n) in zip(own, draw_answers(vlm, tok, [q["row"] for q in own], cfg, seed)):
-        q["tokens"], (q["chosen"], q["whole"]) = n, text_of(tok, form, ids, ended)
+    for q, said in zip(own, draw_answers(vlm, tok, [q["row"] for q in own], cfg, seed)):
+        q["tokens"], q["chosen"], q["whole"] = len(said.ids), said.text, said.whole
     begun = [q for q in asked if q["chosen"].strip() and q["whole"]]
     lead = find_template(form).answer.split("{}")[0].replace("«", "")       # the space that opens an answer in LLaVA's templates
     for q in begun:
@@ -178,8 +175,8 @@ def pairs_by_dropout(vlm, tok, asked, cfg, seed):
         if not chosen or not q["whole"]:
             results.append(([], count + Counter(["answers cut off" if not q["whole"] else "answers empty"])))
             continue
-        ids, ended, n = next(said)
-        rejected, whole = text_of(tok, form, q["begin"] + ids, ended)
+        ids = next(said).ids
+        n, (rejected, whole, _) = len(ids), read_answer(tok, form, q["begin"] + ids)
         wrong = "cut off" if not whole else "empty" if not rejected else "the same" if rejected == chosen else ""
         count.update({"tokens": n, "answers": 1} | ({f"completions {wrong}": 1} if wrong else {}))
         front = "<image>\n" if len(q["paths"]) == 1 and "<image>" not in q["question"] else ""

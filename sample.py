@@ -1,186 +1,253 @@
 """Ask a trained model about pictures.
 
-    python sample.py --image cat.jpg                                  # says what it sees; on a terminal you can then go on asking
+    python sample.py --image cat.jpg                                  # says what it sees; on a terminal you can go on asking
     python sample.py --image cat.jpg --prompt "What color is the cat?"
     python sample.py --image a.png b.png --prompt "What differs?"     # several pictures, in this order
 
-Without --model the newest finished run under out/ answers. The answer is printed while it is written. In the chat every question
-is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy unless --temperature is above 0. Pictures stand
-before the first question; an <image> or </s> in what is typed is text.
+Without --model the newest finished run under out/ answers. The answer is printed while it is written. In the chat every
+question is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy unless --temperature is above 0.
+Pictures stand before the first question; an <image> or </s> in what is typed is text.
+
+A *prompt* is what a model continues: (token ids, [(tiles, layout) of each picture, in their order]). encode_question makes
+one; answer() completes any number of them, and everything here that asks a model many questions does so through it.
 """
 
-from dataclasses import replace
-from pathlib import Path
-import argparse
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from conversation import Tokenizer, as_text, cut_at_stop, encode_prompt, find_template, stop_ids
 from model import VLM
-from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
+from support.cli import UserError, arg, parse, pick_device, run
 from support.weights import check_image_mode, check_tokenizer, tokenizer_home
-from vision import MODES, cut_tiles, join_pictures, open_image
+from vision import MODES, cut_tiles, open_image
 
+DESCRIBE = "Provide a one-sentence caption for the provided image."
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class SampleConfig:
+    image: tuple = arg((), "picture files, in the order the question speaks of them")
+    prompt: str = arg("", "one question; empty: describe the picture, then chat if this is a terminal")
+    model: str = arg("", "model directory; empty: the newest finished run under out/")
+    vision: str = arg("", "tower of a model that was published without, DIR or DIR,DIR")
+    llm: str = arg("", "directory of the base of a LoRA")
+    temperature: float = arg(0.0, "0 takes the likeliest word, more draws at random", at_least=0, below=float("inf"))
+    top_p: float = arg(1.0, "draw from the smallest set of words that holds this probability", above=0, at_most=1)
+    top_k: int = arg(0, "draw from this many likeliest words; 0: all", at_least=0)
+    max_new_tokens: int = arg(256, "longest answer in tokens", at_least=1)
+    template: str = arg("", "conversation template; empty: the model's own")
+    image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=MODES)
+    seed: int = arg(0, "of the draws", at_least=0)
+    device: str = arg("auto", "cpu, cuda, cuda:N or auto")
+    dtype: str = arg("auto", "of the weights; auto: as stored, but bfloat16 for float16 on a CPU", choices=DTYPES)
+
+
+class Answer(NamedTuple):
+    text: str       # without the stop and the spaces around
+    whole: bool     # the stop came; else the tokens ran out
+    ids: list       # every token it cost, the stop among them
+
+
+# ---- open a model ----------------------------------------------------------------------------------------------------
 
 
 def open_model(directory, device="cpu", dtype="auto", vision=None, llm=None, template="", image_mode=""):
-    """A model that others ask, by their flags of these names -> VLM, which has the template and the image mode in its cfg, and its Tokenizer."""
+    """-> VLM, whose cfg holds the template and the image mode that were asked for, and its Tokenizer."""
     if template:
-        find_template(template)                                             # said before gigabytes are read
-    vlm = VLM.from_pretrained(directory, device, None if dtype == "auto" else getattr(torch, dtype), vision, llm)
+        find_template(template)  # an unknown name is said before gigabytes are read
+    dtype = None if dtype == "auto" else getattr(torch, dtype)
+    vlm = VLM.from_pretrained(directory, device, dtype, vision, llm)
     tok = Tokenizer(tokenizer_home(directory, llm))
     check_tokenizer(vlm, tok)
-    mode = image_mode or vlm.cfg.image_mode
-    check_image_mode(vlm, mode, directory)
-    vlm.cfg = replace(vlm.cfg, template=template or vlm.cfg.template, image_mode=mode)
+
+    template = template or vlm.cfg.template
+    image_mode = image_mode or vlm.cfg.image_mode
+    check_image_mode(vlm, image_mode, directory)
+    vlm.cfg = replace(vlm.cfg, template=template, image_mode=image_mode)
     return vlm, tok
-
-
-
-def answer(vlm, tok, questions, max_new_tokens=96, size=48):
-    """Greedy answers to [([picture file, ...], text), ...] -> [(answer, whole), ...]; `whole` is False where the tokens ran out."""
-    answers, by_length = [None] * len(questions), sorted(range(len(questions)), key=lambda i: len(questions[i][1]))
-    for start in range(0, len(questions), size):
-        some, prompts = by_length[start : start + size], []
-        for paths, text in (questions[i] for i in some):
-            pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
-            text = text if "<image>" in text or not paths else "<image>" * len(paths) + "\n" + text
-            prompts.append((encode_prompt(tok, [("human", text)], vlm.cfg.template, [len(layout) for _, layout in pictures]), pictures))
-        for i, (ids, ended, _) in zip(some, complete(vlm, tok, prompts, max_new_tokens)):
-            answers[i] = text_of(tok, vlm.cfg.template, ids, ended)
-    return answers
-
-
-
-def complete(vlm, tok, prompts, max_new_tokens, **choices):
-    """A batch [(prompt ids, [(tiles, layout), ...]), ...] -> [(new ids without the stop, whether it came, tokens generated), ...]
-
-    `choices`: what VLM.generate takes, such as temperature and seed; without them greedy.
-    """
-    stop, device, longest = stop_ids(tok, vlm.cfg.template), vlm.decoder.lm_head.weight.device, max(len(ids) for ids, _ in prompts)
-    pictures, room = [picture for _, pictures in prompts for picture in pictures], min(max_new_tokens, vlm.cfg.decoder.block_size - longest)
-    if room < 1:
-        raise UserError(f"a question of {longest} tokens leaves no room for an answer in {vlm.cfg.decoder.block_size}; shorten it")
-    tokens = torch.tensor([ids + [tok.pad] * (longest - len(ids)) for ids, _ in prompts], device=device)
-    pixels, layout = (x.to(device) for x in join_pictures(pictures)) if pictures else (None, None)
-    new = vlm.generate(tokens, pixels, room, lengths=[len(ids) for ids, _ in prompts], stop=stop, layout=layout, **choices).tolist()
-    ends = [next((k for k, t in enumerate(ids) if t in stop), None) for ids in new]
-    return [(ids[:end], end is not None, len(ids) if end is None else end + 1) for ids, end in zip(new, ends)]
-
-
-
-def text_of(tok, template, ids, ended):
-    """-> text, whether it is whole. Some templates end an answer by a string and not by a token."""
-    text = tok.decode(ids)
-    said = cut_at_stop(text, template)
-    return said.strip(), ended or said != text
-
 
 
 def newest_run(root="out"):
     """The model directory under out/ that was finished last: config.json is the last file a run writes."""
-    newest = lambda pattern: max(Path(root).glob(pattern), key=lambda p: p.stat().st_mtime, default=None)
-    if found := newest("*/config.json"):
-        return found.parent
-    half = newest("*/checkpoint-*/config.json")
-    raise UserError(f"no finished run under {root}/; train one (python train.py --stage finetune) or give --model DIR"
-                    + (f". From an unfinished one there is --model {half.parent}" if half else ""))
+    finished = find_configs(root, "*/config.json")
+    if finished:
+        return finished[-1].parent
+    hint = ""
+    unfinished = find_configs(root, "*/checkpoint-*/config.json")
+    if unfinished:
+        hint = f". From an unfinished one there is --model {unfinished[-1].parent}"
+    train_one = "train one (python train.py --stage finetune) or give --model DIR"
+    raise UserError(f"no finished run under {root}/; {train_one}{hint}")
 
 
+def find_configs(root, pattern):
+    """The files of this pattern, the newest last."""
+    return sorted(Path(root).glob(pattern), key=lambda path: path.stat().st_mtime)
 
-DESCRIBE = "Provide a one-sentence caption for the provided image."
 
+# ---- prompts and answers ---------------------------------------------------------------------------------------------
+
+
+def open_picture(vlm, path):
+    """A picture file -> tiles (n, 3, S, S) and layout (M, 2), as this model looks at pictures."""
+    return cut_tiles(open_image(path), vlm.cfg.vision, vlm.cfg.image_mode)
+
+
+def encode_question(vlm, tok, text, pictures=(), earlier=()):
+    """A question, after the turns that came `earlier`, -> a prompt. Pictures stand where <image> does, else in front."""
+    turns = [*earlier, ("human", text)]
+    if pictures and not any("<image>" in words for _, words in turns):
+        role, first = turns[0]
+        turns[0] = (role, "<image>" * len(pictures) + "\n" + first)
+    n_visual = [len(layout) for _, layout in pictures]
+    return encode_prompt(tok, turns, vlm.cfg.template, n_visual), list(pictures)
+
+
+@torch.no_grad()
+def answer(vlm, tok, prompts, max_new_tokens=96, batch_size=48, seed=None, **choices):
+    """Prompts of any number -> [Answer, ...] in their order. Greedy, unless `choices` say temperature, top_p or top_k."""
+    # Prompts of about one length go together, so that little is padded. In a batch they keep their order.
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
+    answers = [None] * len(prompts)
+    for start in range(0, len(prompts), batch_size):
+        batch = sorted(by_length[start : start + batch_size])
+        if seed is not None:
+            choices["seed"] = seed + start
+        found = answer_batch(vlm, tok, [prompts[i] for i in batch], max_new_tokens, choices)
+        for i, one in zip(batch, found):
+            answers[i] = one
+    return answers
+
+
+def answer_batch(vlm, tok, prompts, max_new_tokens, choices):
+    lengths = [len(ids) for ids, _ in prompts]
+    room = min(max_new_tokens, room_for_answer(vlm, max(lengths)))
+    device = vlm.decoder.lm_head.weight.device
+    padded = [ids + [tok.pad] * (max(lengths) - len(ids)) for ids, _ in prompts]
+    tokens = torch.tensor(padded, device=device)  # (B, T)
+    pixels, layout = gather_pictures(prompts, device)
+    stops = stop_ids(tok, vlm.cfg.template)
+    new = vlm.generate(tokens, pixels, room, lengths=lengths, stop=stops, layout=layout, **choices)
+    return [read_answer(tok, vlm.cfg.template, ids) for ids in new.tolist()]
+
+
+def room_for_answer(vlm, n_prompt):
+    longest = vlm.cfg.decoder.block_size
+    if n_prompt >= longest:
+        raise UserError(f"a prompt of {n_prompt} tokens leaves no room for an answer: the model takes {longest} "
+                        "with its answer; ask less, or begin a new chat")
+    return longest - n_prompt
+
+
+def gather_pictures(prompts, device):
+    """All tiles (n, 3, S, S) and the layout (M, 2) of a batch. The tower looks once at a picture that prompts share."""
+    tiles, layouts = [], []
+    n_tiles = 0
+    first_tile = {}  # id of a picture's tiles: where they begin
+    for _, pictures in prompts:
+        for picture, layout in pictures:
+            if id(picture) not in first_tile:
+                first_tile[id(picture)] = n_tiles
+                n_tiles += len(picture)
+                tiles.append(picture)
+            is_row_end = layout[:, :1] < 0
+            offset = torch.tensor([first_tile[id(picture)], 0])
+            layouts.append(torch.where(is_row_end, layout, layout + offset))
+    if not tiles:
+        return None, None
+    return torch.cat(tiles).to(device), torch.cat(layouts).to(device)
+
+
+def read_answer(tok, template, ids):
+    """New ids -> Answer. Most templates end an answer by a token, some by a string such as ###."""
+    stops = stop_ids(tok, template)
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    if end is not None:
+        ids = ids[: end + 1]
+    text = tok.decode(ids)
+    before_stop = cut_at_stop(text, template)
+    whole = end is not None or before_stop != text
+    return Answer(before_stop.strip(), whole, ids)
+
+
+# ---- stream and chat -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def stream_answer(vlm, tok, prompt, cfg):
+    """Print the answer word by word -> Answer."""
+    prompt_ids, _ = prompt
+    template = vlm.cfg.template
+    room = min(cfg.max_new_tokens, room_for_answer(vlm, len(prompt_ids)))
+    device = vlm.decoder.lm_head.weight.device
+    pixels, layout = gather_pictures([prompt], device)
+    choices = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k, "seed": cfg.seed}
+    stream = vlm.stream(torch.tensor([prompt_ids], device=device), pixels, room,
+                        stop=stop_ids(tok, template), layout=layout, **choices)
+    ids, shown = [], ""
+    for new in stream:
+        ids.append(int(new))
+        said = read_answer(tok, template, ids)
+        if said.whole:
+            break
+
+        # Half a character, the beginning of a stop and a space wait for what follows.
+        text = cut_at_stop(tok.decode(ids, partial=True), template, partial=True).strip()
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+    print(said.text[len(shown) :], flush=True)
+
+    if not said.whole:
+        why = f"with the prompt's {len(prompt_ids)} these are all {vlm.cfg.decoder.block_size} the model takes"
+        if len(ids) == cfg.max_new_tokens:
+            why = "raise --max-new-tokens"
+        print(f"[cut off after {len(ids)} tokens; {why}]", file=sys.stderr)
+    elif not said.text:
+        print("[the model gave an empty answer]", file=sys.stderr)
+    return said
+
+
+def read_question():
+    """One line from the terminal; empty when the user is done."""
+    try:
+        return input("\n> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
 
 
 def main(argv=None):
-    cfg = parse(argv)
-    device, images = pick_device(cfg.device), [open_image(path) for path in cfg.image]           # what is wrong with them is said at once
-    chat = not cfg.prompt and sys.stdin is not None and sys.stdin.isatty()
+    cfg = parse(SampleConfig, argv, description=__doc__)
+    device = pick_device(cfg.device)
+    images = [open_image(path) for path in cfg.image]  # what is wrong with them is said before a model is read
+    on_terminal = sys.stdin is not None and sys.stdin.isatty()
+    chat = on_terminal and not cfg.prompt
     if not (cfg.prompt or images or chat):
         raise UserError("nothing to answer: give --image, --prompt or both")
-    vlm, tok = open_model(cfg.model or newest_run(), device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
+    directory = cfg.model or newest_run()
+    vlm, tok = open_model(directory, device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
     pictures = [cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode) for image in images]
-    pixels, layout = (x.to(device) for x in join_pictures(pictures)) if pictures else (None, None)
 
-    turns, question = [], cfg.prompt or (DESCRIBE if images else ask())
-    if not cfg.prompt and images:
+    # The first question: the user's, else for a caption, else the first that is typed.
+    question = cfg.prompt
+    if not question and images:
+        question = DESCRIBE
         print(f"> {question}")
+    question = question or read_question()
+
+    turns = []
     while question:
-        front = "<image>" * len(images) + "\n" if images and not turns else ""
-        turns.append(("human", front + as_text(question)))
-        prompt = torch.tensor([encode_prompt(tok, turns, vlm.cfg.template, [len(cut) for _, cut in pictures])], device=device)
-        answer = say(vlm, tok, prompt, pixels, layout, cfg)
-        turns = turns + [("gpt", as_text(answer))] if answer else turns[:-1]  # an empty answer is no turn to go on from
-        question = ask() if chat else None
+        prompt = encode_question(vlm, tok, as_text(question), pictures, turns)
+        said = stream_answer(vlm, tok, prompt, cfg)
+        if said.text:  # an empty answer is no turn to go on from
+            turns += [("human", as_text(question)), ("gpt", as_text(said.text))]
+        question = read_question() if chat else ""
     return 0
-
-
-
-def say(vlm, tok, prompt, pixels, layout, cfg):
-    """Print the answer word by word and return it."""
-    T, longest, template = prompt.shape[1], vlm.cfg.decoder.block_size, vlm.cfg.template
-    if T >= longest:
-        raise UserError(f"question and earlier turns are {T} tokens, the model takes {longest} with its answer; ask less, or begin a new chat")
-    ids, shown, stop = [], "", stop_ids(tok, template)
-    for new in vlm.stream(prompt, pixels, min(cfg.max_new_tokens, longest - T), cfg.temperature, cfg.top_p, cfg.top_k, seed=cfg.seed, stop=stop,
-                          layout=layout):
-        ids.append(int(new))
-        text = tok.decode(ids, partial=True)
-        said = cut_at_stop(text, template, partial=True).strip()            # a space at the end waits for the word after it
-        print(said[len(shown) :], end="", flush=True)
-        shown = said
-        if cut_at_stop(text, template) != text:                             # a stop that is no token: ### or a newline
-            break
-    whole = tok.decode(ids)
-    text = cut_at_stop(whole, template)
-    ended, text = ids[-1] in stop or text != whole, text.strip()
-    print(text[len(shown) :], flush=True)
-    if not ended:
-        why = "raise --max-new-tokens" if len(ids) == cfg.max_new_tokens else f"with the prompt's {T} these are all {longest} the model takes"
-        print(f"[cut off after {len(ids)} tokens; {why}]", file=sys.stderr)
-    elif not text:
-        print("[the model gave an empty answer]", file=sys.stderr)
-    return text
-
-
-
-def ask():
-    """One line from the terminal; None when the user is done."""
-    try:
-        question = input("\n> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
-    return question or None
-
-
-
-def parse(argv):
-    cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--image", nargs="+", default=[], metavar="FILE", help="pictures, in the order the question speaks of them")
-    cli.add_argument("--prompt", default="", help="one question; empty: describe the picture, then chat if this is a terminal")
-    cli.add_argument("--model", default="", metavar="DIR", help="model directory; empty: the newest finished run under out/")
-    cli.add_argument("--vision", metavar="DIR[,DIR]", help="tower of a model that was published without (python -m tools.weights convert puts it in)")
-    cli.add_argument("--llm", metavar="DIR", help="base of a LoRA")
-    cli.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest word, more draws at random (default 0)")
-    cli.add_argument("--top-p", type=float, default=1.0, help="draw from the smallest set of words holding this probability (default 1)")
-    cli.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest words; 0: all (default 0)")
-    cli.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens (default 256)")
-    cli.add_argument("--template", default="", help="conversation template; empty: the model's own")
-    cli.add_argument("--image-mode", default="", help=f"{', '.join(MODES)}; empty: the model's own (python -m tools.weights info DIR says which)")
-    cli.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    cli.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default auto)")
-    cli.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-                     help="of the weights; auto: as they are stored, but bfloat16 for float16 on a CPU (default auto)")
-    cfg = parse_args(cli, sys.argv[1:] if argv is None else argv)
-    for flag, value, fits, rule in (("temperature", cfg.temperature, 0 <= cfg.temperature < float("inf"), "0 or more"),
-                                    ("top-p", cfg.top_p, 0 < cfg.top_p <= 1, "above 0 and at most 1"), ("top-k", cfg.top_k, cfg.top_k >= 0, "0 or more"),
-                                    ("max-new-tokens", cfg.max_new_tokens, cfg.max_new_tokens >= 1, "at least 1"), ("seed", cfg.seed, cfg.seed >= 0, "0 or more")):
-        if not fits:
-            raise UserError(f"--{flag} {value}: must be {rule}")
-    one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
-    return cfg
 
 
 if __name__ == "__main__":

@@ -42,9 +42,8 @@ import torch.distributed as dist
 import toyworld
 from conversation import Tokenizer, encode_conversation
 from data import Examples, collate, Questions, Records, batches, micro_batches, open_records, share
-from eval import examine
+from eval import answer_questions, examine
 from model import IGNORE, PRESETS, VLM, init_weights
-from sample import answer
 from support.checkpoint import catch_ctrl_c, find_checkpoint, move_aside, restore, rewind, save_checkpoint, save_model
 from support.cli import Flags, UserError, arg, one_of, parse_args, run
 from support.distributed import gather, meet, mine, rank, spread, wait, whole, world
@@ -712,10 +711,10 @@ def held_out_loss(vlm, looks, device, shuffled=False):
 def sample_answers(vlm, tok, questions, step, n=3):
     """A few held-out questions, other ones at each look, with the model's answer and the truth."""
     chosen = [questions[(step * 7 + i * len(questions) // n) % len(questions)] for i in range(n)]
-    said = answer(vlm, tok, [(q["paths"], q["text"]) for q in chosen])
+    said = answer_questions(vlm, tok, chosen)
     lines = [q["text"].replace("<image>", "").strip().split("\n") for q in chosen]
     asked = [next((line for line in some if "?" in line), some[0]) for some in lines]            # the question, without its format prompt
-    return "\n".join(f"  Q: {text}\n  A: {a!r}   truth: {q['answer']!r}" for q, text, (a, _) in zip(chosen, asked, said))
+    return "\n".join(f"  Q: {text}\n  A: {a!r}   truth: {q['answer']!r}" for q, text, (a, *_) in zip(chosen, asked, said))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ import toyworld
 import train
 from conversation import Tokenizer, encode_conversation, train_tokenizer
 from data import Examples, Records
-from eval import is_right
+from eval import answer_questions, is_right
 from model import IGNORE, Decoder, PRESETS, VLM, init_weights
 from pairs import judge, parse_answer
-from sample import answer
 from support.cli import UserError, parse_args, run
 from support.weights import rename, CLIP_NAMES, LLAMA_NAMES, clip_json, llama_json, load_decoder, load_vision, public_layout, write_model
 from vision import TILINGS, ViT, cut_tiles, join_pictures
@@ -693,7 +692,7 @@ def make_exam(n):
 def take_exam(model, exam):
     """-> shares: right answers asked directly and step by step, worked answers without a final one, things in captions that are not in the picture."""
     vlm, tok = VLM.from_pretrained(model), Tokenizer(model)
-    ask = lambda question: [said for said, _ in answer(vlm, tok, [([p], question(q)) for p, q, _, _ in exam])]
+    ask = lambda question: [said.text for said in answer_questions(vlm, tok, [{"paths": [p], "text": question(q)} for p, q, _, _ in exam])]
     direct, worked, captions = ask(lambda q: f"{q}\n{toyworld.SHORT}"), ask(lambda q: worked(q, 1, "en")), ask(lambda q: toyworld.CAPTION)
     final = [parse_answer(said, 1) for said in worked]
     wrong = [made_up(said, scene) for said, (*_, scene) in zip(captions, exam)]

@@ -28,6 +28,7 @@ from support.cli import UserError
 from vision import VisionConfig
 import lab.losses as lab_losses
 import pairs
+import sample
 
 ROOT = Path(mpo.__file__).parent
 fork = multiprocessing.get_context("fork").Process
@@ -526,7 +527,8 @@ def talkative(monkeypatch):
 
         def complete(vlm, tok_, rows, cfg, seed):
             calls.append(rows)
-            return [(tok.encode(texts[(seed + i) % len(texts)]), not texts[(seed + i) % len(texts)].endswith("..."), 5) for i in range(len(rows))]
+            picked = [texts[(seed + i) % len(texts)] for i in range(len(rows))]
+            return [sample.read_answer(tok, "vicuna_v1", tok.encode(text) + [tok.eos] * (not text.endswith("..."))) for text in picked]
         monkeypatch.setattr(pairs, "draw_answers", complete)
         return calls
     return says
@@ -545,7 +547,7 @@ def test_right_answers_meet_wrong_ones_and_those_without_form(tiny, folder, aske
     said = capfd.readouterr().out
     stats = json.loads(Path("pairs/made.jsonl.stats.json").read_text())
     assert stats["counts"]["answers cut off"] == 7 and stats["counts"]["questions none right"] == 3 and stats["counts"]["unusable"] == 1
-    assert stats["counts"]["unreadable"] == 1 and "no such" in said and stats["tokens_generated_per_pair"] == 28 * 5 / len(made)
+    assert stats["counts"]["unreadable"] == 1 and "no such" in said and stats["tokens_generated_per_pair"] == stats["counts"]["tokens"] / len(made)
     assert stats["tokens"]["chosen"]["mean"] > 0 and "tokens generated per pair" in said
 
 
@@ -596,7 +598,8 @@ def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny,
     monkeypatch.setattr(pairs, "judge", lambda said, truth: True)             # a random model never answers: anything is an answer here
     monkeypatch.setattr(pairs, "parse_answer", lambda text, n=2: (text, text[:3]) if len(text) % 2 else None)
     monkeypatch.setattr(pairs, "fix_answer", lambda text, *_: text)
-    monkeypatch.setattr(mpo, "text_of", lambda tok, template, ids, ended: (tok.decode(ids).strip(), True))
+    monkeypatch.setattr(sample, "read_answer", lambda tok, template, ids: sample.Answer(tok.decode(ids).strip(), True, ids))
+    monkeypatch.setattr(pairs, "read_answer", sample.read_answer)
     assert build(tiny, folder, method, out="whole.jsonl") == 0
     calls, original = [], pairs.draw_answers
 

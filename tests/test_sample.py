@@ -12,7 +12,7 @@ import torch
 
 import sample
 from conversation import encode_prompt
-from support.cli import run
+from support.cli import UserError, run
 from model import VLM
 from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 from vision import cut_tiles, open_image
@@ -192,12 +192,12 @@ def test_a_chat_survives_an_empty_answer(chat, tok, monkeypatch, capfd):
 
 def test_a_chat_that_grows_too_long_ends_with_one_line(chat, talkative, capfd):
     assert chat(["How many things are there? " * 30] * 5) == 1
-    assert "tokens, the model takes 512 with its answer" in errors(capfd)[-1] and len(talkative) >= 1
+    assert "the model takes 512 with its answer" in errors(capfd)[-1] and len(talkative) >= 1
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--temperature", -1], "--temperature -1.0: must be 0 or more"), (["--temperature", "nan"], "--temperature nan: must be 0 or more"),
-    (["--top-p", 0], "--top-p 0.0: must be above 0"), (["--top-p", 1.5], "--top-p 1.5: must be above 0"), (["--top-k", -1], "--top-k -1: must be 0 or more"),
+    (["--temperature", -1], "--temperature -1.0: must be at least 0"), (["--temperature", "nan"], "--temperature nan: must be at least 0"),
+    (["--top-p", 0], "--top-p 0.0: must be above 0"), (["--top-p", 1.5], "--top-p 1.5: must be at most 1"), (["--top-k", -1], "--top-k -1: must be at least 0"),
     (["--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"), (["--image", "none.png"], "none.png: no such picture"),
     (["--image", "text.png"], "text.png: not a picture"), (["--model", "none"], "none/config.json: not found"), (["--device", "foo"], "--device foo: choose"),
     (["--image-mode", "padd"], "did you mean pad?"), (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
@@ -208,6 +208,59 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeyp
     assert ask("--prompt", "What?", *flags) == 1
     error = errors(capfd)
     assert len(error) == 1 and error[0].startswith("error: ") and words in error[0], error
+
+
+# ---- many prompts at once ------------------------------------------------------------------------------------------
+
+
+def make_prompts(vlm, tok, world):
+    a, b = (sample.open_picture(vlm, world / f"images/val_{i:05d}.png") for i in (0, 1))
+    asked = [([a], "What is in the image, on the left or on the right of it?"), ([], "How many?"),
+             ([a, b], "Which?"), ([b], "What?")]
+    return [sample.encode_question(vlm, tok, text, pictures) for pictures, text in asked]
+
+
+def test_answers_in_batches_are_those_of_each_prompt_alone_in_their_order(tiny, tok, world):
+    vlm = VLM.from_pretrained(tiny)
+    prompts = make_prompts(vlm, tok, world)
+    together = sample.answer(vlm, tok, prompts, max_new_tokens=12)
+    assert together == [sample.answer(vlm, tok, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    assert together == sample.answer(vlm, tok, prompts, max_new_tokens=12, batch_size=2)
+    assert len({said.text for said in together}) > 1
+    assert not all(said.whole for said in together)
+
+
+def test_the_tower_looks_once_at_a_picture_that_prompts_share(tiny, tok, world):
+    vlm = VLM.from_pretrained(tiny)
+    prompts = make_prompts(vlm, tok, world)
+    looked_at = []
+    vlm.vision.register_forward_hook(lambda tower, pixels, features: looked_at.append(len(pixels[0])))
+    sample.answer(vlm, tok, prompts, max_new_tokens=2)
+    assert looked_at == [2]                      # of four runs of visual tokens
+
+
+def test_draws_follow_the_seed(tiny, tok, world):
+    vlm = VLM.from_pretrained(tiny)
+    prompts = make_prompts(vlm, tok, world)
+    draws = [sample.answer(vlm, tok, prompts, 12, 2, seed, temperature=2.0) for seed in (0, 0, 5)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_an_answer_ends_at_its_stop_be_it_a_token_or_a_string(tok):
+    hello = tok.encode("Hello.")
+    assert sample.read_answer(tok, "vicuna_v1", hello) == ("Hello.", False, hello)
+    assert sample.read_answer(tok, "vicuna_v1", hello + [tok.eos, tok.pad]) == ("Hello.", True, hello + [tok.eos])
+    marked = tok.encode("Hello.###Human")
+    assert sample.read_answer(tok, "llava_v0", marked) == ("Hello.", True, marked)
+
+
+def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
+    vlm = VLM.from_pretrained(tiny)
+    prompt = sample.encode_question(vlm, tok, "How many things are there? " * 50)
+    assert sample.answer(vlm, tok, [prompt], max_new_tokens=10_000)[0].whole is False
+    prompt = sample.encode_question(vlm, tok, "How many things are there? " * 100)
+    with pytest.raises(UserError, match="leaves no room for an answer"):
+        sample.answer(vlm, tok, [prompt])
 
 
 def test_the_newest_finished_run_answers_and_an_unfinished_one_is_pointed_to(tmp_path):
@@ -224,6 +277,6 @@ def test_the_newest_finished_run_answers_and_an_unfinished_one_is_pointed_to(tmp
 
 def test_help_gives_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        sample.parse(["--help"])
+        sample.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert all(f"(default {value})" in shown for value in ("0", "1", "256", "auto"))
+    assert all(f"(default {value})" in shown for value in ("0.0", "1.0", "256", "auto"))

@@ -303,7 +303,7 @@ def test_training_and_sampling_count_the_same_tokens(records, tok):
         seen = []
         vlm.generate = lambda tokens, pixels, n, **flags: seen.append((tokens, flags["layout"])) or torch.full((len(tokens), 1), tok.eos)
         paths = [records.image_path(name) for name in records[2]["images"]]
-        sample.answer(vlm, tok, [(paths, "What?")])
+        sample.answer(vlm, tok, [sample.encode_question(vlm, tok, "What?", [sample.open_picture(vlm, p) for p in paths])])
         (tokens, layout), = seen
         assert torch.equal(layout, examples[2]["layout"]) and (tokens == tok.image).sum() == (examples[2]["tokens"] == tok.image).sum() == len(layout)
 

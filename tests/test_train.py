@@ -588,17 +588,17 @@ def test_data_without_a_val_file_trains_without_a_table(go, world, capfd):
 def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, capsys):
     asked = [("count", "2"), ("count", "2"), ("count", "1"), ("cot", "One.\nFinal answer: 3"), ("cot", "Another.\nFinal answer: 3")]
     questions = [{"id": "q", "paths": [f"{i}.png"], "text": "?", "answer": a, "category": c} for i, (c, a) in enumerate(asked)]
-    said = [("2.", True), ("1", True), ("1", False), ("So.\nFinal answer: 3", True), ("3", True)]
-    blind = [("2", True), ("2", True), ("2", True), ("no", True), ("no", True)]
+    said = [sample.Answer(text, whole, []) for text, whole in [("2.", True), ("1", True), ("1", False), ("So.\nFinal answer: 3", True), ("3", True)]]
+    blind = [sample.Answer(text, True, []) for text in ("2", "2", "2", "no", "no")]
     seen = []
-    monkeypatch.setattr(sample, "answer", lambda vlm, tok, asked: seen.append(asked) or (said, blind)[len(seen) - 1])
+    monkeypatch.setattr(eval, "answer_questions", lambda vlm, tok, asked: seen.append(asked) or (said, blind)[len(seen) - 1])
     eval.examine(None, None, questions, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["table"] == {"count": {"n": 3, "accuracy": 2 / 3, "most_frequent": 2 / 3, "shuffled": 2 / 3},
                                 "cot": {"n": 2, "accuracy": 1 / 2, "most_frequent": 1, "shuffled": 0},
                                 "all": {"n": 5, "accuracy": 3 / 5, "most_frequent": 4 / 5, "shuffled": 2 / 5}}
     assert results["cut_off"] == 1 and "1 of 5 answers were cut off" in capsys.readouterr().out
-    assert all(a != b for (a, _), (b, _) in zip(*seen)) and {p for ps, _ in seen[1] for p in ps} == {f"{i}.png" for i in range(5)}
+    assert all(a["paths"] != b["paths"] for a, b in zip(*seen)) and {p for q in seen[1] for p in q["paths"]} == {f"{i}.png" for i in range(5)}
 
 
 @pytest.mark.parametrize("said, truth, right", [
@@ -608,22 +608,6 @@ def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, cap
     ("at the top", "[0.10, 0.10, 0.50, 0.50]", False)])
 def test_what_counts_as_right(said, truth, right):
     assert eval.is_right(said, truth) is right
-
-
-def test_answers_in_batches_are_those_of_each_question_alone_in_their_order(tiny, tok, world):
-    vlm, pictures = VLM.from_pretrained(tiny), [world / PICTURE, world / OTHER]
-    questions = [(pictures[:1], "What is in the image, on the left or on the right of it?"), ([], "How many?"), (pictures, "Which?"), (pictures[1:], "What?")]
-    together = sample.answer(vlm, tok, questions, max_new_tokens=12)
-    assert together == [sample.answer(vlm, tok, [q], max_new_tokens=12)[0] for q in questions]
-    assert together == sample.answer(vlm, tok, questions, max_new_tokens=12, size=2)
-    assert len({a for a, _ in together}) > 1 and not all(whole for _, whole in together)
-
-
-def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
-    vlm = VLM.from_pretrained(tiny)
-    assert sample.answer(vlm, tok, [([], "How many things are there? " * 50)], max_new_tokens=10_000)[0][1] is False
-    with pytest.raises(UserError, match="leaves no room for an answer in 512"):
-        sample.answer(vlm, tok, [([], "How many things are there? " * 100)])
 
 
 # ---- what one sees -----------------------------------------------------------------------------------------------------
