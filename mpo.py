@@ -21,11 +21,9 @@ reference. Deviations from the authors' code, all of them:
   - answers that ran out of tokens make no pair; the original takes them for wrong ones, or for whole ones.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-import argparse
 import contextlib
 import hashlib
 import io
@@ -46,11 +44,12 @@ from data import Examples, Mixture, collate, open_records
 from lab.losses import aot_loss, cdpo_loss, hinge_loss, ipo_loss, orpo_loss, robust_dpo_loss, sppo_loss
 from model import IGNORE, PRESETS, token_log_probs
 from sample import newest_run
-from support.cli import must, Flags, UserError, arg, one_of, run
+from support.cli import must, UserError, arg, one_of, parse, run
 from support.lora import lora_off
-from support.plots import plot
 from support.weights import base_of, is_lora
-from train import TrainConfig, build, few, find_files, fit, guarded, precision, read_flags
+from support.distributed import precision
+from support.start import build
+from train import Answering, TrainConfig, find_files, teach
 
 
 
@@ -80,7 +79,7 @@ def shift(delta, n, r_c, r_r):
 
 
 TERMS = {                                        # name -> the term, of what preference() gives
-    "dpo": lambda p: dpo_loss(p.r_c, p.r_r), "tr-dpo": lambda p: dpo_loss(p.r_c, p.r_r), "bco": lambda p: bco_loss(p.r_c, p.r_r, p.delta),
+    "dpo": lambda p: dpo_loss(p.r_c, p.r_r), "bco": lambda p: bco_loss(p.r_c, p.r_r, p.delta),
     "sft": lambda p: sft_loss(p.s_c, p.n_c), "cdpo": lambda p: cdpo_loss(p.r_c, p.r_r, p.epsilon),
     "robust-dpo": lambda p: robust_dpo_loss(p.r_c, p.r_r, p.epsilon), "hinge": lambda p: hinge_loss(p.r_c, p.r_r),
     "rso": lambda p: hinge_loss(p.r_c, p.r_r), "ipo": lambda p: ipo_loss(p.d_c, p.d_r, p.n_c, p.n_r, p.beta),
@@ -199,8 +198,6 @@ class MPOConfig(TrainConfig):
     epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume, 0 to 0.5")
     reference: str = arg("precomputed", "precomputed (once, kept in reference/ beside --out), copy (a second model) or lora-off (the policy "
                                         "without its LoRA)")
-    ref_alpha: float = arg(0.6, "tr-dpo: the reference becomes alpha policy + (1 - alpha) reference")
-    ref_every: int = arg(512, "tr-dpo: steps between such updates")
     lr: float = arg(1e-4, "peak learning rate, after warmup; the toy's. The published ones are 5e-6 (8B) and 1e-6")
     weight_decay: float = arg(0.05, "AdamW's, on matrices only")
     bad_records: str = arg("skip", "what to do with a pair that cannot be used: stop, or skip, count and name in log.jsonl")
@@ -211,64 +208,60 @@ class MPOConfig(TrainConfig):
     image_size: int = arg(0, "")
     token_budget: int = arg(0, "")
     shard: bool = arg(False, "")
-    cache_features: float = arg(0.0, "")
     split_questions: bool = arg(False, "")
     dry_run: bool = arg(False, "")
 
 
 
 class Pairs:
-    """The lesson of preference learning; train.Answers is the other one."""
-    shown, collate = ("margin", "accuracy"), staticmethod(collate_pairs)
+    """The task of preference learning; train.Answering is the other one."""
 
-    def __init__(self, cfg, records, vlm, tok, device, state):
-        self.cfg, self.vlm, self.device, self.terms, saved = cfg, vlm, device, loss_weights(cfg), state.get("lesson") or {}
+    unit = "pairs"
+    shown = ("margin", "accuracy")
+    plots = Answering.plots | {"mpo.png": {
+        "rewards, beta (s - s_ref)": {"chosen": "reward_chosen", "rejected": "reward_rejected", "margin": "margin"},
+        "share of pairs with the chosen answer ahead": {"accuracy": "accuracy"},
+        "delta, the mean of all rewards so far": {"delta": "delta"},
+        "NLL of the chosen answer per token": {"nll": "nll"},
+    }}
+    collate = staticmethod(collate_pairs)
+
+    def __init__(self, cfg, records, vlm, tok):
+        self.cfg, self.vlm, self.device, self.terms = cfg, vlm, next(vlm.parameters()).device, loss_weights(cfg)
         self.examples = PairExamples(records, tok, cfg.template or vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode,
                                      cfg.max_length or vlm.cfg.decoder.block_size, cfg.bad_records)
-        self.delta, self.n_delta = saved.get("delta", 0.0), saved.get("n_delta", 0)
+        self.delta, self.n_delta = 0.0, 0
         self.frozen_tower = not any(p.requires_grad for name, p in vlm.named_parameters() if name.startswith("vision"))
-        first = lambda: vlm if state["step"] == 0 else build(cfg)[0].to(device)             # the model before training
+        first = lambda: build(cfg)[0].to(self.device) if cfg.resume else vlm               # the model before training
         if cfg.reference == "precomputed":
             self.sums = self.precompute(first, tok, records)
         elif cfg.reference == "copy":
-            self.ref = build(cfg)[0].to(device).requires_grad_(False)
+            self.ref = build(cfg)[0].to(self.device).requires_grad_(False)
             if self.frozen_tower:                                           # one tower is enough for both
                 self.ref.vision = vlm.vision
                 if vlm.cfg.vision2:
                     self.ref.vision2 = vlm.vision2
-            self.ref.load_state_dict(saved.get("reference", {}), strict=False)              # tr-dpo's has moved
         elif beside := [name for name, p in vlm.named_parameters() if p.requires_grad and ".lora_" not in name]:
             raise UserError(f"--reference lora-off: {len(beside)} tensors train that are no LoRA, such as {beside[0]}, so the policy without its "
                             "LoRA is not what it began as; give --lora-r N --train llm, or --reference precomputed")
 
     @staticmethod
-    def read(cfg):
-        return open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+    def weight(batch):
+        return len(batch["ids"])
 
-    def blame(self, net, micro, autocast):
-        return few([name for m in micro for name in m["ids"]])
-
-    def backward(self, net, micro, autocast):
-        """Add the gradient of L over all pairs of a step; -> L (None: no pair could be used), what the log should hold."""
-        n_pair, sums = sum(len(m["ids"]) for m in micro), Counter()
-        for m in micro:
-            if not m["ids"]:
-                continue
-            batch, share = to(m, self.device), len(m["ids"]) / n_pair
-            with autocast:
-                seen = self.look(batch)
-                s, n = log_probs(self.vlm, batch, seen)
-                p = preference(s, self.reference(batch, seen), n, self.cfg)
-            self.delta, self.n_delta = shift(self.delta, self.n_delta, p.r_c, p.r_r)
-            p.delta = self.delta
-            terms = {name: TERMS[name](p) for name in self.terms}
-            loss = sum(self.terms[name] * term for name, term in terms.items())
-            (loss * share).backward()
-            found = terms | {"loss": loss, "reward_chosen": p.r_c, "reward_rejected": p.r_r, "margin": p.r_c - p.r_r,
-                             "accuracy": (p.r_c > p.r_r).float(), "logp_chosen": p.s_c, "logp_rejected": p.s_r, "nll": sft_loss(p.s_c, p.n_c)}
-            for name, value in found.items():
-                sums[name] += share * value.detach().mean().item()
-        return (sums.pop("loss") if n_pair else None), {"pairs": n_pair, **sums, "delta": self.delta}
+    def loss(self, net, batch):
+        """-> the sum of L over the pairs of a batch, and of what the log should hold the mean."""
+        batch, n_pair = to(batch, self.device), len(batch["ids"])
+        seen = self.look(batch)
+        s, n = log_probs(self.vlm, batch, seen)
+        p = preference(s, self.reference(batch, seen), n, self.cfg)
+        self.delta, self.n_delta = shift(self.delta, self.n_delta, p.r_c, p.r_r)
+        p.delta = self.delta
+        terms = {name: TERMS[name](p) for name in self.terms}
+        loss = sum(self.terms[name] * term for name, term in terms.items())
+        found = terms | {"reward_chosen": p.r_c, "reward_rejected": p.r_r, "margin": p.r_c - p.r_r, "accuracy": (p.r_c > p.r_r).float(),
+                         "logp_chosen": p.s_c, "logp_rejected": p.s_r, "nll": sft_loss(p.s_c, p.n_c)}
+        return loss * n_pair, {name: value.detach().mean().item() * n_pair for name, value in found.items()}
 
     @torch.no_grad()
     def look(self, batch):
@@ -313,24 +306,11 @@ class Pairs:
             print(f"reference log-probabilities of {n:,} pairs in {time.time() - began:.0f} s, kept in {path}")
         return torch.tensor(done)
 
-    def stepped(self, step):
-        """TR-DPO (arXiv:2404.09656, Eq. 3): the reference follows the policy."""
-        if "tr-dpo" in self.terms and step % self.cfg.ref_every == 0:
-            with torch.no_grad():
-                for p, ref in zip(self.vlm.parameters(), self.ref.parameters()):
-                    if p.requires_grad:
-                        ref.lerp_(p, self.cfg.ref_alpha)
+    def state_dict(self):
+        return {"delta": self.delta, "n_delta": self.n_delta}
 
-    def state(self):
-        moved = {name: t for name, t in self.ref.state_dict().items() if not name.startswith("vision")} if "tr-dpo" in self.terms else {}
-        return {"delta": self.delta, "n_delta": self.n_delta} | ({"reference": moved} if moved else {})
-
-    def draw(self, out, curves):
-        panels = {"rewards, beta (s - s_ref)": ("reward_chosen", "reward_rejected", "margin"),
-                  "share of pairs with the chosen answer ahead": ("accuracy",),
-                  "delta, the mean of all rewards so far": ("delta",),
-                  "NLL of the chosen answer per token": ("nll",)}
-        plot(out / "mpo.png", {title: {name: curves.get(name, ([], [])) for name in names} for title, names in panels.items()})
+    def load_state_dict(self, state):
+        self.delta, self.n_delta = state["delta"], state["n_delta"]
 
 
 
@@ -381,19 +361,12 @@ def whole_lines(path):
 
 
 def main(argv=None):
-    cli = Flags(prog="mpo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cfg = read_flags(cli, MPOConfig, {}, sys.argv[1:] if argv is None else argv)
+    cfg = parse(MPOConfig, argv, description=__doc__)
     one_of("--reference", cfg.reference, ["precomputed", "copy", "lora-off"])
-    terms = loss_weights(cfg)
+    loss_weights(cfg)
     must(cfg, "beta", lambda x: x > 0, "above 0")
     must(cfg, "epsilon", lambda x: 0 <= x < 0.5, "from 0 to below 0.5")
-    must(cfg, "ref_alpha", lambda x: 0 < x <= 1, "above 0, at most 1")
-    must(cfg, "ref_every", lambda x: x >= 1, "at least 1")
     must(cfg, "w_p w_q w_g", lambda x: x >= 0, "0 or more")
-    if "tr-dpo" in terms and cfg.reference != "copy":
-        raise UserError(f"--loss {cfg.loss} moves its reference: add --reference copy")
-    if "tr-dpo" in terms and cfg.lora_r:
-        raise UserError(f"--loss {cfg.loss}: the reference follows the policy's own weights, and a LoRA is beside them; leave out --lora-r")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("mpo.py runs in one process: start it without torchrun")
     if not cfg.data:
@@ -401,7 +374,7 @@ def main(argv=None):
     if cfg.model in PRESETS:
         raise UserError(f"--model {cfg.model} is a preset: preferences are for a model that can answer; give its directory, such as out/finetune")
     cfg.model = cfg.model or str(newest_run())
-    return guarded(lambda: fit(find_files(cfg), Pairs))
+    return teach(find_files(cfg), Pairs)
 
 
 

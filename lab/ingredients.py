@@ -525,7 +525,7 @@ def hd(out, cfg, batch_size=8, lr=1e-3, size=192, words=0.5):
 def kinds_told(size, n=128, S=96):
     """Of the patches of held-out things in pictures of `size` px, cut into tiles: how often is the visual token, as tower and connector are
     before training, nearer to the word for the kind than to every other kind's?"""
-    vlm, tok = train.build(train.parse(["--stage", "finetune"]))
+    vlm, tok = train.build(train.parse_flags(["--stage", "finetune"]))
     words, rng, right, k = vlm.decoder.embed_tokens.weight[[tok.encode(kind)[0] for kind in toyworld.KINDS]], random.Random(1), [], size // S
     for scene in (toyworld.random_scene(rng, held_out=True) for _ in range(n)):
         picture = toyworld.draw_scene(scene, size)

@@ -1,182 +1,304 @@
-"""support.checkpoint: moved here; to be rewritten."""
+"""The folder of a run: its log and plots, its checkpoints, at its end the model; and Ctrl-C.
 
-from dataclasses import asdict
-from pathlib import Path
-import contextlib
+    out/log.jsonl  *.png                 a line for each step and each look at held-out questions, and what is drawn of them
+    out/tokenizer.model  ...             beside it what transformers' AutoProcessor wants
+    out/base/                            of a LoRA over a preset: the model under it
+    out/checkpoint-000100/               a whole model directory, and trainer.pt: step, flags, moments, the task's state;
+        optimizer-0-of-8.pt ...          under --shard each process writes its own moments
+    out/model.safetensors config.json    the model, config.json last: a directory that has one is whole
+
+A checkpoint is built under a hidden name and renamed when it is on the disk; only then does the older one go, hidden first. So
+whatever is called checkpoint-N is whole, at any moment.
+"""
+
 import json
 import os
-import pickle
 import shutil
 import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 
-from torch.distributed.tensor import DTensor
 import torch
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from support.cli import UserError
-from support.distributed import mine, rank, wait, whole, world
+from support.distributed import barrier, full_tensor, gather_numbers, local_shard, rank, world_size
 from support.export import save_adapter, save_processor
-from support.io import write_whole
-from support.weights import adapter_name, open_weights, public_layout
+from support.io import reading, write_whole
+from support.plots import add_points, plot
+
+# What --resume may change; any other flag would make it another run.
+FREE_TO_CHANGE = {
+    "resume", "out", "workers", "device", "dry_run", "compile", "shard", "recompute", "micro_batch_size", "token_budget",
+    "log_every", "eval_every", "save_every", "final_eval", "eval_limit",
+}
 
 
+class Run:
+    """Every process calls the same methods; rank 0 writes."""
 
-FREE_TO_CHANGE = {"resume", "out", "workers", "device", "log_every", "final_eval", "eval_limit", "save_every", "eval_every", "micro_batch_size",
-                  "token_budget", "recompute", "compile", "shard", "cache_features", "dry_run"}           # on --resume
+    def __init__(self, cfg, n_step):
+        self.cfg, self.n_step = cfg, n_step
+        self.out = Path(cfg.out)
+        self.checkpoint, self.state = find_checkpoint(self.out, cfg) if cfg.resume else (None, {})
+        self.first_step = self.state.get("step", 0) + 1
+        self.skipped = self.state.get("skipped", 0)  # records, since the run began
+        self.n_token = self.n_padded = 0  # tokens since this program began; those with padding
+        self.curves = {}  # name of a logged value -> (steps, values), for the plots
+        self.pressed = self.interrupted = False
 
+    def open(self, vlm, tok, task):
+        """Make the folder: that of the checkpoint is rewound to it, an earlier run's is moved aside."""
+        self.vlm, self.tok, self.task = vlm, tok, task
+        if rank() == 0:
+            if self.checkpoint:
+                self.rewind()
+            else:
+                move_aside(self.out, self.cfg)
+            save_processor(self.out, tok.path, vlm.cfg)
+            base = self.out / "base"
+            if vlm.lora and not self.checkpoint and Path(vlm.lora["base"]) == base.absolute():
+                save_processor(base, tok.path, vlm.cfg)
+                vlm.save_pretrained(base)  # B is still 0
+        barrier()
+        tok.path = self.out / "tokenizer.model"  # the checkpoint that it may have come from will be deleted
 
+    def rewind(self):
+        """Drop log lines after the checkpoint, a torn last one, and what a kill left half-written."""
+        log = self.out / "log.jsonl"
+        log.touch()
+        kept = []
+        for text in log.read_text().splitlines(keepends=True):
+            if text.endswith("\n") and json.loads(text)["step"] < self.first_step:
+                kept.append(text)
+                add_points(self.curves, json.loads(text))
+        write_whole(log, lambda tmp: tmp.write_text("".join(kept)))
+        for left in self.out.glob(".*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-@contextlib.contextmanager
-def catch_ctrl_c():
-    """Yields a list that is empty until the first Ctrl-C, which lets the step end and saves; the second ends the program at once."""
-    pressed = []
+    def restore(self, optimizer):
+        """Bring back the task's state, and the moments as whatever number of processes left them."""
+        if not self.checkpoint:
+            return
+        self.task.load_state_dict(self.state["task"])
+        moments = self.state.get("optimizer")
+        shards = [moments] if moments is not None else read_shards(self.checkpoint)
+        for name, p in self.vlm.named_parameters():
+            for key in shards[0].get(name, ()):
+                optimizer.state[p][key] = place_moment([shard[name][key] for shard in shards], p)
 
-    def press(*_):
-        pressed.append(True)
+    # ---- while it goes ----
+
+    def __enter__(self):
+        self.began = self.mark = time.time()
+        self.seconds = 0.0  # spent on steps, not on looks and saves
+        self.file = open(self.out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
+        hide = not sys.stderr.isatty() or rank() > 0
+        self.bar = tqdm(total=self.n_step, initial=self.first_step - 1, unit="step", dynamic_ncols=True, disable=hide)
+        self.old_handler = signal.signal(signal.SIGINT, self.press)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.old_handler)
+        self.bar.close()
+        self.file.close()
+
+    def press(self, *_):
+        """The first Ctrl-C lets the step end and saves it; the second ends the program at once."""
+        self.pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")     # print is not safe in a handler
+        os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")  # print is not safe here
 
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def log_step(self, step, batches, loss, **values):
+        """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
+        skipped = [reason for batch in batches for reason in batch["skipped"]]
+        for k, reason in enumerate(skipped, self.skipped + 1):
+            if k <= 5:
+                self.say(f"skipped: {reason}" + ("; from here on they are only counted" if k == 5 else ""))
+        n_token = sum(int(batch["lengths"].sum()) for batch in batches)
+        n_padded = sum(batch["tokens"].numel() for batch in batches)
+        counts = gather_numbers([n_token, n_padded, len(skipped), self.pressed]).sum(0).tolist()
+        self.n_token += int(counts[0])
+        self.n_padded += int(counts[1])
+        self.skipped += int(counts[2])
+        self.interrupted = counts[3] > 0
+
+        self.seconds += time.time() - self.mark
+        elapsed = time.time() - self.began
+        more = {"skipped": skipped} if skipped else {}
+        self.log(step, loss=loss, **values, time=round(elapsed, 2), **more)
+
+        text = "no usable record" if loss is None else f"loss {loss:.4f}"
+        for name in self.task.shown:
+            if name in values:
+                text += f"  {name} {values[name]:.3f}"
+        rate = f"{self.n_token / self.seconds:,.0f} tokens/s"
+        self.bar.set_postfix_str(f"{text}, {rate}")
+        self.bar.update()
+        if step % self.cfg.log_every == 0 or step in (self.first_step, self.n_step):
+            left = elapsed / (step - self.first_step + 1) * (self.n_step - step)
+            self.say(f"step {step:5d}/{self.n_step}  {text}  lr {values['lr']:.2e}  {rate}  {tqdm.format_interval(left)} left")
+        if rank() == 0 and (step % 50 == 0 or step == self.n_step or self.interrupted):
+            self.draw()
+
+    def log(self, step, **values):
+        line = {"step": step, **values}
+        self.file.write(json.dumps(line) + "\n")
+        add_points(self.curves, line)
+        self.mark = time.time()
+
+    def say(self, text):
+        self.bar.write(text)
+        sys.stdout.flush()
+
+    def draw(self):
+        """The task's plots, {file: {title: {label: name in the log}}}."""
+        for file, panels in self.task.plots.items():
+            drawn = {}
+            for title, names in panels.items():
+                drawn[title] = {label: self.curves.get(name, ([], [])) for label, name in names.items()}
+            plot(self.out / file, drawn)
+
+    def save(self, step, optimizer):
+        """Write checkpoint-N, then remove the one before it."""
+        final = self.out / f"checkpoint-{step:06d}"
+        hidden = self.out / f".{final.name}.tmp"
+        try:
+            save_model(hidden, self.vlm, self.tok)
+            barrier()  # rank 0 has made the folder
+            self.save_state(hidden, step, optimizer)
+            barrier()
+            if rank() == 0:
+                os.replace(hidden, final)
+                for old in checkpoints(self.out)[:-1]:
+                    os.replace(old, hidden)
+                    shutil.rmtree(hidden)
+        except (UserError, OSError) as error:
+            raise UserError(
+                f"the checkpoint of step {step} could not be saved: {error}; --resume goes on from the one before it"
+            ) from None
+        finally:
+            if rank() == 0:
+                shutil.rmtree(hidden, ignore_errors=True)
+        barrier()
+        self.mark = time.time()
+
+    def save_state(self, directory, step, optimizer):
+        """All that a step depends on besides the weights."""
+        names = {p: name for name, p in self.vlm.named_parameters()}
+        moments = {}
+        for p, state in optimizer.state.items():
+            moments[names[p]] = {key: local_shard(t) for key, t in state.items()}
+        state = {"step": step, "config": asdict(self.cfg), "skipped": self.skipped, "task": self.task.state_dict()}
+        if self.cfg.shard and world_size() > 1:
+            own = directory / f"optimizer-{rank()}-of-{world_size()}.pt"
+            write_whole(own, lambda tmp: torch.save(moments, tmp))
+        else:
+            state["optimizer"] = moments
+        if rank() == 0:
+            write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))
+
+    def finish(self, optimizer):
+        """Say what was learnt from, and write the model."""
+        cfg = self.cfg
+        shown = self.n_step * cfg.batch_size
+        if self.skipped == shown:
+            raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: "
+                            f"python -m tools.show check {cfg.data} --image-root {cfg.image_root}")
+        n_done = self.n_step - self.first_step + 1
+        padding = 1 - self.n_token / max(self.n_padded, 1)
+        text = f"trained {n_done} steps in {time.time() - self.began:.0f} s; {self.skipped} of {shown} records skipped; "
+        text += f"{padding:.1%} of the tokens were padding"
+        idle = [name for name, p in self.vlm.named_parameters() if p.requires_grad and p not in optimizer.state]
+        if idle:
+            text += f"; {len(idle)} trainable tensors never got a gradient, such as {idle[0]}"
+        print(text)
+        save_model(self.out, self.vlm, self.tok)
 
 
+def save_model(directory, vlm, tok):
+    """A model directory that needs nothing else; of a LoRA its adapter, which names its base."""
+    tensors = tensors_to_save(vlm)
+    if rank() > 0:
+        return
+    save_processor(directory, tok.path, vlm.cfg)
+    if vlm.lora:
+        save_adapter(vlm, directory, vlm.lora["base"], tensors)
+    else:
+        vlm.save_pretrained(directory, tensors)
 
-def save_model(directory, vlm, tok, state=None):
-    """A self-contained model directory; config.json comes last, so a directory that has one is whole. Of a LoRA, its adapter."""
-    state = what_to_save(vlm) if state is None else state
-    if rank() == 0:
-        save_processor(directory, tok.path, vlm.cfg)
-        save_adapter(vlm, directory, vlm.lora["base"], state) if vlm.lora else vlm.save_pretrained(directory, state)
 
-
-
-def what_to_save(vlm):
-    """{our name: tensor}: all weights, or what trains if that is a LoRA. Of shares process 0 gets the whole, one tensor after the other."""
-    state = {}
+def tensors_to_save(vlm):
+    """{our name: tensor}: all weights, or of a LoRA what trains. Of shards rank 0 gets the whole, one after the other."""
+    tensors = {}
     for name, p in vlm.named_parameters():
         if p.requires_grad or not vlm.lora:
-            full = whole(p.detach())                                        # all processes take part
+            full = full_tensor(p.detach())  # every process takes part
             if rank() == 0:
-                state[name] = full.cpu() if isinstance(p, DTensor) else full
-    return state
+                tensors[name] = full.cpu() if isinstance(p, DTensor) else full
+    return tensors
 
 
-
-def save_checkpoint(out, step, vlm, tok, optimizer, cfg, skipped, lesson=None):
-    """out/checkpoint-N, built under a hidden name, read again, and renamed when it is on the disk; only then does the older one go, hidden
-    first: whatever is called checkpoint-N is whole, at any moment. Sharded, each process writes the moments that it has."""
-    final = out / f"checkpoint-{step:06d}"
-    hidden = out / f".{final.name}.tmp"
-    try:
-        tensors = what_to_save(vlm)
-        save_model(hidden, vlm, tok, tensors)
-        wait()                                                              # process 0 has made the folder
-        names = {p: name for name, p in vlm.named_parameters()}
-        moments = {names[p]: {key: mine(t) for key, t in state.items()} for p, state in optimizer.state.items()}
-        state = {"step": step, "config": asdict(cfg), "skipped": skipped, "lesson": lesson or {}}
-        files = {hidden / "trainer.pt": state | ({} if cfg.shard and world() > 1 else {"optimizer": moments})} if rank() == 0 else {}
-        if cfg.shard and world() > 1:
-            files[hidden / f"optimizer-{rank()}-of-{world()}.pt"] = moments
-        for file, content in files.items():
-            write_whole(file, lambda path: torch.save(content, path))
-            if not equal(torch.load(file, weights_only=True, map_location="cpu", mmap=True), content):
-                raise UserError(f"{file} reads otherwise than it was written; check the disk")
-        public = public_layout(vlm)[0]
-        again = open_weights(hidden / f"{'adapter_' if vlm.lora else ''}model.safetensors") if rank() == 0 else {}
-        for name, t in tensors.items():
-            if not torch.equal(again[adapter_name(name, public) if vlm.lora else public(name)], t.cpu()):
-                raise UserError(f"{hidden}: {name} reads otherwise than it was written; check the disk")
-        wait()
-        if rank() == 0:
-            os.replace(hidden, final)
-            for old in checkpoints(out)[:-1]:
-                os.replace(old, hidden)
-                shutil.rmtree(hidden)
-    except (UserError, OSError) as error:
-        raise UserError(f"the checkpoint of step {step} could not be saved: {error}; --resume goes on from the one before it") from None
-    finally:
-        if rank() == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
-    wait()
+def read_shards(checkpoint):
+    """The moments that each process of a sharded run wrote, in the order of the processes."""
+    files = sorted(checkpoint.glob("optimizer-*-of-*.pt"), key=lambda file: int(file.name.split("-")[1]))
+    if not files or len(files) != int(files[0].stem.split("-")[-1]):
+        raise UserError(f"{checkpoint}: has {len(files)} of its optimizer-*.pt; copy all of them")
+    return [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
 
 
-
-def equal(a, b):
-    """Whether two dicts of dicts hold the same."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b.cpu()) if isinstance(a, torch.Tensor) else a == b
-
-
-
-def restore(vlm, optimizer, checkpoint, state):
-    """The optimizer's moments from one trainer.pt or from the shares of however many processes: they are rows, in the order of the processes."""
-    shares = [state["optimizer"]] if "optimizer" in state else []
-    if not shares:
-        files = sorted(checkpoint.glob("optimizer-*-of-*.pt"), key=lambda f: int(f.name.split("-")[1]))
-        if not files or len(files) != int(files[0].stem.split("-")[-1]):
-            raise UserError(f"{checkpoint}: has {len(files)} of its optimizer-*.pt; copy all of them")
-        shares = [torch.load(f, weights_only=True, map_location="cpu", mmap=True) for f in files]
-    for name, p in vlm.named_parameters():
-        if not p.requires_grad or name not in shares[0]:
-            continue
-        for key, t in shares[0][name].items():
-            if t.ndim == p.ndim and t.ndim:
-                t = torch.cat([s[name][key] for s in shares]) if len(shares) > 1 else t
-                if isinstance(p, DTensor):
-                    n, r = p.device_mesh.size(), rank()
-                    rows = -(-len(t) // n)                                  # FSDP2 cuts as torch.chunk does
-                    t = DTensor.from_local(t[r * rows : (r + 1) * rows].to(p.device), p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-            optimizer.state[p][key] = t.to(p.device, copy=True) if key != "step" or p.is_cuda else t.clone()
-
+def place_moment(parts, p):
+    """One of AdamW's numbers for parameter p, from shards that are rows of it; the count of steps is in each of them."""
+    if parts[0].ndim != p.ndim:
+        return parts[0].to(p.device, copy=True)
+    full = torch.cat(parts)
+    if not isinstance(p, DTensor):
+        return full.to(p.device, copy=True)
+    n_row = -(-len(full) // p.device_mesh.size())  # FSDP2 cuts as torch.chunk does
+    local = full[rank() * n_row : (rank() + 1) * n_row].to(p.device, copy=True)
+    return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
 def checkpoints(out):
-    return sorted((p for p in out.glob("checkpoint-[0-9]*") if p.is_dir()), key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
+    found = [path for path in out.glob("checkpoint-[0-9]*") if path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def find_checkpoint(out, cfg):
-    """For --resume: the newest checkpoint and its training state. Refuses flags that would make it another run."""
+    """For --resume: the newest checkpoint and what its trainer.pt holds. Refuses flags that would make it another run."""
     if not checkpoints(out):
         if not (out / "log.jsonl").exists():
             raise UserError(f"--resume: there is no run in {out}; check --out, or leave out --resume")
         print(f"--resume: no checkpoint in {out} yet; starting from the beginning")
-        return None, {"step": 0, "skipped": 0}
+        return None, {}
     newest = checkpoints(out)[-1]
-    try:
+    with reading(newest / "trainer.pt", f"remove {newest} and start anew"):
         state = torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{newest}/trainer.pt: damaged ({str(error).splitlines()[0]}); remove {newest} and start anew") from None
     for name, now in asdict(cfg).items():
-        if name not in FREE_TO_CHANGE and state["config"].get(name) != now:
-            raise UserError(f"--resume: {newest} was trained with --{name.replace('_', '-')} {state['config'].get(name)!r}, now it is {now!r}; "
+        before = state["config"].get(name)
+        if name not in FREE_TO_CHANGE and before != now:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--resume: {newest} was trained with {flag} {before!r}, now it is {now!r}; "
                             "give the same flags, or start a new run in another --out")
     print(f"resuming after step {state['step']}")
     return newest, state
 
 
-
-def rewind(out, step):
-    """Bring the folder back to where the checkpoint was taken: drop later log lines, a torn last one, and what a kill left half-written."""
-    log = out / "log.jsonl"
-    log.touch()
-    lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_whole(log, lambda tmp: tmp.write_text("".join(lines)))
-    for left in out.glob(".*.tmp"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-
 def move_aside(out, cfg):
     """A new run never overwrites an old one: out/finetune becomes out/finetune.1, .2, ..."""
-    if any(out.glob("checkpoint-*")) or any((out / name).exists() for name in ("log.jsonl", "config.json", "tokenizer.model")):
+    old = [out / name for name in ("log.jsonl", "config.json", "tokenizer.model")]
+    if any(out.glob("checkpoint-*")) or any(path.exists() for path in old):
         for name in ("model", "data", "image_root", "val", "vision", "llm", "tokenizer", "projector"):
-            if (asdict(cfg)[name] and Path(asdict(cfg)[name]).resolve().is_relative_to(out.resolve())):
-                raise UserError(f"--{name.replace('_', '-')} {asdict(cfg)[name]} is in --out {out}, which would be moved aside; give another --out")
-        free = next(f for f in (out.with_name(f"{out.name}.{i}") for i in range(1, 10**6)) if not f.exists())
+            value = getattr(cfg, name)
+            if value and Path(value).resolve().is_relative_to(out.resolve()):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {value} is in --out {out}, which would be moved aside; give another --out")
+        k = 1
+        while (free := out.with_name(f"{out.name}.{k}")).exists():
+            k += 1
         out.rename(free)
         print(f"{out} held an earlier run; it is now {free}")
     try:

@@ -1,21 +1,49 @@
-"""support.optim: moved here; to be rewritten."""
+"""AdamW: a learning rate for each part of the model, and a variant that trains bfloat16 weights without losing small steps."""
 
-from torch.optim.adamw import adamw
 import torch
-
+from torch.optim.adamw import adamw
 
 
 def part_of(name):
-    """A parameter's name -> its part as --train calls it."""
-    return {"decoder": "llm", "vision2": "vision"}.get(name.split(".")[0], name.split(".")[0])
+    """A parameter's name -> its part, as --train calls it: connector, llm or vision."""
+    first = name.split(".")[0]
+    return {"decoder": "llm", "vision2": "vision"}.get(first, first)
 
+
+def lr_of(part, cfg):
+    own = {"connector": cfg.lr_connector, "vision": cfg.lr_vision}
+    return own.get(part) or cfg.lr
+
+
+def make_optimizer(vlm, cfg):
+    """AdamW over what trains. In each group `share` is its learning rate over --lr; weight decay is for matrices only."""
+    groups = {}
+    for name, p in vlm.named_parameters():
+        if p.requires_grad:
+            is_vector = p.ndim < 2
+            groups.setdefault((is_vector, part_of(name)), []).append(p)
+    groups = [
+        {"params": groups[key], "weight_decay": 0.0 if key[0] else cfg.weight_decay, "share": lr_of(key[1], cfg) / cfg.lr}
+        for key in sorted(groups)
+    ]
+    if cfg.weights == "float32":
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+
+    # Many small gradients are added up in float32. PyTorch before 2.10 has no grad_dtype, and adds in bfloat16.
+    if cfg.token_budget or cfg.micro_batch_size:
+        for p in vlm.parameters():
+            if p.requires_grad and p.dtype == torch.bfloat16 and hasattr(p, "grad_dtype"):
+                p.grad_dtype = torch.float32
+    return SplitAdamW(groups, lr=cfg.lr)
 
 
 class SplitAdamW(torch.optim.Optimizer):
-    """AdamW that loses nothing over bfloat16 weights: the lower half of each float32 weight is kept here, in 16 bits.
+    """AdamW over bfloat16 weights, each with the lower 16 bits of its float32 value kept here.
 
-    weight = upper * 2^16 + lower, as bits; the upper half, rounded, is the bfloat16 that the model works with. Alone it could not follow: a
-    step of 2e-5 is 200 times less than what a bfloat16 of 1.0 can move by. Weights in float32 (a LoRA's) are stepped as ever.
+        float32 weight = upper * 2^16 + lower, as bits; the upper half, rounded, is the bfloat16 that the model works with
+
+    A bfloat16 of 1.0 moves by 2^-8 at least, 200 times a step of 2e-5: alone it would stand still. Weights in float32, such as
+    a LoRA's, are stepped as ever.
     """
 
     def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
@@ -24,36 +52,30 @@ class SplitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), device=p.device)
-                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
-                    state |= {"lower": torch.zeros_like(p, dtype=torch.int16)} if p.dtype == torch.bfloat16 else {}
-                w = ((p.view(torch.int16).int() << 16) + state["lower"]).view(torch.float32) if "lower" in state else p
-                adamw([w], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True, amsgrad=False, maximize=False,
-                      beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])
-                if "lower" in state:
-                    bits = w.view(torch.int32)
-                    upper = (bits + 2**15) >> 16                            # to the nearest: the lower half is from -2^15 to 2^15 - 1
-                    state["lower"].copy_(bits - (upper << 16))
-                    p.copy_(upper.to(torch.int16).view(torch.bfloat16))
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.step_one(p, group)
 
+    def step_one(self, p, group):
+        state = self.state[p]
+        is_split = p.dtype == torch.bfloat16
+        if not state:
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+            if is_split:
+                state["lower"] = torch.zeros_like(p, dtype=torch.int16)
 
-
-def lr_of(part, cfg):
-    return {"connector": cfg.lr_connector, "vision": cfg.lr_vision}.get(part) or cfg.lr
-
-
-
-def make_optimizer(vlm, cfg):
-    """AdamW; each part with its learning rate as a share of --lr, weight decay on matrices only."""
-    groups = {}
-    for name, p in vlm.named_parameters():
-        if p.requires_grad:
-            groups.setdefault((p.ndim < 2, part_of(name)), []).append(p)
-    groups = [{"params": ps, "weight_decay": 0.0 if vector else cfg.weight_decay, "share": lr_of(part, cfg) / cfg.lr}
-              for (vector, part), ps in sorted(groups.items(), key=lambda kv: kv[0])]
-    if cfg.weights == "bfloat16":
-        return SplitAdamW(groups, lr=cfg.lr)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+        weight = p
+        if is_split:
+            upper = p.view(torch.int16).int()
+            weight = ((upper << 16) + state["lower"]).view(torch.float32)
+        beta1, beta2 = group["betas"]
+        adamw([weight], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+              fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+              weight_decay=group["weight_decay"], eps=group["eps"])
+        if is_split:
+            bits = weight.view(torch.int32)
+            upper = (bits + 2**15) >> 16  # to the nearest: the lower half is from -2^15 to 2^15 - 1
+            state["lower"].copy_(bits - (upper << 16))
+            p.copy_(upper.to(torch.int16).view(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""support.plan: moved here; to be rewritten."""
+"""`train.py --dry-run`: what a run would be, from configs and a look at some records. No weight is read."""
 
 import math
 import os
@@ -6,88 +6,145 @@ import time
 
 import torch
 
-from conversation import Tokenizer, encode_conversation
-
-from model import IGNORE, PRESETS, VLM
+from conversation import encode_conversation
+from model import IGNORE
 from support.cli import UserError
+from support.distributed import uses_autocast
 from support.optim import lr_of, part_of
-from support.weights import read_model, tokenizer_home
 from vision import TILINGS, cut_tiles, open_image
 
 
+def dry_run(cfg, records, n_step, vlm, tok, device):
+    """vlm: on the meta device, with what trains marked."""
+    look = look_at_records(cfg, records, vlm, tok)
+    n_process = int(os.environ.get("WORLD_SIZE", 1))
+    n_tile_token = vlm.cfg.vision.n_token
+    decoder = vlm.cfg.decoder
+    print(f"model      {cfg.model}, decoder of {decoder.n_layer} blocks {decoder.n_embd} wide, {n_tile_token} visual tokens "
+          f"for a tile of {vlm.cfg.vision.image_size} px, template {template_of(cfg, vlm)}")
+    n_train = print_parameters(cfg, vlm)
+    print_data(records, look)
+    print(f"steps      {n_step:,} of {cfg.batch_size} records, {n_step * cfg.batch_size * look['n_token'] / 1e6:,.1f}M tokens")
 
-def dry_run(cfg, records, device, n=200):
-    """Print what the run would be, from configs and a look at n records; no weight is read."""
-    from train import blueprint, freeze, is_half, n_step, set_mode
-    if cfg.model in PRESETS:
-        plan, tok, _ = blueprint(cfg)
-    else:
-        plan, tok = read_model(cfg.model, cfg.vision or None, cfg.llm or None)[0], Tokenizer(tokenizer_home(cfg.model, cfg.llm))
-    with torch.device("meta"):
-        vlm = VLM(plan)
-        set_mode(vlm, cfg)
-        freeze(vlm, cfg)
-    mode = vlm.cfg.image_mode
-    v, d, half = vlm.cfg.vision, plan.decoder, cfg.weights == "bfloat16" or is_half(cfg, device)
-    template, lengths, supervised, pictures, tiles, bad = cfg.template or ("plain" if cfg.stage == "pretrain" else plan.template), [], 0, 0, 0, 0
+    memory = count_memory(cfg, vlm, n_train, look["n_token"], device)
+    n_shard = n_process if cfg.shard else 1
+    for name in memory:
+        if name != "activations, about":
+            memory[name] /= n_shard
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
+    print(f"memory     {parts}: {sum(memory.values()) / 1e9:.1f} GB" + (f" in each of {n_shard} processes" if n_shard > 1 else ""))
+
+    flops = count_flops(cfg, vlm, look) * n_step * cfg.batch_size
+    speed = matmul_rate(device, torch.bfloat16 if in_bfloat16(cfg, device) else torch.float32)
+    hours = flops / speed / 0.5 / 3600 / n_process
+    print(f"time       {flops:.3g} FLOPs; at half of the {speed / 1e12:.2f} TFLOP/s that a matrix product reaches here: {hours:,.1f} hours")
+    saved = 4 * n_train if cfg.lora_r else memory["weights"] * n_shard
+    checkpoint = saved + memory["optimizer"] * n_shard
+    print(f"disk       {saved / 1e9:.2f} GB the model, {checkpoint / 1e9:.2f} GB a checkpoint, of which there are two for a moment")
+    return 0
+
+
+def template_of(cfg, vlm):
+    return cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
+
+
+def in_bfloat16(cfg, device):
+    return cfg.weights == "bfloat16" or uses_autocast(cfg, device)
+
+
+def look_at_records(cfg, records, vlm, tok, n=200):
+    """Means over n records: tokens, how many of them supervised, pictures, tiles. Only tilings open the pictures."""
+    vision, mode = vlm.cfg.vision, vlm.cfg.image_mode
+    lengths, n_bad = [], 0
+    n_supervised = n_picture = n_tile = 0
     for i in range(0, len(records), -(-len(records) // n)):
         try:
             record = records[i]
-            cut = [cut_tiles(open_image(records.image_path(name)), v, mode) if mode in TILINGS else (range(1), range(v.n_token)) for name in record["images"]]
-            tokens, labels = encode_conversation(tok, record["turns"], template, [len(layout) for _, layout in cut])
+            n_visual = [vision.n_token] * len(record["images"])
+            n_cut = len(n_visual)
+            if mode in TILINGS:
+                cut = [cut_tiles(open_image(records.image_path(name)), vision, mode) for name in record["images"]]
+                n_visual = [len(layout) for _, layout in cut]
+                n_cut = sum(len(tiles) for tiles, _ in cut)
+            tokens, labels = encode_conversation(tok, record["turns"], template_of(cfg, vlm), n_visual)
         except UserError:
-            bad += 1
+            n_bad += 1
             continue
         lengths.append(len(tokens))
-        supervised, pictures, tiles = supervised + sum(label != IGNORE for label in labels), pictures + len(cut), tiles + sum(len(some) for some, _ in cut)
+        n_supervised += sum(label != IGNORE for label in labels)
+        n_picture += len(n_visual)
+        n_tile += n_cut
     if not lengths:
-        raise UserError(f"{cfg.data}: not one of {bad} records looked at could be used; see python -m tools.show check")
-    print(f"model      {cfg.model}, decoder of {d.n_layer} blocks {d.n_embd} wide, {v.n_token} visual tokens for a tile of {v.image_size} px, template {template}")
+        raise UserError(f"{cfg.data}: not one of {n_bad} records looked at could be used; see python -m tools.show check")
+    n = len(lengths)
+    return {"n": n, "n_bad": n_bad, "shortest": min(lengths), "longest": max(lengths), "n_token": sum(lengths) / n,
+            "supervised": n_supervised / sum(lengths), "pictures": n_picture / n, "tiles": n_tile / n}
+
+
+def print_parameters(cfg, vlm):
+    """A line for each part; -> how many parameters train."""
     parts = {}
     for name, p in vlm.named_parameters():
-        row = parts.setdefault(part_of(name), [0, 0, 0])
-        row[0], row[1], row[2] = row[0] + p.numel(), row[1] + p.numel() * p.requires_grad, row[2] + p.numel() * p.element_size()
-    for part, (total, trained, _) in parts.items():
-        print(f"  {part:9} {total / 1e6:11,.2f}M parameters, " + (f"{trained / 1e6:,.2f}M train at {lr_of(part, cfg):g}"
-              + (f" (LoRA of rank {cfg.lora_r})" if cfg.lora_r and part == "llm" else "") if trained else "frozen"))
-    mean, steps = sum(lengths) / len(lengths), n_step(cfg, records)
-    print(f"data       {len(records):,} records; in {len(lengths)} of them {mean:.0f} tokens each ({min(lengths)} to {max(lengths)}), {pictures / len(lengths):.2f} pictures in {tiles / len(lengths):.2f} tiles, "
-          f"{supervised / sum(lengths):.0%} supervised" + (f"; {bad} could not be used" if bad else ""))
-    print(f"steps      {steps:,} of {cfg.batch_size} records, {steps * cfg.batch_size * mean / 1e6:,.1f}M tokens")
-    # Memory: what is sure, and activations as one float for each of these: about 10 rows as wide as the model and 4 as wide as its MLP a block
-    trained, weights = sum(row[1] for row in parts.values()), sum(row[2] for row in parts.values())
-    held = cfg.token_budget or (cfg.micro_batch_size or cfg.batch_size) * mean
-    per_token = (10 * d.n_embd + 4 * d.n_hidden) * (2 if half else 4)
-    split = cfg.weights == "bfloat16"
-    memory = {"weights": weights, "their bfloat16 copies": 2 * sum(row[0] for row in parts.values()) if half and not split else 0,
-              "gradients": trained * (2 if split and not cfg.token_budget and not cfg.micro_batch_size else 4), "optimizer": trained * (10 if split else 8),
-              "activations, about": held * (per_token * max(0, d.n_layer - cfg.recompute) + min(cfg.recompute, d.n_layer) * d.n_embd * (2 if half else 4))}
-    n_share = int(os.environ.get("WORLD_SIZE", 1)) if cfg.shard else 1
-    memory = {name: size / (1 if name.startswith("activations") else n_share) for name, size in memory.items()}
-    print("memory     " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()) + f": {sum(memory.values()) / 1e9:.1f} GB"
-          + (f" in each of {n_share} processes" if n_share > 1 else ""))
-    # Time: forward 2 FLOPs for each weight and token, as much again for the inputs' gradients, and for the weights' where they train
-    blocks, train_llm = sum(p.numel() for p in vlm.decoder.layers.parameters()), any(p.requires_grad for p in vlm.decoder.parameters()) and not cfg.lora_r
-    head = plan.decoder.vocab_size * d.n_embd * supervised / sum(lengths)
-    tower = sum(p.numel() for name, p in vlm.named_parameters() if part_of(name) == "vision") * (3 if parts["vision"][1] else 1)
-    again = 2 * blocks * min(cfg.recompute / d.n_layer, 1)
-    per_record = mean * ((6 if train_llm else 4) * (blocks + head) + again) + 2 * tower * tiles / len(lengths) * v.grid**2
-    flops, speed = per_record * steps * cfg.batch_size, matmul_rate(device, torch.bfloat16 if half else torch.float32)
-    print(f"time       {flops:.3g} FLOPs; at half of the {speed / 1e12:.2f} TFLOP/s that a matrix product reaches here: "
-          f"{flops / speed / 0.5 / 3600 / int(os.environ.get('WORLD_SIZE', 1)):,.1f} hours")
-    model = trained * 4 if cfg.lora_r else weights
-    print(f"disk       {model / 1e9:.2f} GB the model, {(model + memory['optimizer'] * n_share) / 1e9:.2f} GB a checkpoint, of which there are two for a moment")
-    return 0
+        counts = parts.setdefault(part_of(name), [0, 0])
+        counts[0] += p.numel()
+        counts[1] += p.numel() * p.requires_grad
+    for part, (n_all, n_train) in parts.items():
+        text = f"{n_train / 1e6:,.2f}M train at {lr_of(part, cfg):g}" if n_train else "frozen"
+        if cfg.lora_r and part == "llm":
+            text += f" (LoRA of rank {cfg.lora_r})"
+        print(f"  {part:9} {n_all / 1e6:11,.2f}M parameters, {text}")
+    return sum(n_train for _, n_train in parts.values())
 
+
+def print_data(records, look):
+    text = f"data       {len(records):,} records; in {look['n']} of them {look['n_token']:.0f} tokens each "
+    text += f"({look['shortest']} to {look['longest']}), {look['pictures']:.2f} pictures in {look['tiles']:.2f} tiles, "
+    text += f"{look['supervised']:.0%} supervised"
+    print(text + (f"; {look['n_bad']} could not be used" if look["n_bad"] else ""))
+
+
+def count_memory(cfg, vlm, n_train, n_token, device):
+    """Bytes. Weights, gradients and moments are sure; activations are a guess: in a block a float for each of about
+    10 rows as wide as the model and 4 as wide as its MLP."""
+    decoder = vlm.cfg.decoder
+    half = in_bfloat16(cfg, device)
+    is_split = cfg.weights == "bfloat16"
+    n_byte = 2 if half else 4
+    in_memory = cfg.token_budget or (cfg.micro_batch_size or cfg.batch_size) * n_token
+    a_block = (10 * decoder.n_embd + 4 * decoder.n_hidden) * n_byte
+    n_again = min(cfg.recompute, decoder.n_layer)  # of these only the input is kept
+    small_gradients = is_split and not cfg.token_budget and not cfg.micro_batch_size
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in vlm.parameters()),
+        "their bfloat16 copies": 2 * sum(p.numel() for p in vlm.parameters()) if half and not is_split else 0,
+        "gradients": n_train * (2 if small_gradients else 4),
+        "optimizer": n_train * (10 if is_split else 8),
+        "activations, about": in_memory * (a_block * (decoder.n_layer - n_again) + n_again * decoder.n_embd * n_byte),
+    }
+
+
+def count_flops(cfg, vlm, look):
+    """Of a record. Forward 2 for each weight and token, as much again for the inputs' gradients, and for the weights' own."""
+    decoder, vision = vlm.cfg.decoder, vlm.cfg.vision
+    trains_llm = any(p.requires_grad for p in vlm.decoder.parameters()) and not cfg.lora_r
+    blocks = sum(p.numel() for p in vlm.decoder.layers.parameters())
+    head = decoder.vocab_size * decoder.n_embd * look["supervised"]  # it runs on supervised tokens only
+    again = 2 * blocks * min(cfg.recompute / decoder.n_layer, 1)
+    flops = look["n_token"] * ((6 if trains_llm else 4) * (blocks + head) + again)
+
+    tower = [p for name, p in vlm.named_parameters() if part_of(name) == "vision"]
+    per_weight = 6 if any(p.requires_grad for p in tower) else 2
+    return flops + per_weight * sum(p.numel() for p in tower) * look["tiles"] * vision.grid**2
 
 
 def matmul_rate(device, dtype, n=1024, clock=time.perf_counter):
     """FLOP/s of a square matrix product, the best of a few."""
-    n, best = n if device.type == "cpu" else 8 * n, math.inf
+    if device.type == "cuda":
+        n *= 8
     x = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
     for _ in range(5):
         began = clock()
-        y = x @ x
-        y[0, 0].item()                                                      # waits for a GPU
+        (x @ x)[0, 0].item()  # .item() waits for a GPU
         best = min(best, clock() - began)
     return 2 * n**3 / best

@@ -107,7 +107,7 @@ def near(value, number):
 
 
 @pytest.mark.parametrize("name, number", [
-    ("dpo", 0.513015), ("tr-dpo", 0.513015), ("cdpo", 0.553015), ("robust-dpo", 0.463015), ("hinge", 0.6), ("rso", 0.6), ("sppo", 20.0),
+    ("dpo", 0.513015), ("cdpo", 0.553015), ("robust-dpo", 0.463015), ("hinge", 0.6), ("rso", 0.6), ("sppo", 20.0),
     ("aot", 0.513015), ("sft", 2.0)])
 def test_the_loss_equals_its_vector(name, number):
     near(mpo.TERMS[name](terms_of(ONE)), number)
@@ -367,38 +367,28 @@ def test_micro_batches_change_nothing_but_delta(tiny, folder):
 @pytest.mark.parametrize("reference", ["precomputed", "copy"])
 def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, reference, monkeypatch):
     assert go(tiny, folder, "--reference", reference, out="whole") == 0
-    steps, original = [], mpo.Pairs.backward
+    steps, original = [], mpo.Pairs.loss
 
-    def backward(*args):
+    def loss(*args):
         steps.append(None)
         if len(steps) == 4:
             os._exit(9)
         return original(*args)
-    monkeypatch.setattr(mpo.Pairs, "backward", backward)
+    monkeypatch.setattr(mpo.Pairs, "loss", loss)
     child = fork(target=lambda: os._exit(go(tiny, folder, "--reference", reference)))
     child.start()
     child.join()
-    monkeypatch.setattr(mpo.Pairs, "backward", original)
+    monkeypatch.setattr(mpo.Pairs, "loss", original)
     assert child.exitcode == 9 and go(tiny, folder, "--reference", reference, "--resume") == 0
     strip = lambda out: [{k: v for k, v in line.items() if k != "time"} for line in log(out)]
     assert strip("whole") == strip("run")                                   # delta and rewards included
     assert Path("whole/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("loss", [name for name in mpo.TERMS if name != "tr-dpo"] + ["dpo+sft"])
+@pytest.mark.parametrize("loss", [*mpo.TERMS, "dpo+sft"])
 def test_every_loss_trains(tiny, folder, loss):
     assert go(tiny, folder, "--loss", loss, "--max-steps", 12, "--save-every", 0) == 0
     assert log("run")[-1]["loss"] < log("run")[0]["loss"]
-
-
-def test_tr_dpo_moves_its_reference_and_resumes_with_it(tiny, folder, capfd):
-    assert go(tiny, folder, "--loss", "tr-dpo") == 1 and "--reference copy" in errors(capfd)[-1]
-    flags = ["--loss", "tr-dpo", "--reference", "copy", "--ref-every", 2, "--ref-alpha", 1.0]
-    assert go(tiny, folder, *flags) == 0
-    margins = [line["margin"] for line in log("run")]
-    assert abs(margins[1]) > 1e-3 and abs(margins[2]) < 1e-5               # after step 2 the reference is the policy
-    saved = torch.load("run/checkpoint-000004/trainer.pt", weights_only=True)["lesson"]["reference"]
-    assert "decoder.lm_head.weight" in saved and not any(name.startswith("vision") for name in saved)
 
 
 def test_four_pairs_are_told_apart_in_forty_steps(tiny, folder):
@@ -637,7 +627,7 @@ def test_a_recipe_has_only_flags_that_there_are(recipe, monkeypatch, folder, tin
     """Each command of the script, with its folders filled in, gets as far as reading files."""
     text = (ROOT / "recipes" / recipe).read_text()
     commands = re.findall(r"(mpo|pairs)\.py\"? ((?:[^\n\\]|\\\n)*)", text)
-    monkeypatch.setattr(mpo, "fit", lambda cfg, *_: 0)
+    monkeypatch.setattr(mpo, "teach", lambda cfg, *_: 0)
     monkeypatch.setattr(pairs, "make_pairs", lambda argv: pairs.parse_pairs(argv) and 0)
     assert commands
     for program, command in commands:

@@ -277,7 +277,7 @@ def test_the_tower_looks_at_each_tile_once_and_not_at_all_for_text_alone(records
     examples = Examples(records, tok, "vicuna_v1", vlm.cfg.vision, "hd", 1024)
     for rows in ([1], [0, 1], [1, 2]):
         batch = collate([examples[i] for i in rows], tok.pad)
-        train.loss_of(vlm, batch, torch.device("cpu")).backward()
+        train.Answering.loss(vlm, batch)[0].backward()
     assert seen == [len(examples[0]["pixels"]), len(examples[2]["pixels"])]
 
 
@@ -285,8 +285,8 @@ def test_text_alone_teaches_a_connector_nothing_and_stops_nobody(records, tok):
     vlm = tiny(tok, "hd")
     vlm.requires_grad_(False).connector.requires_grad_(True)
     batch = collate([Examples(records, tok, "vicuna_v1", vlm.cfg.vision, "hd", 1024)[1]], tok.pad)
-    loss, n = train.backward(vlm, [batch], torch.device("cpu"))
-    assert loss > 0 and n > 0 and vlm.connector.row_end.grad is None
+    loss, counts = train.backward(vlm, train.Answering, [batch])
+    assert loss > 0 and counts["supervised"] > 0 and vlm.connector.row_end.grad is None
 
 
 def test_llava_1_5_hd_takes_up_to_1824_visual_tokens_and_learns_its_connector_without_tiles():

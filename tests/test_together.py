@@ -61,13 +61,6 @@ def losses(out):
     return [line["loss"] for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
 
 
-def test_kept_features_of_tiles_train_the_same_model(start, mode):
-    flags = ["--train", "connector"]
-    assert go(mode, *flags, out="plain") == 0 and go(mode, *flags, "--cache-features", 1, out="kept") == 0
-    assert losses("plain") == losses("kept")
-    assert all(torch.equal(t, weights("kept")[name]) for name, t in weights("plain").items())
-
-
 def test_a_lora_learned_on_tiles_opens_with_its_row_end_and_resumes(start, tok):
     flags = ["--lora-r", 4, "--micro-batch-size", 2]
     assert go("hd", *flags, out="whole") == 0 and go("hd", *flags, "--max-steps", 2, "--warmup", 1, out="other") == 0

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import termios
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ import toyworld
 import train
 from conversation import Tokenizer
 from data import Examples, IGNORE, Records, collate
+from support.checkpoint import Run
 from support.cli import run
 from model import DecoderConfig, VLM, VLMConfig
 from support.export import save_processor
@@ -40,6 +41,7 @@ import eval
 import sample
 import support.checkpoint as support_checkpoint
 import support.plots as support_plots
+import support.start as support_start
 
 ROOT = Path(train.__file__).parent
 fork = multiprocessing.get_context("fork").Process
@@ -142,8 +144,8 @@ def mixed(tok, tmp_path):
 
 def gradients(tiny, rows, size, pad):
     vlm = VLM.from_pretrained(tiny)
-    loss, n = train.backward(vlm, data.micro_batches(rows, size, pad), torch.device("cpu"))
-    return loss, n, {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
+    loss, counts = train.backward(vlm, train.Answering, data.micro_batches(rows, size, pad))
+    return loss, counts["supervised"], {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
@@ -250,7 +252,7 @@ def test_a_preset_reads_its_ingredients_and_from_scratch_does_not(go, tok, tiny,
     shutil.copy(tok.path, tmp_path / "vicuna")
     monkeypatch.setitem(train.PRESETS, "tiny", tiny_config(tok))
     monkeypatch.setitem(train.RECIPES, ("tiny", "pretrain"), dict(vision="clip", llm="vicuna", lr=0.5))
-    assert train.parse(["--model", "tiny", "--stage", "pretrain", "--data", str(tmp_path / "vicuna/config.json")]).lr == 0.5
+    assert train.parse_flags(["--model", "tiny", "--stage", "pretrain", "--data", str(tmp_path / "vicuna/config.json")]).lr == 0.5
     flags = ["--model", "tiny", "--stage", "pretrain", "--data", world / "pretrain.json", "--max-steps", 1]
     assert go(*flags, out="warm") == go(*flags, "--from-scratch", out="cold") == 0
     for name, p in weights(tiny).items():
@@ -259,16 +261,16 @@ def test_a_preset_reads_its_ingredients_and_from_scratch_does_not(go, tok, tiny,
 
 
 def test_epochs_on_the_command_line_win_over_the_steps_of_a_recipe(world):
-    assert train.parse(["--data", str(world / "train.json")]).max_steps == train.RECIPES["toy", "finetune"]["max_steps"]
-    assert train.parse(["--data", str(world / "train.json"), "--epochs", "2"]).max_steps == 0
+    assert train.parse_flags(["--data", str(world / "train.json")]).max_steps == train.RECIPES["toy", "finetune"]["max_steps"]
+    assert train.parse_flags(["--data", str(world / "train.json"), "--epochs", "2"]).max_steps == 0
 
 
 def test_stage_2_starts_from_the_connector_of_stage_1(go, tiny, world):
     assert go("--stage", "pretrain", "--data", world / "pretrain.json", out="one") == 0
-    vlm, _ = train.build(train.TrainConfig(model=str(tiny), projector="one"))
+    vlm, _ = support_start.build(train.TrainConfig(model=str(tiny), projector="one"))
     name = "multi_modal_projector.linear_1.weight"
     assert torch.equal(vlm.connector.linear_1.weight, weights("one")[name]) and not torch.equal(weights("one")[name], weights(tiny)[name])
-    assert torch.equal(train.build(train.TrainConfig(model=str(tiny), projector="one/model.safetensors"))[0].connector.linear_1.weight, weights("one")[name])
+    assert torch.equal(support_start.build(train.TrainConfig(model=str(tiny), projector="one/model.safetensors"))[0].connector.linear_1.weight, weights("one")[name])
 
 
 # ---- the same run again ------------------------------------------------------------------------------------------------
@@ -322,9 +324,14 @@ def test_none_of_twenty_kills_leaves_a_checkpoint_that_does_not_load(go):
 
 def test_a_save_that_dies_at_any_point_leaves_the_old_checkpoint_or_the_new_one(tiny, tmp_path, monkeypatch):
     cfg = train.TrainConfig(model=str(tiny))
-    vlm, tok = train.build(cfg)
+    vlm, tok = support_start.build(cfg)
     optimizer, out, deaths = torch.optim.AdamW(vlm.parameters()), tmp_path / "run", 0
-    save = lambda step: support_checkpoint.save_checkpoint(out, step, vlm, tok, optimizer, cfg, 0)
+    cfg.out = str(out)
+
+    def save(step):
+        run = Run(cfg, 9)
+        run.vlm, run.tok, run.task = vlm, tok, train.Answering
+        run.save(step, optimizer)
 
     def die_at(k):
         calls = []
@@ -428,18 +435,18 @@ def test_a_full_disk_while_logging_is_one_line_too(go, at_step, capfd):
     (["--model", "photto"], "did you mean photo?"),
     (["--model", "folder"], "folder/config.json: not found"),
     (["--stage", "pretrian"], "did you mean pretrain?"),
-    (["--train", "llm,conector"], "--train conector: did you mean connector?"),
+    (["--train", "llm,conector"], "--train conector: unknown; did you mean connector?"),
     (["--image-mode", "padd"], "did you mean pad?"),
     (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
     (["--bad-records", "drop"], "Known are stop, skip"),
     (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
-    (["--micro-batch-size", "-1"], "--micro-batch-size -1: must be 0 or more"),
+    (["--micro-batch-size", "-1"], "--micro-batch-size -1: must be at least 0"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
-    (["--max-steps", "-3"], "--max-steps -3: must be 0 or more"),
+    (["--max-steps", "-3"], "--max-steps -3: must be at least 0"),
     (["--epochs", "0"], "--epochs 0.0: must be above 0"),
     (["--log-every", "0"], "--log-every 0: must be at least 1"),
-    (["--seed", "-1"], "--seed -1: must be from 0"),
+    (["--seed", "-1"], "--seed -1: must be at least 0"),
     (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
     (["--device", "foo"], "--device foo: choose cpu"),
     (["--dtype", "foo"], "Known are float32, bfloat16, auto"),
@@ -502,7 +509,7 @@ def test_a_loss_that_is_no_number_stops_the_run(go, capfd):
 
 def test_a_loader_process_that_is_killed_is_one_line(go, monkeypatch, capfd):
     me, original = os.getpid(), data.micro_batches
-    monkeypatch.setattr(data, "micro_batches", lambda *args, **flags: original(*args, **flags) if os.getpid() == me else os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(train, "micro_batches", lambda *args, **flags: original(*args, **flags) if os.getpid() == me else os.kill(os.getpid(), signal.SIGKILL))
     assert go("--workers", 1) == 1
     error = errors(capfd)[-1]
     assert error.startswith("error: DataLoader worker") and "--workers 0" in error
@@ -627,10 +634,10 @@ def test_the_curve_is_drawn_whatever_the_values(tmp_path, values):
 def test_help_gives_every_flag_with_its_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        train.parse(["--help"])
+        train.parse_flags(["--help"])
     shown = capsys.readouterr().out
     entries = {line.split()[0].rstrip(","): line for line in re.split(r"\n(?=  -)", shown.split("options:")[1]) if line.strip()}
-    for f in train.fields(train.TrainConfig):
+    for f in fields(train.TrainConfig):
         entry = " ".join(entries["--" + f.name.replace("_", "-")].split())
         assert ("empty: " if f.type is str and f.default == "" else "(default ") in entry, entry
         assert {str: " TEXT ", int: " N ", float: " X ", bool: "--no-"}[f.type] in entry, entry

@@ -1,0 +1,120 @@
+"""The model that a run starts from: a preset with its ingredients, a model directory, or a checkpoint.
+
+A preset names sizes only. Its ingredients are --vision (one tower or two), --llm, --tokenizer and --projector; what is not given
+starts from random weights.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from conversation import Tokenizer
+from model import PRESETS, VLM, init_weights
+from support.cli import UserError, one_of
+from support.weights import (
+    check_tokenizer, decoder_config, load_connector, load_decoder, load_vision, read_json, read_model, read_tower, tokenizer_home,
+)
+from vision import TILINGS, grids_up_to
+
+ASSETS = Path(__file__).parent.parent / "assets"
+TOY = {"vision": str(ASSETS / "toy-clip"), "llm": str(ASSETS / "toy-vicuna")}
+
+
+def build(cfg, checkpoint=None):
+    """-> the model, with all its weights, and its tokenizer."""
+    if checkpoint:
+        # A LoRA's checkpoint holds the LoRA alone. What it is over stands beside the run, or is --model.
+        vlm, tok = open_directory(lora_base(cfg) if cfg.lora_r else checkpoint)
+    elif cfg.model in PRESETS:
+        vlm, tok = build_preset(cfg)
+    else:
+        if not Path(cfg.model).is_dir():
+            one_of("--model", cfg.model, [*PRESETS, "a model directory"])
+        if cfg.tokenizer or cfg.from_scratch:
+            raise UserError(f"--model {cfg.model} is a whole model; --tokenizer and --from-scratch are for presets")
+        vlm, tok = open_directory(cfg.model, cfg.vision, cfg.llm)
+    check_tokenizer(vlm, tok)
+    set_tiles(vlm, cfg)
+    if cfg.projector and not checkpoint:
+        load_connector(vlm.connector, cfg.projector)
+    if cfg.stage == "finetune":  # a model is later asked with the template of its conversations, not of its captions
+        vlm.cfg.template = cfg.template or vlm.cfg.template
+    return vlm, tok
+
+
+def open_directory(directory, vision="", llm=""):
+    """vision, llm: where a model that was published without them finds its tower and its base."""
+    vlm = VLM.from_pretrained(directory, vision=vision or None, llm=llm or None)
+    return vlm, Tokenizer(tokenizer_home(directory, llm or None))
+
+
+def build_preset(cfg):
+    plan, tok = preset_plan(cfg)
+    vlm = VLM(plan)
+    towers = [vlm.vision, vlm.vision2] if plan.vision2 else [vlm.vision]
+    if cfg.vision:
+        for tower, path in zip(towers, cfg.vision.split(","), strict=True):
+            load_vision(tower, path)
+    else:
+        init_weights(vlm.vision)
+    if cfg.llm:
+        load_decoder(vlm.decoder, cfg.llm)
+    else:
+        init_weights(vlm.decoder)
+    return vlm, tok
+
+
+def preset_plan(cfg):
+    """What a preset becomes with its ingredients, of which only the configs are read -> VLMConfig, Tokenizer."""
+    preset = PRESETS[cfg.model]
+    tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
+
+    # Towers look at tiles of one size; two of them are fused. Mode internvl brings its own pixel shuffle and connector.
+    towers = [read_tower(path) for path in cfg.vision.split(",")] if cfg.vision else [preset.vision]
+    image_size = cfg.image_size or towers[-1].image_size
+    is_internvl = cfg.image_mode == "internvl"
+    towers = [replace(tower, image_size=image_size, merge=2 if is_internvl else tower.merge) for tower in towers]
+    connector = "norm_gelu" if is_internvl else preset.connector
+    if len(towers) == 2:
+        connector = "fused_gelu"
+
+    decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
+    plan = replace(
+        preset, vision=towers[0], vision2=towers[1] if len(towers) == 2 else None, connector=connector,
+        decoder=replace(decoder, vocab_size=tok.vocab_size),
+        image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos,
+    )
+    return plan, tok
+
+
+def plan_model(cfg):
+    """The model without weights, on the meta device, and its tokenizer; only configs are read."""
+    if cfg.model in PRESETS:
+        plan, tok = preset_plan(cfg)
+    else:
+        plan = read_model(cfg.model, cfg.vision or None, cfg.llm or None)[0]
+        tok = Tokenizer(tokenizer_home(cfg.model, cfg.llm))
+    with torch.device("meta"):
+        vlm = VLM(plan)
+        set_tiles(vlm, cfg)
+    return vlm, tok
+
+
+def set_tiles(vlm, cfg):
+    """Cut pictures as the flags want it; what they do not say stays as the model has it."""
+    mode = cfg.image_mode or vlm.cfg.image_mode
+    if cfg.max_tiles and mode == "anyres":
+        raise UserError("--max-tiles is for modes hd and internvl; anyres has its five grids")
+    choices = {}
+    if cfg.global_view:
+        choices["global_view"] = cfg.global_view
+    if cfg.max_tiles:
+        choices["grids"] = grids_up_to(cfg.max_tiles)
+    vlm.set_image_mode(mode, **choices)
+
+
+def lora_base(cfg):
+    """The whole model that a LoRA is over: --model, or where flags made another of it, a copy saved beside the run."""
+    is_changed = cfg.model in PRESETS or cfg.projector or cfg.vision or cfg.llm or cfg.image_mode in TILINGS
+    return Path(cfg.out) / "base" if is_changed else Path(cfg.model)
