@@ -264,26 +264,16 @@ class VLM(nn.Module):
         `vision` (DIR or DIR,DIR) and `llm`: the towers of a model that was published without, and what a LoRA was trained over.
         `dtype` None: as the words are stored, but bfloat16 for float16 on a CPU, which is many times slower at float16.
         """
-        from support.weights import load_strict, read_model, stored_dtype
+        from support.weights import load_model
 
-        cfg, found, tensors, public = read_model(directory, vision, llm)
-        if dtype is None:
-            dtype = stored_dtype(found)
-            dtype = torch.bfloat16 if dtype == torch.float16 and torch.device(device).type == "cpu" else dtype
-        with torch.device("meta"):
-            vlm = cls(cfg)
-        load_strict(vlm, found, directory, tensors, device, dtype, public)
-        return vlm.eval()
+        return load_model(directory, device, dtype, vision, llm)
 
     def save_pretrained(self, directory, state=None):
         """Write config.json and model.safetensors, each file replacing the old one whole: in the llava-hf layout (tensor-name family A) where
         it can hold the model, else under our own names, with model_type "plainvlm". A LoRA is merged. `state`: the weights, if not those here."""
-        from support.lora import merged_state
-        from support.weights import public_layout, write_model
+        from support.export import save_model
 
-        public, config = public_layout(self)
-        state = merged_state(self) if state is None else state
-        write_model(directory, {public(name): t.contiguous().cpu() for name, t in state.items()}, config)
+        save_model(self, directory, state)
 
 
 

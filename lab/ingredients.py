@@ -28,7 +28,8 @@ from eval import answer_questions, is_right
 from model import IGNORE, Decoder, PRESETS, VLM, init_weights
 from pairs import judge, parse_answer
 from support.cli import UserError, parse_args, run
-from support.weights import rename, CLIP_NAMES, LLAMA_NAMES, clip_json, llama_json, load_decoder, load_vision, public_layout, write_model
+from support.export import clip_json, clip_name, llama_json, llama_name, public_layout, write_model
+from support.weights import load_decoder, load_vision
 from vision import TILINGS, ViT, cut_tiles, join_pictures
 
 
@@ -118,7 +119,7 @@ def descend(name, module, n, lr_at, loss_at, look):
 
 
 def write_clip(out, clip):
-    vision = {"vision_model." + rename(name, CLIP_NAMES): p.half() for name, p in clip.vision.state_dict().items()}
+    vision = {"vision_model." + clip_name(name): p.half() for name, p in clip.vision.state_dict().items()}
     write_model(out / "toy-clip", vision, clip_json(clip.vision.cfg))
 
 
@@ -305,7 +306,7 @@ def make_vicuna(out, cfg, size=32, lr=1e-3):
             return text_loss(decoder, tok, lessons, noise=0.2)[0]
 
     def look():
-        tensors = {rename(name, LLAMA_NAMES): p.half() for name, p in decoder.state_dict().items()}
+        tensors = {llama_name(name): p.half() for name, p in decoder.state_dict().items()}
         write_model(out / "toy-vicuna", tensors, llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]})
         return "told, unseen pairs: " + "  ".join(f"{k} {v:.0%}" for k, v in told(decoder, tok).items())
 

@@ -16,9 +16,10 @@ import model
 import train
 from conversation import Tokenizer
 from model import Connector, Decoder, DecoderConfig, VLM, VLMConfig
-from support.weights import check_tokenizer, clip_json, decoder_config, llama_json, load_connector, load_decoder, load_vision, read_json, read_tower
-from support.cli import UserError
-from support.weights import resize_positions
+from support.cli import UserError, run
+from support.export import clip_json, clip_name, llama_json
+from support.io import read_json
+from support.weights import check_tokenizer, decoder_config, load_connector, load_decoder, load_vision, read_tower, resize_positions
 from vision import IMAGENET_MEAN, IMAGENET_STD, ViT, VisionConfig
 import support.checkpoint as support_checkpoint
 import tools.weights as tools_weights
@@ -235,7 +236,7 @@ def original(folder, vlm, tower=False, **config):
     names = {("" if n.startswith("lm_head") else "model.") + n: t for n, t in parts(vlm, "decoder").items()}
     names |= projector(vlm) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     if tower:
-        names |= {"model.vision_tower.vision_tower.vision_model." + model.rename(n, model.CLIP_NAMES): t for n, t in parts(vlm, "vision").items()}
+        names |= {"model.vision_tower.vision_tower.vision_model." + clip_name(n): t for n, t in parts(vlm, "vision").items()}
     kind = {} if vlm.cfg.connector == "linear" else {"mm_projector_type": vlm.cfg.connector}
     return write(folder, llama_json(d) | {"model_type": "llava", "mm_hidden_size": 64, "mm_vision_tower": "openai/clip", "mm_vision_select_layer": -2,
                                           "image_aspect_ratio": "pad", "mm_use_im_start_end": False} | kind | config, names, "pytorch_model.bin")
@@ -250,7 +251,7 @@ def narrow(connector="mlp2x_gelu"):
 @pytest.mark.parametrize("tower", [False, True])
 def test_the_original_layout_opens_with_its_tower_or_with_one_given(tmp_path, capsys, connector, tower):
     vlm, clip = narrow(connector), tmp_path / "clip"
-    write(clip, clip_json(vlm.cfg.vision), {"vision_model." + model.rename(n, model.CLIP_NAMES): t for n, t in parts(vlm, "vision").items()})
+    write(clip, clip_json(vlm.cfg.vision), {"vision_model." + clip_name(n): t for n, t in parts(vlm, "vision").items()})
     folder = original(tmp_path / "m", vlm, tower)
     if not tower:
         with pytest.raises(UserError, match="holds no vision tower .*openai/clip.*--vision DIR"):
@@ -272,7 +273,7 @@ def test_the_original_layout_opens_with_its_tower_or_with_one_given(tmp_path, ca
 @pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
 def test_a_lora_is_merged_over_its_base(tmp_path, file):
     base, tuned = narrow(), narrow()
-    write(tmp_path / "clip", clip_json(base.cfg.vision), {model.rename(n, model.CLIP_NAMES): t for n, t in parts(base, "vision").items()})
+    write(tmp_path / "clip", clip_json(base.cfg.vision), {clip_name(n): t for n, t in parts(base, "vision").items()})
     a, b = torch.randn(2, 32), torch.randn(32, 2)
     tuned.decoder.layers[1].self_attn.q_proj.weight += 8 / 2 * b @ a
     nn.init.normal_(tuned.connector.linear_2.bias)
@@ -325,7 +326,7 @@ def test_prismatic_is_two_reference_towers_a_connector_and_a_llama(tmp_path):
 
     if LLAMA.exists():                                                      # the tokenizer beside it keeps Prismatic's ids of <PAD> and picture
         (folder / "tokenizer.model").write_bytes(LLAMA.read_bytes())
-        assert tools_weights.main(["convert", str(folder), str(tmp_path / "out"), "--vision", f"{tmp_path / 'dino'},{tmp_path / 'siglip'}"]) == 0
+        assert run(lambda: tools_weights.main(["convert", str(folder), str(tmp_path / "out"), "--vision", f"{tmp_path / 'dino'},{tmp_path / 'siglip'}"])) == 0
         tok = Tokenizer(tmp_path / "out")
         assert (tok.image, tok.pad) == (Tokenizer(folder).image, Tokenizer(folder).pad) == (32001, 32000)
     vlm.save_pretrained(tmp_path / "ours")                                  # no public layout of ours holds two towers
@@ -396,30 +397,30 @@ def test_internvl_equals_transformers_port_renamed(tmp_path, big):
 def test_convert_gives_transformers_the_original_layout_with_rows_for_the_image_token(tmp_path):
     vlm = lively(VLM(replace(TINY, decoder=replace(TINY.decoder, vocab_size=32000), image_token=32000, pad_token=32001)))
     original(tmp_path / "m", vlm, tower=True)
-    assert tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "hf")]) == 0
+    assert run(lambda: tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "hf")])) == 0
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.tensor([[1] + [32000] * 16 + [5, 6]])
     close(vlm(tokens, PIXELS[:1]), theirs(input_ids=tokens, pixel_values=PIXELS[:1]).logits[..., :32000])
     assert theirs.lm_head.weight.shape[0] == 32064
-    assert tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "m")]) == 1
+    assert run(lambda: tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "m")])) == 1
 
 
 def test_convert_of_a_language_model_alone_keeps_its_names(tmp_path):
     tensors = {"model.norm.weight": torch.ones(4), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
     folder = write(tmp_path / "m", {"model_type": "llama"}, tensors, "pytorch_model.bin")
     (folder / "tokenizer.model").write_text("x")
-    assert tools_weights.main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    assert run(lambda: tools_weights.main(["convert", str(folder), str(tmp_path / "out")])) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
     assert load_file(tmp_path / "out/model.safetensors").keys() == {"model.norm.weight"}
 
 
 def test_info_says_what_a_model_is_made_of(tmp_path, capsys):
-    assert tools_weights.main(["info", "llava-1.5-7b"]) == 0
+    assert run(lambda: tools_weights.main(["info", "llava-1.5-7b"])) == 0
     said = capsys.readouterr().out
     assert all(f"{n:,} parameters" in said for n in (303_507_456, 20_979_712, 6_738_415_616 + 2 * 64 * 4096)) and "576 visual tokens" in said
     for folder in original(tmp_path / "m", narrow(), tower=True), write(tmp_path / "clip", clip_json(TINY.vision), {"x": torch.ones(1)}):
-        assert tools_weights.main(["info", str(folder)]) == 0
-    assert tools_weights.main(["info", str(tmp_path / "none")]) == 1
+        assert run(lambda: tools_weights.main(["info", str(folder)])) == 0
+    assert run(lambda: tools_weights.main(["info", str(tmp_path / "none")])) == 1
     assert "neither a directory nor a preset" in capsys.readouterr().err
 
 

@@ -22,15 +22,12 @@ import sample
 from conversation import Tokenizer
 from support.cli import run
 from model import Decoder, DecoderConfig, PRESETS, VLM, VLMConfig
-from support.export import save_processor
-from support.weights import Stored, decoder_config, llama_json, llava_name, our_names, vision_config
+from support.export import clip_json, clip_name, llama_json, llava_config, llava_name, save_processor
+from support.weights import decoder_config, our_names, tower_tensors, vision_config
 from test_data import intern  # noqa: F401 (a fixture)
 from test_layouts import LLAMA, LM2, TINY, close, internlm2, intern_names, lively, narrow, original, parts, projector, same, size, timm_names, write
 from sample import open_model
-from support.weights import tower_tensors
 from vision import ViT, VisionConfig
-import support.export as support_export
-import support.weights as support_weights
 import tools.weights as tools_weights
 
 transformers = tr = pytest.importorskip("transformers")
@@ -133,7 +130,7 @@ def as_transformers_writes(folder, mode, old=True):
     """A LLaVA directory in the words of transformers alone, with the image processor's config in its own file as on the hub, or where version 5 puts it."""
     tok, vlm = toy()
     save_processor(folder, tok.path, vlm.cfg)
-    config = {k: v for k, v in support_weights.llava_config(vlm.cfg, "float32").items() if k not in ("image_aspect_ratio", "mm_projector_type", "template")}
+    config = {k: v for k, v in llava_config(vlm.cfg, "float32").items() if k not in ("image_aspect_ratio", "mm_projector_type", "template")}
     theirs = tr.LlavaForConditionalGeneration(tr.LlavaConfig(**config)).eval()
     theirs.load_state_dict({llava_name(n).replace("language_model.lm_head", "lm_head").replace("language_model.model", "model.language_model").replace(
         "vision_tower.vision_model", "model.vision_tower").replace("multi_modal", "model.multi_modal"): t for n, t in vlm.state_dict().items()}, strict=True)
@@ -175,7 +172,7 @@ def published(tmp_path):
     if not LLAMA.exists():
         pytest.skip(f"needs {LLAMA}")
     vlm = lively(VLM(replace(TINY, decoder=replace(TINY.decoder, vocab_size=32000), image_token=32000, pad_token=32001)))
-    clip = write(tmp_path / "clip", support_weights.clip_json(vlm.cfg.vision), {model.rename(n, model.CLIP_NAMES): t for n, t in parts(vlm, "vision").items()})
+    clip = write(tmp_path / "clip", clip_json(vlm.cfg.vision), {clip_name(n): t for n, t in parts(vlm, "vision").items()})
     llava, prism = original(tmp_path / "llava", vlm), prismatic(tmp_path / "prism")
     lora = write(tmp_path / "lora", json.loads((llava / "config.json").read_text()), {
         f"base_model.model.model.layers.0.self_attn.o_proj.lora_{x}.weight": t for x, t in (("A", torch.randn(2, 32)), ("B", torch.randn(32, 2)))}, "adapter_model.bin")
@@ -194,7 +191,7 @@ def test_a_model_says_the_same_as_published_and_converted(tmp_path, capfd, layou
     ask = lambda *where: run(lambda: sample.main([*where, "--image", str(tmp_path / "a.png"), "--prompt", "What?", "--max-new-tokens", "12"]))
     assert ask("--model", str(folder), *flags) == 0
     said = capfd.readouterr().out
-    assert tools_weights.main(["convert", str(folder), str(tmp_path / "out"), *flags]) == 0 and "in the llava-hf layout" in capfd.readouterr().out
+    assert run(lambda: tools_weights.main(["convert", str(folder), str(tmp_path / "out"), *flags])) == 0 and "in the llava-hf layout" in capfd.readouterr().out
     assert ask("--model", str(tmp_path / "out")) == 0 and capfd.readouterr().out == said and len(said) > 12
 
 
@@ -276,16 +273,16 @@ def test_control_tokens_on_the_command_line_stay_text(tmp_path, monkeypatch):
 
 def towerless(tmp_path):
     vlm = narrow()
-    clip = write(tmp_path / "clip", support_weights.clip_json(vlm.cfg.vision), {model.rename(n, model.CLIP_NAMES): t for n, t in parts(vlm, "vision").items()})
+    clip = write(tmp_path / "clip", clip_json(vlm.cfg.vision), {clip_name(n): t for n, t in parts(vlm, "vision").items()})
     return vlm, original(tmp_path / "m", vlm), clip
 
 
 def test_info_reads_no_weights_and_wants_the_tower_of_a_model_published_without(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Stored, "of", None)
     vlm, folder, clip = towerless(tmp_path)
-    assert tools_weights.main(["info", str(folder)]) == 1
+    assert run(lambda: tools_weights.main(["info", str(folder)])) == 1
     assert "holds no vision tower (its config names openai/clip); give the directory of that tower by --vision DIR" in capsys.readouterr().err
-    assert tools_weights.main(["info", str(folder), "--vision", str(clip)]) == 0
+    assert run(lambda: tools_weights.main(["info", str(folder), "--vision", str(clip)])) == 0
     assert f"{size(vlm):,} parameters" in capsys.readouterr().out
 
 
@@ -293,7 +290,7 @@ def test_info_says_why_a_directory_of_llava_hf_crops_and_what_pads(tmp_path, cap
     as_transformers_writes(tmp_path / "crop", "crop")
     as_transformers_writes(tmp_path / "pad", "pad")
     for name, crops in ("crop", True), ("pad", False):
-        assert tools_weights.main(["info", str(tmp_path / name)]) == 0
+        assert run(lambda: tools_weights.main(["info", str(tmp_path / name)])) == 0
         said = capsys.readouterr().out
         assert f"px, mode {name}" in said and ("LLaVA-1.5 itself was trained with pad: --image-mode pad" in said) == crops
 
@@ -307,7 +304,7 @@ def test_convert_merges_a_lora_and_transformers_opens_it(tmp_path):
     (lora / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "base_model_name_or_path": "x"}))
     write(lora, None, projector(vlm, "base_model.model.model.mm_projector."), "non_lora_trainables.bin")
     flags = ["--vision", str(clip), "--llm", str(base)]
-    assert tools_weights.main(["info", str(lora), *flags]) == tools_weights.main(["convert", str(lora), str(tmp_path / "hf"), *flags]) == 0
+    assert run(lambda: tools_weights.main(["info", str(lora), *flags])) == run(lambda: tools_weights.main(["convert", str(lora), str(tmp_path / "hf"), *flags])) == 0
     theirs = tr.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
     close(theirs.model.language_model.layers[0].self_attn.o_proj.weight, vlm.decoder.layers[0].self_attn.o_proj.weight + 4 / 2 * b @ a)
 
@@ -318,7 +315,7 @@ def test_convert_of_a_sharded_vicuna_keeps_every_number_and_its_format(tmp_path)
     for file in set(files.values()):
         write(tmp_path / "m", llama_json(TINY.decoder), {n: t for n, t in llama.state_dict().items() if files[n] == file}, file)
     (tmp_path / "m/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
-    assert tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "out")]) == 0
+    assert run(lambda: tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "out")])) == 0
     again = load_file(tmp_path / "out/model.safetensors")
     assert again.keys() == files.keys() and all(torch.equal(t, again[n]) and again[n].dtype == torch.float16 for n, t in llama.state_dict().items())
 
@@ -342,9 +339,9 @@ def test_opening_a_model_holds_it_once_and_does_not_import_the_compiler(tmp_path
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from Linux's /proc")
     tok, vlm = toy(decoder=DecoderConfig(vocab_size=32064, n_layer=1, n_head=8, n_kv_head=1, n_embd=768, head_dim=32, n_hidden=64))
-    support_export.save_processor(tmp_path, tok.path, vlm.cfg)
+    save_processor(tmp_path, tok.path, vlm.cfg)
     torch.save({llava_name(n): t.half() for n, t in vlm.state_dict().items()}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text(json.dumps(support_weights.llava_config(vlm.cfg, "float16")))
+    (tmp_path / "config.json").write_text(json.dumps(llava_config(vlm.cfg, "float16")))
     del vlm
     code = """if True:
         import re, sys, torch, model

@@ -34,7 +34,7 @@ from vision import VisionConfig
 import data
 import support.optim as support_optim
 import support.plan as support_plan
-import support.weights as support_weights
+import support.export as support_export
 import tools.bench as tools_bench
 import tools.weights as tools_weights
 
@@ -412,7 +412,7 @@ def test_each_evaluation_compares_with_shuffled_pictures(go, mixed):
 
 
 def test_a_dry_run_says_it_all_and_reads_no_weights(go, tiny, capfd, tok, tmp_path):
-    for part, config in (("clip", support_weights.clip_json(tiny_config(tok).vision)), ("llama", support_weights.llama_json(tiny_config(tok).decoder))):
+    for part, config in (("clip", support_export.clip_json(tiny_config(tok).vision)), ("llama", support_export.llama_json(tiny_config(tok).decoder))):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))                # and no weights at all
     (tmp_path / "llama/tokenizer.model").write_bytes((ROOT / "assets/toy-vicuna/tokenizer.model").read_bytes())
@@ -456,8 +456,8 @@ RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.sh") if "mpo" not in p.st
 def test_each_recipe_is_planned_at_true_size_without_any_weights(recipe, tok, mixed, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seven = model.PRESETS["llava-1.5-7b"]
-    configs = {"CLIP": support_weights.clip_json(replace(seven.vision, image_size=224 if "v1-" in recipe.stem and "1.5" not in recipe.stem else 336)),
-               "VICUNA": support_weights.llama_json(seven.decoder), "LLAMA": support_weights.llama_json(seven.decoder),
+    configs = {"CLIP": support_export.clip_json(replace(seven.vision, image_size=224 if "v1-" in recipe.stem and "1.5" not in recipe.stem else 336)),
+               "VICUNA": support_export.llama_json(seven.decoder), "LLAMA": support_export.llama_json(seven.decoder),
                "DINO": {"model_type": "dinov2_with_registers", "image_size": 518, "patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
                "SIGLIP": {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27,
                           "num_attention_heads": 16, "intermediate_size": 4304}}

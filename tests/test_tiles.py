@@ -20,7 +20,7 @@ from data import Examples, Records, collate
 from model import Connector, DecoderConfig, PRESETS, VLM, VLMConfig
 from support.export import save_processor
 from support.weights import read_config
-from tools.weights import info
+import tools.weights as tools_weights
 from support.cli import UserError
 from vision import MODES, TILINGS, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join_pictures, normalize_pixels
 import conversation
@@ -332,7 +332,7 @@ def test_a_saved_model_is_the_same_with_all_its_choices(tmp_path, tok, mode, cap
     pixels, layout = cut_tiles(noise(90, 50), again.cfg.vision, mode)
     tokens = torch.full((1, len(layout)), tok.image)
     assert torch.equal(again(tokens, pixels, layout=layout), vlm(tokens, pixels, layout=layout))
-    info(tmp_path)
+    tools_weights.main(["info", str(tmp_path)])
     assert f"global view {choices['global_view']}" in capsys.readouterr().out
 
 

@@ -32,8 +32,7 @@ from data import Examples, IGNORE, Records, collate
 from support.checkpoint import Run
 from support.cli import run
 from model import DecoderConfig, VLM, VLMConfig
-from support.export import save_processor
-from support.weights import clip_json, llama_json, write_model
+from support.export import clip_json, llama_json, save_processor, write_model
 from support.cli import UserError
 from vision import VisionConfig
 import data

@@ -34,7 +34,7 @@ def twin(theirs, table, **switches):
 
 @torch.no_grad()
 def test_clip_equals_transformers_at_every_layer_and_pooled():
-    ours, theirs, unused = twin(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY)), CLIP_NAMES)
+    ours, theirs, unused = twin(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY)), [(ours, public) for public, ours in CLIP_NAMES])
     out = theirs(PIXELS, output_hidden_states=True)
     assert unused == set()
     assert_close(ours(PIXELS), out.hidden_states[-2][:, 1:])               # what LLaVA reads: all but the class token
