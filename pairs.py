@@ -1,340 +1,495 @@
-"""pairs: moved here; to be rewritten."""
+"""Make preference pairs from a model's own answers, as MMPR was made (arXiv:2411.10442v2, "Data Engine").
 
-from collections import Counter
-from itertools import islice, product
-from pathlib import Path
-import argparse
+    python pairs.py --method correctness --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
+        Questions with one true answer. The model reasons step by step, --samples times a question; each answer is judged by
+        its last line. Right answers are chosen; wrong ones, and those that kept no format, are rejected.
+
+    python pairs.py --method dropout-ntp --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
+        Questions without one true answer (Dropout Next Token Prediction). Chosen is the model's answer, or the file's; rejected
+        is its first half, by words, completed by the model without the picture: what then comes is made up.
+
+QUESTIONS: JSON lines of {"image", "question", "answer"}, or LLaVA's JSON. PAIRS: JSON lines of {"image", "question", "chosen",
+"rejected"}, which mpo.py trains on, and beside them PAIRS.jsonl.stats.json: what was dropped, and why.
+A killed run goes on where it was: PAIRS.jsonl.part holds what is done. With the same seed it ends as if nothing had happened.
+
+Deviations from the authors' code, all of them: an answer that ran out of tokens makes no pair (theirs takes it for a wrong one,
+or for a whole one), nor does a completion that equals the answer; an answer is judged by normalised words, numbers, option
+letters and boxes, and not by math-verify (formulas must be written alike).
+"""
+
 import json
 import math
 import random
 import re
 import sys
 import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
 
 from tqdm import tqdm
 
-from conversation import encode_prompt, find_template
+from conversation import find_template
 from data import Records
 from eval import is_right
-from mpo import fingerprint, model_files, whole_lines
-from sample import answer, newest_run, open_model, read_answer
-from support.cli import must, run, Flags, UserError, one_of, parse_args, pick_device
-from support.io import write_whole
-from vision import MODES, cut_tiles, open_image
+from sample import DTYPES, Answer, answer, encode_question, newest_run, open_model, open_picture, read_answer
+from support.cli import REQUIRED, UserError, arg, parse, pick_device, run
+from support.io import write_json, write_whole
+from vision import MODES
 
-
-
-PROMPTS = {                                      # for step-by-step answers, exactly the authors' (MMPR v1, v1.1 and their CoT evaluation)
-    "en": "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to answer, "
-          'please use the format "Final answer: .."\n\nQuestion:\n\n{question}',
-    "zh": "你的任务是回答以下问题。在回答之前，请逐步推理说明您的思路。当你准备好给出答案时，请使用以下格式：\"答案: ...\"\n\n问题:\n\n{question}",
+# The step-by-step prompts, exactly the authors' (MMPR v1, v1.1 and their evaluation).
+PROMPTS = {
+    "en": "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
+          'answer, please use the format "Final answer: .."\n\nQuestion:\n\n{question}',
+    "zh": "你的任务是回答以下问题。在回答之前，请逐步推理说明您的思路。当你准备好给出答案时，请使用以下格式："
+          '"答案: ..."\n\n问题:\n\n{question}',
 }
 TRIGGERS = ("Final answer:", "Final Answer:", "答案:")
-DIRECT = ("Answer the question using a single word or phrase.", "Answer with the option's letter from the given choices directly.",
-          "Please answer Yes or No.", r"Please answer the question and put the final answer within \boxed{}.")
-NUMBERS = {word: str(i) for i, word in enumerate("none one two three four five six seven eight nine ten".split())} | {"zero": "0"}
+SHORT_ENDINGS = (  # what a question may end with; a step-by-step prompt asks for something else
+    "Answer the question using a single word or phrase.",
+    "Answer with the option's letter from the given choices directly.",
+    "Please answer Yes or No.",
+    r"Please answer the question and put the final answer within \boxed{}.",
+)
+NUMBER_WORDS = "none one two three four five six seven eight nine ten".split()
+DIGITS = {word: str(i) for i, word in enumerate(NUMBER_WORDS)} | {"zero": "0"}
 
 
-
-def parse_answer(response, min_newlines=2):
-    """A worked answer -> (the rationale with its trigger, the final answer), or None where the format was not kept: a trigger once or twice,
-    the last of them counts; something before it; newlines, because reasoning has lines; one line after it."""
-    trigger = next((t for t in TRIGGERS if t in response), None)
-    if trigger is None or response.count(trigger) > 2 or response.count("\n") < min_newlines:
-        return None
-    rationale, _, final = response.rpartition(trigger)
-    if not rationale.strip() or not final.strip() or "\n" in final.strip():
-        return None
-    return rationale + trigger, final.strip()
-
-
-
-def letter(text):
-    """B of "B", "B. cat", "(B)"; else None."""
-    found = re.match(r"\(?([A-N])\)?(?:[.:)\s]|$)", text.strip().strip("*"))
-    return found and found[1]
-
-
-
-def judge(said, truth):
-    """Is this the answer? Case, articles and punctuation do not matter, two for 2 is right, numbers agree to 1 part in 1000, letters by
-    themselves, boxes by IoU. (MMPR's fourth scorer, math-verify, is not here: formulas must be written alike.)"""
-    if len(truth.strip()) == 1 and letter(truth):
-        return letter(said) == letter(truth)
-    bare = lambda text: re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split()
-    plain = lambda text: " ".join(NUMBERS.get(w, w) for w in bare(text) if w not in ("a", "an", "the"))
-    a, b = plain(said), plain(truth)
-    if a == b and b:
-        return True
-    try:
-        a, b = (float(re.sub(r"(degrees?|cm|%)$", "", text).strip()) for text in (a, b))
-        return abs(a - b) <= 1e-3 * abs(b)
-    except ValueError:
-        return is_right(said, truth)
+@dataclass
+class PairsConfig:
+    method: str = arg(REQUIRED, "how pairs are made", choices=("correctness", "dropout-ntp"))
+    data: str = arg(REQUIRED, "questions; for dropout-ntp \"chosen\" in a record is taken for the answer, else the model gives it")
+    out: str = arg(REQUIRED, "JSONL for the pairs")
+    model: str = arg("", "model directory; empty: the newest finished run under out/")
+    vision: str = arg("", "tower of a model that was published without, DIR or DIR,DIR")
+    llm: str = arg("", "directory of the base of a LoRA")
+    image_root: str = arg("", "folder that the pictures' names start from; empty: that of --data")
+    samples: int = arg(32, "correctness: answers to each question", at_least=1)
+    pairs_per_question: int = arg(15, "correctness: at most so many, drawn at random", at_least=1)
+    min_newlines: int = arg(2, "correctness: an answer with fewer has not reasoned in lines", at_least=0)
+    prompt: str = arg("en", "correctness: language of the step-by-step prompt", choices=tuple(PROMPTS))
+    ratio: float = arg(0.5, "dropout-ntp: share of an answer's words that is kept", at_least=0, below=1)
+    load_image: bool = arg(False, "dropout-ntp: complete with the picture after all")
+    temperature: float = arg(1.0, "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf)
+    top_k: int = arg(50, "draw from so many likeliest words; 0: all", at_least=0)
+    top_p: float = arg(1.0, "draw from the smallest set of words holding this probability", above=0, at_most=1)
+    max_new_tokens: int = arg(1024, "longest answer in tokens; one that reaches it makes no pair", at_least=1)
+    batch_size: int = arg(64, "answers generated at once", at_least=1)
+    limit: int = arg(0, "questions, evenly spread over the file; 0: all", at_least=0)
+    template: str = arg("", "conversation template; empty: the model's own")
+    image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=MODES)
+    seed: int = arg(0, "of the draws", at_least=0, below=2**30)
+    device: str = arg("auto", "cpu, cuda, cuda:N or auto")
+    dtype: str = arg("float32", "of the weights; auto: as stored, but bfloat16 for float16 on a CPU", choices=DTYPES)
 
 
+def main(argv=None):
+    cfg = parse(PairsConfig, argv, description=__doc__)
+    out = Path(cfg.out)
+    if out.exists():
+        raise UserError(f"--out {out} is there already; remove it, or give another")
+    cfg.model = cfg.model or str(newest_run())
+    cfg.image_root = cfg.image_root or str(Path(cfg.data).parent)
+    records = Records(cfg.data, cfg.image_root)
+    device = pick_device(cfg.device)
+    vlm, tok = open_model(cfg.model, device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
 
-def fix_answer(response, truth, min_newlines):
-    """A right answer's last line as the truth writes it, and without bold: so that the model learns that form."""
-    head, final = parse_answer(response, min_newlines)
-    bare = final.strip("*").strip()
-    lines = (head + " " + (truth if truth.lower() in bare.lower().replace(",", "").strip(".") else bare)).split("\n")
-    return "\n".join(lines[:-1] + [lines[-1].replace("**Final", "Final")])
+    questions, unreadable = read_questions(records, cfg)
+    if cfg.limit:
+        step = math.ceil(len(questions) / cfg.limit)
+        questions = questions[::step][: cfg.limit]
+    print_skipped(unreadable)
+    if not questions:
+        raise UserError(f"{cfg.data}: no question that could be used")
+
+    rows = ask_all(vlm, tok, questions, cfg)
+    print_skipped([row["why"] for row in rows if "why" in row])
+    counts = sum_counts(rows)
+    counts["unreadable"] = len(unreadable)
+    pairs = [pair for row in rows for pair in row["pairs"]]
+    report(pairs, counts, tok, out)
+    if not pairs:
+        raise UserError(f"not one pair could be made; the counts are above, {part_file(cfg)} holds what there is")
+    write_whole(out, lambda tmp: tmp.write_text(to_json_lines(pairs), encoding="utf-8"))
+    part_file(cfg).unlink()
+    command = f"python mpo.py --model {cfg.model} --data {out} --image-root {cfg.image_root}"
+    print(f"{len(pairs):,} pairs are in {out}; train on them: {command}")
+    return 0
 
 
+# ---- questions -------------------------------------------------------------------------------------------------------
 
-def read_questions(records, method):
-    """-> [{"where", "image", "paths", "question", "truth", "chosen", ...}], one for each question of each record; and why others are none.
 
-    `whole` and `tokens` are of the chosen answer, as it is given: that of a file is whole and cost nothing.
-    """
-    found, wrong = [], []
+@dataclass
+class Question:
+    where: str                    # file and line, for messages
+    image: object                 # as the record has it: a name, several or None
+    paths: list
+    text: str
+    truth: str
+    prompt: tuple = ()            # what the model is given to answer
+    answer: Answer | None = None  # dropout-ntp: the chosen answer,
+    completion: Answer | None = None  # and its first words completed
+
+
+def read_questions(records, cfg):
+    """Every question of every record -> [Question], and why others are none."""
+    questions, unreadable = [], []
     for i in range(len(records)):
         try:
             record = records[i]
             paths = [records.image_path(name) for name in record["images"]]
         except UserError as error:
-            wrong.append(str(error))
+            unreadable.append(str(error))
             continue
-        turns = record["turns"] if record["turns"][0][0] == "human" else record["turns"][1:]
+        turns = record["turns"]
+        if turns[0][0] != "human":
+            turns = turns[1:]
         for k in range(0, len(turns), 2):
-            where = records.where(i, record["id"]) + (f", turn {k + 1}" if len(turns) > 2 else "")
-            truth, text = turns[k + 1][1].strip() if k + 1 < len(turns) else "", turns[k][1]
-            if method == "correctness" and not truth:
-                wrong.append(f"{where}: no answer to judge by")
-            elif not text.replace("<image>", "").strip():
-                wrong.append(f"{where}: no question")
+            where = records.where(i, record["id"])
+            if len(turns) > 2:
+                where += f", turn {k + 1}"
+            text = turns[k][1]
+            truth = turns[k + 1][1].strip() if k + 1 < len(turns) else ""
+            if cfg.method == "correctness":
+                text = ask_step_by_step(text, len(paths), cfg.prompt)
+            question = Question(where, record.get("image"), paths, text, truth)
+            if record.get("chosen") is not None:
+                question.answer = Answer(record["chosen"].strip(), True, [])  # it cost no tokens
+            if cfg.method == "correctness" and not truth:
+                unreadable.append(f"{where}: no answer to judge by")
+            elif not turns[k][1].replace("<image>", "").strip():
+                unreadable.append(f"{where}: no question")
             else:
-                found.append({"where": where, "image": record.get("image"), "paths": paths, "question": text, "truth": truth,
-                              "chosen": record.get("chosen"), "whole": True, "tokens": 0})
-    return found, wrong
+                questions.append(question)
+    return questions, unreadable
 
 
-
-def worked(question, n_image, prompt):
-    """The question in the step-by-step prompt: without the ending that asks for a short answer, its one picture in front."""
-    text = question.replace("<image>", "").strip() if n_image <= 1 else question.strip()
-    for ending in DIRECT:
+def ask_step_by_step(text, n_image, language="en"):
+    """The question in the step-by-step prompt: without its request for a short answer, its one picture in front."""
+    if n_image <= 1:
+        text = text.replace("<image>", "")
+    text = text.strip()
+    for ending in SHORT_ENDINGS:
         text = text.removesuffix(ending).strip()
-    return "<image>\n" * (n_image == 1) + PROMPTS[prompt].replace("{question}", text)
+    front = "<image>\n" if n_image == 1 else ""
+    return front + PROMPTS[language].replace("{question}", text)
 
 
-
-def draw_answers(vlm, tok, rows, cfg, seed):
-    return answer(vlm, tok, rows, cfg.max_new_tokens, cfg.batch_size, seed, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.top_k)
+# ---- by correctness --------------------------------------------------------------------------------------------------
 
 
-
-def pairs_by_correctness(vlm, tok, asked, cfg, seed):
-    """Sample answers to each question, and pair the right with the wrong and with those that kept no format -> [(pairs, counts), ...]"""
-    results, said = [], iter(draw_answers(vlm, tok, [q["row"] for q in asked for _ in range(cfg.samples)], cfg, seed))
-    for q in asked:
-        count, right, wrong = Counter(), {}, {}
-        for text, whole, ids in islice(said, cfg.samples):
-            n = len(ids)
-            found = parse_answer(text, cfg.min_newlines)
-            kind = ("cut off" if not whole else "empty" if not text else "no format" if not found
-                    else "right" if judge(found[1], q["truth"]) else "wrong")
-            count.update({"answers": 1, "tokens": n, f"answers {kind}": 1})
-            if kind == "right":
-                right[fix_answer(text, q["truth"], cfg.min_newlines)] = found[1]
-            elif kind in ("wrong", "no format"):
-                wrong[text] = found and found[1]
-        made = []
-        for (good, a), (bad, b) in product(right.items(), wrong.items()):
-            if b is not None and a.lower() in b.lower():                    # "2" in "12 or 2": perhaps right after all
-                count["pairs in doubt"] += 1
-            else:
-                made.append({"image": q["image"], "question": q["prompt"], "chosen": good, "rejected": bad, "answer_gt": q["truth"],
-                             "rule": "format" if b is None else "answer"})
-        kept = random.Random(f"{cfg.seed} {q['where']}").sample(made, min(len(made), cfg.pairs_per_question))
-        count.update({"pairs beyond the cap": len(made) - len(kept),
-                      f"questions {'all right' if not wrong else 'none right' if not right else 'right and wrong'}": 1})
-        results.append((kept, count))
+def pairs_by_correctness(vlm, tok, questions, cfg, seed):
+    """-> (pairs, counts) of each question."""
+    prompts = [question.prompt for question in questions for _ in range(cfg.samples)]
+    answers = draw_answers(vlm, tok, prompts, cfg, seed)
+    results = []
+    for k, question in enumerate(questions):
+        own = answers[k * cfg.samples : (k + 1) * cfg.samples]
+        results.append(pair_answers(question, own, cfg))
     return results
 
 
+def pair_answers(question, answers, cfg):
+    """Every right answer with every wrong one and every one without form; some of them, if these are too many."""
+    counts = Counter()
+    right, wrong = {}, {}  # {text of an answer: its last line, or None where it kept no format}
+    for said in answers:
+        parsed = parse_answer(said.text, cfg.min_newlines)
+        final = parsed[1] if parsed else None
+        kind = sort_answer(said, final, question.truth)
+        counts.update({"answers": 1, "tokens": len(said.ids), f"answers {kind}": 1})
+        if kind == "right":
+            right[write_as_truth(said.text, question.truth, cfg.min_newlines)] = final
+        elif kind in ("wrong", "no format"):
+            wrong[said.text] = final
 
-def pairs_by_dropout(vlm, tok, asked, cfg, seed):
-    """DropoutNTP: keep the first words of an answer that was given with the picture, and complete it without -> [(pairs, counts), ...]"""
-    form, results = vlm.cfg.template, []
-    own = [q for q in asked if q["chosen"] is None]                         # the others have their answer from the file
-    for q, said in zip(own, draw_answers(vlm, tok, [q["row"] for q in own], cfg, seed)):
-        q["tokens"], q["chosen"], q["whole"] = len(said.ids), said.text, said.whole
-    begun = [q for q in asked if q["chosen"].strip() and q["whole"]]
-    lead = find_template(form).answer.split("{}")[0].replace("«", "")       # the space that opens an answer in LLaVA's templates
-    for q in begun:
-        words = q["chosen"].strip().split(" ")
-        begin = " ".join(words[: int(len(words) * cfg.ratio)]).strip()
-        q["begin"] = tok.encode(lead + begin, dummy_prefix=False) if begin else []
-        ids, pictures = q["row"] if cfg.load_image else encode_asked(vlm, tok, q["question"].replace("<image>", "").strip(), [])
-        q["row"] = ids + q["begin"], pictures
-    said = iter(draw_answers(vlm, tok, [q["row"] for q in begun], cfg, seed + 2**31))
-    for q in asked:
-        count, chosen = Counter(tokens=q["tokens"]), q["chosen"].strip()
-        if not chosen or not q["whole"]:
-            results.append(([], count + Counter(["answers cut off" if not q["whole"] else "answers empty"])))
+    pairs = []
+    for (chosen, good), (rejected, bad) in product(right.items(), wrong.items()):
+        if bad is not None and good.lower() in bad.lower():  # "2" in "12 or 2": perhaps right after all
+            counts["pairs in doubt"] += 1
             continue
-        ids = next(said).ids
-        n, (rejected, whole, _) = len(ids), read_answer(tok, form, q["begin"] + ids)
-        wrong = "cut off" if not whole else "empty" if not rejected else "the same" if rejected == chosen else ""
-        count.update({"tokens": n, "answers": 1} | ({f"completions {wrong}": 1} if wrong else {}))
-        front = "<image>\n" if len(q["paths"]) == 1 and "<image>" not in q["question"] else ""
-        results.append(([] if wrong else [{"image": q["image"], "question": front + q["question"], "chosen": chosen, "rejected": rejected}], count))
-    return results
+        rule = "format" if bad is None else "answer"
+        pairs.append({"image": question.image, "question": question.text, "chosen": chosen, "rejected": rejected,
+                      "answer_gt": question.truth, "rule": rule})
+
+    n_kept = min(len(pairs), cfg.pairs_per_question)
+    kept = random.Random(f"{cfg.seed} {question.where}").sample(pairs, n_kept)
+    counts["pairs beyond the cap"] = len(pairs) - n_kept
+    outcome = "all right" if not wrong else "none right" if not right else "right and wrong"
+    counts[f"questions {outcome}"] = 1
+    return kept, counts
 
 
+def sort_answer(said, final, truth):
+    if not said.whole:
+        return "cut off"
+    if not said.text:
+        return "empty"
+    if final is None:
+        return "no format"
+    return "right" if judge_answer(final, truth) else "wrong"
 
-def encode_asked(vlm, tok, question, paths):
-    """-> prompt ids and [(tiles, layout), ...]"""
-    pictures = [cut_tiles(open_image(p), vlm.cfg.vision, vlm.cfg.image_mode) for p in paths]
-    ids = encode_prompt(tok, [("human", question)], vlm.cfg.template, [len(layout) for _, layout in pictures])
-    if len(ids) >= vlm.cfg.decoder.block_size * 3 // 4:
-        raise UserError(f"a question of {len(ids)} tokens leaves little room for an answer in {vlm.cfg.decoder.block_size}")
-    return ids, pictures
+
+def parse_answer(text, min_newlines=2):
+    """A worked answer -> (reasoning with its trigger, final answer), or None where the format was not kept.
+
+    The format: a trigger once or twice, of which the last counts; something before it; newlines, because reasoning
+    has lines; one line after it.
+    """
+    trigger = next((t for t in TRIGGERS if t in text), None)
+    if trigger is None or text.count(trigger) > 2 or text.count("\n") < min_newlines:
+        return None
+    reasoning, _, final = text.rpartition(trigger)
+    final = final.strip()
+    if not reasoning.strip() or not final or "\n" in final:
+        return None
+    return reasoning + trigger, final
 
 
+def judge_answer(said, truth):
+    """Is this the answer? Case, articles and punctuation do not matter, "two" is 2, letters stand for themselves,
+    numbers agree to 1 part in 1000, boxes by IoU."""
+    if len(truth.strip()) == 1 and option_letter(truth):
+        return option_letter(said) == option_letter(truth)
+    words, true_words = plain_words(said), plain_words(truth)
+    if words == true_words:
+        return bool(words)
+    number, true_number = read_number(words), read_number(true_words)
+    if number is not None and true_number is not None:
+        return abs(number - true_number) <= 1e-3 * abs(true_number)
+    return is_right(said, truth)
 
-def make_pairs(argv):
-    """Groups of questions, one after the other; what a group gave is appended to PAIRS.jsonl.part at once, so a killed run goes on there."""
-    cfg = parse_pairs(argv)
-    out, by_truth = Path(cfg.out), cfg.method == "correctness"
-    part = out.with_name(out.name + ".part")
-    if out.exists():
-        raise UserError(f"--out {out} is there already; remove it, or give another")
-    records = Records(cfg.data, cfg.image_root)
-    vlm, tok = open_model(cfg.model, pick_device(cfg.device), cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
-    asked, wrong = read_questions(records, cfg.method)
-    asked = asked[:: math.ceil(len(asked) / cfg.limit)][: cfg.limit] if cfg.limit else asked
-    if not asked:
-        raise UserError(f"{cfg.data}: no question that could be used" + (f"; the first: {wrong[0]}" if wrong else ""))
-    for reason in wrong[:5]:
-        print(f"skipped: {reason}" + ("; the others are only counted" if reason == wrong[4:5] else ""))
-    flags = {k: v for k, v in vars(cfg).items() if k not in ("out", "device", "model", "data", "image_root")}
-    head = {"made by": "pairs.py", "key": fingerprint(model_files(cfg), [Path(cfg.data)], flags), **flags}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    before = whole_lines(part) or [head]
+
+def option_letter(text):
+    """B of "B", "B. cat", "(B)"; else None."""
+    found = re.match(r"\(?([A-N])\)?(?:[.:)\s]|$)", text.strip().strip("*"))
+    return found and found[1]
+
+
+def plain_words(text):
+    """Lower case; no punctuation but that of numbers; no articles; number words as digits."""
+    words = re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split()
+    return " ".join(DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def read_number(words):
+    try:
+        return float(re.sub(r"(degrees?|cm|%)$", "", words))
+    except ValueError:
+        return None
+
+
+def write_as_truth(text, truth, min_newlines):
+    """A right answer with its last line as the truth is written, and without bold: the model is to learn that form."""
+    reasoning, final = parse_answer(text, min_newlines)
+    final = final.strip("*").strip()
+    if truth.lower() in final.lower().replace(",", "").strip("."):
+        final = truth
+    *lines, last = f"{reasoning} {final}".split("\n")
+    return "\n".join([*lines, last.replace("**Final", "Final")])
+
+
+# ---- by dropout ------------------------------------------------------------------------------------------------------
+
+
+def pairs_by_dropout(vlm, tok, questions, cfg, seed):
+    """-> (pairs, counts) of each question."""
+    # The chosen answers: those of the file, else the model's own, with the picture.
+    unanswered = [question for question in questions if question.answer is None]
+    prompts = [question.prompt for question in unanswered]
+    for question, said in zip(unanswered, draw_answers(vlm, tok, prompts, cfg, seed)):
+        question.answer = said
+
+    # The first words of each, completed without the picture.
+    begun = [question for question in questions if question.answer.whole and question.answer.text]
+    begins = [first_words(vlm, tok, question.answer.text, cfg.ratio) for question in begun]
+    prompts = []
+    for question, begin in zip(begun, begins):
+        ids, pictures = question.prompt
+        if not cfg.load_image:
+            ids, pictures = encode_question(vlm, tok, question.text.replace("<image>", "").strip())
+        prompts.append((ids + begin, pictures))
+    completions = draw_answers(vlm, tok, prompts, cfg, seed + 2**31)
+    for question, begin, rest in zip(begun, begins, completions):
+        joined = read_answer(tok, vlm.cfg.template, begin + rest.ids)
+        question.completion = joined._replace(ids=rest.ids)
+    return [pair_completion(question) for question in questions]
+
+
+def first_words(vlm, tok, text, ratio):
+    """Token ids of the first words of an answer, as the template opens one."""
+    words = text.split(" ")
+    begin = " ".join(words[: int(len(words) * ratio)]).strip()
+    if not begin:
+        return []
+    opening = find_template(vlm.cfg.template).answer.split("{}")[0].replace("«", "")  # a space, in LLaVA's templates
+    return tok.encode(opening + begin, dummy_prefix=False)
+
+
+def pair_completion(question):
+    chosen, rejected = question.answer, question.completion
+    counts = Counter(tokens=len(chosen.ids))
+    if rejected is None:
+        counts["answers empty" if chosen.whole else "answers cut off"] = 1
+        return [], counts
+    counts.update({"answers": 1, "tokens": len(rejected.ids)})
+    problem = ""
+    if not rejected.whole:
+        problem = "cut off"
+    elif not rejected.text:
+        problem = "empty"
+    elif rejected.text == chosen.text:
+        problem = "the same"
+    if problem:
+        counts[f"completions {problem}"] = 1
+        return [], counts
+    text = question.text
+    if len(question.paths) == 1 and "<image>" not in text:
+        text = "<image>\n" + text
+    pair = {"image": question.image, "question": text, "chosen": chosen.text, "rejected": rejected.text}
+    return [pair], counts
+
+
+# ---- group by group, so that a killed run can go on ------------------------------------------------------------------
+
+
+def ask_all(vlm, tok, questions, cfg):
+    """-> a row {"pairs", "counts"} for each question; with "why" where it could not be used.
+
+    After each group of questions its rows go to the .part file. The draws of a group depend on --seed and its place alone.
+    """
+    size = cfg.batch_size
+    if cfg.method == "correctness":
+        size = max(1, cfg.batch_size // cfg.samples)
+    rows = resume(cfg, len(questions), size)
+    known = f"; {len(rows):,} were answered before" if rows else ""
+    print(f"{len(questions):,} questions in groups of {size}{known}", flush=True)
+
+    began, n_before = time.time(), sum_counts(rows)["tokens"]
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(total=len(questions), initial=len(rows), desc=cfg.method, unit="question", disable=not on_terminal)
+    with open(part_file(cfg), "a", encoding="utf-8") as file, bar:
+        for first in range(len(rows), len(questions), size):
+            group = [replace(question) for question in questions[first : first + size]]  # their pictures go with them
+            made = ask_group(vlm, tok, group, cfg, seed=cfg.seed * 2**32 + first * 2**12)
+            rows += made
+            file.write(to_json_lines(made))
+            file.flush()
+
+            counts = sum_counts(rows)
+            speed = (counts["tokens"] - n_before) / (time.time() - began)
+            progress = f"{counts['pairs']:,} pairs, {speed:,.0f} tokens/s"
+            bar.update(len(made))
+            bar.set_postfix_str(progress)
+            is_tenth = len(rows) * 10 // len(questions) > first * 10 // len(questions)
+            if is_tenth and not on_terminal:
+                print(f"{len(rows):,} of {len(questions):,} questions, {progress}", flush=True)
+    return rows
+
+
+def ask_group(vlm, tok, group, cfg, seed):
+    rows = []
+    usable = []
+    for question in group:
+        row = {"pairs": [], "counts": {"questions": 1}}
+        try:
+            question.prompt = make_prompt(vlm, tok, question)
+            usable.append((question, row))
+        except UserError as error:
+            row["counts"]["unusable"] = 1
+            row["why"] = f"{question.where}: {error}"
+        rows.append(row)
+
+    method = {"correctness": pairs_by_correctness, "dropout-ntp": pairs_by_dropout}[cfg.method]
+    results = method(vlm, tok, [question for question, _ in usable], cfg, seed)
+    for (_, row), (pairs, counts) in zip(usable, results):
+        row["pairs"] = pairs
+        row["counts"] |= +counts
+        if pairs:
+            row["counts"]["pairs"] = len(pairs)
+    return rows
+
+
+def make_prompt(vlm, tok, question):
+    pictures = [open_picture(vlm, path) for path in question.paths]
+    prompt = encode_question(vlm, tok, question.text, pictures)
+    n_prompt, longest = len(prompt[0]), vlm.cfg.decoder.block_size
+    if n_prompt >= longest * 3 // 4:
+        raise UserError(f"a question of {n_prompt} tokens leaves little room for an answer in {longest}")
+    return prompt
+
+
+def draw_answers(vlm, tok, prompts, cfg, seed):
+    choices = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
+    return answer(vlm, tok, prompts, cfg.max_new_tokens, cfg.batch_size, seed, **choices)
+
+
+def resume(cfg, n_question, size):
+    """The rows of the .part file that were done before, in whole groups. A new one begins with the flags in a line."""
+    part = part_file(cfg)
+    head = {"made by": "pairs.py"} | asdict(cfg)
+    del head["out"], head["device"]
+    before = read_whole_lines(part) or [head]
     if before[0] != head:
         raise UserError(f"{part} was begun with another model, data or flags; give the same ones, or remove it")
-    size = max(1, cfg.batch_size // (cfg.samples if by_truth else 1))
-    first = len(before) - 1 if len(before) > len(asked) else (len(before) - 1) // size * size      # a half-written group is made again
-    done = before[1 : 1 + first]
-    write_whole(part, lambda tmp: tmp.write_text(to_lines([head, *done]), encoding="utf-8"))
-    print(f"{len(asked):,} questions in groups of {size}" + (f"; {first:,} were answered before" if first else ""), flush=True)
-    began, total = time.time(), sum((Counter(line["counts"]) for line in done), Counter(unreadable=len(wrong)))
-    n_before = total["tokens"]
-    with open(part, "a", encoding="utf-8") as file, tqdm(total=len(asked), initial=first, desc=cfg.method, unit="question",
-                                                         disable=not sys.stderr.isatty()) as bar:
-        for at in range(first, len(asked), size):
-            group = [dict(q) for q in asked[at : at + size]]                # their pictures go when the group is done
-            for q in group:
-                q["prompt"] = worked(q["question"], len(q["paths"]), cfg.prompt) if by_truth else q["question"]
-                try:
-                    q["row"] = encode_asked(vlm, tok, q["prompt"], q["paths"])
-                except UserError as error:
-                    q["why"] = f"{q['where']}: {error}"
-            usable = [q for q in group if "row" in q]
-            found = iter((pairs_by_correctness if by_truth else pairs_by_dropout)(vlm, tok, usable, cfg, cfg.seed * 2**32 + at * 2**12))
-            for q in group:
-                pairs, count = next(found) if "row" in q else ([], Counter(["unusable"]))
-                count.update({"questions": 1, "pairs": len(pairs)})
-                done.append({"pairs": pairs, "counts": dict(+count)} | ({"why": q["why"]} if "why" in q else {}))
-                total += count
-            file.write(to_lines(done[at:]))
-            file.flush()
-            rate = f"{total['pairs']:,} pairs, {(total['tokens'] - n_before) / (time.time() - began):,.0f} tokens/s"
-            bar.update(len(group))
-            bar.set_postfix_str(rate)
-            if not sys.stderr.isatty() and (len(done) * 10 // len(asked) > at * 10 // len(asked)):
-                print(f"{len(done):,} of {len(asked):,} questions, {rate}", flush=True)
-    made = [pair for line in done for pair in line["pairs"]]
-    for why in [line["why"] for line in done if "why" in line][:5]:
-        print(f"skipped: {why}")
-    report(made, dict(total), tok, out)
-    if not made:
-        raise UserError(f"not one pair could be made; the counts are above, {part} holds what there is")
-    write_whole(out, lambda tmp: tmp.write_text(to_lines(made), encoding="utf-8"))
-    part.unlink()
-    print(f"{len(made):,} pairs are in {out}; train on them: python mpo.py --model {cfg.model} --data {out} --image-root {cfg.image_root}")
-    return 0
+    rows = before[1:]
+    if len(rows) < n_question:
+        rows = rows[: len(rows) // size * size]  # a half-written group is made again
+    write_whole(part, lambda tmp: tmp.write_text(to_json_lines([head, *rows]), encoding="utf-8"))
+    return rows
 
 
+def read_whole_lines(path):
+    """The rows of a JSONL file, without the half line that a kill may have left at its end."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
-def to_lines(rows):
+
+def part_file(cfg):
+    return Path(cfg.out + ".part")
+
+
+def to_json_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+# ---- the report ------------------------------------------------------------------------------------------------------
 
-def report(made, counts, tok, out):
+
+def sum_counts(rows):
+    total = Counter()
+    for row in rows:
+        total.update(row["counts"])
+    return total
+
+
+def print_skipped(reasons, n_shown=5):
+    for reason in reasons[:n_shown]:
+        print(f"skipped: {reason}")
+    if len(reasons) > n_shown:
+        print(f"skipped: {len(reasons) - n_shown:,} more")
+
+
+def report(pairs, counts, tok, out):
     """Print what was kept, what was dropped and why, and how long the answers are; the same as JSON beside the pairs."""
-    for name in sorted(counts):
-        print(f"{name:26s}{counts[name]:10,}")
+    counts = {name: n for name, n in sorted(counts.items()) if n}
     summary = {"counts": counts}
-    if made:
-        lengths = {name: [len(tok.encode(pair[name])) for pair in made] for name in ("question", "chosen", "rejected")}
-        summary |= {"tokens_generated_per_pair": counts["tokens"] / len(made),
-                    "tokens": {name: {"mean": sum(n) / len(n), "min": min(n), "max": max(n)} for name, n in lengths.items()}}
+    for name, n in counts.items():
+        print(f"{name:26s}{n:10,}")
+    if pairs:
+        summary["tokens_generated_per_pair"] = counts.get("tokens", 0) / len(pairs)
         print(f"{'tokens generated per pair':26s}{summary['tokens_generated_per_pair']:10.1f}")
-        for name, n in summary["tokens"].items():
-            print(f"{'tokens of the ' + name:26s}{n['mean']:10.1f}   {n['min']} to {n['max']}")
-    write_whole(out.with_name(out.name + ".stats.json"), lambda tmp: tmp.write_text(json.dumps(summary, indent=1) + "\n"))
-
-
-
-PAIRS_FLAGS = [                                  # name, default (None: the flag must be given), help
-    ("method", None, "correctness: right against wrong answers to questions with one true answer; dropout-ntp: answers against their completion "
-                     "without the picture"),
-    ("data", None, "questions: JSONL of {image, question, answer}, or LLaVA's JSON; for dropout-ntp \"chosen\" in a record is taken for the answer, "
-                   "else the model gives it"),
-    ("out", None, "JSONL for the pairs"),
-    ("model", "", "model directory; empty: the newest finished run under out/"),
-    ("vision", "", "tower of a model that was published without, DIR or DIR,DIR"),
-    ("llm", "", "directory of the base of a LoRA"),
-    ("image-root", "", "folder that the pictures' names start from; empty: that of --data"),
-    ("samples", 32, "correctness: answers to each question"),
-    ("pairs-per-question", 15, "correctness: at most so many, drawn at random"),
-    ("min-newlines", 2, "correctness: an answer with fewer has not reasoned in lines"),
-    ("prompt", "en", f"correctness: language of the step-by-step prompt, {' or '.join(PROMPTS)}"),
-    ("ratio", 0.5, "dropout-ntp: share of an answer's words that is kept, 0 to 1"),
-    ("load-image", False, "dropout-ntp: complete with the picture after all"),
-    ("temperature", 1.0, "0 takes the likeliest word, more draws at random"),
-    ("top-k", 50, "draw from so many likeliest words; 0: all"),
-    ("top-p", 1.0, "draw from the smallest set of words holding this probability"),
-    ("max-new-tokens", 1024, "longest answer in tokens; one that reaches it makes no pair"),
-    ("batch-size", 64, "answers generated at once"),
-    ("limit", 0, "questions, evenly spread over the file; 0: all"),
-    ("template", "", "conversation template; empty: the model's own"),
-    ("image-mode", "", f"{', '.join(MODES)}; empty: the model's own"),
-    ("seed", 0, "of the draws"),
-    ("device", "auto", "cpu, cuda, cuda:N or auto"),
-    ("dtype", "float32", "of the weights: float32, bfloat16, float16, or auto: as they are stored, but bfloat16 for float16 on a CPU"),
-]
-
-
-
-def parse_pairs(argv):
-    cli = Flags(prog="pairs.py", description=make_pairs.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, default, said in PAIRS_FLAGS:
-        kind = str if default is None else type(default)
-        shown = {"action": argparse.BooleanOptionalAction} if kind is bool else {
-            "type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind], "required": default is None}
-        cli.add_argument(f"--{name}", default=default, help=said, **shown)
-    cfg = parse_args(cli, argv)
-    one_of("--image-mode", cfg.image_mode or MODES[0], MODES)
-    one_of("--method", cfg.method, ["correctness", "dropout-ntp"])
-    one_of("--prompt", cfg.prompt, list(PROMPTS))
-    one_of("--dtype", cfg.dtype, ["auto", "float32", "bfloat16", "float16"])
-    must(cfg, "ratio", lambda x: 0 <= x < 1, "from 0 to below 1")
-    must(cfg, "temperature", lambda x: 0 <= x < math.inf, "0 or more")
-    must(cfg, "seed", lambda x: 0 <= x < 2**30, "from 0 to 2^30 - 1")
-    must(cfg, "min_newlines limit top_k", lambda x: x >= 0, "0 or more")
-    must(cfg, "samples pairs_per_question max_new_tokens batch_size", lambda x: x >= 1, "at least 1")
-    cfg.model, cfg.image_root = cfg.model or str(newest_run()), cfg.image_root or str(Path(cfg.data).parent)
-    return cfg
-
-
-def main(argv=None):
-    return make_pairs(sys.argv[1:] if argv is None else argv)
+        summary["tokens"] = {}
+        for name in ("question", "chosen", "rejected"):
+            lengths = [len(tok.encode(pair[name])) for pair in pairs]
+            mean = sum(lengths) / len(lengths)
+            summary["tokens"][name] = {"mean": mean, "min": min(lengths), "max": max(lengths)}
+            print(f"{'tokens of the ' + name:26s}{mean:10.1f}   {min(lengths)} to {max(lengths)}")
+    write_json(out.with_name(out.name + ".stats.json"), summary, indent=1)
 
 
 if __name__ == "__main__":

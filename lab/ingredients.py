@@ -26,7 +26,7 @@ from conversation import Tokenizer, encode_conversation, train_tokenizer
 from data import Examples, Records
 from eval import answer_questions, is_right
 from model import IGNORE, Decoder, PRESETS, VLM, init_weights
-from pairs import judge, parse_answer
+from pairs import ask_step_by_step, judge_answer, parse_answer
 from support.cli import UserError, parse_args, run
 from support.export import clip_json, clip_name, llama_json, llama_name, public_layout, write_model
 from support.weights import load_decoder, load_vision
@@ -694,12 +694,12 @@ def take_exam(model, exam):
     """-> shares: right answers asked directly and step by step, worked answers without a final one, things in captions that are not in the picture."""
     vlm, tok = VLM.from_pretrained(model), Tokenizer(model)
     ask = lambda question: [said.text for said in answer_questions(vlm, tok, [{"paths": [p], "text": question(q)} for p, q, _, _ in exam])]
-    direct, worked, captions = ask(lambda q: f"{q}\n{toyworld.SHORT}"), ask(lambda q: worked(q, 1, "en")), ask(lambda q: toyworld.CAPTION)
+    direct, worked, captions = ask(lambda q: f"{q}\n{toyworld.SHORT}"), ask(lambda q: ask_step_by_step(q, 1)), ask(lambda q: toyworld.CAPTION)
     final = [parse_answer(said, 1) for said in worked]
     wrong = [made_up(said, scene) for said, (*_, scene) in zip(captions, exam)]
     share = lambda found: sum(found) / len(exam)
-    return {"direct": share(judge(said, truth) for said, (_, _, truth, _) in zip(direct, exam)),
-            "cot": share(bool(f) and judge(f[1], truth) for f, (_, _, truth, _) in zip(final, exam)), "no_format": share(f is None for f in final),
+    return {"direct": share(judge_answer(said, truth) for said, (_, _, truth, _) in zip(direct, exam)),
+            "cot": share(bool(f) and judge_answer(f[1], truth) for f, (_, _, truth, _) in zip(final, exam)), "no_format": share(f is None for f in final),
             "hallucinated": sum(n for n, _ in wrong) / max(1, sum(n for _, n in wrong)), "captions": share(n > 0 for n, _ in wrong)}
 
 

@@ -21,7 +21,7 @@ import toyworld
 import train
 from conversation import Tokenizer, encode_conversation
 from data import IGNORE, Records, open_records
-from support.cli import run
+from support.cli import parse, run
 from model import DecoderConfig, VLM, VLMConfig
 from support.export import save_processor
 from support.cli import UserError
@@ -478,19 +478,19 @@ def test_other_forms_are_no_answer(text):
     ("B. dog", "B", True), ("(B)", "B", True), ("C", "B", False), ("bird", "B", False), ("12", "2", False), ("90 degrees", "90", True), ("", "a", False),
     ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.55]", True), ("[0.60, 0.60, 0.90, 0.90]", "[0.10, 0.10, 0.50, 0.55]", False), ("nan", "4", False)])
 def test_the_judge(said, truth, right):
-    assert pairs.judge(said, truth) is right
+    assert pairs.judge_answer(said, truth) is right
 
 
 def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_ending():
-    said = pairs.worked("How many?\n<image>\nAnswer the question using a single word or phrase.", 1, "en")
+    said = pairs.ask_step_by_step("How many?\n<image>\nAnswer the question using a single word or phrase.", 1, "en")
     assert said == ("<image>\nYour task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to answer, "
                     'please use the format "Final answer: .."\n\nQuestion:\n\nHow many?')
-    assert pairs.worked("Is it?\nAnswer the question using a single word or phrase.", 1, "en") == "<image>\n" + toyworld.COT + "Is it?"
+    assert pairs.ask_step_by_step("Is it?\nAnswer the question using a single word or phrase.", 1, "en") == "<image>\n" + toyworld.COT + "Is it?"
 
 
 def test_a_right_answer_is_written_as_the_truth_is():
-    assert pairs.fix_answer("a\nb\n**Final answer:** **Red**", "red", 2) == "a\nb\nFinal answer: red"
-    assert pairs.fix_answer("a\nb\nFinal answer: A Red one", "red", 2) == "a\nb\nFinal answer: red"
+    assert pairs.write_as_truth("a\nb\n**Final answer:** **Red**", "red", 2) == "a\nb\nFinal answer: red"
+    assert pairs.write_as_truth("a\nb\nFinal answer: A Red one", "red", 2) == "a\nb\nFinal answer: red"
 
 
 # ---- building pairs: the program ---------------------------------------------------------------------------------------
@@ -585,9 +585,9 @@ def test_without_a_chosen_answer_the_model_gives_its_own_with_the_picture(tiny, 
 
 @pytest.mark.parametrize("method", ["correctness", "dropout-ntp"])
 def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny, folder, asked, method, monkeypatch):
-    monkeypatch.setattr(pairs, "judge", lambda said, truth: True)             # a random model never answers: anything is an answer here
+    monkeypatch.setattr(pairs, "judge_answer", lambda said, truth: True)             # a random model never answers: anything is an answer here
     monkeypatch.setattr(pairs, "parse_answer", lambda text, n=2: (text, text[:3]) if len(text) % 2 else None)
-    monkeypatch.setattr(pairs, "fix_answer", lambda text, *_: text)
+    monkeypatch.setattr(pairs, "write_as_truth", lambda text, *_: text)
     monkeypatch.setattr(sample, "read_answer", lambda tok, template, ids: sample.Answer(tok.decode(ids).strip(), True, ids))
     monkeypatch.setattr(pairs, "read_answer", sample.read_answer)
     assert build(tiny, folder, method, out="whole.jsonl") == 0
@@ -628,9 +628,11 @@ def test_a_recipe_has_only_flags_that_there_are(recipe, monkeypatch, folder, tin
     text = (ROOT / "recipes" / recipe).read_text()
     commands = re.findall(r"(mpo|pairs)\.py\"? ((?:[^\n\\]|\\\n)*)", text)
     monkeypatch.setattr(mpo, "teach", lambda cfg, *_: 0)
-    monkeypatch.setattr(pairs, "make_pairs", lambda argv: pairs.parse_pairs(argv) and 0)
     assert commands
     for program, command in commands:
         words = shlex.split(command.replace("\\\n", " ").replace('"$@"', ""))
         words = [str(folder / "pairs.jsonl") if w in ("$META", "$PAIRS", "$OUT/pairs.jsonl", "toyworld/val.jsonl") else str(folder) if w.startswith("$") else w for w in words]
-        assert {"mpo": mpo, "pairs": pairs}[program].main(words) == 0
+        if program == "pairs":
+            parse(pairs.PairsConfig, words)
+        else:
+            assert mpo.main(words) == 0
