@@ -321,23 +321,25 @@ class Model:
         if wrong := [c for c, i in zip(candidates, ids) if len(i) != 1]:
             raise UserError(f"--likelihood: {wrong[0]!r} is not one token of {self.tok.path}; use --no-likelihood")
         tokens, lengths, pictures = self.batch(encoded)
-        cache = self.vlm.decoder.new_cache(*tokens.shape)
-        h = self.vlm.prefill(tokens, cache=cache, lengths=torch.tensor(lengths, device=self.device), **pictures)         # (B, D)
-        logits = self.vlm.decoder.lm_head(h).float()
+        logits = self.vlm(tokens, **pictures)[torch.arange(len(encoded)), torch.tensor(lengths) - 1].float()            # (B, V)
         p = logits[:, [i for i, in ids]].softmax(-1).cpu()                  # (B, candidates): the rest of the vocabulary divides out
         return [(candidates[int(row.argmax())], [round(x, 6) for x in row.tolist()]) for row in p]
 
     def batch(self, encoded):
-        """-> tokens (B, T), lengths, {pixels, layout, shared}: where all rows begin alike up to a picture, each picture is looked at once."""
+        """-> tokens (B, T), lengths, {pixels, layout}: a picture that questions share is looked at once."""
         lengths = [len(ids) for ids, _ in encoded]
         tokens = torch.tensor([ids + [self.tok.pad] * (max(lengths) - len(ids)) for ids, _ in encoded], device=self.device)
-        pictures, shared, known = [p for _, p in encoded if p is not None], None, {}
-        begun = {len(ids) - ids[::-1].index(self.tok.image) if self.tok.image in ids else 0 for ids, _ in encoded}
-        if len(begun) == 1 and len(pictures) == len(encoded) > 1:
-            shared = [known.setdefault((tuple(ids[: max(begun)]), *(t.numpy().tobytes() for t in p)), len(known)) for ids, p in encoded]
-            pictures = [encoded[shared.index(i)][1] for i in range(len(known))]
-        pixels, layout = (x.to(self.device) for x in join_pictures(pictures)) if pictures else (None, None)
-        return tokens, lengths, {"pixels": pixels, "layout": layout, "shared": shared}
+        first, tiles, layouts = {}, [], []
+        for _, picture in encoded:
+            if picture is None:
+                continue
+            key = picture[0].numpy().tobytes()
+            if key not in first:
+                first[key] = sum(map(len, tiles))
+                tiles.append(picture[0])
+            layouts.append(torch.where(picture[1][:, :1] < 0, picture[1], picture[1] + torch.tensor([first[key], 0])))
+        pixels, layout = (torch.cat(x).to(self.device) for x in (tiles, layouts)) if tiles else (None, None)
+        return tokens, lengths, {"pixels": pixels, "layout": layout}
 
 
 

@@ -110,8 +110,8 @@ def log_probs(vlm, batch, seen=None):
     now = torch.arange(part.shape[1], device=part.device)
     mask = (now[:, None] >= now) & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))      # (B, T, T)
     row = keep.nonzero()[:, 0]
-    x = vlm.embed(batch["tokens"], batch["pixels"] if seen is None else seen, batch["layout"])
-    h = vlm.decoder(x, at=batch["at"], mask=mask[:, None], rows=row * part.shape[1] + batch["source"][keep])
+    x = vlm.embed(batch["tokens"], vlm.features(batch["pixels"]) if seen is None else seen, batch["layout"])
+    h = vlm.decoder(x, positions=batch["at"], mask=mask[:, None], rows=row * part.shape[1] + batch["source"][keep])
     y, slot = batch["labels"][keep], 2 * row + (part[keep] == REJECTED)
     s = token_log_probs(h, vlm.decoder.lm_head.weight, y)
     add = lambda values: torch.zeros(2 * len(part), device=h.device).index_add(0, slot, values).view(-1, 2)
