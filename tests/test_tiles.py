@@ -24,7 +24,6 @@ import tools.weights as tools_weights
 from support.cli import UserError
 from vision import MODES, TILINGS, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join_pictures, normalize_pixels
 import conversation
-import lab.ingredients as lab_ingredients
 import support.cli as support_cli
 import tools.show as tools_show
 
@@ -455,25 +454,3 @@ def test_small_words_are_drawn_small_and_nothing_else_changes(tmp_path):
             n_changed += 1
     assert n_changed and (usual / "train.json").read_bytes() == (small / "train.json").read_bytes()
     assert "words" not in json.loads((usual / "world.json").read_text())
-
-
-def test_the_hd_experiment_gives_every_way_the_same_budget_of_tokens_and_repeats_no_finished_run(tmp_path, monkeypatch, capsys):
-    import lab
-    seen = []
-
-    def pretend(argv):
-        flags = dict(zip(argv[::2], argv[1::2]))
-        seen.append(flags)
-        Path(flags["--out"]).mkdir(parents=True)
-        rows = {name: {"accuracy": 0.5 + 0.1 * int(flags["--seed"])} for name in ("reading", "all")}
-        (Path(flags["--out"]) / "results.json").write_text(json.dumps({"table": rows}))
-
-    monkeypatch.setattr(train, "main", pretend)
-    for _ in range(2):
-        assert lab_ingredients.main(["hd", "--out", str(tmp_path / "hd"), "--tokens", "200000", "--pictures", "32", "--seeds", "3"]) == 0
-    assert [(f["--image-mode"], f.get("--global-view"), f["--seed"]) for f in seen] == [
-        (mode, view, str(seed)) for mode, view in (("pad", None), ("hd", None), ("hd", "none")) for seed in range(3)]
-    lengths = [float(line.split(": ")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "tokens a record" in line][:3]
-    assert lengths[1] - lengths[0] == pytest.approx(4 * 64 + 16, abs=1) and lengths[1] - lengths[2] == pytest.approx(64, abs=1)
-    for f, length in zip(seen[::3], lengths):
-        assert int(f["--max-steps"]) * int(f["--batch-size"]) * length == pytest.approx(200_000, rel=0.05)

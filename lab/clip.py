@@ -1,0 +1,248 @@
+"""toy-clip: a tower of CLIP's architecture, trained to match pictures with texts.
+
+Its class token sees whole pictures and their captions, as in CLIP (arXiv:2103.00020). Its patches, where
+a VLM reads them, see the phrases that are true of the thing they show ("a big red cat at the top left",
+"a green thing", "a sign that says OPEN"), as in RegionCLIP (arXiv:2112.09106). With v of a picture or
+patch and t of a text, both of unit length:
+    s_iq = e^tau <v_i, t_q>
+    L    = mean over true (i, q) of  log(e^s_iq + sum of e^s over what is false) - s_iq
+once for the texts that are false of i, once for the pictures or patches that q is false of.
+
+Half of the phrases are a true one with one word changed, most often the kind: colors and places alone go
+a long way. What would make a pair that training never shows counts neither as true nor as false: see
+holds(). And two of five things wear a paint that has no name, as the things of the world do: see
+common.repaint().
+"""
+
+import math
+import random
+import re
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import toyworld
+from conversation import Tokenizer
+from lab.common import NOTHING, draw_pixels, fit_part, patch_owners, repaint_some, shares_line
+from model import PRESETS, Decoder, init_weights
+from support.export import clip_json, clip_name, write_model
+from vision import ViT
+
+FALSE, TRUE, UNTOLD = 0, 1, 2    # of a phrase and a thing
+
+
+class Fact(NamedTuple):
+    """A thing or a sign, or a phrase about one.
+
+    None: it has no such attribute, or the phrase does not speak of it.
+    """
+
+    size: str | None
+    color: str | None
+    kind: str | None
+    place: str | None
+    word: str | None
+
+
+VALUES = Fact(toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
+
+
+def make_clip(out, n_steps, seed, batch_size=48, lr=6e-4):
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tok = Tokenizer(out / "toy-vicuna")
+    clip = CLIP(PRESETS["toy"], tok.vocab_size)
+
+    def lr_at(step):
+        return lr * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / n_steps))
+
+    def loss_at(step):
+        pixels, captions, texts, patches, holding = contrastive_batch(rng, batch_size)
+        s_whole, s_patch = clip(pixels, tokenize_texts(tok, captions), tokenize_texts(tok, texts))
+        return (contrastive_loss(s_whole, torch.eye(batch_size))
+                + contrastive_loss(s_patch.flatten(0, 1)[patches], holding))
+
+    def look():
+        tensors = {}
+        for name, p in clip.vision.state_dict().items():
+            tensors["vision_model." + clip_name(name)] = p.half()
+        write_model(out / "toy-clip", tensors, clip_json(clip.vision.cfg))
+        return f"unseen pairs, right word of: {shares_line(words_found(clip, tok), 1)}"
+
+    fit_part("toy-clip", clip, n_steps, lr_at, loss_at, look)
+
+
+class CLIP(nn.Module):
+    def __init__(self, cfg, vocab_size, n_embd=128):
+        super().__init__()
+        self.vision = init_weights(ViT(cfg.vision))
+        self.text = init_weights(Decoder(replace(cfg.decoder, vocab_size=vocab_size, n_layer=2)))
+        self.patch_proj = nn.Linear(cfg.vision.n_embd, n_embd, bias=False)
+        self.class_proj = nn.Linear(cfg.vision.n_embd, n_embd, bias=False)
+        self.text_proj = nn.Linear(cfg.decoder.n_embd, n_embd, bias=False)
+        self.tau = nn.Parameter(torch.tensor(math.log(16.0)))
+
+    def forward(self, pixels, captions, phrases):
+        """-> similarities s of class tokens and b captions (B, b), of patches and Q phrases (B, N, Q)."""
+        x = self.vision.embed(pixels)                    # (B, 1 + N, D_vision)
+        for block in self.vision.blocks:
+            before_last = x                              # a VLM reads what goes into the last block
+            x = block(x)
+        whole = F.normalize(self.class_proj(self.vision.norm(x[:, 0])), dim=-1)              # (B, D)
+        parts = F.normalize(self.patch_proj(self.vision.norm(before_last[:, 1:])), dim=-1)   # (B, N, D)
+        scale = self.tau.exp()
+        return whole @ self.embed_texts(*captions).T * scale, parts @ self.embed_texts(*phrases).T * scale
+
+    def embed_texts(self, tokens, last):
+        """Texts (Q, T) that end at `last` (Q,) -> (Q, D) of unit length."""
+        h = self.text(self.text.embed_tokens(tokens))
+        return F.normalize(self.text_proj(h[torch.arange(len(tokens)), last]), dim=-1)
+
+
+def contrastive_loss(s, holding):
+    """s (P, Q), holding (P, Q): TRUE, FALSE or UNTOLD, whether that text holds of that picture or patch."""
+    true = holding == TRUE
+    i, q = true.nonzero(as_tuple=True)
+    right = s[i, q]
+    false = s.masked_fill(holding != FALSE, -math.inf)
+    loss = 0
+    for dim, row in ((1, i), (0, q)):
+        wrong = false.logsumexp(dim)[row]
+        each = torch.logaddexp(wrong, right) - right
+        each = each / true.sum(dim)[row]                 # every text and every patch weighs the same
+        loss = loss + each.sum() / true.any(dim).sum()
+    return loss
+
+
+# ---- a batch ----
+
+
+def contrastive_batch(rng, size):
+    """-> pixels (size, 3, S, S), captions, texts of Q phrases, patches (P,) of size * N, holding (P, Q).
+
+    The patches are those that the phrases are compared with; holding says which phrase is true of which.
+    """
+    scenes = [toyworld.random_scene(rng) for _ in range(size)]
+    # Signs are scarce: half of the scenes without one are thrown again.
+    scenes = [scene if scene.sign or rng.random() < 0.5 else toyworld.random_scene(rng) for scene in scenes]
+    scenes = [repaint_some(scene, rng, 0.4) for scene in scenes]
+    phrases = random_phrases(scenes, rng)
+
+    patches, holding = [], []
+    for k, scene in enumerate(scenes):
+        owners = patch_owners(scene)
+        shows_part = (owners >= 0).nonzero()[:, 0].tolist()
+        shows_nothing = (owners == NOTHING).nonzero()[:, 0].tolist()
+        # What holds of each part; then, in the row of NOTHING = -1, of a patch without any: the last phrase.
+        rows = [[holds(phrase, fact) for phrase in phrases] + [FALSE] for fact in scene_facts(scene)]
+        rows.append([FALSE] * len(phrases) + [TRUE])
+        n_empty = min(len(shows_part), len(shows_nothing))
+        for n in shows_part + rng.sample(shows_nothing, n_empty):
+            patches.append(k * len(owners) + n)
+            holding.append(rows[owners[n]])
+
+    texts = [phrase_text(phrase) for phrase in phrases] + ["a picture of nothing"]
+    captions = [re.sub("#[0-9a-f]+ ", "", toyworld.caption(scene)) for scene in scenes]
+    return draw_pixels(scenes, rng), captions, texts, torch.tensor(patches), torch.tensor(holding)
+
+
+def random_phrases(scenes, rng):
+    """Of each thing and sign a phrase that is true, and one that is not. None is of an UNSEEN pair."""
+    phrases = {}                                         # a dict keeps the order, and each once
+    for scene in scenes:
+        for fact in scene_facts(scene):
+            true = leave_out_words(fact, rng)
+            phrases[true] = None
+            phrases[change_a_word(true, rng)] = None
+    return [phrase for phrase in phrases if (phrase.kind, phrase.color) not in toyworld.UNSEEN]
+
+
+def scene_facts(scene):
+    """A Fact for each part of the scene. A paint without a name is no color."""
+    facts = []
+    for thing in scene.things:
+        color = thing.color if thing.color in toyworld.COLORS else None
+        facts.append(Fact(thing.size, color, thing.kind, thing.place, None))
+    if scene.sign:
+        facts.append(Fact(None, None, "sign", scene.sign.place, scene.sign.word))
+    return facts
+
+
+def leave_out_words(fact, rng, keep=(0.4, 0.5, 0.95, 0.5, 0.8)):
+    """Say only some attributes, each with its probability, so that every one must be learned for itself."""
+    phrase = Fact(*(value if value == "sign" or rng.random() < p else None for value, p in zip(fact, keep)))
+    says_something = any(value not in (None, "sign") for value in phrase)
+    return phrase if says_something else fact
+
+
+def change_a_word(phrase, rng):
+    """Another value in place of one that is said. Kinds are the hard part: three times as often as others."""
+    said = [name for name, value in phrase._asdict().items() if value not in (None, "sign")]
+    name = rng.choice([name for name in said for _ in range(3 if name == "kind" else 1)])
+    others = [value for value in getattr(VALUES, name) if value != getattr(phrase, name)]
+    return phrase._replace(**{name: rng.choice(others)})
+
+
+def holds(phrase, fact):
+    """Is the phrase TRUE or FALSE of a thing?
+
+    UNTOLD is what color a nameless paint is, and what would make an UNSEEN pair
+    of the phrase's kind and the thing's color or the other way round: blue things are never cats in
+    training, and a tower
+    that is told so learns to look at colors instead of shapes."""
+    disagree = {name for name, a, b in zip(Fact._fields, phrase, fact) if a not in (None, b)}
+    if not disagree:
+        return TRUE
+    if disagree == {"color"} and fact.color is None and fact.kind != "sign":
+        return UNTOLD
+    mixed = {(phrase.kind, fact.color), (fact.kind, phrase.color)}
+    return UNTOLD if mixed & toyworld.UNSEEN else FALSE
+
+
+def phrase_text(phrase):
+    if phrase.word:
+        what = f"sign that says {phrase.word}"
+    else:
+        what = " ".join(filter(None, (phrase.size, phrase.color, phrase.kind or "thing")))
+    place = f" at the {phrase.place}" if phrase.place else ""
+    return f"a {what}{place}"
+
+
+def tokenize_texts(tok, texts):
+    """-> tokens (Q, T), index of each text's end token (Q,)."""
+    rows = [tok.encode(text) + [tok.eos] for text in texts]
+    T = max(map(len, rows))
+    tokens = torch.tensor([ids + [tok.pad] * (T - len(ids)) for ids in rows])
+    return tokens, torch.tensor([len(ids) - 1 for ids in rows])
+
+
+@torch.no_grad()
+def words_found(clip, tok, n=128):
+    """{attribute: share of held-out things' patches where the right word is nearer than all others}"""
+    rng = random.Random(1)
+    scenes = [toyworld.random_scene(rng, held_out=True) for _ in range(n)]
+    owners = [patch_owners(scene) for scene in scenes]
+
+    # One phrase of one word for each value of each attribute.
+    nothing_said = Fact(*[None] * len(VALUES))
+    phrases = []
+    for name, values in VALUES._asdict().items():
+        phrases += [nothing_said._replace(**{name: value}) for value in values]
+    texts = tokenize_texts(tok, [phrase_text(phrase) for phrase in phrases])
+    _, s = clip(draw_pixels(scenes), tokenize_texts(tok, ["a picture"]), texts)
+    s_by_attribute = s.split([len(values) for values in VALUES], dim=-1)
+
+    found = {}
+    for name, values, s in zip(Fact._fields, VALUES, s_by_attribute):
+        wins = []
+        for k, scene in enumerate(scenes):
+            for part, fact in enumerate(scene_facts(scene)):
+                value = getattr(fact, name)
+                if value in values:
+                    guesses = s[k, owners[k] == part].argmax(-1)
+                    wins += (guesses == values.index(value)).tolist()
+        found[name] = sum(wins) / len(wins)
+    return found

@@ -1,0 +1,281 @@
+"""toy-vicuna: a Llama that has never seen a picture, trained on pictures that are spelled.
+
+Its tokenizer is learned from what the toy world says (toyworld.py), in 896 pieces. A picture is 64
+patches in reading order, each the sum of the embeddings of the words that are true of it (column "c", row
+"5", "red", "cat", "small", "top", "left"); then come questions and answers. So it knows words, counting
+and space, and all that is left for the connector is to turn patches into such words. (A real Vicuna
+learned from text alone, and LLaVA shows it 1.2 million pictures before it reads them well.)
+
+It has read of blue cats, as any language model has: without that it took them for impossible and did not
+find them even when told.
+"""
+
+import math
+import random
+import re
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+import toyworld
+from conversation import Tokenizer, encode_conversation
+from eval import is_right
+from lab.common import fit_part, shares_line, spell, sum_of_words
+from model import IGNORE, PRESETS, Decoder, init_weights
+from support.export import llama_json, llama_name, write_model
+
+HARD = ("choice", "count", "box")                # categories that are asked about more often
+
+
+def sayings(n_scenes=2000):
+    """What is said of training scenes, in lines for train_tokenizer.
+
+    At 896 pieces every word of ask_all() is one piece, and so is every coordinate: a box is always 8.
+    """
+    numbers = [f"{x / toyworld.GRID:.2f}" for x in range(toyworld.GRID + 1)]
+    lines = []
+    for i in range(n_scenes):
+        rng = random.Random(f"tokenizer {i}")
+        scene = toyworld.random_scene(rng)
+        pairs = [(question, answer) for _, question, answer in toyworld.ask_all(scene, rng)]
+        pairs.append((rng.choice(toyworld.BRIEF), toyworld.caption(scene)))
+        pairs.append(("", toyworld.describe(scene, boxes=False)))
+
+        texts = [f"{toyworld.SYSTEM} USER: {question} ASSISTANT: {answer}" for question, answer in pairs]
+        texts += [f"[{n}, {n}" for n in numbers]         # all of them alike: in boxes some would be rare
+        for text in texts:
+            # Split where a piece must end: "5," or "3." as one piece would break the numbers up.
+            lines += [line.strip() for line in re.split(r"[\n,\]]|\.(?!\d)", text)]
+    return lines
+
+
+def make_vicuna(out, n_steps, seed, batch_size=32, lr=1e-3):
+    torch.manual_seed(seed)
+    tok = Tokenizer(out / "toy-vicuna")
+    decoder = init_weights(Decoder(replace(PRESETS["toy"].decoder, vocab_size=tok.n_text)))
+
+    def lr_at(step):
+        return lr * min(1, step / 100, (n_steps - step) / (0.4 * n_steps))
+
+    def loss_at(step):
+        rngs = [random.Random(f"{seed} {step} {i}") for i in range(batch_size)]
+        lessons = [make_lesson(tok, rng, step / n_steps) for rng in rngs]
+        with torch.autocast("cpu", torch.bfloat16):      # where the processor has bfloat16, 1.6 times as fast
+            loss, _ = text_loss(decoder, tok, lessons, noise=0.2)
+        return loss
+
+    def look():
+        tensors = {llama_name(name): p.half() for name, p in decoder.state_dict().items()}
+        config = llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]}
+        write_model(out / "toy-vicuna", tensors, config)
+        return f"told, unseen pairs: {shares_line(answers_found(decoder, tok), 0)}"
+
+    fit_part("toy-vicuna", decoder, n_steps, lr_at, loss_at, look)
+
+
+def text_loss(decoder, tok, lessons, noise=0.0):
+    """Mean loss over the answers' tokens, and what was guessed for each: one list of ids per lesson."""
+    # Right-padded to a multiple of 32, so that few shapes occur.
+    T = math.ceil(max(len(tokens) for tokens, *_ in lessons) / 32) * 32
+    tokens = torch.tensor([ids + [tok.pad] * (T - len(ids)) for ids, *_ in lessons])
+    labels = torch.tensor([ids + [IGNORE] * (T - len(ids)) for _, ids, _ in lessons])[:, 1:]
+    spelled = torch.tensor([ids for *_, ids in lessons])
+
+    # The spelled picture takes the rows of the image tokens, as a seen one does.
+    table = decoder.embed_tokens.weight
+    patches = sum_of_words(spelled, table)
+    patches = patches + noise * table.detach().std() * torch.randn_like(patches)
+    x = decoder.embed_tokens(tokens.clamp(max=tok.n_text - 1))
+    x = x.masked_scatter((tokens == tok.image)[..., None], patches)
+
+    supervised = labels != IGNORE
+    logits = decoder.lm_head(decoder(x)[:, :-1][supervised])
+    guesses = logits.argmax(-1).split(supervised.sum(1).tolist())
+    return F.cross_entropy(logits, labels[supervised]), [ids.tolist() for ids in guesses]
+
+
+@torch.no_grad()
+def answers_found(decoder, tok, n=64):
+    """{category: share of right answers} about held-out pictures in words.
+
+    A token is guessed after the true ones before it.
+    """
+    found = {}
+    for category in toyworld.ASK:
+        lessons = []
+        for i in range(n):
+            rng = random.Random(f"told {i}")
+            scene = toyworld.random_scene(rng, held_out=True)
+            for asked, question, answer in toyworld.ask_all(scene, rng):
+                if asked == category:
+                    turns = [("human", question), ("gpt", answer)]
+                    lessons.append((*encode_conversation(tok, turns, "vicuna_v1", [64]), spell(scene, tok)))
+
+        _, guesses = text_loss(decoder, tok, lessons)
+        n_right = 0
+        for guess, (_, labels, _) in zip(guesses, lessons):
+            answer = [label for label in labels if label != IGNORE]
+            n_right += is_right(tok.decode(guess[:-1]), tok.decode(answer[:-1]))     # without the end token
+        found[category] = n_right / len(lessons)
+    return found
+
+
+# ---- a lesson: a picture in words, then what there is to say of it ----
+
+
+def make_lesson(tok, rng, progress):
+    """-> tokens, labels, spelled. In half of the lessons other words stand for some kinds and colors.
+
+    To name what a patch says, whatever that is, is a better habit than to know which kinds have which colors.
+    """
+    tokens, labels, spelled = plain_lesson(tok, rng, progress)
+    asks_for_legs = any(token in tok.encode("legs") for token in tokens)
+    if rng.random() < 0.5 or asks_for_legs:              # who could count the legs of a word?
+        return tokens, labels, spelled
+
+    # Words that do not occur here, for all the forms of some names.
+    names = [tok.encode(toyworld.plural(kind)) + tok.encode(kind) for kind in toyworld.KINDS]
+    names += [tok.encode(color) for color in toyworld.COLORS]
+    taken = {token for name in names for token in name}.union(tokens, *spelled)
+    free = []
+    for token in range(tok.n_text):
+        is_word = re.fullmatch(r"\u2581[A-Za-z]{3,}", tok.processor.id_to_piece(token))
+        if is_word and token not in taken:
+            free.append(token)
+    other = {}
+    for name, new in zip(names, rng.sample(free, len(names))):
+        if rng.random() < 0.5:
+            other |= dict.fromkeys(name, new)
+
+    def put_others(ids):
+        return [other.get(token, token) for token in ids]
+
+    return put_others(tokens), put_others(labels), [put_others(ids) for ids in spelled]
+
+
+def plain_lesson(tok, rng, progress):
+    """First terse questions ("color cat": "red"), then bare ones without a format prompt, then conversations.
+
+    Where the answer follows the word it depends on, finding it is learned within 300 steps; with a format
+    prompt between them, not within 1,600.
+    """
+    scene = toyworld.random_scene(rng, held_out=rng.random() < 0.25)
+    form = random_form(rng, progress)
+    spelled = spell(scene, tok, rng)
+    asked = toyworld.ask_all(scene, rng)
+    more = toyworld.ask_all(scene, rng) + toyworld.ask_all(scene, rng)
+    asked += [item for item in more if item[0] in HARD and item not in asked]
+
+    if form == "conversation":
+        pairs = []
+        for category, question, answer in rng.sample(asked, min(5, len(asked))):
+            is_bare = rng.random() < 0.25
+            pairs.append((bare_question(category, question) if is_bare else question, answer))
+        if rng.random() < 0.3:
+            pairs.append((toyworld.DETAIL, toyworld.describe(scene)))
+        turns = [turn for question, answer in pairs for turn in (("human", question), ("gpt", answer))]
+        return *encode_conversation(tok, turns, "vicuna_v1", [len(spelled)]), spelled
+
+    if form == "terse":
+        pairs = terse_pairs(scene, rng)
+    else:
+        pairs = [(bare_question(category, question), answer) for category, question, answer in asked]
+    pairs = list(dict.fromkeys(pairs))
+    rng.shuffle(pairs)
+    return *encode_lines(tok, pairs, len(spelled)), spelled
+
+
+def random_form(rng, progress):
+    if progress < 0.15:
+        shares = (1, 0, 0)
+    elif progress < 0.3:
+        shares = (0.4, 0.6, 0)
+    elif progress < 0.5:
+        shares = (0.2, 0.4, 0.4)
+    else:
+        shares = (0.05, 0.2, 0.75)
+    return rng.choices(("terse", "bare", "conversation"), shares)[0]
+
+
+def bare_question(category, question):
+    """A question without its format prompt; one that is to be answered step by step keeps it."""
+    return question if category == "cot" else toyworld.without_format(question)
+
+
+def encode_lines(tok, pairs, n_visual, longest=256):
+    """-> tokens, labels: a question and its answer a line. A line that does not fit is left out."""
+    tokens = [tok.bos] + [tok.image] * n_visual
+    labels = [IGNORE] * len(tokens)
+    for question, answer in pairs:
+        q = tok.encode("\n" + question, dummy_prefix=False)
+        a = tok.encode(" " + answer, dummy_prefix=False)
+        if len(tokens) + len(q) + len(a) <= longest:
+            tokens += q + a
+            labels += [IGNORE] * len(q) + a
+    return tokens, labels
+
+
+# ---- terse questions: a few words, the last of them what is asked about ----
+
+
+def terse_pairs(scene, rng):
+    """-> [(question, answer), ...]"""
+    colors = [thing.color for thing in scene.things]
+    kinds = [thing.kind for thing in scene.things]
+    pairs = []
+    for kind in rng.sample(toyworld.KINDS, 2) + kinds[:1]:
+        pairs.append((f"how many {kind}", str(toyworld.count_things(scene, kind=kind))))
+    for color in rng.sample(list(toyworld.COLORS), 1) + colors[:1]:
+        pairs.append((f"how many {color}", str(toyworld.count_things(scene, color=color))))
+
+    # A caption, step by step.
+    names = [f"{part.color} {part.kind}" if part in scene.things else part.word for part in scene.parts]
+    pairs += [(f"after {name}", following) for name, following in zip(names, names[1:] + ["none"])]
+    pairs.append(("first", names[0]))
+
+    for thing in scene.things:
+        pairs += terse_about(thing, scene, rng)
+    for _ in range(3):
+        if found := toyworld.ask_spatial(scene, rng):
+            question, answer = found
+            pairs.append((re.sub(r"^Is | ?\bthe\b|\?\n.*", "", question).strip(), answer))
+    pairs.append(("all", toyworld.caption(scene)))
+    pairs.append(("sign", scene.sign.word if scene.sign else "none"))
+    return pairs
+
+
+def terse_about(thing, scene, rng):
+    """What is asked about one thing."""
+    kind, color, place = thing.kind, thing.color, thing.place
+    name = toyworld.short_phrase(thing, scene).removeprefix("the ")
+    pairs = []
+    if name == kind:
+        pairs.append((f"color {kind}", color))
+    pairs.append((f"size {name}", thing.size))
+    pairs.append((f"place {name}", place))
+    pairs.append((f"thing {place}", kind))
+    pairs.append((f"box {name}", toyworld.coordinates(thing.box)))
+    pairs.append((f"any {color} {kind}", "yes"))
+
+    # Something that is not there: any other pair, or one that is half right.
+    far = rng.choice(toyworld.KINDS), rng.choice(list(toyworld.COLORS))
+    near = rng.choice([(kind, c) for c in toyworld.COLORS] + [(k, color) for k in toyworld.KINDS])
+    absent = rng.choice((far, near))
+    nameable = toyworld.nameable_pairs(scene)
+    if not toyworld.count_things(scene, *absent) and absent in nameable:
+        pairs.append((f"any {absent[1]} {absent[0]}", "no"))
+
+    # The letter of the right option, and of a given word, too.
+    question, right, values = rng.choice((
+        (f"thing {place}", kind, toyworld.KINDS),
+        (f"place {name}", place, toyworld.PLACES),
+        (f"color {kind} {place}", color, [c for k, c in nameable if k == kind]),
+    ))
+    options = rng.sample([value for value in values if value != right], 3)
+    options.insert(rng.randrange(4), right)
+    listed = " ".join(f"{letter}. {option}" for letter, option in zip("ABCD", options))
+    right_letter = "ABCD"[options.index(right)]
+    pairs.append((f"{question} {listed}", right_letter))
+    pairs.append((f"{listed} {right}", right_letter))
+    return pairs
