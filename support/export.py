@@ -1,11 +1,11 @@
-"""A model -> the files that others open: the llava-hf and LLaVA-NeXT layouts, a LoRA in PEFT's, and tokenizer.json.
+"""A model -> the files that others open: llava-hf and LLaVA-NeXT, a LoRA in PEFT's layout, tokenizer.json.
 
     save_model      config.json and model.safetensors: VLM.save_pretrained
     save_adapter    what a LoRA run trained, over the directory of its base
     save_processor  what transformers' AutoProcessor wants beside the weights
 
-A model that llava-hf cannot hold (fits_llava) is written under our own names, with model_type "plainvlm". Of the ways in
-which transformers has named llava-hf's tensors, the oldest is written, which every version reads.
+A model that llava-hf cannot hold (fits_llava) is written under our own names, with model_type "plainvlm". Of
+the ways in which transformers has named llava-hf's tensors, the oldest is written, which every version reads.
 """
 
 import re
@@ -22,7 +22,7 @@ from support.lora import merged_state
 from support.weights import CLIP_FIELDS, CLIP_NAMES, LLAMA_FIELDS, TOWERS, rename
 from vision import TILINGS
 
-# ---- names: ours -> public ------------------------------------------------------------------------------------------
+# ---- names: ours -> public ---------------------------------------------------------------------------------
 
 LLAVA_HF_NAMES = [
     ("connector.row_end", "image_newline"),
@@ -47,7 +47,7 @@ def llava_name(name):
 
 
 def adapter_name(name, public):
-    """The name that the PEFT library gives it over transformers' Llava; our own where the model is not that."""
+    """The PEFT library's name over transformers' Llava; our own where the model is not that."""
     name = re.sub(r"(lora_[AB])$", r"\1.weight", public(name))
     if public is str:
         return name
@@ -60,11 +60,11 @@ def adapter_name(name, public):
     return "base_model.model." + name
 
 
-# ---- config.json ----------------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------------------
 
 
 def public_layout(vlm):
-    """-> the function that gives our names those of the layout it is saved in, and that layout's config.json."""
+    """-> the function from our names to those of the layout it is saved in, and that layout's config.json."""
     dtype = str(vlm.decoder.lm_head.weight.dtype).removeprefix("torch.")
     if fits_llava(vlm.cfg):
         return llava_name, llava_config(vlm.cfg, dtype)
@@ -135,7 +135,7 @@ def grid_pinpoints(cfg):
     return {"image_grid_pinpoints": [[rows * S, columns * S] for columns, rows in cfg.tiling.grids]}
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
+# ---- weights -----------------------------------------------------------------------------------------------
 
 
 def save_model(vlm, directory, state=None):
@@ -146,7 +146,7 @@ def save_model(vlm, directory, state=None):
 
 
 def save_adapter(vlm, directory, base, state=None):
-    """What trains, in PEFT's layout: the LoRA, and whole what trains beside it. base: directory of the model under it.
+    """What trains, in PEFT's layout: the LoRA, and whole what trains beside it. base: directory under it.
 
     The directory opens like any other model; `python -m tools.weights convert` makes a whole one of it.
     """
@@ -183,7 +183,7 @@ def write_model(directory, tensors, config, file="model.safetensors"):
     write_json(Path(directory) / "config.json", config)
 
 
-# ---- tokenizer and image processor ----------------------------------------------------------------------------------
+# ---- tokenizer and image processor -------------------------------------------------------------------------
 
 
 def save_processor(directory, tokenizer_file, cfg):
@@ -212,12 +212,12 @@ def save_processor(directory, tokenizer_file, cfg):
 def preprocessor_config(cfg):
     """The picture's way in. transformers has no letterbox, which differs from pad by a pixel at most."""
     S = cfg.vision.image_size
-    kinds = {"crop": "CLIPImageProcessor", "resize": "CLIPImageProcessor", "anyres": "LlavaNextImageProcessor"}
-    kind = kinds.get(cfg.image_mode, "LlavaImageProcessor")
+    kinds = {"crop": "CLIP", "resize": "CLIP", "anyres": "LlavaNext"}
+    kind = kinds.get(cfg.image_mode, "Llava")
     squashes = cfg.image_mode == "resize"
     return grid_pinpoints(cfg) | {
-        "image_processor_type": kind,
-        "do_pad": kind != "CLIPImageProcessor",
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_pad": kind != "CLIP",
         "do_resize": True,
         "size": {"height": S, "width": S} if squashes else {"shortest_edge": S},
         "resample": 3,                                                      # bicubic
@@ -259,10 +259,10 @@ def added_token(name):
 
 
 def tokenizer_json(file, cfg):
-    """A sentencepiece BPE model in the words of Hugging Face's tokenizers, such that its ids are those of encode_prompt.
+    """A sentencepiece BPE model in the words of Hugging Face's tokenizers, with the ids of encode_prompt.
 
-    A stretch of text gets a space in front, also after <image>, but not after </s>: that one is looked for after the
-    spaces are set.
+    A stretch of text gets a space in front, also after <image>, but not after </s>: that one is looked for
+    after the spaces are set.
     """
     sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
     ids = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}

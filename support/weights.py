@@ -1,16 +1,17 @@
-"""Public weights -> a model: what each layout calls its tensors, what its config.json means, and strict loading.
+"""Public weights -> a model: each layout's names and config.json, and strict loading.
 
     files      --open_weights-->  {public name: tensor}, memory-mapped: nothing is read before it is used
     names      --our_names-->     {our name: tensor}     by the tables below, which are literal
     config     --read_config-->   VLMConfig              one reader for each layout
-    shapes     --fit_shapes-->    positions resized to the model's grid, InternLM2's queries, keys and values taken apart
-    a VLM      --load_strict-->   filled; a tensor that is missing, unused or of another shape is an error that names it
+    shapes     --fit_shapes-->    positions resized to the model's grid, InternLM2's wqkv taken apart
+    a VLM      --load_strict-->   filled; a tensor missing, unused or of another shape is an error
 
     vlm = load_model(DIR, vision="DIR,DIR", llm=DIR)     # what VLM.from_pretrained calls
 
-Layouts: llava-hf and LLaVA-NeXT (transformers), the original LLaVA and its LoRA, Prismatic (native, and as OpenVLA wrote it),
-InternVL2.5, and plainvlm's own. Towers alone: CLIP, SigLIP, DINOv2, ViT and InternViT, in the names of transformers and timm.
-Decoders alone: Llama, Mistral, InternLM2. The way back, from our names to public ones, is support/export.py.
+Layouts: llava-hf and LLaVA-NeXT (transformers), the original LLaVA and its LoRA, Prismatic (native, and as
+OpenVLA wrote it), InternVL2.5, and plainvlm's own. Towers alone: CLIP, SigLIP, DINOv2, ViT and InternViT, in
+the names of transformers and timm. Decoders alone: Llama, Mistral, InternLM2.
+The way back, from our names to public ones, is support/export.py.
 """
 
 import math
@@ -29,11 +30,22 @@ from safetensors import safe_open
 from model import PRESETS, VLM, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.io import read_json, reading
-from vision import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, SQUARE_MODES, TILINGS
-from vision import VisionConfig, find_tiling, grids_up_to
+from vision import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SQUARE_MODES,
+    TILINGS,
+    VisionConfig,
+    find_tiling,
+    grids_up_to,
+)
 
-# ---- names: (public, ours) ------------------------------------------------------------------------------------------
-# A row that begins with a dot stands for an inner part of a name, any other for its start. Of the starts the first counts.
+# ---- names: (public, ours) ---------------------------------------------------------------------------------
+# A row that begins with a dot stands for an inner part of a name, any other for its start.
+# Of the starts the first that fits counts.
 
 CLIP_NAMES = [                       # and SigLIP, in transformers
     ("embeddings.patch_embedding.", "patch."),
@@ -76,20 +88,16 @@ TIMM_NAMES = [                       # any tower as timm writes it, and so Prism
     (".ls1.scale_factor", ".scale1"),    # OpenVLA's word for it
     (".ls2.scale_factor", ".scale2"),
 ]
-INTERNVIT_NAMES = [                  # InternVL's tower
-    ("embeddings.patch_embedding.", "patch."),
-    ("embeddings.class_embedding", "class_token"),
+INTERNVIT_NAMES = [                  # InternVL's tower, where it is called neither as CLIP's nor as timm's
     ("embeddings.position_embedding", "pos"),
-    ("encoder.layers.", "blocks."),
-    (".attn.proj.", ".attn.out_proj."),
     (".ls1", ".scale1"),
     (".ls2", ".scale2"),
 ]
-TOWER_NAMES = CLIP_NAMES + DINOV2_NAMES + TIMM_NAMES + INTERNVIT_NAMES      # in this order: longer names come first
+TOWER_NAMES = CLIP_NAMES + DINOV2_NAMES + TIMM_NAMES + INTERNVIT_NAMES  # the longer names come first
 # What towers' files hold beyond the tower as it is used here.
 TOWER_UNUSED = re.compile(
-    r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias|head|attn_pool|pooler|classifier|fc_norm)\b"
-    r"|mask_token|position_ids"
+    r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
+    r"|^(head|attn_pool|pooler|classifier|fc_norm)\b|mask_token|position_ids"
 )
 
 # Llama, Mistral and Vicuna call everything as we do.
@@ -197,17 +205,17 @@ def with_part(part, found):
 def tower_tensors(tensors):
     """{public name: tensor} of a tower of any family -> {our name: tensor}.
 
-    timm and InternViT fuse q, k and v: here they are cut in three. A position table without a row for the class token
-    (timm folds that row into the token itself) gets a row of zeros.
+    timm and InternViT fuse q, k and v: here they are cut in three. A position table without a row for the
+    class token (timm folds that row into the token itself) gets a row of zeros.
     """
     found = {}
     for public, tensor in tensors.items():
-        public = re.sub(r"^(vision_model|vit)\.", "", public)  # CLIP or SigLIP with its text tower, ViT with its classes
+        public = re.sub(r"^(vision_model|vit)\.", "", public)  # beside a text tower or a classifier
         if TOWER_UNUSED.search(public):
             continue
         name = rename(public, TOWER_NAMES)
         if ".attn.qkv." in name:
-            for own, third in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
+            for own, third in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
                 found[name.replace("qkv", own)] = third
         elif name == "class_token":
             found[name] = tensor.flatten()                                  # (1, 1, D) -> (D,)
@@ -222,7 +230,7 @@ def tower_tensors(tensors):
     return found
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------------
+# ---- shapes ------------------------------------------------------------------------------------------------
 
 
 def fit_shapes(found, cfg):
@@ -250,7 +258,7 @@ def resize_positions(pos, cfg):
     side = math.isqrt(len(pos) - n_class)
     if side == cfg.grid or side**2 != len(pos) - n_class:
         return pos
-    table = pos[n_class:].float().view(1, side, side, D).permute(0, 3, 1, 2)                # (1, D, side, side)
+    table = pos[n_class:].float().view(1, side, side, D).permute(0, 3, 1, 2)  # (1, D, side, side)
     table = F.interpolate(table, size=(cfg.grid, cfg.grid), mode="bicubic", antialias=True)
     return torch.cat([pos[:n_class].float(), table.permute(0, 2, 3, 1).reshape(-1, D)])
 
@@ -277,13 +285,13 @@ def grow_words(found, rows):
     return found
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 FILES = ("model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "mm_projector.bin")
 
 
 def weights_file(path):
-    """The file with the weights, or the one whose name with .index.json lists the shards. None if there is none."""
+    """The file with the weights, or the one whose name with .index.json lists the shards, or None."""
     if path.is_file():
         return path
     for name in FILES:
@@ -310,20 +318,20 @@ def read_tensors(path):
 
 
 def open_weights(file):
-    """{public name: tensor} of a .safetensors, .bin or .pt file, memory-mapped. A file may hold tensors and nothing else."""
+    """{public name: tensor} of a .safetensors, .bin or .pt file, memory-mapped."""
     with reading(file, "copy it anew"):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 return {name: f.get_tensor(name) for name in f.keys()}
-        is_zip = zipfile.is_zipfile(file)                                   # before 2020 torch wrote none: read whole
+        is_zip = zipfile.is_zipfile(file)  # before 2020 torch wrote none: read whole
         try:
             return flatten(torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip))
         except pickle.UnpicklingError:
-            raise UserError(f"{file}: holds more than tensors, or is damaged; get it anew, from somebody you trust") from None
+            raise UserError(f"{file}: damaged, or holds more than tensors; get it from its authors") from None
 
 
 def flatten(content, prefix=""):
-    """Dicts in dicts, as torch.save wrote them -> {"outer.inner.name": tensor}, without a step counter and the like."""
+    """Dicts in dicts, as torch.save wrote them -> {"outer.inner.name": tensor}; only tensors."""
     found = {}
     for key, value in content.items():
         if isinstance(value, torch.Tensor):
@@ -333,13 +341,13 @@ def flatten(content, prefix=""):
     return found
 
 
-# ---- into a model ---------------------------------------------------------------------------------------------------
+# ---- into a model ------------------------------------------------------------------------------------------
 
 
 def load_model(directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
     """A directory of any layout -> VLM.
 
-    dtype None: as the words are stored, but bfloat16 for float16 on a CPU, which is many times slower at float16.
+    dtype None: as the words are stored, but bfloat16 for float16 on a CPU, which is slower at that.
     """
     cfg, found, lora = read_model(directory, vision, llm)
     if dtype is None:
@@ -352,14 +360,17 @@ def load_model(directory, device="cpu", dtype=torch.float32, vision=None, llm=No
 def read_model(directory, vision=None, llm=None):
     """A directory of any layout -> VLMConfig, {our name: mapped tensor}, {our name: (A, B, scale) of a LoRA}.
 
-    vision: DIR or DIR,DIR, the towers of a model that was published without; llm: DIR, what a LoRA was trained over.
+    vision: DIR or DIR,DIR, towers of a model that was published without; llm: what a LoRA was trained over.
     """
     directory = Path(directory)
     if llm and not is_lora(directory):
         raise UserError(f"{directory}: is a whole model; --llm is for presets, and for the base of a LoRA")
     c = config_json(directory)
-    find_reader(c, directory)                                               # an unknown architecture is said first
-    found, lora = read_lora(directory, llm) if is_lora(directory) else (our_names(read_tensors(directory)), {})
+    find_reader(c, directory)  # an unknown architecture is said first
+    if is_lora(directory):
+        found, lora = read_lora(directory, llm)
+    else:
+        found, lora = our_names(read_tensors(directory)), {}
 
     # A tower in the model, or one that is given.
     paths = vision.split(",") if vision else []
@@ -377,13 +388,13 @@ def read_model(directory, vision=None, llm=None):
             "and for models published without"
         )
     cfg = read_config(directory, found, [read_tower(path) for path in paths])
-    for part, path in zip(("vision", "vision2"), paths, strict=False):
+    for part, path in zip(("vision", "vision2"), paths):
         found |= with_part(part, tower_tensors(read_tensors(path)))
     return cfg, fit_shapes(found, cfg), lora
 
 
 def stored_dtype(found):
-    words = found.get("decoder.embed_tokens.weight")                        # load_strict says that they are missing
+    words = found.get("decoder.embed_tokens.weight")  # load_strict says that they are missing
     return torch.float32 if words is None or words.dtype == torch.float64 else words.dtype
 
 
@@ -401,26 +412,26 @@ def fill_model(cfg, found, lora, source, device="cpu", dtype=torch.float32):
 
 
 def load_strict(module, found, source, device="cpu", dtype=torch.float32):
-    """Fill every parameter from {our name: tensor}. Each is copied out of its mapped file, straight to its device."""
+    """Fill every parameter from {our name: tensor}. Each is copied out of its mapped file to its device."""
     state = module.state_dict()
     missing, unused = sorted(state.keys() - found.keys()), sorted(found.keys() - state.keys())
     for what, names in ("missing", missing), ("unused", unused):
         if names:
             raise UserError(
-                f"{source}: its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} unused, "
-                f"such as {names[0]} ({what}). Check config.json against the weights"
+                f"{source}: its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} "
+                f"unused, such as {names[0]} ({what}). Check config.json against the weights"
             )
     weights = {}
     for name, own in state.items():
         tensor = found[name]
         if tensor.shape != own.shape:
             raise UserError(
-                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(own.shape)}; "
-                "config and weights are of different models"
+                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for "
+                f"{tuple(own.shape)}; config and weights are of different models"
             )
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{source}: tensor {name} is {kind}; quantised weights cannot be read, get them in float16")
+            raise UserError(f"{source}: tensor {name} is {kind}; only 16 bits or more can be read")
         weights[name] = torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
     module.load_state_dict(weights, strict=True, assign=True)
     print(f"loaded {len(state)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
@@ -442,19 +453,19 @@ def load_decoder(decoder, directory):
 
 
 def load_connector(connector, path):
-    """The connector of a whole model, or of what stage 1 wrote, here or in the original code (mm_projector.bin)."""
+    """The connector of a whole model, or what stage 1 wrote, here or in the original code."""
     if not Path(path).exists():
         raise UserError(
-            f"--projector {path}: no such model; give a directory that --stage pretrain wrote, its model.safetensors, "
-            "or a mm_projector.bin"
+            f"--projector {path}: no such model; give a directory that --stage pretrain wrote, "
+            "its model.safetensors, or a mm_projector.bin"
         )
     found = part_of("connector", our_names(read_tensors(path)))
-    if connector.row_end is not None:                                       # after a stage 1 without tiles: as it began
+    if connector.row_end is not None:  # after a stage 1 without tiles: as it began
         found.setdefault("row_end", connector.row_end.detach())
     load_strict(connector, found, f"--projector {path}")
 
 
-# ---- LoRA -----------------------------------------------------------------------------------------------------------
+# ---- LoRA --------------------------------------------------------------------------------------------------
 
 
 def is_lora(directory):
@@ -462,7 +473,7 @@ def is_lora(directory):
 
 
 def base_of(directory, llm=None):
-    """The directory of the model under a LoRA: --llm, or the one that adapter_config.json names, there or beside it."""
+    """The directory under a LoRA: --llm, or what adapter_config.json names, there or beside the LoRA."""
     directory = Path(directory)
     named = llm or read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
     base = Path(named)
@@ -470,20 +481,20 @@ def base_of(directory, llm=None):
         for place in base, directory / base.name, directory.parent / base.name:
             if place.is_dir():
                 return place
-    raise UserError(f"{directory}: is a LoRA over {named!r}, which is no directory here; give that model's by --llm DIR")
+    raise UserError(f"{directory}: is a LoRA over {named!r}, no directory here; give it by --llm DIR")
 
 
 def tokenizer_home(directory, llm=None):
-    """Where the tokenizer of a model lies: in its own directory, or, of a LoRA that was published without, in its base's."""
+    """Where a model's tokenizer lies: in its own directory, or, of a LoRA without one, in its base's."""
     has_own = (Path(directory) / "tokenizer.model").exists()
     return Path(directory) if has_own or not is_lora(directory) else base_of(directory, llm)
 
 
 def read_lora(directory, llm=None):
-    """-> {our name: tensor} of the base and of what was trained whole, {our name: (A, B, scale)} to be added to them."""
+    """-> {our name: tensor} of the base and what was trained whole, {our name: (A, B, scale)} to be added."""
     base = base_of(directory, llm)
     found = our_names(read_tensors(base))
-    extra = directory / "non_lora_trainables.bin"                           # LLaVA's own code keeps the connector there
+    extra = directory / "non_lora_trainables.bin"  # LLaVA's own code keeps the connector there
     if extra.exists():
         found |= our_names(open_weights(extra))
 
@@ -504,7 +515,7 @@ def read_lora(directory, llm=None):
         A, B = adapter.get(f"{target}.lora_A"), adapter.get(f"{target}.lora_B")
         weight = found.get(f"{target}.weight")
         if A is None or B is None or weight is None or weight.shape != (len(B), A.shape[1]):
-            raise UserError(f"{directory}: its LoRA of {target} does not fit {base}; it was trained over another model")
+            raise UserError(f"{directory}: its LoRA of {target} does not fit {base}; give its base by --llm")
         lora[f"{target}.weight"] = A, B, scale
     return found, lora
 
@@ -517,18 +528,19 @@ def load_adapter(vlm, directory):
     trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
     for name in sorted(found.keys() | trained.keys()):
         if name not in found or name not in trained or found[name].shape != trained[name].shape:
-            raise UserError(f"{file}: tensors do not fit, such as {name}; it was trained with other --lora or --train flags")
+            raise UserError(f"{file}: tensors do not fit, such as {name}; were --lora-r and --train others?")
     for name, p in trained.items():
         p.copy_(found[name])
 
 
-# ---- config.json ----------------------------------------------------------------------------------------------------
+# ---- config.json -------------------------------------------------------------------------------------------
 # Absent fields, and null, mean the defaults of the code that a config was written by.
 
 # Of a tower those of its class in transformers, InternViT's in its own code.
 SIGLIP = VisionConfig(
     image_size=224, patch_size=16, n_embd=768, n_layer=12, n_head=12, n_hidden=3072,
-    activation="gelu_tanh", norm_eps=1e-6, class_token=False, pre_norm=False, patch_bias=True, mean=HALF, std=HALF,
+    activation="gelu_tanh", norm_eps=1e-6, class_token=False, pre_norm=False, patch_bias=True,
+    mean=HALF, std=HALF,
 )  # fmt: skip
 VIT = replace(SIGLIP, activation="gelu", norm_eps=1e-12, class_token=True)
 DINOV2 = replace(VIT, patch_size=14, norm_eps=1e-6, layer_scale=True, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -539,8 +551,9 @@ TOWERS = {
     "dinov2": DINOV2,
     "dinov2_with_registers": replace(DINOV2, patch_size=16, n_register=4),
     "intern_vit_6b": replace(
-        DINOV2, n_embd=3200, n_layer=48, n_head=25, n_hidden=12800, final_norm=False, rms_norm=True, feature_layer=-1
-    ),
+        DINOV2, n_embd=3200, n_layer=48, n_head=25, n_hidden=12800,
+        final_norm=False, rms_norm=True, feature_layer=-1,
+    ),  # fmt: skip
 }
 WHOLE_MODELS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 WHOLE_MODELS |= {"llava": "clip_vision_model", "llava_next": "clip_vision_model"}
@@ -577,6 +590,10 @@ def given_fields(c, names):
     return {ours: c[theirs] for ours, theirs in names.items() if c.get(theirs) is not None}
 
 
+def field_or(c, name, default):
+    return default if c.get(name) is None else c[name]
+
+
 def only_values(c, **supported):
     """Refuse what would be computed wrongly: fields of which just one value is implemented."""
     for name, value in supported.items():
@@ -597,12 +614,12 @@ def naming(path):
 def config_json(directory):
     file = Path(directory) / "config.json"
     if not file.exists():
-        raise UserError(f"{file}: not found, so {directory} is not a model directory; give one that holds its weights, too")
+        raise UserError(f"{file}: not found, so {directory} is not a model directory; give one that is")
     return read_json(file)
 
 
 def processor_json(directory):
-    """How pictures were cut and normalised: preprocessor_config.json, or what transformers 5 writes in its stead."""
+    """How pictures are cut and normalised: preprocessor_config.json, or what transformers 5 writes."""
     file = Path(directory) / "preprocessor_config.json"
     if file.exists():
         return read_json(file)
@@ -614,7 +631,7 @@ def processor_json(directory):
 def read_config(directory, found=None, towers=()):
     """config.json of any layout -> VLMConfig.
 
-    found: {our name: tensor}, whose shapes say what some layouts leave unsaid; towers: VisionConfigs from outside.
+    found: {our name: tensor}, whose shapes say what some layouts leave unsaid; towers: VisionConfigs given.
     """
     c, processor = config_json(directory), processor_json(directory)
     read = find_reader(c, directory)
@@ -638,8 +655,8 @@ def layout_of(c):
 def find_reader(c, directory):
     if not is_whole_model(c):
         raise UserError(
-            f"{Path(directory) / 'config.json'}: model_type is {c.get('model_type')!r}; only {', '.join(READERS)} "
-            "can be opened. A language model alone goes to --llm, a tower to --vision"
+            f"{Path(directory) / 'config.json'}: model_type is {c.get('model_type')!r}; only "
+            f"{', '.join(READERS)} can be opened. A language model alone goes to --llm, a tower to --vision"
         )
     return READERS[layout_of(c)]
 
@@ -651,19 +668,15 @@ def llava_hf_config(c, processor, found, towers):
     tower = vision_config(c["vision_config"], processor)
     crops = processor.get("do_center_crop") and not processor.get("do_pad")
     mode, tiling = picture_mode(c, tower.image_size, "crop" if crops else "pad")
-
-    def field(name, default):
-        return default if c.get(name) is None else c[name]
-
-    image = field("image_token_id", field("image_token_index", 32000))
+    image = field_or(c, "image_token_id", field_or(c, "image_token_index", 32000))
     return VLMConfig(
-        vision=replace(tower, feature_layer=field("vision_feature_layer", -2), tiling=tiling),
+        vision=replace(tower, feature_layer=field_or(c, "vision_feature_layer", -2), tiling=tiling),
         decoder=decoder_config(c["text_config"]),
-        connector=field("mm_projector_type", "mlp2x_gelu"),
+        connector=field_or(c, "mm_projector_type", "mlp2x_gelu"),
         image_token=image,
-        pad_token=field("pad_token_id", image + 1),
-        bos_token=field("bos_token_id", 1),
-        eos_token=field("eos_token_id", 2),
+        pad_token=field_or(c, "pad_token_id", image + 1),
+        bos_token=field_or(c, "bos_token_id", 1),
+        eos_token=field_or(c, "eos_token_id", 2),
         image_mode=mode,
         template=default_template(c),
     )
@@ -672,15 +685,10 @@ def llava_hf_config(c, processor, found, towers):
 def original_llava_config(c, processor, found, towers):
     """liuhaotian/llava-*: a Llama's config with the fields mm_*. Its table may end before <image>."""
     only_values(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
-    tower = VisionConfig()
-    if towers:
-        tower = towers[0]
-    elif found:
-        tower = tower_by_shapes(part_of("vision", found))
+    tower, *_ = towers or towers_inside(found) or [VisionConfig()]
     mode, tiling = picture_mode(c, tower.image_size)
-    layer = c.get("mm_vision_select_layer")
     return VLMConfig(
-        vision=replace(tower, feature_layer=-2 if layer is None else layer, tiling=tiling),
+        vision=replace(tower, feature_layer=field_or(c, "mm_vision_select_layer", -2), tiling=tiling),
         decoder=decoder_config(c | {"model_type": "llama"}),
         connector=c.get("mm_projector_type") or "linear",
         image_mode=mode,
@@ -692,14 +700,13 @@ def internvl_config(c, processor, found, towers):
     """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table."""
     only_values(c, ps_version="v2", downsample_ratio=0.5)
     tower = vision_config(c["vision_config"])
-    layer = c.get("select_layer")
     decoder = decoder_config(c["llm_config"])
     mode, tiling = picture_mode(c, tower.image_size)
     return VLMConfig(
         vision=replace(
             tower,
-            image_size=c.get("force_image_size") or tower.image_size,
-            feature_layer=-1 if layer is None else layer,
+            image_size=field_or(c, "force_image_size", tower.image_size),
+            feature_layer=field_or(c, "select_layer", -1),
             merge=2,
             tiling=tiling,
         ),
@@ -710,6 +717,9 @@ def internvl_config(c, processor, found, towers):
         image_mode=mode,
         template=default_template(c),
     )
+
+
+PRISMATIC_MODES = {"letterbox": "letterbox", "resize-naive": "resize", "resize-crop": "crop"}
 
 
 def prismatic_config(c, processor, found, towers):
@@ -723,8 +733,7 @@ def prismatic_config(c, processor, found, towers):
 
     # One tower, or DINOv2 beside SigLIP or CLIP. Every tower runs with the exact GELU but CLIP alone.
     is_fused = "dinosiglip" in tower_id or "dinoclip" in tower_id
-    inside = [part_of(part, found) for part in ("vision", "vision2")]
-    towers = towers or [tower_by_shapes(tensors) for tensors in inside if tensors]
+    towers = towers or towers_inside(found)
     if len(towers) != 1 + is_fused:
         takes = "two towers, DINOv2 first: --vision DIR,DIR" if is_fused else "one tower: --vision DIR"
         raise UserError(f"vision_backbone_id {tower_id!r} takes {takes}")
@@ -746,7 +755,7 @@ def prismatic_config(c, processor, found, towers):
         connector="linear" if arch == "linear" else connector,
         image_token=32001,
         pad_token=32000,
-        image_mode={"letterbox": "letterbox", "resize-naive": "resize", "resize-crop": "crop"}[c["image_resize_strategy"]],
+        image_mode=PRISMATIC_MODES[c["image_resize_strategy"]],
         template=default_template(c),
     )
 
@@ -774,11 +783,11 @@ READERS = {
 }
 
 
-# ---- the parts' configs ---------------------------------------------------------------------------------------------
+# ---- the parts' configs ------------------------------------------------------------------------------------
 
 
 def read_tower(path):
-    """A tower's directory or file -> VisionConfig: from its config.json, or from the shapes, as timm's has no sizes."""
+    """A tower's directory or file -> VisionConfig: by config.json, or by its shapes where it is timm's."""
     path = Path(path)
     c = {} if path.is_file() else config_json(path)
     with naming(path):
@@ -788,7 +797,7 @@ def read_tower(path):
 
 
 def vision_config(c, processor=None):
-    """config.json of a tower, alone or inside that of a larger model, and of its image processor -> VisionConfig."""
+    """config.json of a tower, alone or in a larger model's, and of its image processor -> VisionConfig."""
     processor = processor or {}
     inner = c.get("vision_config") or c
     kind = inner.get("model_type") or c.get("model_type") or "clip"
@@ -801,11 +810,9 @@ def vision_config(c, processor=None):
         found["activation"] = "gelu_tanh"
 
     only_values(inner, use_swiglu_ffn=False)
-    if kind == "intern_vit_6b":                                             # 6B has RMS norms and no bias, 300M the contrary
+    if kind == "intern_vit_6b":  # 6B has RMS norms and no bias, 300M has not
         is_rms = inner.get("norm_type", "rms_norm") == "rms_norm"
-        only_values(inner, qkv_bias=not is_rms, qk_normalization=is_rms)
-        if not is_rms and "qk_normalization" not in inner:
-            raise UserError("qk_normalization is absent, which means on; with layer norms only off is implemented")
+        only_values({"qk_normalization": True, **inner}, qkv_bias=not is_rms, qk_normalization=is_rms)
         found["rms_norm"] = is_rms
     else:
         only_values(inner, qkv_bias=True)
@@ -826,7 +833,7 @@ def decoder_config(c):
         raise UserError(f"model_type is {kind!r}; only {', '.join(DECODERS)} are implemented")
     only_values(c, hidden_act="silu", attention_bias=False, mlp_bias=False, bias=False)
     rope = (c.get("rope_parameters") or {}) | (c.get("rope_scaling") or {})
-    if "dynamic" not in rope.values():                                      # which changes nothing up to the longest sequence
+    if "dynamic" not in rope.values():  # changes nothing up to the longest sequence
         only_values(rope, rope_type="default", type="default")
 
     base = DECODERS[kind]
@@ -834,17 +841,21 @@ def decoder_config(c):
     n_head = found.setdefault("n_head", base.n_head)
     found.setdefault("n_kv_head", base.n_kv_head if kind == "mistral" else n_head)
     found.setdefault("head_dim", found.get("n_embd", base.n_embd) // n_head)
-    if kind == "mistral":                                                   # one window; null: none, as in v0.2
+    if kind == "mistral":  # one window; null: none, as in v0.2
         longest = found.get("block_size", base.block_size)
         found["block_size"] = min(longest, c.get("sliding_window", 4096) or longest)
     return replace(base, **found, tied=c.get("tie_word_embeddings") is True)
 
 
+def towers_inside(found):
+    return [tower_by_shapes(part_of(part, found)) for part in ("vision", "vision2") if part_of(part, found)]
+
+
 def tower_by_shapes(tensors):
     """Our named tensors of a tower in timm's layout, which brings no numbers of its own -> VisionConfig.
 
-    Heads are 64 wide, 72 in SO400M. Families differ by what they have: a norm before the blocks is CLIP, layer-scale
-    DINOv2, no class token SigLIP, and none of these the ImageNet ViT.
+    Heads are 64 wide, 72 in SO400M. Families differ by what they have: a norm before the blocks is CLIP,
+    layer-scale DINOv2, no class token SigLIP, and none of these the ImageNet ViT.
     """
     shape = {name: tensor.shape for name, tensor in tensors.items()}
     if not {"patch.weight", "pos", "blocks.0.mlp.fc1.weight"} <= shape.keys():
@@ -880,7 +891,8 @@ def decoder_by_shapes(tensors):
     """Our named tensors of a Llama -> DecoderConfig; heads are 128 wide."""
     if "embed_tokens.weight" not in tensors:
         raise UserError(
-            "its checkpoint holds no language model; after the align stage it has only a connector, which goes to --projector"
+            "its checkpoint holds no language model; after the align stage it has only a connector, "
+            "which goes to --projector"
         )
     V, D = tensors["embed_tokens.weight"].shape
     return DecoderConfig(
@@ -897,11 +909,11 @@ def count_blocks(tensors, start):
     return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(start))
 
 
-# ---- pictures and templates -----------------------------------------------------------------------------------------
+# ---- pictures and templates --------------------------------------------------------------------------------
 
 
 def picture_mode(c, S, default="pad"):
-    """Fields of any config.json, side of its tile in pixels -> image mode, and its Tiling where that is not the mode's usual."""
+    """Any config.json, side of its tile -> image mode, and its Tiling where that is not the mode's usual."""
     kind = c.get("model_type")
     is_original = "mm_hidden_size" in c
     mode = c.get("image_aspect_ratio") or ("square" if is_original else default)
@@ -922,14 +934,14 @@ def picture_mode(c, S, default="pad"):
 def next_grids(c, S):
     """LLaVA-NeXT's image_grid_pinpoints -> (columns, rows) of tiles.
 
-    They are pixels, which the original reads as (width, height) and transformers as (height, width): of equally good grids
-    the two take another one.
+    They are pixels, which the original reads as (width, height) and transformers as (height, width): of
+    equally good grids the two take another one.
     """
     if c.get("model_type") != "llava_next" and c.get("mm_patch_merge_type") != "spatial_unpad":
-        raise UserError(f"mm_patch_merge_type is {c.get('mm_patch_merge_type')!r}; only 'spatial_unpad' is implemented")
+        raise UserError("mm_patch_merge_type is not spatial_unpad, the only one that is implemented")
     sizes = c.get("image_grid_pinpoints") or [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     if any(a % S or b % S for a, b in sizes):
-        raise UserError(f"image_grid_pinpoints are {sizes!r}; they must be whole multiples of the tower's {S} px")
+        raise UserError(f"image_grid_pinpoints are {sizes}; must be whole multiples of the tower's {S} px")
     if c.get("model_type") == "llava_next":
         return tuple((width // S, height // S) for height, width in sizes)
     return tuple((width // S, height // S) for width, height in sizes)
@@ -938,13 +950,13 @@ def next_grids(c, S):
 def default_template(c):
     """The conversation template that a model was trained with, by the fields of its config.json.
 
-    LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or Llama-2-chat, which
-    need --template.
+    LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or
+    Llama-2-chat, which need --template.
     """
-    if c.get("template"):                                                   # InternVL writes it down, and so do we
+    if c.get("template"):  # InternVL writes it down, and so do we
         return c["template"]
     llm_id = prismatic_llm(c)
-    if llm_id:                                                              # vicuna-v15-7b, llama2-7b-pure, llama2-13b-chat
+    if llm_id:  # vicuna-v15-7b, llama2-7b-pure, llama2-13b-chat
         if llm_id.startswith("vicuna"):
             return "prism_vicuna"
         kind = llm_id.split("-")[-1]

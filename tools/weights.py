@@ -1,8 +1,8 @@
 """Public weights: say what a model is made of, or write it anew.
 
     python -m tools.weights info DIR|PRESET     # parts, parameters, visual tokens, memory; reads no weights
-    python -m tools.weights convert SRC DIR     # .bin and .pt to safetensors; a whole model to the llava-hf layout,
-                                                # where that can hold it
+    python -m tools.weights convert SRC DIR     # .bin and .pt to safetensors; a whole model to the llava-hf
+                                                # layout, where that can hold it
 """
 
 import math
@@ -17,9 +17,23 @@ from model import PRESETS, VLM, Decoder, DecoderConfig
 from support.cli import REQUIRED, UserError, arg, parse, run
 from support.export import fits_llava, save_processor, write_model
 from support.io import read_json, write_whole
-from support.weights import DECODERS, decoder_config, fill_model, grow_words, is_lora, is_whole_model, processor_json
-from support.weights import read_config, read_model, read_tensors, read_tower, stored_dtype, tokenizer_home, weights_file
-from vision import ViT, VisionConfig
+from support.weights import (
+    DECODERS,
+    decoder_config,
+    fill_model,
+    grow_words,
+    is_lora,
+    is_whole_model,
+    processor_json,
+    read_config,
+    read_model,
+    read_tensors,
+    read_tower,
+    stored_dtype,
+    tokenizer_home,
+    weights_file,
+)
+from vision import VisionConfig, ViT
 
 
 @dataclass
@@ -56,7 +70,7 @@ def is_whole(folder):
     return is_lora(folder) or is_whole_model(read_json(folder / "config.json", {}))
 
 
-# ---- convert --------------------------------------------------------------------------------------------------------
+# ---- convert -----------------------------------------------------------------------------------------------
 
 
 def convert(cfg):
@@ -72,7 +86,8 @@ def convert(cfg):
 
 def convert_part(src, out):
     """A tower, a decoder or a connector: its names stay, only the files change."""
-    tensors = {name: t.contiguous().clone() for name, t in read_tensors(src).items() if not name.endswith("inv_freq")}
+    tensors = {name: t.contiguous().clone() for name, t in read_tensors(src).items()}
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("inv_freq")}
     for file in src.glob("*") if src.is_dir() else ():
         is_setting = file.suffix == ".json" and ".index." not in file.name and file.name != "config.json"
         if is_setting or file.name == "tokenizer.model":
@@ -84,7 +99,7 @@ def convert_part(src, out):
 def convert_model(src, out, vision, llm):
     cfg, found, lora = read_model(src, vision, llm if is_lora(src) else "")
     rows = max(cfg.image_token, cfg.pad_token) + 1
-    if cfg.decoder.vocab_size < rows:                # llava-hf has rows for <image> and <pad>, the original has none
+    if cfg.decoder.vocab_size < rows:  # llava-hf has rows for <image> and <pad>
         cfg.decoder.vocab_size = -(-rows // 64) * 64
         found = grow_words(found, cfg.decoder.vocab_size)
     vlm = fill_model(cfg, found, lora, src, dtype=stored_dtype(found))
@@ -95,13 +110,13 @@ def convert_model(src, out, vision, llm):
     if tokenizer.exists():
         save_processor(out, tokenizer, cfg)
     vlm.save_pretrained(out)
-    layout = "the llava-hf layout" if fits_llava(cfg) else "our own layout, since no public one of ours holds this model"
+    layout = "the llava-hf layout" if fits_llava(cfg) else "our own layout: llava-hf cannot hold this model"
     print(f"{out}: in {layout}")
     if not tokenizer.exists():
         print(f"{src} has no tokenizer.model; put one beside it")
 
 
-# ---- info -----------------------------------------------------------------------------------------------------------
+# ---- info --------------------------------------------------------------------------------------------------
 
 
 def info(args):
@@ -120,8 +135,8 @@ def info(args):
     for part, n in count.items():
         c = getattr(cfg, part, cfg)                  # a tower or decoder alone is its own part
         facts = {part: c} if isinstance(c, str) else asdict(c)
-        said = ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("mean", "std", "tiling"))
-        print(f"{part:10} {n:>16,} parameters   {said}")
+        shown = [f"{name} {value}" for name, value in facts.items() if name not in ("mean", "std", "tiling")]
+        print(f"{part:10} {n:>16,} parameters   {', '.join(shown)}")
     total = sum(count.values())
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
@@ -131,8 +146,8 @@ def info(args):
     frozen = sum(n for part, n in count.items() if part.startswith("vision"))
     training = 16 * (total - frozen) + 4 * frozen
     print(
-        f"memory     {2 * total / 1e9:.2f} GB in bfloat16; to train all but the towers {training / 1e9:.2f} GB "
-        "(float32, Adam), and activations"
+        f"memory     {2 * total / 1e9:.2f} GB in bfloat16; to train all but the towers "
+        f"{training / 1e9:.2f} GB (float32, Adam), and activations"
     )
 
 
@@ -160,7 +175,8 @@ def print_pictures(cfg, folder):
     )
     says_mode = "image_aspect_ratio" in read_json(folder / "config.json", {})
     if cfg.image_mode == "crop" and not says_mode and processor_json(folder).get("do_center_crop"):
-        print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad: --image-mode pad")
+        print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad:")
+        print("           --image-mode pad")
 
 
 if __name__ == "__main__":
