@@ -1,24 +1,26 @@
-"""The one training loop: show the model pictures and questions, and teach it the answers (arXiv:2310.03744, sections 3 and 4).
+"""The one training loop: show the model pictures and questions, and teach it the answers (arXiv:2310.03744).
 
-    --stage pretrain    the connector alone learns to caption: it aligns the tower's features with the decoder's words
-    --stage finetune    connector and decoder learn to follow instructions about pictures; the tower stays frozen
+    --stage pretrain    the connector alone learns to caption: tower features become words of the decoder
+    --stage finetune    connector and decoder learn to follow instructions about pictures; the tower is frozen
 
-    L = - sum_t log p(token_t | picture, tokens before t) / n         arXiv:2304.08485, Eq. 3; t over the n supervised tokens of the step
+    L = - sum_t log p(token_t | picture, tokens before t) / n                         arXiv:2304.08485, Eq. 3
+    over the n supervised tokens of the whole step
 
-The division happens once per step: micro-batches hold unequal numbers of supervised tokens, and the mean of their means would weigh
-short answers more. (The original averages the means, so its loss curves differ a little from ours at equal data.)
+The division happens once per step: micro-batches hold unequal numbers of supervised tokens, and the mean of
+their means would weigh short answers more. (The original averages the means; its curves differ a little.)
 
-    python train.py --stage finetune                                  # the toy: draws its world, trains, and is examined
+    python train.py --stage finetune                       # the toy: draws its world, trains, and is examined
     python train.py --stage finetune --model photo --data FILE.json --image-root DIR
-    python train.py --model llava-1.5-7b --vision CLIP --llm VICUNA --data MIX.json --image-root DIR --dry-run      # what it would take
-    torchrun --nproc-per-node 8 train.py --shard ...                  # FSDP2: weights, gradients and moments in eighths; --no-shard: DDP
+    python train.py --model llava-1.5-7b --vision CLIP --llm VICUNA --data MIX.json --image-root DIR --dry-run
+    torchrun --nproc-per-node 8 train.py --shard ...       # FSDP2: weights and optimizer in eighths; else DDP
 
-The defaults that --help shows are those of the --model and --stage given beside it. Weights, order of the records and all else follow
+--help shows the defaults of the --model and --stage given beside it. All that is drawn at random follows
 --seed: on a CPU the same command gives the same weights, bit for bit.
 
-A run writes to --out: log.jsonl and loss.png while it goes, checkpoint-N/ now and then (a whole model directory; --resume goes on
-from the newest, and ends where the uninterrupted run would have, bit for bit on a CPU), and at the end the model itself, with
-results.json when there were held-out questions. Ctrl-C saves a checkpoint first; a second one ends the run at once.
+A run writes to --out: log.jsonl and loss.png while it goes; now and then checkpoint-N/, a whole model
+directory (--resume goes on from the newest, and ends where the uninterrupted run would have, bit for bit on a
+CPU); at the end the model itself, and results.json where there were held-out questions. Ctrl-C saves a
+checkpoint first; a second one ends the run at once.
 """
 
 import contextlib
@@ -31,19 +33,27 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from conversation import encode_conversation
 from data import Examples, Questions, batches, collate, micro_batches, open_records, share
-from eval import answer_questions, examine
 from model import IGNORE, PRESETS
 from support.checkpoint import Run
 from support.cli import UserError, arg, parse, run
-from support.distributed import full_tensor, gather_numbers, parallelize, precision, rank, start_processes, world_size
+from support.distributed import (
+    filler_batch,
+    full_tensor,
+    gather_numbers,
+    only_at_last,
+    parallelize,
+    precision,
+    processes,
+    rank,
+    unwrap,
+    world_size,
+)
+from support.heldout import HeldOut
 from support.lora import LORA_TARGETS, add_lora
-from support.optim import make_optimizer, part_of
+from support.optim import PARTS, make_optimizer, part_of
 from support.plan import dry_run
 from support.start import ASSETS, TOY, build, lora_base, plan_model
 from support.weights import load_adapter
@@ -53,51 +63,71 @@ from vision import MODES
 @dataclass
 class TrainConfig:
     # What is taught to what
-    stage: str = arg("finetune", "connector only and captions, or connector and decoder and conversations", ("pretrain", "finetune"))
+    stage: str = arg("finetune",
+        "captions to the connector; conversations to it and the decoder", ("pretrain", "finetune"))
     model: str = arg("toy", f"a preset ({', '.join(PRESETS)}) or a model directory to go on from")
-    data: str = arg("", "LLaVA-format JSON or JSONL file; FILE,FILE: several as one; a meta.json as MMPR's; "
-                        "empty: the toy world, drawn into toyworld/ on first use")
-    data_weights: str = arg("", "how often an epoch shows each file of --data, X,X; empty: once, or as meta.json says")
-    data_fraction: float = arg(1.0, "share of the records to train on; a smaller share is part of a larger one of the same --seed",
-                               above=0, at_most=1)
-    split_questions: bool = arg(False, "each question of a conversation and its answer as a record of its own")
+    data: str = arg("",
+        "LLaVA-format JSON or JSONL file; FILE,FILE: several as one; a meta.json as MMPR's; empty: the toy "
+        "world, drawn into toyworld/ on first use")
+    data_weights: str = arg("",
+        "how often an epoch shows each file of --data, X,X; empty: once, or as meta.json says")
+    data_fraction: float = arg(1.0,
+        "share of the records to train on; a smaller one is part of a larger one of the same --seed",
+        above=0, at_most=1)
+    split_questions: bool = arg(False,
+        "each question of a conversation and its answer as a record of its own")
     image_root: str = arg("", "folder that the records' image paths start from; empty: the folder of --data")
-    val: str = arg("", "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if it is there")
+    val: str = arg("",
+        "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if it is "
+        "there")
     out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")
 
     # Where the weights come from
-    vision: str = arg("", "directory or file of the tower (CLIP, SigLIP, DINOv2, ViT) of a preset or of a model published without; "
-                          "DIR,DIR: two towers; empty: random weights")
-    llm: str = arg("", "Llama, Mistral or InternLM2 directory for decoder and tokenizer of a preset, or the base of a LoRA; "
-                       "empty: random weights")
-    tokenizer: str = arg("", "sentencepiece tokenizer.model of a preset, or a directory that holds one; empty: the decoder's own")
-    projector: str = arg("", "connector to start from: a model directory that stage 1 wrote, its model.safetensors, or a "
-                             "mm_projector.bin; empty: the model's own")
+    vision: str = arg("",
+        "directory or file of the tower (CLIP, SigLIP, DINOv2, ViT) of a preset or of a model published "
+        "without; DIR,DIR: two towers; empty: random weights")
+    llm: str = arg("",
+        "Llama, Mistral or InternLM2 directory for decoder and tokenizer of a preset, or the base of a LoRA; "
+        "empty: random weights")
+    tokenizer: str = arg("",
+        "sentencepiece tokenizer.model of a preset, or a directory that holds one; empty: the decoder's own")
+    projector: str = arg("",
+        "connector to start from: a model directory that stage 1 wrote, its model.safetensors, or a "
+        "mm_projector.bin; empty: the model's own")
     from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
 
     # What trains
-    train: str = arg("", "parts to train; empty: those of the stage, and all that start from random weights",
-                     ("connector", "llm", "vision"))
+    train: str = arg("",
+        "parts to train; empty: those of the stage, and all that start from random weights", PARTS)
     lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none", at_least=0)
     lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it", at_least=0)
     lora_dropout: float = arg(0.0, "share of a LoRA's inputs that are dropped", at_least=0, below=1)
     lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", LORA_TARGETS)
 
     # How a record becomes tokens
-    template: str = arg("", "conversation template; empty: plain in stage pretrain, the model's own otherwise")
-    image_size: int = arg(0, "pixels a side of the tile that a preset's --vision looks at; 0: the tower's own, of two the second one's")
-    image_mode: str = arg("", "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
-                              "internvl: several; empty: the model's own", tuple(MODES))
-    max_tiles: int = arg(0, "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12", at_least=0)
-    global_view: str = arg("", "where the whole picture stands as one more tile; empty: as the mode has it", ("first", "last", "none"))
+    template: str = arg("",
+        "conversation template; empty: plain in stage pretrain, the model's own otherwise")
+    image_size: int = arg(0,
+        "pixels a side of the tile that a preset's --vision looks at; 0: the tower's own, of two the second "
+        "one's")
+    image_mode: str = arg("",
+        "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
+        "internvl: several; empty: the model's own", tuple(MODES))
+    max_tiles: int = arg(0,
+        "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12", at_least=0)
+    global_view: str = arg("",
+        "where the whole picture stands as one more tile; empty: as the mode has it",
+        ("first", "last", "none"))
     max_length: int = arg(0, "longest record in tokens; 0: the decoder's block size", at_least=0)
-    bad_records: str = arg("stop", "what to do with a record that cannot be used: stop, or skip and count", ("stop", "skip"))
+    bad_records: str = arg("stop",
+        "what to do with a record that cannot be used: stop, or skip and count", ("stop", "skip"))
 
     # Steps and rates
     batch_size: int = arg(16, "records a step", at_least=1)
     micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's", at_least=0)
-    token_budget: int = arg(0, "tokens in memory at once, padding counted: a step's records are sorted by length and cut to fit; "
-                               "0: as --micro-batch-size", at_least=0)
+    token_budget: int = arg(0,
+        "tokens in memory at once, padding counted: a step's records are sorted by length and cut to fit; 0: "
+        "as --micro-batch-size", at_least=0)
     lr: float = arg(1e-3, "peak learning rate, after warmup", above=0)
     lr_connector: float = arg(0.0, "the connector's own; 0: as --lr", at_least=0)
     lr_vision: float = arg(0.0, "the towers' own; 0: as --lr", at_least=0)
@@ -109,33 +139,42 @@ class TrainConfig:
     seed: int = arg(0, "for weights and the order of the records", at_least=0, below=2**63)
 
     # Now and then
-    eval_every: int = arg(100, "steps between looks at held-out loss and sample answers; 0: never", at_least=0)
+    eval_every: int = arg(100,
+        "steps between looks at held-out loss and sample answers; 0: never", at_least=0)
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end", at_least=0)
     log_every: int = arg(10, "steps between printed lines", at_least=1)
     final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
     eval_limit: int = arg(0, "answer only this many of them, evenly spread over the file; 0: all", at_least=0)
-    resume: bool = arg(False, "go on from the newest checkpoint in --out; all flags that matter must be as they were")
+    resume: bool = arg(False,
+        "go on from the newest checkpoint in --out; all flags that matter must be as they were")
 
     # The machine
     workers: int = arg(1, "processes that prepare records; 0: none", at_least=0)
     device: str = arg("auto", "cpu, cuda, cuda:N or auto")
-    dtype: str = arg("auto", "bfloat16 is autocast; auto: that on a GPU, float32 on a CPU", ("float32", "bfloat16", "auto"))
-    weights: str = arg("float32", "of bfloat16 weights, what that cuts off is kept beside the optimizer: no small step is lost",
-                       ("float32", "bfloat16"))
-    recompute: int = arg(0, "blocks of the decoder, from the first, that keep no activations but compute them twice: less memory, "
-                            "more time", at_least=0)
+    dtype: str = arg("auto",
+        "bfloat16: autocast; auto: that on a GPU, float32 on a CPU", ("float32", "bfloat16", "auto"))
+    weights: str = arg("float32",
+        "bfloat16: what that cuts off is kept beside the optimizer, so that no small step is lost",
+        ("float32", "bfloat16"))
+    recompute: int = arg(0,
+        "blocks of the decoder, from the first, that keep no activations but compute them twice: less "
+        "memory, more time", at_least=0)
     compile: bool = arg(False, "torch.compile the blocks: a minute or two first, then faster")
-    shard: bool = arg(False, "under torchrun: FSDP2, weights and optimizer in shards; --no-shard: DDP, each process has all of them")
+    shard: bool = arg(False,
+        "under torchrun: FSDP2, weights and optimizer in shards; --no-shard: DDP, each process has all of "
+        "them")
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
 
 
-# What a preset changes, by (model, stage); a flag on the command line still wins. llava-1.5 has the published values.
-LLAVA_PRETRAIN = dict(lr=1e-3, batch_size=256, clip=math.inf, image_mode="crop", max_length=2048, token_budget=16384, compile=True)
-LLAVA_FINETUNE = dict(lr=2e-5, batch_size=128, clip=math.inf, max_length=2048, token_budget=8192, compile=True)
+# What a preset changes; a flag on the command line still wins. llava-1.5 has the published values.
+LLAVA = dict(clip=math.inf, max_length=2048, compile=True)
+LLAVA_PRETRAIN = LLAVA | dict(lr=1e-3, batch_size=256, image_mode="crop", token_budget=16384)
+LLAVA_FINETUNE = LLAVA | dict(lr=2e-5, batch_size=128, token_budget=8192)
+PHOTO = dict(lr=1e-3, batch_size=128, max_steps=3000, split_questions=True, eval_every=250, save_every=500)
 RECIPES = {
-    ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),  # its decoder knows no other template
+    ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),
     ("toy", "finetune"): TOY | dict(lr=3e-4, max_steps=400, projector=str(ASSETS / "toy-connector")),
-    ("photo", "finetune"): dict(lr=1e-3, batch_size=128, max_steps=3000, split_questions=True, eval_every=250, save_every=500),
+    ("photo", "finetune"): PHOTO,
 }
 LLAVAS = ("llava-1.5-7b", "llava-1.5-hd-7b", "llava-1.5-13b")
 RECIPES |= {(llava, "pretrain"): LLAVA_PRETRAIN for llava in LLAVAS}  # stage 1 of HD sees no tiles either
@@ -177,14 +216,15 @@ def find_files(cfg):
         for file in filter(None, files.split(",")):
             if not Path(file).is_file():
                 raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
-    return replace(cfg, data=data, val=val, image_root=cfg.image_root or str(folder), out=cfg.out or f"out/{cfg.stage}")
+    image_root = cfg.image_root or str(folder)
+    return replace(cfg, data=data, val=val, image_root=image_root, out=cfg.out or f"out/{cfg.stage}")
 
 
 def teach(cfg, Task):
-    """Set up the model, what it is taught and the folder of the run; then the loop. Task: Answering, or mpo.py's Pairs."""
-    with said_plainly():
-        device = start_processes(cfg)
-        print(f"config: {json.dumps({k: v for k, v in asdict(cfg).items() if v not in ('', False)})}", flush=True)
+    """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
+    with processes(cfg) as device:
+        given = {name: value for name, value in asdict(cfg).items() if value not in ("", False)}
+        print(f"config: {json.dumps(given)}", flush=True)
         records = open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
         if cfg.split_questions:
             records = Questions(records)
@@ -202,13 +242,14 @@ def teach(cfg, Task):
             load_adapter(vlm, run.checkpoint)
         vlm.to(device).train()
 
-        held_out = HeldOut(cfg, vlm, tok) if cfg.val else None
+        # What is wrong with the questions is said before the folder is made, and not after the training.
+        held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
         task = Task(cfg, records, vlm, tok)
+        run.open(vlm, tok, task)
         n_train = sum(p.numel() for p in vlm.parameters() if p.requires_grad) / 1e6
         n_all = sum(p.numel() for p in vlm.parameters()) / 1e6
-        print(f"{n_train:.2f}M of {n_all:.2f}M parameters train, on {len(records):,} records, {n_step:,} steps of {cfg.batch_size}",
-              flush=True)
-        run.open(vlm, tok, task)
+        print(f"{n_train:.2f}M of {n_all:.2f}M parameters train, on {len(records):,} records, "
+              f"{n_step:,} steps of {cfg.batch_size}", flush=True)
         return fit(cfg, task, run, held_out)
 
 
@@ -238,7 +279,8 @@ def fit(cfg, task, run, held_out=None):
             check_finite(step, loss, grad_norm, batches)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.log_step(step, batches, loss, lr=lr, grad_norm=grad_norm, **metrics, **task.state_dict())
+            metrics |= {"lr": lr, "grad_norm": grad_norm, **task.state_dict()}
+            run.log_step(step, batches, loss, metrics)
 
             # Now and then: look at held-out questions, and save.
             if held_out and is_due(step, cfg.eval_every, run.n_step):
@@ -256,61 +298,56 @@ def fit(cfg, task, run, held_out=None):
     return 0
 
 
+NO_AUTOCAST = contextlib.nullcontext()
+
+
 def lr_at(step, n_step, cfg):
-    """Linear warmup to --lr, then half a cosine, which would reach 0 one step after the last. `step` counts from 1."""
+    """Linear warmup to --lr, then half a cosine, 0 at the step after the last. `step` counts from 1."""
     warmup = max(1, int(cfg.warmup * n_step))
     if step <= warmup:
         return cfg.lr * step / warmup
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (n_step - warmup)))
 
 
-def backward(net, task, batches, autocast=contextlib.nullcontext()):
-    """Add the gradient of a step's L, over all micro-batches and processes; -> L (None: no record could be used), what else to log.
+def backward(net, task, batches, autocast=NO_AUTOCAST):
+    """Add the gradient of a step's L -> L, or None where no record could be used; what else to log.
 
-    Micro-batches hold unequal numbers of supervised tokens: L is a sum over all of them, divided once by the weight of the whole step.
+    Micro-batches hold unequal numbers of supervised tokens. So L is a sum over all of them, in all processes,
+    divided once by their number in the whole step.
     """
     batches = [batch for batch in batches if task.weight(batch)]  # of the others all records were skipped
-    weights = [task.weight(batch) for batch in batches]
-    counts = gather_numbers([sum(weights), len(batches), sum(len(batch["pixels"]) for batch in batches)])
+    n_picture = sum(len(batch["pixels"]) for batch in batches)
+    counts = gather_numbers([sum(task.weight(batch) for batch in batches), len(batches), n_picture])
     weight, _, n_picture = counts.sum(0).tolist()
     if weight == 0:
         return None, {task.unit: 0}
-    scales = [world_size() / weight] * len(batches)  # times their number: DDP and FSDP2 average the processes' gradients
+    scale = world_size() / weight  # DDP and FSDP2 average the gradients of the processes
 
-    # All processes take part in as many micro-batches as the one that has most; what is missing is a text that counts nothing.
-    n_missing = int(counts[:, 1].max()) - len(batches)
-    batches = batches + [filler_batch()] * n_missing
-    scales = scales + [0.0] * n_missing
-
-    loss, metrics = 0.0, {}
-    for k, (batch, scale) in enumerate(zip(batches, scales)):
-        is_last = k + 1 == len(batches)
-        with contextlib.nullcontext() if is_last or not isinstance(net, DistributedDataParallel) else net.no_sync():
+    # All processes go through as many micro-batches as the one that has most; what is missing counts nothing.
+    n_batch = int(counts[:, 1].max())
+    loss, metrics = 0.0, {task.unit: int(weight)}
+    for k in range(n_batch):
+        is_own = k < len(batches)
+        with only_at_last(net, k + 1 == n_batch):
             with autocast:
-                part, more = task.loss(net, batch)
+                part, sums = task.loss(net, batches[k] if is_own else filler_batch())
+                part = part * (scale if is_own else 0.0)
             if part.requires_grad:  # texts alone teach a connector nothing
-                (part * scale).backward()
-        loss += part.item() * scale / world_size()
-        for name, value in more.items():
+                part.backward()
+        loss += part.item() / world_size()
+        for name, value in sums.items():
             metrics[name] = metrics.get(name, 0.0) + value / weight
 
-    # No picture anywhere: one process would leave tower and connector alone. Here they have a gradient of 0, and momentum.
+    # If no process had a picture, tower and connector have a gradient of 0. One process would give them none.
     if world_size() > 1 and n_picture == 0:
-        for name, p in net.named_parameters():
-            if part_of(name.removeprefix("module.")) in ("vision", "connector"):
+        for name, p in unwrap(net).named_parameters():
+            if part_of(name) in ("vision", "connector"):
                 p.grad = None
-    return gather_numbers([loss]).sum().item(), {task.unit: int(weight), **metrics}
-
-
-def filler_batch():
-    """A text of two tokens, for a process that has nothing left to do in a step."""
-    ones = torch.ones(1, 2, dtype=torch.int64)
-    no_pixels = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return {"tokens": ones, "labels": ones, "pixels": no_pixels, "layout": torch.empty(0, 2, dtype=torch.int64)}
+    return gather_numbers([loss]).sum().item(), metrics
 
 
 class Answering:
-    """The task of LLaVA: to give the answers of the conversations. What a task has is what this one has; mpo.py's is the other."""
+    """The task of LLaVA: to give the answers of conversations. mpo.py's has the same members."""
 
     unit = "supervised"  # what weight() counts, as the log calls it
     shown = ()  # metrics to print beside the loss
@@ -320,7 +357,8 @@ class Answering:
     def __init__(self, cfg, records, vlm, tok):
         template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
         max_length = cfg.max_length or vlm.cfg.decoder.block_size
-        self.examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records)
+        self.examples = Examples(
+            records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records)
 
     @staticmethod
     def weight(batch):
@@ -328,14 +366,15 @@ class Answering:
 
     @staticmethod
     def loss(net, batch):
-        """-> the sum over supervised tokens, metrics (sums, too)."""
+        """-> a sum over supervised tokens; and others for the log, by name, which become means as it does."""
         device = next(net.parameters()).device
-        inputs = [batch[name].to(device, non_blocking=True) for name in ("tokens", "pixels", "labels", "layout")]
-        return net(*inputs) * Answering.weight(batch), {}  # the model's is a mean
+        names = ("tokens", "pixels", "labels", "layout")
+        mean = net(*[batch[name].to(device, non_blocking=True) for name in names])
+        return mean * Answering.weight(batch), {}
 
     @staticmethod
     def state_dict():
-        """What a checkpoint must hold besides weights and optimizer: numbers, which the log shows, too."""
+        """What a checkpoint must hold besides weights and optimizer: numbers, which the log shows as well."""
         return {}
 
     def load_state_dict(self, state):
@@ -349,9 +388,11 @@ def make_loader(cfg, task, run):
     order = islice(batches(lengths, cfg.batch_size, run.n_step, cfg.seed), run.first_step - 1, None)
     n_token = run.vlm.cfg.vision.n_token
     own = (share(rows, records, n_token, rank(), world_size()) for rows in order)
-    cut = partial(micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget, collate=task.collate)
+    sizes = {"size": cfg.micro_batch_size, "budget": cfg.token_budget}
+    cut = partial(micro_batches, pad=run.tok.pad, collate=task.collate, **sizes)
     on_gpu = next(run.vlm.parameters()).is_cuda
-    return DataLoader(task.examples, batch_sampler=own, num_workers=cfg.workers, pin_memory=on_gpu, collate_fn=cut)
+    return DataLoader(
+        task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu)
 
 
 def freeze(vlm, cfg):
@@ -372,86 +413,11 @@ def freeze(vlm, cfg):
         vlm.bfloat16()
     if cfg.lora_r:
         if "llm" not in chosen:
-            raise UserError(f"--lora-r {cfg.lora_r} --train {cfg.train}: a LoRA is trained in the decoder; add llm to --train")
+            raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
         targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
         add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
         vlm.lora["base"] = lora_base(cfg).absolute()
     vlm.decoder.recompute = cfg.recompute
-
-
-class HeldOut:
-    """The questions of --val: now and then their loss and some answers, at the end the table."""
-
-    def __init__(self, cfg, vlm, tok, n=128, batch_size=32):
-        """What is wrong with a question is said here, before the training and not after it."""
-        self.cfg, self.vlm, self.tok = cfg, vlm, tok
-        records = open_records(cfg.val, cfg.image_root)
-        self.questions = [self.read_question(records, i) for i in range(len(records))]
-        examples = Examples(records, tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size)
-        some = [examples[i] for i in range(0, len(records), math.ceil(len(records) / n))]
-        self.batches = micro_batches(some, batch_size, tok.pad)
-
-    def read_question(self, records, i):
-        record = records[i]
-        try:
-            if len(record["turns"]) < 2:
-                raise UserError('no answer; a held-out question needs "text" and "answer"')
-            encode_conversation(self.tok, record["turns"][:2], self.vlm.cfg.template, [1] * len(record["images"]))
-            paths = [records.image_path(name) for name in record["images"]]
-            for path in paths:
-                if not path.exists():
-                    raise UserError(f"{path}: no such picture; check the path and --image-root")
-        except UserError as error:
-            raise UserError(f"{records.where(i, record['id'])}: {error}") from None
-        (_, text), (_, truth) = record["turns"][:2]
-        category = str(record.get("category", "all"))
-        return {"id": record["id"], "paths": paths, "text": text, "answer": truth, "category": category}
-
-    def look(self, run, step):
-        """Log the loss, with each question's picture and with another's, and print a few answers."""
-        with not_training(self.vlm, self.cfg):
-            loss = self.mean_loss(self.batches)
-            shuffled = []
-            for batch in self.batches:
-                pixels = batch["pixels"].roll(len(batch["pixels"]) // 2, 0)
-                shuffled.append(batch | {"pixels": pixels})
-            loss_shuffled = self.mean_loss(shuffled)
-            answers = self.some_answers(step)
-        text = f"held-out loss {loss:.4f}, with pictures shuffled {loss_shuffled:.4f}"
-        if loss_shuffled < 1.01 * loss and any(len(batch["pixels"]) for batch in self.batches):
-            text += ": the model makes no use of the pictures"
-        run.log(step, val_loss=loss, val_loss_shuffled=loss_shuffled)
-        run.say(text + "\n" + answers)
-
-    @torch.no_grad()
-    def mean_loss(self, batches):
-        total = sum(Answering.loss(self.vlm, batch)[0].item() for batch in batches)
-        return total / sum(Answering.weight(batch) for batch in batches)
-
-    def some_answers(self, step, n=3):
-        """A few questions, other ones at each look, with the model's answers."""
-        chosen = [self.questions[(step * 7 + i * len(self.questions) // n) % len(self.questions)] for i in range(n)]
-        answers = answer_questions(self.vlm, self.tok, chosen)
-        lines = []
-        for question, found in zip(chosen, answers):
-            asked = question["text"].replace("<image>", "").strip().split("\n")
-            asked = next((line for line in asked if "?" in line), asked[0])  # without its format prompt
-            lines.append(f"  Q: {asked}\n  A: {found.text!r}   truth: {question['answer']!r}")
-        return "\n".join(lines)
-
-    def examine(self, out):
-        every = math.ceil(len(self.questions) / self.cfg.eval_limit) if self.cfg.eval_limit else 1
-        with not_training(self.vlm, self.cfg):
-            examine(self.vlm, self.tok, self.questions[::every], out)
-
-
-@contextlib.contextmanager
-def not_training(vlm, cfg):
-    """Inside, the model neither trains nor is compiled: to answer would take five more graphs, as long to make as those of training."""
-    vlm.eval()
-    with torch.compiler.set_stance("force_eager") if cfg.compile else contextlib.nullcontext():
-        yield
-    vlm.train()
 
 
 def is_due(step, every, n_step):
@@ -461,39 +427,19 @@ def is_due(step, every, n_step):
 def check_finite(step, loss, grad_norm, batches):
     if not math.isfinite((loss or 0.0) + grad_norm):
         ids = [record_id for batch in batches for record_id in batch["ids"]]
-        raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; lower --lr, or look at the records "
-                        + ", ".join(ids))
+        raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
+                        f"lower --lr, or look at the records {', '.join(ids)}")
 
 
 def print_coverage(batches):
-    """What the first step learns from: a template that supervises nothing, or everything, is seen here and not after a day."""
+    """A template that supervises nothing, or everything, is seen here and not after a day."""
     n = sum(Answering.weight(batch) for batch in batches)
     n_token = sum(int(batch["lengths"].sum()) for batch in batches)
     n_row = sum(len(batch["lengths"]) for batch in batches)
     if n_row:
-        print(f"first step: {n:,} of {n_token:,} tokens are supervised ({n / n_token:.0%}), {n / n_row:.0f} in each of {n_row} records")
-
-
-@contextlib.contextmanager
-def said_plainly():
-    """What the machine lacks is said in one line: memory, a loader process, room on the disk."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]  # a loader process sends its whole traceback
-        if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(f"the GPU's memory is full ({reason}); lower --token-budget or --micro-batch-size, or raise --recompute, "
-                            "and go on with --resume") from None
-        if reason.startswith("DataLoader worker"):
-            raise UserError(f"{reason}: most often memory is short; try --workers 0, and go on with --resume") from None
-        if isinstance(error, OSError):
-            raise UserError(f"{reason}; what was saved before is untouched: put it right and go on with --resume") from None
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        share = n / n_token
+        print(f"first step: {n:,} of {n_token:,} tokens are supervised ({share:.0%}), "
+              f"{n / n_row:.0f} in each of {n_row} records")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """The folder of a run: its log and plots, its checkpoints, at its end the model; and Ctrl-C.
 
-    out/log.jsonl  *.png                 a line for each step and each look at held-out questions, and what is drawn of them
-    out/tokenizer.model  ...             beside it what transformers' AutoProcessor wants
-    out/base/                            of a LoRA over a preset: the model under it
-    out/checkpoint-000100/               a whole model directory, and trainer.pt: step, flags, moments, the task's state;
-        optimizer-0-of-8.pt ...          under --shard each process writes its own moments
-    out/model.safetensors config.json    the model, config.json last: a directory that has one is whole
+    log.jsonl  *.png                  a line for each step and each look at held-out questions; plots
+    tokenizer.model ...               and what transformers' AutoProcessor wants beside it
+    base/                             of a LoRA over a preset: the model under it
+    checkpoint-000100/                a whole model directory; trainer.pt: step, flags, moments, task's state
+        optimizer-0-of-8.pt ...       under --shard each process writes its own moments
+    model.safetensors config.json     the model; config.json comes last, so a directory that has one is whole
 
-A checkpoint is built under a hidden name and renamed when it is on the disk; only then does the older one go, hidden first. So
-whatever is called checkpoint-N is whole, at any moment.
+A checkpoint is built under a hidden name and renamed when it is on the disk. Only then does the older one go,
+hidden first. So whatever is called checkpoint-N is whole, at any moment.
 """
 
 import json
@@ -32,8 +32,8 @@ from support.plots import add_points, plot
 
 # What --resume may change; any other flag would make it another run.
 FREE_TO_CHANGE = {
-    "resume", "out", "workers", "device", "dry_run", "compile", "shard", "recompute", "micro_batch_size", "token_budget",
-    "log_every", "eval_every", "save_every", "final_eval", "eval_limit",
+    "resume", "out", "workers", "device", "dry_run", "compile", "shard", "recompute", "micro_batch_size",
+    "token_budget", "log_every", "eval_every", "save_every", "final_eval", "eval_limit",
 }
 
 
@@ -97,7 +97,8 @@ class Run:
         self.seconds = 0.0  # spent on steps, not on looks and saves
         self.file = open(self.out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
         hide = not sys.stderr.isatty() or rank() > 0
-        self.bar = tqdm(total=self.n_step, initial=self.first_step - 1, unit="step", dynamic_ncols=True, disable=hide)
+        n_done = self.first_step - 1
+        self.bar = tqdm(total=self.n_step, initial=n_done, unit="step", dynamic_ncols=True, disable=hide)
         self.old_handler = signal.signal(signal.SIGINT, self.press)
         return self
 
@@ -110,9 +111,10 @@ class Run:
         """The first Ctrl-C lets the step end and saves it; the second ends the program at once."""
         self.pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")  # print is not safe here
+        # print is not safe in a handler
+        os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")
 
-    def log_step(self, step, batches, loss, **values):
+    def log_step(self, step, batches, loss, metrics):
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
         skipped = [reason for batch in batches for reason in batch["skipped"]]
         for k, reason in enumerate(skipped, self.skipped + 1):
@@ -129,18 +131,18 @@ class Run:
         self.seconds += time.time() - self.mark
         elapsed = time.time() - self.began
         more = {"skipped": skipped} if skipped else {}
-        self.log(step, loss=loss, **values, time=round(elapsed, 2), **more)
+        self.log(step, loss=loss, **metrics, time=round(elapsed, 2), **more)
 
         text = "no usable record" if loss is None else f"loss {loss:.4f}"
         for name in self.task.shown:
-            if name in values:
-                text += f"  {name} {values[name]:.3f}"
+            if name in metrics:
+                text += f"  {name} {metrics[name]:.3f}"
         rate = f"{self.n_token / self.seconds:,.0f} tokens/s"
         self.bar.set_postfix_str(f"{text}, {rate}")
         self.bar.update()
         if step % self.cfg.log_every == 0 or step in (self.first_step, self.n_step):
-            left = elapsed / (step - self.first_step + 1) * (self.n_step - step)
-            self.say(f"step {step:5d}/{self.n_step}  {text}  lr {values['lr']:.2e}  {rate}  {tqdm.format_interval(left)} left")
+            left = tqdm.format_interval(elapsed / (step - self.first_step + 1) * (self.n_step - step))
+            self.say(f"step {step:5d}/{self.n_step}  {text}  lr {metrics['lr']:.2e}  {rate}  {left} left")
         if rank() == 0 and (step % 50 == 0 or step == self.n_step or self.interrupted):
             self.draw()
 
@@ -177,9 +179,8 @@ class Run:
                     os.replace(old, hidden)
                     shutil.rmtree(hidden)
         except (UserError, OSError) as error:
-            raise UserError(
-                f"the checkpoint of step {step} could not be saved: {error}; --resume goes on from the one before it"
-            ) from None
+            raise UserError(f"the checkpoint of step {step} could not be saved: {error}; "
+                            "--resume goes on from the one before it") from None
         finally:
             if rank() == 0:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -192,7 +193,8 @@ class Run:
         moments = {}
         for p, state in optimizer.state.items():
             moments[names[p]] = {key: local_shard(t) for key, t in state.items()}
-        state = {"step": step, "config": asdict(self.cfg), "skipped": self.skipped, "task": self.task.state_dict()}
+        state = {"step": step, "skipped": self.skipped}
+        state |= {"config": asdict(self.cfg), "task": self.task.state_dict()}
         if self.cfg.shard and world_size() > 1:
             own = directory / f"optimizer-{rank()}-of-{world_size()}.pt"
             write_whole(own, lambda tmp: torch.save(moments, tmp))
@@ -209,13 +211,14 @@ class Run:
             raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: "
                             f"python -m tools.show check {cfg.data} --image-root {cfg.image_root}")
         n_done = self.n_step - self.first_step + 1
+        seconds = time.time() - self.began
         padding = 1 - self.n_token / max(self.n_padded, 1)
-        text = f"trained {n_done} steps in {time.time() - self.began:.0f} s; {self.skipped} of {shown} records skipped; "
-        text += f"{padding:.1%} of the tokens were padding"
-        idle = [name for name, p in self.vlm.named_parameters() if p.requires_grad and p not in optimizer.state]
+        print(f"trained {n_done} steps in {seconds:.0f} s; {self.skipped} of {shown} records skipped; "
+              f"{padding:.1%} of the tokens were padding")
+        trains = [name for name, p in self.vlm.named_parameters() if p.requires_grad]
+        idle = [name for name in trains if self.vlm.get_parameter(name) not in optimizer.state]
         if idle:
-            text += f"; {len(idle)} trainable tensors never got a gradient, such as {idle[0]}"
-        print(text)
+            print(f"{len(idle)} trainable tensors never got a gradient, such as {idle[0]}")
         save_model(self.out, self.vlm, self.tok)
 
 
@@ -232,7 +235,7 @@ def save_model(directory, vlm, tok):
 
 
 def tensors_to_save(vlm):
-    """{our name: tensor}: all weights, or of a LoRA what trains. Of shards rank 0 gets the whole, one after the other."""
+    """{our name: tensor}: all weights, or of a LoRA what trains. Rank 0 gathers the shards, one by one."""
     tensors = {}
     for name, p in vlm.named_parameters():
         if p.requires_grad or not vlm.lora:
@@ -251,7 +254,7 @@ def read_shards(checkpoint):
 
 
 def place_moment(parts, p):
-    """One of AdamW's numbers for parameter p, from shards that are rows of it; the count of steps is in each of them."""
+    """One of AdamW's tensors for parameter p. Shards are rows of it; each has the count of steps."""
     if parts[0].ndim != p.ndim:
         return parts[0].to(p.device, copy=True)
     full = torch.cat(parts)
@@ -268,7 +271,7 @@ def checkpoints(out):
 
 
 def find_checkpoint(out, cfg):
-    """For --resume: the newest checkpoint and what its trainer.pt holds. Refuses flags that would make it another run."""
+    """The newest checkpoint and what its trainer.pt holds. Refuses flags that would make it another run."""
     if not checkpoints(out):
         if not (out / "log.jsonl").exists():
             raise UserError(f"--resume: there is no run in {out}; check --out, or leave out --resume")
@@ -295,7 +298,7 @@ def move_aside(out, cfg):
             value = getattr(cfg, name)
             if value and Path(value).resolve().is_relative_to(out.resolve()):
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} {value} is in --out {out}, which would be moved aside; give another --out")
+                raise UserError(f"{flag} {value} is in --out {out}, which would be moved aside")
         k = 1
         while (free := out.with_name(f"{out.name}.{k}")).exists():
             k += 1

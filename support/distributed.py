@@ -1,7 +1,7 @@
-"""Several processes: torchrun starts the same program on every GPU, and each takes its part of every step's records.
+"""Several processes: torchrun starts the program on every GPU; each takes its part of every step's records.
 
---no-shard is DDP: each process holds the whole model, and gradients are averaged. --shard is FSDP2: each holds a slice of
-every weight, gradient and moment. Rank 0 prints, logs and saves.
+--no-shard is DDP: each process holds the whole model, and gradients are averaged. --shard is FSDP2: each
+holds a slice of every weight, gradient and moment. Rank 0 prints, logs and saves.
 """
 
 import contextlib
@@ -31,7 +31,30 @@ def barrier():
         dist.barrier()
 
 
-def start_processes(cfg):
+@contextlib.contextmanager
+def processes(cfg):
+    """Join the others; inside, this process has its device. What the machine lacks is said in one line."""
+    try:
+        yield join_processes(cfg)
+    except BrokenPipeError:
+        raise
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]  # a loader process sends its whole traceback
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = "lower --token-budget or --micro-batch-size, or raise --recompute"
+        elif reason.startswith("DataLoader worker"):
+            advice = "most often memory is short: try --workers 0"
+        elif isinstance(error, OSError):
+            advice = "what was saved before is untouched: put it right"
+        else:
+            raise
+        raise UserError(f"{reason}; {advice}, and go on with --resume") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_processes(cfg):
     """Join the other processes, if torchrun started any; -> this one's device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(cfg.device)
@@ -65,15 +88,17 @@ def uses_autocast(cfg, device):
 
 
 def precision(cfg, device):
-    return torch.autocast(device.type, torch.bfloat16) if uses_autocast(cfg, device) else contextlib.nullcontext()
+    if uses_autocast(cfg, device):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def parallelize(vlm, cfg, device):
-    """-> the model as training calls it: its blocks compiled where --compile asks, wrapped where there are several processes."""
+    """-> the model as training calls it: compiled if --compile asks, wrapped if processes are several."""
     towers = [vlm.vision, vlm.vision2] if vlm.cfg.vision2 else [vlm.vision]
     blocks = [block for tower in towers for block in tower.blocks] + list(vlm.decoder.layers)
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, up to a second; flash does not
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, up to a second
     if cfg.compile:
         for block in blocks:
             block.compile(dynamic=True)  # one graph for all lengths
@@ -89,6 +114,23 @@ def parallelize(vlm, cfg, device):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(vlm, "generate")
     return vlm
+
+
+def unwrap(net):
+    return net.module if isinstance(net, DistributedDataParallel) else net
+
+
+def only_at_last(net, is_last):
+    """DDP averages gradients after the last micro-batch of a step; FSDP2 always does."""
+    return contextlib.nullcontext() if is_last or net is unwrap(net) else net.no_sync()
+
+
+def filler_batch():
+    """A text of two tokens, for a process that has nothing left to do in a step."""
+    ones = torch.ones(1, 2, dtype=torch.int64)
+    no_pixels = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    no_layout = torch.empty(0, 2, dtype=torch.int64)
+    return {"tokens": ones, "labels": ones, "pixels": no_pixels, "layout": no_layout}
 
 
 def full_tensor(t):

@@ -1,11 +1,13 @@
-"""AdamW: a learning rate for each part of the model, and a variant that trains bfloat16 weights without losing small steps."""
+"""AdamW: a learning rate for each part of the model; a variant for bfloat16 weights, losing no small step."""
 
 import torch
 from torch.optim.adamw import adamw
 
+PARTS = ("connector", "llm", "vision")
+
 
 def part_of(name):
-    """A parameter's name -> its part, as --train calls it: connector, llm or vision."""
+    """A parameter's name -> its part, as --train calls it."""
     first = name.split(".")[0]
     return {"decoder": "llm", "vision2": "vision"}.get(first, first)
 
@@ -16,20 +18,24 @@ def lr_of(part, cfg):
 
 
 def make_optimizer(vlm, cfg):
-    """AdamW over what trains. In each group `share` is its learning rate over --lr; weight decay is for matrices only."""
+    """AdamW over what trains; weight decay on matrices only. `share`: a group's learning rate over --lr."""
     groups = {}
     for name, p in vlm.named_parameters():
         if p.requires_grad:
             is_vector = p.ndim < 2
             groups.setdefault((is_vector, part_of(name)), []).append(p)
     groups = [
-        {"params": groups[key], "weight_decay": 0.0 if key[0] else cfg.weight_decay, "share": lr_of(key[1], cfg) / cfg.lr}
-        for key in sorted(groups)
+        {
+            "params": groups[is_vector, part],
+            "weight_decay": 0.0 if is_vector else cfg.weight_decay,
+            "share": lr_of(part, cfg) / cfg.lr,
+        }
+        for is_vector, part in sorted(groups)
     ]
     if cfg.weights == "float32":
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
 
-    # Many small gradients are added up in float32. PyTorch before 2.10 has no grad_dtype, and adds in bfloat16.
+    # Many small gradients are added up in float32. PyTorch before 2.10 lacks grad_dtype and adds in bfloat16.
     if cfg.token_budget or cfg.micro_batch_size:
         for p in vlm.parameters():
             if p.requires_grad and p.dtype == torch.bfloat16 and hasattr(p, "grad_dtype"):
@@ -40,10 +46,10 @@ def make_optimizer(vlm, cfg):
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW over bfloat16 weights, each with the lower 16 bits of its float32 value kept here.
 
-        float32 weight = upper * 2^16 + lower, as bits; the upper half, rounded, is the bfloat16 that the model works with
+        float32 weight = upper * 2^16 + lower, as bits; the upper half, rounded, is the bfloat16 of the model
 
-    A bfloat16 of 1.0 moves by 2^-8 at least, 200 times a step of 2e-5: alone it would stand still. Weights in float32, such as
-    a LoRA's, are stepped as ever.
+    A bfloat16 of 1.0 moves by 2^-8 at least, 200 times a step of 2e-5: alone it would stand still. Weights in
+    float32, such as a LoRA's, are stepped as ever.
     """
 
     def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):

@@ -18,13 +18,15 @@ def dry_run(cfg, records, n_step, vlm, tok, device):
     """vlm: on the meta device, with what trains marked."""
     look = look_at_records(cfg, records, vlm, tok)
     n_process = int(os.environ.get("WORLD_SIZE", 1))
-    n_tile_token = vlm.cfg.vision.n_token
-    decoder = vlm.cfg.decoder
-    print(f"model      {cfg.model}, decoder of {decoder.n_layer} blocks {decoder.n_embd} wide, {n_tile_token} visual tokens "
-          f"for a tile of {vlm.cfg.vision.image_size} px, template {template_of(cfg, vlm)}")
+    n_record = n_step * cfg.batch_size
+    decoder, vision = vlm.cfg.decoder, vlm.cfg.vision
+    template = template_of(cfg, vlm)
+    print(f"model      {cfg.model}, decoder of {decoder.n_layer} blocks {decoder.n_embd} wide, "
+          f"{vision.n_token} visual tokens for a tile of {vision.image_size} px, template {template}")
     n_train = print_parameters(cfg, vlm)
     print_data(records, look)
-    print(f"steps      {n_step:,} of {cfg.batch_size} records, {n_step * cfg.batch_size * look['n_token'] / 1e6:,.1f}M tokens")
+    n_token = n_record * look["n_token"] / 1e6
+    print(f"steps      {n_step:,} of {cfg.batch_size} records, {n_token:,.1f}M tokens")
 
     memory = count_memory(cfg, vlm, n_train, look["n_token"], device)
     n_shard = n_process if cfg.shard else 1
@@ -32,15 +34,18 @@ def dry_run(cfg, records, n_step, vlm, tok, device):
         if name != "activations, about":
             memory[name] /= n_shard
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
-    print(f"memory     {parts}: {sum(memory.values()) / 1e9:.1f} GB" + (f" in each of {n_shard} processes" if n_shard > 1 else ""))
+    total = sum(memory.values()) / 1e9
+    print(f"memory     {parts}: {total:.1f} GB" + (f" in each of {n_shard} processes" if n_shard > 1 else ""))
 
-    flops = count_flops(cfg, vlm, look) * n_step * cfg.batch_size
+    flops = count_flops(cfg, vlm, look) * n_record
     speed = matmul_rate(device, torch.bfloat16 if in_bfloat16(cfg, device) else torch.float32)
     hours = flops / speed / 0.5 / 3600 / n_process
-    print(f"time       {flops:.3g} FLOPs; at half of the {speed / 1e12:.2f} TFLOP/s that a matrix product reaches here: {hours:,.1f} hours")
+    print(f"time       {flops:.3g} FLOPs; at half of the {speed / 1e12:.2f} TFLOP/s "
+          f"that a matrix product reaches here: {hours:,.1f} hours")
     saved = 4 * n_train if cfg.lora_r else memory["weights"] * n_shard
     checkpoint = saved + memory["optimizer"] * n_shard
-    print(f"disk       {saved / 1e9:.2f} GB the model, {checkpoint / 1e9:.2f} GB a checkpoint, of which there are two for a moment")
+    print(f"disk       {saved / 1e9:.2f} GB the model, {checkpoint / 1e9:.2f} GB a checkpoint, "
+          "of which there are two for a moment")
     return 0
 
 
@@ -53,7 +58,7 @@ def in_bfloat16(cfg, device):
 
 
 def look_at_records(cfg, records, vlm, tok, n=200):
-    """Means over n records: tokens, how many of them supervised, pictures, tiles. Only tilings open the pictures."""
+    """Means over n records: tokens, supervised, pictures, tiles. Only tilings open the pictures."""
     vision, mode = vlm.cfg.vision, vlm.cfg.image_mode
     lengths, n_bad = [], 0
     n_supervised = n_picture = n_tile = 0
@@ -63,7 +68,8 @@ def look_at_records(cfg, records, vlm, tok, n=200):
             n_visual = [vision.n_token] * len(record["images"])
             n_cut = len(n_visual)
             if mode in TILINGS:
-                cut = [cut_tiles(open_image(records.image_path(name)), vision, mode) for name in record["images"]]
+                images = [open_image(records.image_path(name)) for name in record["images"]]
+                cut = [cut_tiles(image, vision, mode) for image in images]
                 n_visual = [len(layout) for _, layout in cut]
                 n_cut = sum(len(tiles) for tiles, _ in cut)
             tokens, labels = encode_conversation(tok, record["turns"], template_of(cfg, vlm), n_visual)
@@ -75,10 +81,13 @@ def look_at_records(cfg, records, vlm, tok, n=200):
         n_picture += len(n_visual)
         n_tile += n_cut
     if not lengths:
-        raise UserError(f"{cfg.data}: not one of {n_bad} records looked at could be used; see python -m tools.show check")
+        raise UserError(f"{cfg.data}: none of {n_bad} records could be used; see python -m tools.show check")
     n = len(lengths)
-    return {"n": n, "n_bad": n_bad, "shortest": min(lengths), "longest": max(lengths), "n_token": sum(lengths) / n,
-            "supervised": n_supervised / sum(lengths), "pictures": n_picture / n, "tiles": n_tile / n}
+    return {
+        "n": n, "n_bad": n_bad, "shortest": min(lengths), "longest": max(lengths),
+        "n_token": sum(lengths) / n, "supervised": n_supervised / sum(lengths),
+        "pictures": n_picture / n, "tiles": n_tile / n,
+    }
 
 
 def print_parameters(cfg, vlm):
@@ -97,15 +106,16 @@ def print_parameters(cfg, vlm):
 
 
 def print_data(records, look):
-    text = f"data       {len(records):,} records; in {look['n']} of them {look['n_token']:.0f} tokens each "
-    text += f"({look['shortest']} to {look['longest']}), {look['pictures']:.2f} pictures in {look['tiles']:.2f} tiles, "
-    text += f"{look['supervised']:.0%} supervised"
-    print(text + (f"; {look['n_bad']} could not be used" if look["n_bad"] else ""))
+    bad = f"; {look['n_bad']} could not be used" if look["n_bad"] else ""
+    print(f"data       {len(records):,} records; in {look['n']} of them {look['n_token']:.0f} tokens each "
+          f"({look['shortest']} to {look['longest']}), "
+          f"{look['pictures']:.2f} pictures in {look['tiles']:.2f} tiles, "
+          f"{look['supervised']:.0%} supervised{bad}")
 
 
 def count_memory(cfg, vlm, n_train, n_token, device):
-    """Bytes. Weights, gradients and moments are sure; activations are a guess: in a block a float for each of about
-    10 rows as wide as the model and 4 as wide as its MLP."""
+    """Bytes. Weights, gradients and moments are sure. Activations are a guess: of a block about 10 rows as
+    wide as the model and 4 as wide as its MLP."""
     decoder = vlm.cfg.decoder
     half = in_bfloat16(cfg, device)
     is_split = cfg.weights == "bfloat16"
@@ -113,18 +123,19 @@ def count_memory(cfg, vlm, n_train, n_token, device):
     in_memory = cfg.token_budget or (cfg.micro_batch_size or cfg.batch_size) * n_token
     a_block = (10 * decoder.n_embd + 4 * decoder.n_hidden) * n_byte
     n_again = min(cfg.recompute, decoder.n_layer)  # of these only the input is kept
+    a_token = a_block * (decoder.n_layer - n_again) + n_again * decoder.n_embd * n_byte
     small_gradients = is_split and not cfg.token_budget and not cfg.micro_batch_size
     return {
         "weights": sum(p.numel() * p.element_size() for p in vlm.parameters()),
         "their bfloat16 copies": 2 * sum(p.numel() for p in vlm.parameters()) if half and not is_split else 0,
         "gradients": n_train * (2 if small_gradients else 4),
         "optimizer": n_train * (10 if is_split else 8),
-        "activations, about": in_memory * (a_block * (decoder.n_layer - n_again) + n_again * decoder.n_embd * n_byte),
+        "activations, about": in_memory * a_token,
     }
 
 
 def count_flops(cfg, vlm, look):
-    """Of a record. Forward 2 for each weight and token, as much again for the inputs' gradients, and for the weights' own."""
+    """Of a record. For each weight and token 2 forward, 2 for the inputs' gradients, 2 for its own."""
     decoder, vision = vlm.cfg.decoder, vlm.cfg.vision
     trains_llm = any(p.requires_grad for p in vlm.decoder.parameters()) and not cfg.lora_r
     blocks = sum(p.numel() for p in vlm.decoder.layers.parameters())

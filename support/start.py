@@ -1,7 +1,7 @@
 """The model that a run starts from: a preset with its ingredients, a model directory, or a checkpoint.
 
-A preset names sizes only. Its ingredients are --vision (one tower or two), --llm, --tokenizer and --projector; what is not given
-starts from random weights.
+A preset names sizes only. Its ingredients are --vision (one tower or two), --llm, --tokenizer, --projector;
+what is not given starts from random weights.
 """
 
 from dataclasses import replace
@@ -13,7 +13,15 @@ from conversation import Tokenizer
 from model import PRESETS, VLM, init_weights
 from support.cli import UserError, one_of
 from support.weights import (
-    check_tokenizer, decoder_config, load_connector, load_decoder, load_vision, read_json, read_model, read_tower, tokenizer_home,
+    check_tokenizer,
+    decoder_config,
+    load_connector,
+    load_decoder,
+    load_vision,
+    read_json,
+    read_model,
+    read_tower,
+    tokenizer_home,
 )
 from vision import TILINGS, grids_up_to
 
@@ -32,13 +40,13 @@ def build(cfg, checkpoint=None):
         if not Path(cfg.model).is_dir():
             one_of("--model", cfg.model, [*PRESETS, "a model directory"])
         if cfg.tokenizer or cfg.from_scratch:
-            raise UserError(f"--model {cfg.model} is a whole model; --tokenizer and --from-scratch are for presets")
+            raise UserError(f"--model {cfg.model} is whole; --tokenizer and --from-scratch are for presets")
         vlm, tok = open_directory(cfg.model, cfg.vision, cfg.llm)
     check_tokenizer(vlm, tok)
     set_tiles(vlm, cfg)
     if cfg.projector and not checkpoint:
         load_connector(vlm.connector, cfg.projector)
-    if cfg.stage == "finetune":  # a model is later asked with the template of its conversations, not of its captions
+    if cfg.stage == "finetune":  # with this template it will be asked, not with that of the captions
         vlm.cfg.template = cfg.template or vlm.cfg.template
     return vlm, tok
 
@@ -66,15 +74,17 @@ def build_preset(cfg):
 
 
 def preset_plan(cfg):
-    """What a preset becomes with its ingredients, of which only the configs are read -> VLMConfig, Tokenizer."""
+    """A preset and the configs of its ingredients -> VLMConfig, Tokenizer."""
     preset = PRESETS[cfg.model]
     tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
 
-    # Towers look at tiles of one size; two of them are fused. Mode internvl brings its own pixel shuffle and connector.
+    # Towers look at tiles of one size; two are fused. Mode internvl has its own pixel shuffle and connector.
     towers = [read_tower(path) for path in cfg.vision.split(",")] if cfg.vision else [preset.vision]
     image_size = cfg.image_size or towers[-1].image_size
     is_internvl = cfg.image_mode == "internvl"
-    towers = [replace(tower, image_size=image_size, merge=2 if is_internvl else tower.merge) for tower in towers]
+    towers = [replace(tower, image_size=image_size) for tower in towers]
+    if is_internvl:
+        towers = [replace(tower, merge=2) for tower in towers]
     connector = "norm_gelu" if is_internvl else preset.connector
     if len(towers) == 2:
         connector = "fused_gelu"
@@ -115,6 +125,6 @@ def set_tiles(vlm, cfg):
 
 
 def lora_base(cfg):
-    """The whole model that a LoRA is over: --model, or where flags made another of it, a copy saved beside the run."""
+    """The whole model that a LoRA is over: --model, or where flags change it, a copy saved beside the run."""
     is_changed = cfg.model in PRESETS or cfg.projector or cfg.vision or cfg.llm or cfg.image_mode in TILINGS
     return Path(cfg.out) / "base" if is_changed else Path(cfg.model)
