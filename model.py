@@ -14,14 +14,14 @@
     ids    = vlm.generate(tokens, pixels, max_new_tokens=64)
     vlm.save_pretrained(DIR)                # transformers opens it, if its tower is a CLIP
 
-Letters: B rows of a batch, T tokens of a row, n tiles of all pictures, S pixels a side of a tile, N visual tokens
-of a tile, M visual tokens of all pictures, D channels, H heads, d channels of a head, V words.
+Letters: B rows of a batch, T tokens of a row, n tiles of all pictures, S pixels a side of a tile, N visual
+tokens of a tile, M visual tokens of all pictures, D channels, H heads, d channels of a head, V words.
 
 Rows are padded on the right, in training and in generation alike: under a causal mask no token ever sees the
 padding behind it, so no mask is needed for it. Deviations from the originals:
   - the last block of a tower whose features are taken before it is not run;
   - a head that shares its table with the embedding is a copy of it from the moment it is loaded;
-  - Mistral's sliding window is not implemented: the longest sequence is one window, inside which nothing slides;
+  - Mistral's sliding window is not implemented: the longest sequence is one window, in which nothing slides;
   - InternLM2's positions are not stretched beyond its own longest sequence.
 """
 
@@ -41,7 +41,7 @@ IGNORE = -100                        # the label of a token that is not supervis
 CONNECTORS = ("mlp2x_gelu", "linear", "fused_gelu", "norm_gelu")
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
+# ---- configs ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -60,9 +60,9 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.n_head % self.n_kv_head:
-            raise UserError(f"{self.n_head} query heads cannot be shared among {self.n_kv_head} key-value heads")
+            raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads")
         if self.head_dim % 2:
-            raise UserError(f"a head of {self.head_dim} channels cannot be turned in pairs, as rotary positions do")
+            raise UserError(f"rotary positions turn channels in pairs; {self.head_dim} in a head is odd")
 
 
 @dataclass
@@ -76,7 +76,7 @@ class VLMConfig:
     eos_token: int = 2
     image_mode: str = "pad"          # how a picture becomes tiles: one of vision.MODES
     template: str = "vicuna_v1"      # how a conversation becomes one text: one of conversation.TEMPLATES
-    vision2: VisionConfig | None = None  # Prismatic: a second tower on the same tile, its features beside the first's
+    vision2: VisionConfig | None = None  # Prismatic: a second tower, whose features stand beside the first's
 
     def __post_init__(self):
         if self.connector not in CONNECTORS:
@@ -85,7 +85,7 @@ class VLMConfig:
             first = self.vision.image_size, self.vision.n_token
             second = self.vision2.image_size, self.vision2.n_token
             if first != second:
-                raise UserError(f"two towers need tiles of one size and as many visual tokens; not {first} and {second}")
+                raise UserError(f"two towers need the same pixels and visual tokens; {first} is not {second}")
         if self.image_token <= max(self.bos_token, self.eos_token):
             raise UserError(f"image token {self.image_token} lies among the words; it must come after them")
         find_tiling(self.vision, self.image_mode)  # an unknown mode is an error here
@@ -134,7 +134,7 @@ PRESETS = {
 }
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------
 
 
 class VLM(nn.Module):
@@ -153,10 +153,11 @@ class VLM(nn.Module):
     def forward(self, tokens, pixels=None, labels=None, layout=None):
         """(B, T) int64, (n, 3, S, S) -> logits (B, T, V); with labels (B, T) -> their loss, a scalar.
 
-        An image is a run of image tokens, one for each of its visual tokens; the runs come in the order of the pictures.
-        layout (M, 2) says which tile and which patch of it each visual token is (vision.cut_tiles); None: all, in order.
-        labels stand under their own token, not shifted; IGNORE where unsupervised. The loss is the mean over the others
-        of - log p(token | tokens before it), Eq. 3 of arXiv:2304.08485v2.
+        An image is a run of image tokens, one for each of its visual tokens, in the order of the pictures.
+        layout (M, 2) says which tile and which patch of it each visual token is (vision.cut_tiles), so that
+        several runs can show one picture; None: each patch of each tile, in order.
+        labels stand under their own token, not shifted; IGNORE where it is not supervised. The loss is the
+        mean over the others of - log p(token | tokens before it), Eq. 3 of arXiv:2304.08485v2.
         """
         x = self.embed(tokens, self.features(pixels), layout)               # (B, T, D)
         if labels is None:
@@ -166,7 +167,7 @@ class VLM(nn.Module):
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()      # (B T,)
         rows = (targets != IGNORE).nonzero()[:, 0]                          # (n,)
         if len(rows) == 0:
-            raise ValueError("no supervised token in the batch, so it has no loss; see python -m tools.show check")
+            raise ValueError("no supervised token in the batch, so no loss; see python -m tools.show check")
         h = self.decoder(x, rows=rows)                                      # (n, D)
         return -token_log_probs(h, self.decoder.lm_head.weight, targets[rows]).mean()
 
@@ -187,39 +188,22 @@ class VLM(nn.Module):
             no_row = no_row | (tokens == self.cfg.pad_token)
         x = self.decoder.embed_tokens(tokens.masked_fill(no_row, 0))        # (B, T, D)
 
-        self.check_pictures(int(is_image.sum()), features, layout)
-        if features is not None:
-            visual = self.translate(features, layout)                       # (M, D)
+        n_image = int(is_image.sum())
+        visual = [] if features is None else self.connector(features, layout)                   # (M, D)
+        if n_image != len(visual):
+            raise ValueError(
+                f"{n_image} image tokens in the batch, {len(visual)} visual tokens from the pictures: each "
+                "picture needs as many image tokens as its layout has rows (encode_conversation makes them)"
+            )
+        if n_image:
             return x.masked_scatter(is_image[:, :, None], visual.to(x.dtype))
         if self.always_look and torch.is_grad_enabled():
-            # The other processes have pictures, and wait for this one's share of the towers and the connector.
+            # Other processes have pictures, and wait for this one's share of the towers and the connector.
             S = self.cfg.vision.image_size
             blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=x.device)
             patch_and_row_end = torch.tensor([[0, 0], [-1, 0]], device=x.device)
-            x = x + 0 * self.translate(self.features(blank), patch_and_row_end).sum().to(x.dtype)
+            x = x + 0 * self.connector(self.features(blank), patch_and_row_end).sum().to(x.dtype)
         return x
-
-    def translate(self, features, layout):
-        """Features (n, N, D_vision) -> the visual tokens (M, D) in the order of the layout."""
-        N = features.shape[1]
-        index = None if layout is None else layout[:, 0] * N + layout[:, 1]  # (M,), negative for a row end
-        return self.connector(features.flatten(0, 1), index)
-
-    def check_pictures(self, n_image, features, layout):
-        n_visual = 0
-        if features is not None:
-            n_visual = features.shape[0] * features.shape[1] if layout is None else len(layout)
-        if n_image != n_visual:
-            raise ValueError(
-                f"{n_image} image tokens in the batch, {n_visual} visual tokens from the pictures: "
-                "a picture needs as many image tokens as its layout has rows (encode_conversation makes them)"
-            )
-        if n_visual == 0:
-            return
-        if layout is None and self.connector.row_end is not None:
-            raise ValueError(f"pictures of mode {self.cfg.image_mode} come with a layout; give cut_tiles' own")
-        if layout is not None and self.connector.row_end is None and (layout < 0).any():
-            raise ValueError("the pictures have row ends and the model none: cut them in its own mode")
 
     def generate(self, tokens, pixels=None, max_new_tokens=128, **options):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), <pad> after a row's end.
@@ -229,22 +213,22 @@ class VLM(nn.Module):
         return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, **options)), dim=1)
 
     @torch.no_grad()
-    def stream(self, tokens, pixels=None, max_new_tokens=128, layout=None, lengths=None, stop=None, **choices):
+    def stream(self, tokens, pixels=None, max_new_tokens=128, layout=None, lengths=None, stop=None, **choice):
         """The same, a token of each row at a time: yields ids (B,) until every row has ended.
 
         lengths (B,): how many tokens of each row are prompt, where rows are padded on the right.
         stop: the ids that end an answer, if not </s> alone.
-        choices: temperature, top_p, top_k and seed, the fields of Sampling; greedy without them.
+        choice: temperature, top_p, top_k and seed, the fields of Sampling; greedy without them.
         """
         B, T = tokens.shape
         device = tokens.device
-        sampling = Sampling(**choices)
+        sampling = Sampling(**choice)
         generator = None
         if sampling.seed is not None:
             generator = torch.Generator(device).manual_seed(sampling.seed)
         room = self.cfg.decoder.block_size - T
         if not 1 <= max_new_tokens <= room:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; after {T} prompt tokens it can be 1 to {room}")
+            raise UserError(f"max_new_tokens is {max_new_tokens}; after a prompt of {T} it is 1 to {room}")
         lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=device)
         stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
 
@@ -268,7 +252,7 @@ class VLM(nn.Module):
             h = self.decoder.step(x, lengths + step, T + step + 1, cache)   # (B, D)
 
     def set_image_mode(self, mode, **choices):
-        """How pictures become tiles from now on. `choices`: fields of vision.Tiling that differ from the mode's own."""
+        """How pictures become tiles from now on; choices are fields of vision.Tiling."""
         tiling = find_tiling(self.cfg.vision, mode)
         if choices and tiling is None:
             raise UserError(f"image mode {mode} cuts no tiles, so it has no {' or '.join(choices)} to choose")
@@ -283,15 +267,15 @@ class VLM(nn.Module):
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
         """Open a model directory of any layout in support.weights. UserError names what does not fit.
 
-        vision (DIR or DIR,DIR) and llm: the towers of a model that was published without, and what a LoRA was trained over.
-        dtype None: as the weights are stored, but bfloat16 for float16 on a CPU, where float16 is many times slower.
+        vision (DIR or DIR,DIR) is the tower of a model that was published without one; llm is what a LoRA was
+        trained over. dtype None: as stored, but bfloat16 for float16 on a CPU, which is slow at that.
         """
         from support.weights import load_model
 
         return load_model(directory, device, dtype, vision, llm)
 
     def save_pretrained(self, directory, state=None):
-        """Write config.json and model.safetensors: in the llava-hf layout where it can hold the model, else in our own.
+        """Write config.json and model.safetensors, in the llava-hf layout if that can hold the model.
 
         A LoRA is merged. state: the weights to write, if not those here.
         """
@@ -319,7 +303,7 @@ class Connector(nn.Module):
         self.D = D
         self.n_linear = len(widths)
         for i, width in enumerate(widths, 1):
-            self.add_module(f"linear_{i}", nn.Linear(n_in, width))  # the public names; weights as PyTorch starts them
+            self.add_module(f"linear_{i}", nn.Linear(n_in, width))  # fresh weights are PyTorch's own
             n_in = width
         self.register_parameter("row_end", None)
         self.set_row_end(cfg.row_end)
@@ -332,28 +316,37 @@ class Connector(nn.Module):
             fresh = random_normal(self.D, std=self.D**-0.5, device=like.device, dtype=like.dtype)
             self.row_end = nn.Parameter(fresh)
 
-    def forward(self, x, index=None):
-        """With index (M,): of the rows of x those it names, in its order; where it is negative stands the row end."""
-        if index is not None:
-            x = x.index_select(0, index.clamp(min=0))
+    def forward(self, features, layout=None):
+        """Features of all tiles (n, N, D_vision) -> visual tokens (M, D) in the order of the layout."""
+        N = features.shape[-2]
+        x = features.flatten(0, -2)                                         # (n N, D_vision)
+        if layout is not None:
+            index = layout[:, 0] * N + layout[:, 1]                         # (M,), negative for a row end
+            x = x.index_select(0, index.clamp(min=0))                       # (M, D_vision)
         x = self.linear_1(self.norm(x))
         for i in range(2, self.n_linear + 1):
             x = self.get_submodule(f"linear_{i}")(F.gelu(x))
-        if index is not None and self.row_end is not None:
+
+        if self.row_end is not None:
+            if layout is None:
+                raise ValueError("this model's pictures come with a layout (vision.cut_tiles); give it, too")
             x = torch.where(index[:, None] < 0, self.row_end.to(x.dtype), x)
+        elif layout is not None and (layout < 0).any():
+            raise ValueError("the pictures have row ends and the model none: cut them in its own mode")
         return x
 
 
-# ---- the decoder -----------------------------------------------------------------------------------------------------
+# ---- the decoder -----------------------------------------------------------------------------------------
 
 
 class Decoder(nn.Module):
-    recompute = 0                    # so many blocks keep only their input in training, and run again on the way back
+    recompute = 0  # so many blocks keep only their input in training, and run again on the way back
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding.from_pretrained(random_normal(cfg.vocab_size, cfg.n_embd), freeze=False)
+        table = random_normal(cfg.vocab_size, cfg.n_embd)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -381,16 +374,16 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def step(self, x, positions, end, cache):
-        """One more token a row: x (B, D) at positions (B,), all below `end`, over what the cache holds before them."""
+        """One more token a row: (B, D) at positions (B,), all below end, after those in the cache."""
         positions = positions[:, None]                                      # (B, 1)
         mask = torch.arange(end, device=x.device) <= positions              # (B, end)
         return self(x[:, None], positions, mask[:, None, None], cache=cache)[:, 0]
 
     def new_cache(self, B, length):
         """Room for the keys and values of each layer: n_layer x (2, B, H_kv, length, d)."""
-        cfg, like = self.cfg, self.embed_tokens.weight
-        shape = 2, B, cfg.n_kv_head, length, cfg.head_dim
-        return [torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in range(cfg.n_layer)]
+        like = self.embed_tokens.weight
+        shape = 2, B, self.cfg.n_kv_head, length, self.cfg.head_dim
+        return [torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in self.layers]
 
 
 class DecoderBlock(nn.Module):
@@ -414,12 +407,13 @@ class CausalAttention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.head_dim = cfg.head_dim
+        D, d = cfg.n_embd, cfg.head_dim
+        self.head_dim = d
         self.is_grouped = cfg.n_kv_head != cfg.n_head
-        self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+        self.q_proj = nn.Linear(D, cfg.n_head * d, bias=False)
+        self.k_proj = nn.Linear(D, cfg.n_kv_head * d, bias=False)
+        self.v_proj = nn.Linear(D, cfg.n_kv_head * d, bias=False)
+        self.o_proj = nn.Linear(cfg.n_head * d, D, bias=False)
 
     def forward(self, x, rope, mask=None, rows=None, cache=None, positions=None):
         B, T, _ = x.shape                                                   # (B, T, D)
@@ -431,7 +425,7 @@ class CausalAttention(nn.Module):
             each_row = torch.arange(B, device=x.device)[:, None]
             cache[0, each_row, :, positions] = k.transpose(1, 2)
             cache[1, each_row, :, positions] = v.transpose(1, 2)
-            if mask is not None:                                            # a step: what was written before is seen, too
+            if mask is not None:  # a step, which sees what was written before
                 end = mask.shape[-1]
                 k, v = cache[:, :, :, :end]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.is_grouped)
@@ -455,7 +449,7 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight                      arXiv:1910.07467, Eq. 4; the statistics in float32, as in Llama"""
+    """x / rms(x) * weight                 arXiv:1910.07467, Eq. 4; the statistics in float32, as in Llama"""
 
     def __init__(self, n_embd, eps):
         super().__init__()
@@ -467,7 +461,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions, cfg):
-    """Positions (1 or B, T) -> cos and sin (1 or B, 1, T, d) in float32: arXiv:2104.09864v5, section 3.2.2."""
+    """Positions (1 or B, T) -> cos, sin (1 or B, 1, T, d) in float32: arXiv:2104.09864v5, section 3.2.2."""
     pairs = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
     frequency = cfg.rope_theta ** (-pairs / cfg.head_dim)                   # (d/2,)
     angle = positions[:, None, :, None].float() * frequency                 # (1 or B, 1, T, d/2)
@@ -476,13 +470,13 @@ def rotary_angles(positions, cfg):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels by its angle (Eq. 34 there). Not neighbours are a pair, but i and i + d/2, as in the
-    public Llama weights."""
+    """Turn each pair of channels by its angle (Eq. 34 there). Channels i and i + d/2 are a pair, as in the
+    public Llama weights; in the paper neighbours are."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
-# ---- the loss over a vocabulary, in pieces ---------------------------------------------------------------------------
+# ---- the loss over a vocabulary, in pieces ---------------------------------------------------------------
 
 
 def token_log_probs(h, W, targets):
@@ -490,57 +484,57 @@ def token_log_probs(h, W, targets):
 
     SFT takes minus their mean, DPO their sum over each answer.
     """
+    device = h.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        h, W = h.to(dtype), W.to(dtype)
     return TokenLogProbs.apply(h, W, targets)
 
 
 class TokenLogProbs(torch.autograd.Function):
     """A slice of rows at a time, so that the logits of all rows, (n, V) in float32, never exist.
 
-    The gradient of a target's log-probability by its logits is onehot(target) - p. The first slices keep it for the
-    way back, where their logits were. For more there may be no room: the others compute it once more.
+    The gradient of a target's log-probability by its logits is onehot(target) - p. The first slices keep it
+    for the way back, where their logits were. For more there may be no room: they compute it once more.
     """
 
-    slice_size = {"cpu": 2**23, "cuda": 2**26}  # logits. 32 MB in float32 stay in a cache; 256 MB keep a GPU busy
+    slice_size = {"cpu": 2**23, "cuda": 2**26}  # logits: 32 MB in float32 stay in a cache, 256 MB fill a GPU
     n_kept = 8                                  # slices
 
     @staticmethod
     def forward(ctx, h, W, targets):
-        device = h.device.type
-        is_autocast = torch.is_autocast_enabled(device)
-        ctx.dtype = torch.get_autocast_dtype(device) if is_autocast else W.dtype
-        ctx.n_rows = max(1, TokenLogProbs.slice_size[device] // len(W))
+        n_rows = max(1, TokenLogProbs.slice_size[h.device.type] // len(W))
         ctx.kept = []
-        ctx.save_for_backward(h, W, targets)
-
-        w = W.to(ctx.dtype)
         log_probs = []
-        for x, target in zip(h.split(ctx.n_rows), targets.split(ctx.n_rows)):
-            log_prob, grad = log_prob_and_grad(x.to(ctx.dtype), w, target)
+        for x, target in zip(h.split(n_rows), targets.split(n_rows), strict=True):
+            log_prob, grad = log_prob_and_grad(x, W, target)
             log_probs.append(log_prob)
             if len(ctx.kept) < TokenLogProbs.n_kept:
                 ctx.kept.append(grad)
+        ctx.n_rows = n_rows
+        ctx.save_for_backward(h, W, targets)
         return torch.cat(log_probs)
 
     @staticmethod
     def backward(ctx, upstream):
         h, W, targets = ctx.saved_tensors
-        w = W.to(ctx.dtype)
+        W_learns = ctx.needs_input_grad[1]
         grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        slices = zip(h.split(ctx.n_rows), targets.split(ctx.n_rows), upstream[:, None].split(ctx.n_rows))
-        for i, (x, target, factor) in enumerate(slices):
-            x = x.to(ctx.dtype)
-            grad = ctx.kept.pop(0) if ctx.kept else log_prob_and_grad(x, w, target)[1]
-            grad_h[i * ctx.n_rows :][: len(x)] = (grad @ w) * factor
-            if grad_W is not None:
-                grad_W += grad.T @ (x * factor).to(ctx.dtype)
-        return grad_h, None if grad_W is None else grad_W.to(W.dtype), None
+        grad_W = torch.zeros_like(W, dtype=torch.float32) if W_learns else None
+        for start in range(0, len(h), ctx.n_rows):
+            rows = slice(start, start + ctx.n_rows)
+            grad = ctx.kept.pop(0) if ctx.kept else log_prob_and_grad(h[rows], W, targets[rows])[1]
+            factor = upstream[rows, None]                                   # (r, 1)
+            grad_h[rows] = (grad @ W) * factor
+            if W_learns:
+                grad_W += grad.T @ (h[rows] * factor).to(h.dtype)
+        return grad_h, grad_W.to(W.dtype) if W_learns else None, None
 
 
-def log_prob_and_grad(x, w, target):
+def log_prob_and_grad(x, W, target):
     """A slice's log-probabilities (r,), and their gradient by its logits (r, V) in the place of these."""
     target = target[:, None]                                                # (r, 1)
-    logits = (x @ w.T).float()                                              # (r, V)
+    logits = (x @ W.T).float()                                              # (r, V)
     top = logits.amax(-1, keepdim=True)
     said = logits.gather(1, target)
     p = logits.sub_(top).exp_()
@@ -549,7 +543,7 @@ def log_prob_and_grad(x, w, target):
     return (said - top - total.log())[:, 0], grad.to(x.dtype)
 
 
-# ---- the choice of a token -------------------------------------------------------------------------------------------
+# ---- the choice of a token -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -581,12 +575,12 @@ def pick_token(logits, sampling, generator=None):
     return ids.gather(-1, drawn)[:, 0]
 
 
-# ---- fresh weights ---------------------------------------------------------------------------------------------------
+# ---- weights from nothing --------------------------------------------------------------------------------
 
 
 def init_weights(module):
-    """For towers and decoders that start from nothing: N(0, 1/fan_in). The usual 0.02 is right at width 2,500 and too
-    small at the toy's 128."""
+    """For towers and decoders that start from nothing: N(0, 1/fan_in). The usual 0.02 is right at width 2,500
+    and too small at the toy's 128."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
             fan_in = part.weight[0].numel()

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
@@ -235,10 +236,10 @@ def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
 def test_a_row_end_stands_where_the_layout_says_and_a_patch_everywhere_else():
     connector = lively(Connector(VLMConfig(TOWERS["hd"], DecoderConfig(n_embd=32), image_mode="hd")))
     tiles, layout = cut_tiles(noise(60, 28), TOWERS["hd"], "hd")
-    features = torch.randn(len(tiles) * 16, 32)
-    packed = connector(features, layout[:, 0] * 16 + layout[:, 1])
-    for row, (tile, patch) in zip(packed, layout.tolist()):
-        assert_close(row, connector.row_end if tile < 0 else connector(features[tile * 16 + patch]))
+    features = torch.randn(len(tiles), 16, 32)
+    translated = connector.linear_2(F.gelu(connector.linear_1(features)))
+    for row, (tile, patch) in zip(connector(features, layout), layout.tolist(), strict=True):
+        assert_close(row, connector.row_end if tile < 0 else translated[tile, patch])
 
 
 MIXED = [[(100, 60)], [], [(28, 28), (90, 300), (5, 5)], [(400, 30)]]       # sizes of the pictures of four records, one of text alone
