@@ -293,7 +293,7 @@ def fit(cfg, task, run, held_out=None):
 
     run.finish(optimizer)
     if held_out and cfg.final_eval:
-        held_out.examine(run.out)
+        held_out.examine(run.out if rank() == 0 else None)
     print(f"the model is in {run.out}; ask it: python sample.py --model {run.out} --image FILE --prompt TEXT")
     return 0
 

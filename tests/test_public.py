@@ -20,7 +20,7 @@ import mpo
 import pairs
 import sample
 from conversation import Tokenizer
-from support.cli import run
+from support.cli import parse, run
 from model import Decoder, DecoderConfig, PRESETS, VLM, VLMConfig
 from support.export import clip_json, clip_name, llama_json, llava_config, llava_name, save_processor
 from support.weights import decoder_config, our_names, tower_tensors, vision_config
@@ -206,8 +206,9 @@ def test_sample_eval_and_pairs_open_a_lora_whose_tokenizer_lies_with_its_base(tm
         vlm, tok = open_model(lora, vision=flags[1], llm=None if named else str(base), dtype="float32", image_mode="crop", template="llava_v1")
         assert tok.path == base / "tokenizer.model" and (vlm.cfg.image_mode, vlm.cfg.template) == ("crop", "llava_v1")
         assert run(lambda: sample.main(["--model", str(lora), *flags, "--prompt", "What?", "--max-new-tokens", "2"])) == 0
-        asked = eval.Model(eval.parse(["--model", str(lora), *flags, "--device", "cpu"]))
-        assert asked.tok.path == tok.path and asked.vlm.decoder.lm_head.weight.dtype == torch.float32
+        cfg = parse(eval.EvalConfig, ["--model", str(lora), *flags, "--device", "cpu"])
+        asked, its_tok = eval.open_asked(cfg)
+        assert its_tok.path == tok.path and asked.decoder.lm_head.weight.dtype == torch.float32
         (tmp_path / "q.jsonl").write_text('{"text": "What?", "answer": "A cat.", "chosen": "A cat."}\n')
         flags = ["--method", "dropout-ntp", "--data", tmp_path / "q.jsonl", "--out", tmp_path / f"pairs{named}", "--model", lora, *flags, "--max-new-tokens", 2]
         assert run(lambda: pairs.main([str(word) for word in flags])) == 1 and "not one pair could be made" in capfd.readouterr().err

@@ -9,8 +9,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 import data
-import eval as ev
 import mpo
+import sample
 import toyworld
 import train
 from model import DecoderConfig, VLM, VLMConfig, init_weights
@@ -86,11 +86,14 @@ def test_a_dry_run_counts_the_tiles(start, capfd):
 
 def test_questions_about_one_picture_of_tiles_share_its_look(start, mode):
     assert go(mode, out="tiled") == 0
-    model = ev.Model(ev.parse(["--model", "tiled"]))
-    pictures = sorted(Path("world/images").glob("train*"))[:2]
-    encoded = [model.encode([("human", f"Is there a {kind}?")], [pictures[k % 2]]) for k, kind in enumerate(toyworld.KINDS[:6])]
-    assert len(model.batch(encoded)[2]["pixels"]) == 2 * len(encoded[0][1][0])
-    assert model.generate(encoded, 6) == [model.generate([e], 6)[0] for e in encoded]
+    vlm, tok = sample.open_model("tiled")
+    looks = [sample.open_picture(vlm, path) for path in sorted(Path("world/images").glob("train*"))[:2]]
+    asked = [(f"Is there a {kind}?", [looks[k % 2]]) for k, kind in enumerate(toyworld.KINDS[:6])]
+    prompts = [sample.encode_question(vlm, tok, text, pictures) for text, pictures in asked]
+    pixels, _ = sample.gather_pictures(prompts, "cpu")
+    assert len(pixels) == 2 * len(looks[0][0])
+    one_by_one = [sample.answer(vlm, tok, [prompt], 6)[0] for prompt in prompts]
+    assert sample.answer(vlm, tok, prompts, 6) == one_by_one
 
 
 def test_preferences_are_learned_about_tiles_and_two_references_agree(start, mode):

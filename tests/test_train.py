@@ -594,17 +594,25 @@ def test_data_without_a_val_file_trains_without_a_table(go, world, capfd):
 def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, capsys):
     asked = [("count", "2"), ("count", "2"), ("count", "1"), ("cot", "One.\nFinal answer: 3"), ("cot", "Another.\nFinal answer: 3")]
     questions = [{"id": "q", "paths": [f"{i}.png"], "text": "?", "answer": a, "category": c} for i, (c, a) in enumerate(asked)]
-    said = [sample.Answer(text, whole, []) for text, whole in [("2.", True), ("1", True), ("1", False), ("So.\nFinal answer: 3", True), ("3", True)]]
-    blind = [sample.Answer(text, True, []) for text in ("2", "2", "2", "no", "no")]
+    said = {"direct": ["2.", "1", "1", "So.\nFinal answer: 3", "3"], "shuffled pictures": ["2", "2", "2", "no", "no"]}
     seen = []
-    monkeypatch.setattr(eval, "answer_questions", lambda vlm, tok, asked: seen.append(asked) or (said, blind)[len(seen) - 1])
+
+    def ask(vlm, tok, items, column, cfg, progress):
+        seen.append(column.pictures)
+        answers = {k: {"text": text} for k, text in enumerate(said[column.name])}
+        if column.name == "direct":
+            answers[2]["cut_off"] = True
+        return answers
+    monkeypatch.setattr(eval, "ask", ask)
     eval.examine(None, None, questions, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["table"] == {"count": {"n": 3, "accuracy": 2 / 3, "most_frequent": 2 / 3, "shuffled": 2 / 3},
-                                "cot": {"n": 2, "accuracy": 1 / 2, "most_frequent": 1, "shuffled": 0},
-                                "all": {"n": 5, "accuracy": 3 / 5, "most_frequent": 4 / 5, "shuffled": 2 / 5}}
+    table = {"count": (3, 2 / 3, 2 / 3, 2 / 3), "cot": (2, 1 / 2, 1, 0), "all": (5, 3 / 5, 4 / 5, 2 / 5)}
+    for category, row in table.items():
+        assert tuple(results["table"][category].values()) == pytest.approx(row)
     assert results["cut_off"] == 1 and "1 of 5 answers were cut off" in capsys.readouterr().out
-    assert all(a["paths"] != b["paths"] for a, b in zip(*seen)) and {p for q in seen[1] for p in q["paths"]} == {f"{i}.png" for i in range(5)}
+    right, other = seen
+    assert all(right[k] != other[k] for k in right)
+    assert sorted(path for found in other.values() for path in found) == [f"{i}.png" for i in range(5)]
 
 
 @pytest.mark.parametrize("said, truth, right", [

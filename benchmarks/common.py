@@ -1,0 +1,260 @@
+"""What all benchmarks share: their form, reading official files, normalising answers, letters, numbers and boxes.
+
+A benchmark is three functions. `read(cfg)` turns its official files into questions, dicts made by `question` below.
+`judge(item, text)` turns the text of one answer into {"parsed": ..., "score": 0 to 1}. `score(units)` turns judged
+records into the figure that its authors publish. A unit is what they count together, a list of records: mostly one,
+but both questions about a picture of MME, or the rotations of a question of MMBench.
+
+Nothing here knows a model, and nothing imports torch.
+"""
+
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+from support.cli import UserError, one_of
+from support.io import reading
+
+# The three suffixes of LLaVA-1.5 (arXiv:2310.03744, table 7), and InternVL's frame around any question (arXiv:2411.10442)
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
+COT = (
+    "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
+    'answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
+)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def percent_right(units):
+    """Mean score of all records, in percent."""
+    scores = [record["score"] for unit in units for record in unit]
+    return 100 * sum(scores) / len(scores)
+
+
+def rounded_percent(units):
+    """The same, rounded as the VQA scorers do."""
+    scores = [record["score"] for unit in units for record in unit]
+    return round(100 * sum(scores) / len(scores), 2)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    read: Callable  # cfg -> questions
+    judge: Callable  # (item, text) -> {"parsed", "score", ...}
+    score: Callable = percent_right  # units -> the headline figure
+    parts: Callable | None = None  # units -> {name: {figure: number}}, where the authors publish more
+    extract: Callable | None = None  # (item, what the model said) -> what is judged
+    submit: Callable | None = None  # (items, records) -> file name, content: what the official server takes
+    request: Callable | None = None  # (item, record) -> one request to the GPT that judges this benchmark
+    paper: dict = field(default_factory=dict)
+    metric: str = "accuracy %"
+    max_new_tokens: int = 16
+    all_needed: bool = False  # the official scorer refuses a file in which an answer is missing
+
+
+def paper(llava7=None, llava13=None, prism7=None, prism13=None, **others):
+    """Published figures: LLaVA-1.5 (its tables 3 and 4, else Prismatic's), Prism-DINOSigLIP, and others by name."""
+    names = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Prism-7B", "Prism-13B")
+    figures = dict(zip(names, (llava7, llava13, prism7, prism13))) | others
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def question(id, image, text, suffix, truth, **more):
+    """One question. The prompt is the text, a newline, the suffix.
+
+    image: its official path, the bytes of a picture, or None. truth: None where the labels are hidden.
+    more: `unit` and `category`; `asked`, where an answer is known by id and question; `candidates` for --likelihood;
+    `cot` and `then`, the prompts of a chain of thought that has its own; and what the judge needs.
+    """
+    category = more.get("category")
+    names = category if isinstance(category, list) else [category or ""]
+    if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in (text, *names)):
+        raise ValueError("id, question and category must be text")
+    if not isinstance(image, (str, bytes, type(None))):
+        raise ValueError("the picture must be a name")
+    return {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth} | more
+
+
+def verdict(label, truth):
+    """The judgement of a label that is right or wrong; None is an answer that could not be read."""
+    return {"parsed": label, "score": float(label is not None and label == truth)}
+
+
+# ---- official files 
+
+
+def data_folder(cfg):
+    path = Path(cfg.data)
+    return path.parent if path.is_file() else path
+
+
+def main_file(cfg, *names):
+    """--data itself, where it is a file; else the first of these official names."""
+    return Path(cfg.data) if Path(cfg.data).is_file() else find_file(cfg, *names)
+
+
+def find_file(cfg, *names, optional=False):
+    """The first of these official names in the folder --data or up to two folders below it."""
+    folder = data_folder(cfg)
+    for name in names:
+        for pattern in (name, f"*/{name}", f"*/*/{name}"):
+            found = sorted(folder.glob(pattern))
+            if found:
+                return found[0]
+    if optional:
+        return None
+    raise UserError(f"{folder}: no {' or '.join(names)} in it; --data is the folder with the official files")
+
+
+def find_split(cfg, files):
+    """{split: file name} -> split, path. Without --split: --data itself, or the first that is there."""
+    if Path(cfg.data).is_file():
+        named = [split for split, name in files.items() if name == Path(cfg.data).name]
+        return (named or [cfg.split or next(iter(files))])[0], Path(cfg.data)
+    one_of("--split", cfg.split, list(files))
+    there = [split for split, name in files.items() if find_file(cfg, name, optional=True)]
+    split = cfg.split or (there or list(files))[0]
+    return split, find_file(cfg, files[split])
+
+
+def split_files(form, splits):
+    return {split: form.format(split) for split in splits.split()}
+
+
+def load_records(path, under=None):
+    """JSON, JSON lines or TSV -> [(where it stands, its key or number, record)]; `under`: the records' name in an object."""
+    path = Path(path)
+    with reading(path):
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".tsv":
+            csv.field_size_limit(2**31 - 1)  # a cell may hold a whole picture in base64
+            table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", restval="")
+            return [(f"{path}, row {i}", i, row) for i, row in enumerate(table, 1)]
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        if not lines:
+            raise UserError(f"{path}: is empty; get the file again")
+
+        # POPE's files are called .json and hold one record a line.
+        first = lines[0][1].strip()
+        one_a_line = first.startswith("{") and (
+            path.suffix == ".jsonl" or len(lines) > 1 and first.endswith("}")
+        )
+        if one_a_line:
+            places = [f"{path}, line {i}" for i, _ in lines]
+            return [(where, k, load_line(where, lines[k][1])) for k, where in enumerate(places)]
+        found = json.loads(text)
+        records = found if under is None else found[under]
+        if not isinstance(records, (list, dict)):
+            raise UserError(f"{path}: neither a list nor an object of records; get the file again")
+    keyed = records.items() if isinstance(records, dict) else enumerate(records)
+    return [(f"{path}, record {key!r}", key, record) for key, record in keyed]
+
+
+def load_line(where, line):
+    with reading(where):
+        return json.loads(line)
+
+
+def read_each(path, make, under=None):
+    """make(key, record) of every record of a file. What goes wrong in one is an error that names it."""
+    for where, key, record in load_records(path, under):
+        with reading(where):
+            made = make(key, record)
+        if made is not None:
+            yield made
+
+
+# ---- answers 
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # in the official order; not ' : % $ # & * ~ ^ |
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+DIGITS = {word: str(n) for n, word in enumerate(NUMBER_WORDS[:11])} | {"none": "0"}
+
+# The official table maps a word that lacks one of its apostrophes to the whole word, for these words ...
+WHOLE_WORDS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
+how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word
+    for word in WHOLE_WORDS
+    for i, character in enumerate(word)
+    if character == "'"
+}
+CONTRACTIONS |= {
+    "let's": "let's",
+    "she's": "she's",
+    "somebody'd": "somebodyd",
+}  # ... and three entries of another kind
+
+
+def one_line(text):
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalise(text, contractions=CONTRACTIONS):
+    """The VQA scorer's processPunctuation and processDigitArticle, oddities included."""
+    out = text
+    has_digit_comma = re.search(r"\d,\d", text)
+    for mark in PUNCTUATION:  # always tested on the untouched text
+        deleted = has_digit_comma or mark + " " in text or " " + mark in text
+        out = out.replace(mark, "" if deleted else " ")
+    out = re.sub(r"\.(?!\d)", "", out, count=32)  # 32: the value of re.UNICODE, which landed in `count`
+    words = [DIGITS.get(word, word) for word in out.lower().split()]
+    return " ".join(contractions.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def evalai(text):
+    """TextVQA's normaliser (EvalAI, M4C), which LLaVA also applies to what it uploads for VQAv2 and VizWiz."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return normalise(one_line(text.strip()))
+
+
+def final_answer(text):
+    """InternVL's extraction from a chain of thought: the first trigger, the rest of its line; without one the whole text."""
+    found = re.search(r"(Final answer:|Answer:)\s*(.*)", text, re.IGNORECASE)
+    return found[2].strip() if found else text
+
+
+def lettered(choices, form="\n{}. {}"):
+    """The options of a question, a line each."""
+    return "".join(form.format(letter, choice) for letter, choice in zip(LETTERS, choices))
+
+
+def count_in(text):
+    """The first integer or number word of an answer, None without one."""
+    found = re.search(rf"\d+|\b(?:{'|'.join(NUMBER_WORDS)})\b", text, re.IGNORECASE)
+    if found is None:
+        return None
+    return int(found[0]) if found[0].isdigit() else NUMBER_WORDS.index(found[0].lower())
+
+
+def read_box(text):
+    """The first four numbers in brackets, [x1, y1, x2, y2]: fractions of the picture's sides, or thousandths (InternVL)."""
+    found = re.search(r"[\[(]\s*" + r"\s*,\s*".join([r"(-?\d*\.?\d+)"] * 4) + r"\s*[\])]", text)
+    if found is None:
+        return None
+    box = [float(number) for number in found.groups()]
+    return [x / 1000 for x in box] if sum(box) >= 4 else box
+
+
+def iou(a, b):
+    """Intersection over union of two boxes [x1, y1, x2, y2]; reversed corners enclose nothing."""
+
+    def area(x1, y1, x2, y2):
+        return max(0.0, x2 - x1) * max(0.0, y2 - y1)
+
+    common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return common / max(area(*a) + area(*b) - common, 1e-9)

@@ -1,0 +1,160 @@
+"""Open answers that GPT-4 grades: LLaVA-Bench (In-the-Wild), MM-Vet.
+
+    (a picture of a street)   Describe this photo in detail.
+    a model: "The photo shows ..."      GPT-4: "8 6\\nAssistant 1 names ..."      score 100 * 6 / 8
+
+Asked of a model, these two give no score: judge_requests.jsonl holds one request a line, as the authors word it, ready to
+send. What comes back is read by --predictions, rows with an id and `content` (LLaVA-Bench's reviews) or `score` (MM-Vet's
+grades), and scored as the authors score it.
+"""
+
+from benchmarks.common import Benchmark, find_file, main_file, load_records, paper, question, read_each
+
+RULE = (
+    "We would like to request your feedback on the performance of two AI assistants in response to the user question "
+    "displayed above. The user asks the question on observing an image. For your reference, the visual content in the "
+    "image is represented with a few sentences describing the image. \nPlease rate the helpfulness, relevance, accuracy, "
+    "level of details of their responses. Each assistant receives an overall score on a scale of 1 to 10, where a higher "
+    "score indicates better overall performance.\nPlease first output a single line containing only two values indicating "
+    "the scores for Assistant 1 and 2, respectively. The two scores are separated by a space.\nIn the subsequent line, "
+    "please provide a comprehensive explanation of your evaluation, avoiding any potential bias and ensuring that the "
+    "order in which the responses were presented does not affect your judgment."
+)
+
+
+def read_llava_bench(cfg):
+    captions = {row["image"]: row["caption"] for _, _, row in load_records(find_file(cfg, "context.jsonl"))}
+    references = {
+        row["question_id"]: row["text"] for _, _, row in load_records(find_file(cfg, "answers_gpt4.jsonl"))
+    }
+
+    def make(_, row):
+        id, image = row["question_id"], row["image"]
+        caption = captions[image]
+        if isinstance(caption, list):
+            caption = "\n".join(caption)
+        category = row["category"].removeprefix("llava_bench_")
+        return question(
+            id, f"images/{image}", row["text"], "", references[id], category=category, caption=caption
+        )
+
+    return read_each(main_file(cfg, "questions.jsonl"), make)
+
+
+def judge_llava_bench(item, review):
+    """The two scores on the first line of a review: of the reference and of the model. Where they cannot be read, both
+    are -1, which the official mean does not drop."""
+    try:
+        reference, model = [float(number) for number in review.split("\n")[0].replace(",", " ").split(" ")]
+    except ValueError:
+        return {"parsed": None, "score": -0.1, "pair": [-1.0, -1.0]}
+    return {"parsed": [reference, model], "score": model / 10, "pair": [reference, model]}
+
+
+def score_llava_bench(units):
+    """100 model / reference of the mean scores, each rounded as the official summary does."""
+    pairs = [unit[0]["pair"] for unit in units]
+    reference, model = (round(sum(scores) / len(pairs), 3) for scores in zip(*pairs))
+    return round(model / reference * 100, 1) if reference > 0 else float("nan")
+
+
+def request_llava_bench(item, record):
+    said = (
+        f"[Context]\n{item['caption']}\n\n[Question]\n{item['text']}\n\n"
+        f"[Assistant 1]\n{item['truth']}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{record['answer'] or ''}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
+    )
+    messages = [
+        {
+            "role": "system",
+            "content": "You are a helpful and precise assistant for checking the quality of the answer.",
+        },
+        {"role": "user", "content": said},
+    ]
+    return {
+        "question_id": item["id"],
+        "category": item["category"],
+        "model": "gpt-4-0314",
+        "temperature": 0.2,
+        "max_tokens": 1024,
+        "messages": messages,
+    }
+
+
+MEME = (
+    "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and "
+    "Greenland are misleading. Despite its name, Iceland is known for its beautiful green landscapes, while Greenland is "
+    "mostly covered in ice and snow. The meme is saying that the person has trust issues because the names of these "
+    "countries do not accurately represent their landscapes. | "
+)
+EQUATION = "What is x in the equation? | -1 <AND> -5 | x = "
+MM_VET = (
+    "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> in the "
+    "ground truth means it is totally right only when all elements in the ground truth are present in the prediction, and "
+    "<OR> means it is totally right when any one element in the ground truth is present in the prediction. The correctness "
+    "score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Just complete the "
+    "last space of the correctness score.\n\n"
+    "Question | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
+    f"{EQUATION}3 | 0.0\n{EQUATION}-1 | 0.5\n{EQUATION}-5 | 0.5\n{EQUATION}-5 or 5 | 0.5\n{EQUATION}-1 or x = -5 | 1.0\n"
+    f"{MEME}The meme talks about Iceland and Greenland. It's pointing out that despite their names, Iceland is not very icy "
+    f"and Greenland isn't very green. | 0.4\n{MEME}The meme is using humor to point out the misleading nature of Iceland's "
+    "and Greenland's names. Iceland, despite its name, has lush green landscapes while Greenland is mostly covered in ice "
+    "and snow. The text 'This is why I have trust issues' is a playful way to suggest that these contradictions can lead to "
+    "distrust or confusion. The humor in this meme is derived from the unexpected contrast between the names of the "
+    "countries and their actual physical characteristics. | 1.0\n"
+)
+
+
+def read_mm_vet(cfg):
+    def make(id, row):
+        image = f"images/{row.get('imagename') or f'{id}.png'}"
+        return question(
+            str(id), image, row["question"], "", row["answer"] + "", category=list(row["capability"])
+        )
+
+    return read_each(main_file(cfg, "mm-vet.json"), make)
+
+
+def judge_mm_vet(item, grade):
+    """The mean of the judge's runs, numbers from 0 to 1."""
+    grades = [float(number) for number in grade.strip("[]").split(",")]
+    return {"parsed": grade, "score": sum(grades) / len(grades)}
+
+
+def score_mm_vet(units):
+    return round(100 * sum(unit[0]["score"] for unit in units) / len(units), 1)
+
+
+def request_mm_vet(item, record):
+    truth = item["truth"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    said = f"{MM_VET}\n" + " | ".join([item["text"], truth, record["answer"] or "", ""])
+    messages = [{"role": "user", "content": said}]
+    return {
+        "question_id": item["id"],
+        "model": "gpt-4-0613",
+        "temperature": 0,
+        "max_tokens": 3,
+        "messages": messages,
+    }
+
+
+BENCHMARKS = {
+    "llava-bench": Benchmark(
+        read_llava_bench,
+        judge_llava_bench,
+        score_llava_bench,
+        request=request_llava_bench,
+        max_new_tokens=1024,
+        metric="relative score by GPT-4",
+        paper=paper(65.4, 72.5),
+    ),
+    "mm-vet": Benchmark(
+        read_mm_vet,
+        judge_mm_vet,
+        score_mm_vet,
+        request=request_mm_vet,
+        max_new_tokens=1024,
+        metric="score by GPT-4, of 100",
+        paper=paper(31.1, 36.1, **{"InternVL2.5-8B-MPO": 66.9}),
+    ),
+}
