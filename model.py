@@ -38,7 +38,12 @@ from support.cli import UserError
 from vision import TILINGS, ViT, VisionConfig, find_tiling, random_normal
 
 IGNORE = -100                        # the label of a token that is not supervised
-CONNECTORS = ("mlp2x_gelu", "linear", "fused_gelu", "norm_gelu")
+CONNECTORS = {                       # name -> its linear layers; between two stands a GELU
+    "linear": 1,                     # LLaVA v1
+    "mlp2x_gelu": 2,                 # LLaVA-1.5
+    "norm_gelu": 2,                  # InternVL, a LayerNorm before them
+    "fused_gelu": 3,                 # Prismatic, whose first is four times as wide as its input
+}
 
 
 # ---- configs ---------------------------------------------------------------------------------------------
@@ -201,8 +206,9 @@ class VLM(nn.Module):
             # Other processes have pictures, and wait for this one's share of the towers and the connector.
             S = self.cfg.vision.image_size
             blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=x.device)
-            patch_and_row_end = torch.tensor([[0, 0], [-1, 0]], device=x.device)
-            x = x + 0 * self.connector(self.features(blank), patch_and_row_end).sum().to(x.dtype)
+            places = [[0, 0]] if self.connector.row_end is None else [[0, 0], [-1, 0]]
+            visual = self.connector(self.features(blank), torch.tensor(places, device=x.device))
+            x = x + 0 * visual.sum().to(x.dtype)
         return x
 
     def generate(self, tokens, pixels=None, max_new_tokens=128, **options):
@@ -293,15 +299,12 @@ class Connector(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         n_in, D = cfg.n_feature, cfg.decoder.n_embd
-        widths = {
-            "linear": [D],                   # LLaVA v1
-            "mlp2x_gelu": [D, D],            # LLaVA-1.5
-            "norm_gelu": [D, D],             # InternVL, with a LayerNorm before them
-            "fused_gelu": [4 * n_in, D, D],  # Prismatic, over two towers
-        }[cfg.connector]
-        self.norm = nn.LayerNorm(n_in) if cfg.connector == "norm_gelu" else nn.Identity()
         self.D = D
-        self.n_linear = len(widths)
+        self.n_linear = CONNECTORS[cfg.connector]
+        self.norm = nn.LayerNorm(n_in) if cfg.connector == "norm_gelu" else nn.Identity()
+        widths = [D] * self.n_linear
+        if cfg.connector == "fused_gelu":
+            widths[0] = 4 * n_in
         for i, width in enumerate(widths, 1):
             self.add_module(f"linear_{i}", nn.Linear(n_in, width))  # fresh weights are PyTorch's own
             n_in = width
@@ -417,9 +420,10 @@ class CausalAttention(nn.Module):
 
     def forward(self, x, rope, mask=None, rows=None, cache=None, positions=None):
         B, T, _ = x.shape                                                   # (B, T, D)
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # (B, H_kv, T, d)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        heads = B, T, -1, self.head_dim
+        q = self.q_proj(x).view(heads).transpose(1, 2)                      # (B, H, T, d)
+        k = self.k_proj(x).view(heads).transpose(1, 2)                      # (B, H_kv, T, d)
+        v = self.v_proj(x).view(heads).transpose(1, 2)                      # (B, H_kv, T, d)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             each_row = torch.arange(B, device=x.device)[:, None]

@@ -193,6 +193,17 @@ def test_gradients_reach_every_part_but_the_layers_that_are_never_run():
     assert still == unused
 
 
+@pytest.mark.parametrize("mode", ["pad", "hd"])
+def test_a_batch_of_words_alone_still_touches_tower_and_connector_where_several_processes_train(mode):
+    vlm = lively(VLM(replace(TINY, image_mode=mode))).train()
+    tokens = torch.tensor([prompt(9)])
+    alone = vlm(tokens, None, tokens)
+    vlm.always_look = True
+    assert_close(vlm(tokens, None, tokens), alone)
+    vlm(tokens, None, tokens).backward()
+    assert all(p.grad is not None for p in vlm.connector.parameters()) and not vlm.vision.patch.weight.grad.any()
+
+
 # ---- log-probabilities without logits -------------------------------------------------------------------------------
 
 def in_float64(h, W, targets, weights):
