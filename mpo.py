@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 from conversation import encode_conversation
-from data import Examples, Mixture, collate, open_records
+from data import Examples, Records, collate
 from lab.losses import aot_loss, cdpo_loss, hinge_loss, ipo_loss, orpo_loss, robust_dpo_loss, sppo_loss
 from model import IGNORE, PRESETS, token_log_probs
 from sample import newest_run
@@ -120,17 +120,16 @@ def log_probs(vlm, batch, seen=None):
 
 
 PREFIX, CHOSEN, REJECTED, PADDING = range(4)     # the parts of a row; each sees the prefix and itself
-PairFiles = open_records                         # a file of pairs is a file of records
+PairFiles = Records                              # a file of pairs is a file of records
 
 
 
 class PairExamples(Examples):
     """Pairs as rows: what data.Examples is for conversations."""
 
-    def picture(self, i, name):
-        part = self.records.parts[self.records.picks[i][0]] if isinstance(self.records, Mixture) else self.records
-        image = super().picture(i, name)
-        return recompressed(image, i) if part.recompress else image
+    def open_picture(self, path, record):
+        image = super().open_picture(path, record)
+        return recompressed(image, record["row"]) if record["file"].recompress else image
 
     def encode(self, record, n_visual):
         for name in "question", "chosen", "rejected":
@@ -173,7 +172,7 @@ def encode_pair(tok, question, chosen, rejected, template, n_visual):
 
 def collate_pairs(examples, pad):
     """data.collate, with all that a pair's row has."""
-    return collate(examples, pad, at=0, source=0, part=PADDING) | {"index": [e["index"] for e in examples if "skipped" not in e]}
+    return collate(examples, pad, more={"at": 0, "source": 0, "part": PADDING}) | {"index": [e["index"] for e in examples if "skipped" not in e]}
 
 
 
@@ -281,8 +280,8 @@ class Pairs:
         """s_ref of every pair, (n, 2), from a file named by all it depends on; what of it is missing is computed by first() and appended."""
         cfg, n, began = self.cfg, len(self.examples), time.time()
         what = [self.examples.template, self.examples.image_mode, str(self.examples.vision_cfg.tiling), self.examples.max_length, cfg.dtype,
-                self.device.type, records.picks.tolist() if isinstance(records, Mixture) else []]
-        files = dict.fromkeys([*map(Path, cfg.data.split(",")), *(part.path for part in records.parts)])
+                self.device.type, records.index.tolist()]
+        files = dict.fromkeys([*map(Path, cfg.data.split(",")), *(file.path for file in records.files)])
         key = fingerprint(model_files(cfg), list(files), what)
         path = Path(cfg.out).parent / "reference" / f"{key}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

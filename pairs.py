@@ -31,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from conversation import find_template
-from data import Records
+from data import Records, picture_paths
 from eval import is_right
 from sample import DTYPES, Answer, answer, encode_question, newest_run, open_model, open_picture, read_answer
 from support.cli import REQUIRED, UserError, arg, parse, pick_device, run
@@ -139,7 +139,7 @@ def read_questions(records, cfg):
     for i in range(len(records)):
         try:
             record = records[i]
-            paths = [records.image_path(name) for name in record["images"]]
+            paths = picture_paths(record)
         except UserError as error:
             unreadable.append(str(error))
             continue
@@ -147,7 +147,7 @@ def read_questions(records, cfg):
         if turns[0][0] != "human":
             turns = turns[1:]
         for k in range(0, len(turns), 2):
-            where = records.where(i, record["id"])
+            where = record["where"]
             if len(turns) > 2:
                 where += f", turn {k + 1}"
             text = turns[k][1]

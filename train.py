@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from data import Examples, Questions, batches, collate, micro_batches, open_records, share
+from data import Examples, Records, collate, draw_batches, micro_batches, share_by_rank
 from model import IGNORE, PRESETS
 from support.checkpoint import Run
 from support.cli import UserError, arg, parse, run
@@ -225,9 +225,9 @@ def teach(cfg, Task):
     with processes(cfg) as device:
         given = {name: value for name, value in asdict(cfg).items() if value not in ("", False)}
         print(f"config: {json.dumps(given)}", flush=True)
-        records = open_records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+        records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
         if cfg.split_questions:
-            records = Questions(records)
+            records.split_questions()
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
         if cfg.dry_run:
             vlm, tok = plan_model(cfg)
@@ -250,6 +250,7 @@ def teach(cfg, Task):
         n_all = sum(p.numel() for p in vlm.parameters()) / 1e6
         print(f"{n_train:.2f}M of {n_all:.2f}M parameters train, on {len(records):,} records, "
               f"{n_step:,} steps of {cfg.batch_size}", flush=True)
+        task.prepare(vlm, run.out)
         return fit(cfg, task, run, held_out)
 
 
@@ -384,10 +385,9 @@ class Answering:
 def make_loader(cfg, task, run):
     """The steps that are still to do, each a list of micro-batches."""
     records = task.examples.records
-    lengths = getattr(records, "runs", torch.ones(len(records), dtype=torch.int64))
-    order = islice(batches(lengths, cfg.batch_size, run.n_step, cfg.seed), run.first_step - 1, None)
+    order = islice(draw_batches(records.runs, cfg.batch_size, run.n_step, cfg.seed), run.first_step - 1, None)
     n_token = run.vlm.cfg.vision.n_token
-    own = (share(rows, records, n_token, rank(), world_size()) for rows in order)
+    own = (share_by_rank(rows, records, n_token, rank(), world_size()) for rows in order)
     sizes = {"size": cfg.micro_batch_size, "budget": cfg.token_budget}
     cut = partial(micro_batches, pad=run.tok.pad, collate=task.collate, **sizes)
     on_gpu = next(run.vlm.parameters()).is_cuda

@@ -31,15 +31,16 @@ from support.io import write_json
 
 RATIOS = (0.25, 0.5, 0.75)           # how much of an answer DropoutNTP keeps
 UNDISTURBED = ["--eval-every", 0, "--save-every", 0, "--no-final-eval"]
-VARIANTS = {                         # row -> --loss; pairs by correctness, too?; ratio of those by DropoutNTP
-    "SFT on chosen": ("sft", True, 0.5),
-    "DPO": ("dpo", True, 0.5),
-    "DPO+sft": ("dpo+sft", True, 0.5),
-    "BCO+sft": ("bco+sft", True, 0.5),
-    "MPO": ("mpo", True, 0.5),
-    "MPO, DropoutNTP 0.25 alone": ("mpo", False, 0.25),
-    "MPO, DropoutNTP 0.5 alone": ("mpo", False, 0.5),
-    "MPO, DropoutNTP 0.75 alone": ("mpo", False, 0.75),
+MPO = (0.8, 0.2, 1)
+VARIANTS = {                         # row -> w_p, w_q, w_g; pairs by correctness, too?; ratio of those by DropoutNTP
+    "SFT on chosen": ((0, 0, 1), True, 0.5),
+    "DPO": ((1, 0, 0), True, 0.5),
+    "DPO+sft": ((1, 0, 1), True, 0.5),
+    "BCO+sft": ((0, 1, 1), True, 0.5),
+    "MPO": (MPO, True, 0.5),
+    "MPO, DropoutNTP 0.25 alone": (MPO, False, 0.25),
+    "MPO, DropoutNTP 0.5 alone": (MPO, False, 0.5),
+    "MPO, DropoutNTP 0.75 alone": (MPO, False, 0.75),
 }
 COLUMNS = {
     "direct": "direct",
@@ -134,7 +135,7 @@ def make_pairs(cfg, folder, seed):
 
 
 def train_variant(cfg, run_dir, variant, seed):
-    loss, has_correctness, ratio = variant
+    (w_p, w_q, w_g), has_correctness, ratio = variant
     names = ["correctness"] if has_correctness else []
     names.append(f"dropout{ratio}")
     root = str(Path("toyworld").absolute())
@@ -146,7 +147,7 @@ def train_variant(cfg, run_dir, variant, seed):
     write_json(data, mixture)
     make_unless_there(cfg, run_dir, mpo, [
         "--model", cfg.model, "--data", data, "--image-root", "toyworld", "--seed", seed,
-        "--loss", loss, "--max-steps", cfg.steps, *UNDISTURBED,
+        "--w-p", w_p, "--w-q", w_q, "--w-g", w_g, "--max-steps", cfg.steps, *UNDISTURBED,
     ])
 
 

@@ -5,6 +5,6 @@
 # differs by --lr 5e-6 --max-length 6144. Where ours differs: no DropPath in the tower (theirs 0.1), and the pairs' reference is computed once, not in each step.
 set -eu
 exec ${LAUNCH:-python} "$(dirname "$0")/../mpo.py" --model "$MODEL" --data "$META" --image-root "$ROOT" --train connector,llm,vision \
-    --loss mpo --beta 0.1 --w-p 0.8 --w-q 0.2 --w-g 1 --reference precomputed \
+    --beta 0.1 --w-p 0.8 --w-q 0.2 --w-g 1 --reference precomputed \
     --lr 1e-6 --warmup 0.03 --weight-decay 0.05 --clip 1 --epochs 1 --batch-size 256 --micro-batch-size 1 --max-length 8192 \
     --eval-every 0 --save-every 200 --workers 8 --out "${OUT:-out/internvl2.5-mpo}" "$@"

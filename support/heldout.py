@@ -6,7 +6,7 @@ import math
 import torch
 
 from conversation import encode_conversation
-from data import Examples, micro_batches, open_records
+from data import Examples, Records, micro_batches, picture_paths
 from eval import answer_questions, examine
 from support.cli import UserError
 from support.distributed import rank
@@ -18,7 +18,7 @@ class HeldOut:
     def __init__(self, cfg, vlm, tok, task, n=128):
         """task: whose loss is looked at, that of n questions spread over the file."""
         self.cfg, self.vlm, self.tok, self.task = cfg, vlm, tok, task
-        records = open_records(cfg.val, cfg.image_root)
+        records = Records(cfg.val, cfg.image_root)
         self.questions = [self.read_question(records, i) for i in range(len(records))]
         examples = Examples(
             records, tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size)
@@ -32,12 +32,12 @@ class HeldOut:
                 raise UserError('no answer; a held-out question needs "text" and "answer"')
             n_visual = [1] * len(record["images"])
             encode_conversation(self.tok, record["turns"][:2], self.vlm.cfg.template, n_visual)
-            paths = [records.image_path(name) for name in record["images"]]
+            paths = picture_paths(record)
             for path in paths:
                 if not path.exists():
                     raise UserError(f"{path}: no such picture; check the path and --image-root")
         except UserError as error:
-            raise UserError(f"{records.where(i, record['id'])}: {error}") from None
+            raise UserError(f"{record['where']}: {error}") from None
         (_, text), (_, truth) = record["turns"][:2]
         category = str(record.get("category", "all"))
         return {"id": record["id"], "paths": paths, "text": text, "answer": truth, "category": category}

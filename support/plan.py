@@ -7,6 +7,7 @@ import time
 import torch
 
 from conversation import encode_conversation
+from data import picture_paths
 from model import IGNORE
 from support.cli import UserError
 from support.distributed import uses_autocast
@@ -68,7 +69,7 @@ def look_at_records(cfg, records, vlm, tok, n=200):
             n_visual = [vision.n_token] * len(record["images"])
             n_cut = len(n_visual)
             if mode in TILINGS:
-                images = [open_image(records.image_path(name)) for name in record["images"]]
+                images = [open_image(path) for path in picture_paths(record)]
                 cut = [cut_tiles(image, vision, mode) for image in images]
                 n_visual = [len(layout) for _, layout in cut]
                 n_cut = sum(len(tiles) for tiles, _ in cut)

@@ -20,7 +20,7 @@ import mpo
 import toyworld
 import train
 from conversation import Tokenizer, encode_conversation
-from data import IGNORE, Records, open_records
+from data import IGNORE, Records
 from support.cli import parse, run
 from model import DecoderConfig, VLM, VLMConfig
 from support.export import save_processor
@@ -76,7 +76,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def examples(folder, tok, vlm, file="pairs.jsonl", bad="stop"):
-    return mpo.PairExamples(open_records(folder / file, folder), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, bad)
+    return mpo.PairExamples(Records(folder / file, folder), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, bad)
 
 
 def go(tiny, folder, *flags, out="run", data="pairs.jsonl"):
@@ -303,7 +303,7 @@ def test_the_two_answers_cannot_see_each_other(vlm, tok, folder):
 
 @pytest.mark.parametrize("template", ["llava_v0", "prism_pure", "llava_llama_2", "plain"])
 def test_every_template_has_one_row_for_two(vlm, tok, folder, template):
-    made = mpo.PairExamples(open_records(folder / "pairs.jsonl", folder), tok, template, vlm.cfg.vision, "pad", 256, "stop")
+    made = mpo.PairExamples(Records(folder / "pairs.jsonl", folder), tok, template, vlm.cfg.vision, "pad", 256, "stop")
     s, _ = mpo.log_probs(vlm, mpo.collate_pairs([made[0]], tok.pad))
     for k, (value, _) in enumerate(two_rows(vlm, tok, PAIRS[0], made[0]["pixels"], template)):
         assert abs(s[0, k].item() - value.item()) < 1e-4

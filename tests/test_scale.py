@@ -23,7 +23,7 @@ from torch.testing import assert_close
 import tools.bench as bench
 import model
 import train
-from data import IGNORE, open_records
+from data import IGNORE, Records, picture_paths
 from support.cli import run
 from model import DecoderConfig, VLM, VLMConfig
 from support.export import save_adapter, save_processor
@@ -251,9 +251,10 @@ def test_what_some_processes_saved_others_resume(go, before, after):
 
 def test_shares_are_even_and_together_the_batch():
     class Sized:
-        n_bytes = lambda self, i: 100 * (i % 7) + 50
-        has_picture = lambda self, i: i % 3 == 0
-    hands = [data.share(list(range(64)), Sized(), 576, rank, 4) for rank in range(4)]
+        def guess_tokens(self, i, n_visual):
+            return 25 * (i % 7) + 12.5 + n_visual * (i % 3 == 0)
+
+    hands = [data.share_by_rank(list(range(64)), Sized(), 576, rank, 4) for rank in range(4)]
     assert sorted(i for hand in hands for i in hand) == list(range(64))
     load = [sum(25 * (i % 7) + 12.5 + 576 * (i % 3 == 0) for i in hand) for hand in hands]
     assert max(load) < 1.05 * min(load)
@@ -344,7 +345,7 @@ def test_batches_under_a_token_budget_waste_less_than_5_percent_on_llava_like_le
     shapes = set()
     for step in range(20):
         rows = [{"tokens": torch.zeros(t, dtype=torch.int64), "labels": torch.zeros(t, dtype=torch.int64), "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-                 "layout": torch.empty(0, 2, dtype=torch.int64), "id": str(t)} for t in llava_like(128, step)]
+                 "layout": torch.empty(0, 2, dtype=torch.int64), "id": str(t), "pictures_of": t} for t in llava_like(128, step)]
         made = data.micro_batches(rows, 0, 0, budget=16384)
         assert sorted(i for m in made for i in m["ids"]) == sorted(r["id"] for r in rows)
         assert all(m["tokens"].numel() <= 16384 and m["tokens"].shape == m["labels"].shape and m["tokens"].shape[1] % 32 == 0 for m in made)
@@ -371,18 +372,18 @@ def write_lines(path, n, name):
 
 def test_a_mixture_shows_each_file_as_often_as_its_weight_says(tmp_path):
     a, b = write_lines(tmp_path / "a.jsonl", 10, "a"), write_lines(tmp_path / "b.jsonl", 4, "b")
-    mixed = open_records(f"{a},{b}", tmp_path, "0.5,2.25")
+    mixed = Records(f"{a},{b}", tmp_path, "0.5,2.25")
     ids = [mixed[i]["id"] for i in range(len(mixed))]
     assert sum(i.startswith("a") for i in ids) == len({i for i in ids if i.startswith("a")}) == 5
     assert sorted(ids.count(f"b{i}") for i in range(4)) == [2, 2, 2, 3]
-    assert mixed.where(0, ids[0]).startswith(str(a)) and mixed.where(len(mixed) - 1).startswith(str(b))
-    with pytest.raises(UserError, match="1 for 2 files"):
-        open_records(f"{a},{b}", tmp_path, "1")
+    assert mixed[0]["where"].startswith(str(a)) and mixed[len(mixed) - 1]["where"].startswith(str(b))
+    with pytest.raises(UserError, match="--data-weights 1: .* one number for each file"):
+        Records(f"{a},{b}", tmp_path, "1")
 
 
 def test_a_smaller_fraction_is_part_of_a_larger_and_the_seed_decides(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", 100, "a")
-    ids = lambda fraction, seed=0: {r["id"] for r in (lambda records: [records[i] for i in range(len(records))])(open_records(str(file), tmp_path, "", fraction, seed))}
+    ids = lambda fraction, seed=0: {r["id"] for r in (lambda records: [records[i] for i in range(len(records))])(Records(str(file), tmp_path, "", fraction, seed))}
     assert [len(ids(f)) for f in (0.1, 0.5, 1.0)] == [10, 50, 100]
     assert ids(0.1) < ids(0.5) and ids(0.1) != ids(0.1, seed=1)
 
@@ -392,13 +393,13 @@ def test_a_meta_json_as_mmprs_is_a_mixture_each_with_its_own_folder_of_pictures(
         write_lines(tmp_path / name / "lines.jsonl", n, name)
     meta = {name: {"root": name, "annotation": f"{name}/lines.jsonl", "data_augment": False, "repeat_time": times, "length": 5} for name, times in (("x", 2), ("y", 0.5))}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    mixed = open_records(str(tmp_path / "meta.json"))
+    mixed = Records(str(tmp_path / "meta.json"))
     rows = [mixed[i] for i in range(len(mixed))]
     assert [sum(r["id"].startswith(name) for r in rows) for name in "xy"] == [8, 3]
-    assert {str(mixed.image_path(r["images"][0])) for r in rows} == {str(tmp_path / name / "p.png") for name in "xy"}
+    assert {str(path) for r in rows for path in picture_paths(r)} == {str(tmp_path / name / "p.png") for name in "xy"}
     (tmp_path / "meta.json").write_text(json.dumps({"x": meta["x"] | {"root": "/the/authors/cluster"}}))
-    with pytest.raises(UserError, match="'x'.*write yours"):
-        open_records(str(tmp_path / "meta.json"))
+    with pytest.raises(UserError, match="'x'.*no such folder. Write your own paths"):
+        Records(str(tmp_path / "meta.json"))
 
 
 # ---- tripwires -----------------------------------------------------------------------------------------------------------

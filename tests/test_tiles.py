@@ -17,7 +17,7 @@ import sample
 import toyworld
 import train
 from conversation import encode_prompt
-from data import Examples, Records, collate
+from data import Examples, Records, collate, picture_paths
 from model import Connector, DecoderConfig, PRESETS, VLM, VLMConfig
 from support.export import save_processor
 from support.weights import read_config
@@ -302,7 +302,7 @@ def test_training_and_sampling_count_the_same_tokens(records, tok):
         examples = Examples(records, tok, "vicuna_v1", tiny(tok, mode).cfg.vision, mode, 1024)
         seen = []
         vlm.generate = lambda tokens, pixels, n, **flags: seen.append((tokens, flags["layout"])) or torch.full((len(tokens), 1), tok.eos)
-        paths = [records.image_path(name) for name in records[2]["images"]]
+        paths = picture_paths(records[2])
         sample.answer(vlm, tok, [sample.encode_question(vlm, tok, "What?", [sample.open_picture(vlm, p) for p in paths])])
         (tokens, layout), = seen
         assert torch.equal(layout, examples[2]["layout"]) and (tokens == tok.image).sum() == (examples[2]["tokens"] == tok.image).sum() == len(layout)

@@ -19,7 +19,7 @@ import torch
 
 import mpo
 from conversation import Tokenizer, encode_conversation
-from data import Examples, Records, micro_batches
+from data import Examples, Records, micro_batches, picture_paths
 from model import DecoderConfig, PRESETS, VLM, VLMConfig, init_weights
 from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
 from support.plan import matmul_rate
@@ -164,8 +164,8 @@ def pairs_here(model, call, tokens, pixels, n, args):
     """tokens (B, prefix + 2n) hold a pair as one row, and are collated as mpo.py does it."""
     p, N = tokens.shape[1] - 2 * n, model.cfg.vision.n_token
     layout = torch.cartesian_prod(torch.arange(args.pictures), torch.arange(N))
-    examples = [mpo.pair_row(row[:p], row[p:-n], row[-n:]) | {"pixels": some, "layout": layout, "id": "", "index": 0}
-                for row, some in zip(tokens.tolist(), pixels.split(args.pictures))]
+    examples = [mpo.pair_row(row[:p], row[p:-n], row[-n:]) | {"pixels": some, "layout": layout, "id": "", "index": 0, "pictures_of": k}
+                for k, (row, some) in enumerate(zip(tokens.tolist(), pixels.split(args.pictures)))]
     batch = mpo.to(mpo.collate_pairs(examples, model.cfg.pad_token), tokens.device)
     ref = None
     if args.precomputed:
@@ -443,7 +443,7 @@ def data_path(args, pictures=16, some=96):
         picked = [int(i) for i in np.linspace(0, len(records) - 1, some)]
         for i in picked:
             record = timed("find and parse the record", records.__getitem__, i)
-            image = timed("decode the JPEG", open_image, records.image_path(record["images"][0]))
+            image = timed("decode the JPEG", open_image, picture_paths(record)[0])
             _, layout = timed("pad and resize", cut_tiles, image, cfg.vision, cfg.image_mode)
             tokens, _ = timed("tokenise", encode_conversation, tok, record["turns"], template, [len(layout)])
         each = [timed("prepare", examples.__getitem__, i) for i in picked]

@@ -47,12 +47,12 @@ def tokenizer(args):
 def show(args):
     """Print one record token by token, the supervised ones marked, and save its tiles as the network sees them."""
     records, examples = open_examples(args, bad="stop")
-    i = args.index if args.id is None else records.find(args.id)
+    i = args.index if args.id is None else find_record(records, args.id)
     if not 0 <= i < len(records):
         raise UserError(f"{args.file}: no record {i}; it holds {len(records)}, counted from 0")
     example, tok, cfg = examples[i], examples.tok, examples.vision_cfg
     tokens, labels = example["tokens"].tolist(), example["labels"].tolist()
-    print(records.where(i, example["id"]))
+    print(records[i]["where"])
     print(f"template {examples.template}, pictures {cfg.image_size} px in patches of {cfg.patch_size} px, mode {examples.image_mode}")
     print(f"{'position':>11} {'id':>6} {'label':>6}  piece")
     for _, run in groupby(range(len(tokens)), lambda k: -1 if tokens[k] == tok.image else k):   # a picture's tokens in one line
@@ -75,6 +75,31 @@ def show(args):
         print(f"tiles saved as {args.out}")
     return 0
 
+
+
+class Checked(Examples):
+    """Examples that say how far they came, and whether <image> is a word in them."""
+
+    def __getitem__(self, i):
+        self.stage = "record"
+        return super().__getitem__(i) | {"stage": self.stage}
+
+    def cut_pictures(self, record):
+        self.stage = "picture"
+        return super().cut_pictures(record)
+
+    def encode(self, record, n_visual):
+        self.stage = "conversation"
+        marker_is_text = not n_visual and any("<image>" in text for _, text in record["turns"])
+        return super().encode(record, n_visual) | {"marker_is_text": marker_is_text}
+
+
+def find_record(records, id):
+    """Index of the first record with this id; the file is read up to it."""
+    for i in range(len(records)):
+        if records[i]["id"] == id:
+            return i
+    raise UserError(f"no record has the id {id!r}; use --index 0 to see the first one and its id")
 
 
 def draw_picture(pixels, layout, place, cfg, width=1600):
@@ -177,7 +202,7 @@ def open_examples(args, bad):
         preset = args.image_mode == "internvl" and not sizes                # which train.py gives pixel shuffle
         tower = replace(tower, tiling=tiling, merge=2 if preset else tower.merge)
     template = args.template or default_template(config)
-    return records, Examples(records, Tokenizer(args.model), template, tower, args.image_mode or mode, args.max_length, bad)
+    return records, Checked(records, Tokenizer(args.model), template, tower, args.image_mode or mode, args.max_length, bad)
 
 
 
