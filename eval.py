@@ -39,7 +39,7 @@ from benchmarks.common import COT, LETTER, SHORT, Benchmark, iou, question, read
 from benchmarks.predictions import match_predictions
 from benchmarks.scoring import compare, grade
 from conversation import as_text
-from data import Records
+from data import Records, picture_paths
 from support.cli import UserError, arg, parse, pick_device, run
 from support.io import read_json, reading, write_json, write_whole
 from vision import MODES
@@ -393,7 +393,7 @@ def read_own(cfg):
     for i in range(len(records)):
         record = records[i]
         (_, text), (_, truth) = record["turns"][:2]
-        paths = [records.image_path(name) for name in record["images"]]
+        paths = picture_paths(record)
         yield own_question(record["id"], paths, text, truth, record.get("category", "all"))
 
 
