@@ -30,6 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.common import COT, DIGITS, LETTER, SHORT
 from conversation import find_template
 from data import Records, picture_paths
 from eval import is_right
@@ -40,20 +41,17 @@ from vision import MODES
 
 # The step-by-step prompts, exactly the authors' (MMPR v1, v1.1 and their evaluation).
 PROMPTS = {
-    "en": "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
-          'answer, please use the format "Final answer: .."\n\nQuestion:\n\n{question}',
+    "en": COT + "{question}",
     "zh": "你的任务是回答以下问题。在回答之前，请逐步推理说明您的思路。当你准备好给出答案时，请使用以下格式："
           '"答案: ..."\n\n问题:\n\n{question}',
 }
 TRIGGERS = ("Final answer:", "Final Answer:", "答案:")
 SHORT_ENDINGS = (  # what a question may end with; a step-by-step prompt asks for something else
-    "Answer the question using a single word or phrase.",
-    "Answer with the option's letter from the given choices directly.",
+    SHORT,
+    LETTER,
     "Please answer Yes or No.",
     r"Please answer the question and put the final answer within \boxed{}.",
 )
-NUMBER_WORDS = "none one two three four five six seven eight nine ten".split()
-DIGITS = {word: str(i) for i, word in enumerate(NUMBER_WORDS)} | {"zero": "0"}
 
 
 @dataclass

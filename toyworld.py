@@ -38,6 +38,7 @@ from pathlib import Path
 from PIL import Image, ImageColor, ImageDraw
 from tqdm import tqdm
 
+from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
 from support.cli import UserError, arg, parse, run
 
 
@@ -105,14 +106,7 @@ LOOK = (
     "Describe the picture.",
     "What is in this image?",
 )
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
-COT = (
-    "Your task is to answer the question below. Give step by step reasoning before you answer, "
-    "and when you're ready to answer, please use the format \"Final answer: ..\"\n\nQuestion:\n\n"
-)
 
 
 # ---- scenes ----
