@@ -373,6 +373,9 @@ class Answering:
         mean = net(*[batch[name].to(device, non_blocking=True) for name in names])
         return mean * Answering.weight(batch), {}
 
+    def prepare(self, vlm, out):
+        """The run's folder is there, and in a new run vlm is as it was before training."""
+
     @staticmethod
     def state_dict():
         """What a checkpoint must hold besides weights and optimizer: numbers, which the log shows as well."""

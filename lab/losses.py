@@ -1,20 +1,33 @@
-"""lab.losses: moved here; to be rewritten."""
+"""The other preference losses that MPO was compared with (arXiv:2411.10442v2, Table 6), those without a state of their own.
+
+    python -m lab.losses --loss ipo --w-g 0 --model out/finetune --data PAIRS.jsonl --image-root DIR      # else as mpo.py
+    python -m lab.losses --loss ipo --w-g 1 ...                                                           # the paper's IPO+
+
+The loss stands in the place of w_p L_p + w_q L_q. d = s - s_ref, r = beta d, gap = s_c - s_r, |y| the number of tokens of y.
+"""
+
+import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+import mpo
+from support.cli import REQUIRED, arg, run
 
 
 def cdpo_loss(r_c, r_r, epsilon):
-    """-(1 - e) log s(r_c - r_r) - e log s(r_r - r_c)                ericmitchell.ai/cdpo.pdf: a label is wrong with probability e"""
-    return -((1 - epsilon) * F.logsigmoid(r_c - r_r) + epsilon * F.logsigmoid(r_r - r_c)).mean()
-
+    """-(1 - e) log sigma(r_c - r_r) - e log sigma(r_r - r_c)        ericmitchell.ai/cdpo.pdf: labels wrong with probability e"""
+    right = F.logsigmoid(r_c - r_r)
+    wrong = F.logsigmoid(r_r - r_c)
+    return -((1 - epsilon) * right + epsilon * wrong).mean()
 
 
 def robust_dpo_loss(r_c, r_r, epsilon):
-    """(-(1 - e) log s(r_c - r_r) + e log s(r_r - r_c)) / (1 - 2e)   arXiv:2403.00409, Eq. 12: unbiased under such labels"""
-    return (epsilon * F.logsigmoid(r_r - r_c) - (1 - epsilon) * F.logsigmoid(r_c - r_r)).mean() / (1 - 2 * epsilon)
-
+    """(-(1 - e) log sigma(r_c - r_r) + e log sigma(r_r - r_c)) / (1 - 2e)       arXiv:2403.00409, Eq. 12: unbiased"""
+    right = F.logsigmoid(r_c - r_r)
+    wrong = F.logsigmoid(r_r - r_c)
+    return (epsilon * wrong - (1 - epsilon) * right).mean() / (1 - 2 * epsilon)
 
 
 def hinge_loss(r_c, r_r):
@@ -22,11 +35,9 @@ def hinge_loss(r_c, r_r):
     return F.relu(1 - (r_c - r_r)).mean()
 
 
-
 def ipo_loss(d_c, d_r, n_c, n_r, beta):
-    """(d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2, d = s - s_ref      arXiv:2310.12036, Eq. 17; means over tokens, as in the ablation"""
+    """(d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2                    arXiv:2310.12036, Eq. 17; means over tokens, as in the paper"""
     return (d_c / n_c - d_r / n_r - 1 / (2 * beta)).square().mean()
-
 
 
 def sppo_loss(d_c, d_r, beta):
@@ -34,14 +45,51 @@ def sppo_loss(d_c, d_r, beta):
     return ((d_c - 0.5 / beta).square() + (d_r + 0.5 / beta).square()).mean()
 
 
-
 def aot_loss(gap, gap_ref, beta):
-    """-log s(beta (sort(gap) - sort(gap_ref))), gap = s_c - s_r     arXiv:2406.05882, paired; sorted over the batch: of one pair it is DPO"""
+    """-log sigma(beta (sort(gap) - sort(gap_ref)))                  arXiv:2406.05882, paired; of one pair it is DPO"""
     return -F.logsigmoid(beta * (gap.sort().values - gap_ref.sort().values)).mean()
 
 
-
 def orpo_loss(s_c, s_r, n_c, n_r):
-    """-log s(log odds_c - log odds_r), odds = p / (1 - p), p = exp(s / |y|)         arXiv:2403.07691, Eq. 7; no reference"""
-    odds = lambda mean: mean - torch.log(-torch.expm1(mean))               # log p - log(1 - p), p so near 1 that 1 - p must not be rounded
-    return -F.logsigmoid(odds(s_c / n_c) - odds(s_r / n_r)).mean()
+    """-log sigma(log odds_c - log odds_r), odds = p / (1 - p), p = exp(s / |y|)     arXiv:2403.07691, Eq. 7; no reference"""
+    return -F.logsigmoid(log_odds(s_c / n_c) - log_odds(s_r / n_r)).mean()
+
+
+def log_odds(log_p):
+    return log_p - torch.log(-torch.expm1(log_p))  # p may be so near 1 that 1 - p must not be rounded
+
+
+NAMES = ("cdpo", "robust-dpo", "hinge", "ipo", "sppo", "aot", "orpo")
+
+
+@dataclass
+class LossConfig(mpo.MPOConfig):
+    loss: str = arg(REQUIRED, "the preference loss", choices=NAMES)
+    epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume", at_least=0, below=0.5)
+
+
+def loss_terms(s, s_ref, n_token, delta, cfg):
+    """As mpo.mpo_terms. ORPO's weight is its paper's 0.1."""
+    (s_c, s_r), (n_c, n_r) = s.unbind(1), n_token.unbind(1)
+    d_c, d_r = (s - s_ref).unbind(1)
+    r_c, r_r = cfg.beta * d_c, cfg.beta * d_r
+    gap_ref = s_ref[:, 0] - s_ref[:, 1]
+    losses = {
+        "cdpo": lambda: cdpo_loss(r_c, r_r, cfg.epsilon),
+        "robust-dpo": lambda: robust_dpo_loss(r_c, r_r, cfg.epsilon),
+        "hinge": lambda: hinge_loss(r_c, r_r),
+        "ipo": lambda: ipo_loss(d_c, d_r, n_c, n_r, cfg.beta),
+        "sppo": lambda: sppo_loss(d_c, d_r, cfg.beta),
+        "aot": lambda: aot_loss(s_c - s_r, gap_ref, cfg.beta),
+        "orpo": lambda: orpo_loss(s_c, s_r, n_c, n_r),
+    }
+    weight = 0.1 if cfg.loss == "orpo" else 1.0
+    return {cfg.loss: (weight, losses[cfg.loss]()), "sft": (cfg.w_g, mpo.sft_loss(s_c, n_c))}
+
+
+class Comparing(mpo.Preferring):
+    terms = staticmethod(loss_terms)
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: mpo.main(None, LossConfig, Comparing)))

@@ -12,39 +12,36 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-import model
-import mpo
-import toyworld
-import train
-from conversation import Tokenizer, encode_conversation
-from data import IGNORE, Records
-from support.cli import parse, run
-from model import DecoderConfig, VLM, VLMConfig
-from support.export import save_processor
-from support.cli import UserError
-from vision import VisionConfig
 import lab.losses as lab_losses
+import mpo
 import pairs
 import sample
+import toyworld
+from conversation import Tokenizer, encode_conversation
+from data import Records
+from model import IGNORE, VLM, DecoderConfig, VLMConfig
+from support.cli import parse, run
+from support.export import save_processor
+from vision import VisionConfig
 
 ROOT = Path(mpo.__file__).parent
 fork = multiprocessing.get_context("fork").Process
 pytestmark = pytest.mark.usefixtures("one_thread")
-T = lambda *values: torch.tensor(values, dtype=torch.float64)
-CFG = SimpleNamespace(beta=0.1, epsilon=0.1, w_p=0.8, w_q=0.2, w_g=1.0, loss="mpo")
-ONE = dict(s=T([-120.0, -161.0]), s_ref=T([-123.0, -160.0]), n=T([60.0, 80.0]))        # the vectors of internvl_mpo.md 1.3
-TWO = dict(s=T([-118.0, -167.0]), s_ref=T([-123.0, -160.0]), n=T([60.0, 80.0]))
+
+# Two steps of one pair: log pi of the chosen and the rejected answer under policy and reference, and their tokens.
+FIRST = {"s": [-120.0, -161.0], "s_ref": [-123.0, -160.0], "n": [60.0, 80.0]}
+SECOND = {"s": [-118.0, -167.0], "s_ref": [-123.0, -160.0], "n": [60.0, 80.0]}
 
 
 @pytest.fixture(scope="session")
 def vlm(tok):
     torch.manual_seed(0)
-    return VLM(VLMConfig(VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
-                         DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_hidden=64, block_size=256),
-                         image_token=tok.image, pad_token=tok.pad)).eval()
+    vision = VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64)
+    decoder = DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8,
+                            n_hidden=64, block_size=256)
+    return VLM(VLMConfig(vision, decoder, image_token=tok.image, pad_token=tok.pad)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -55,14 +52,20 @@ def tiny(vlm, tok, tmp_path_factory):
     return directory
 
 
-PAIRS = [{"image": "a.png", "question": "<image>\nWhat color?", "chosen": "It is red.", "rejected": "There are 3 blue cats in the picture."},
-         {"image": "b.png", "question": "Is it blue?", "chosen": "yes, it is blue and big", "rejected": "no"},
-         {"image": ["a.png", "b.png"], "question": "<image> and <image>\nBoth?", "chosen": "A red one.", "rejected": "A green one."},
-         {"question": "How many legs has a cat?", "chosen": "4", "rejected": "A cat has 5 legs, I think."}]
+def make_pair(image, question, chosen, rejected):
+    return {"image": image, "question": question, "chosen": chosen, "rejected": rejected}
+
+
+PAIRS = [
+    make_pair("a.png", "<image>\nWhat color?", "It is red.", "There are 3 blue cats in the picture."),
+    make_pair("b.png", "Is it blue?", "yes, it is blue and big", "no"),
+    make_pair(["a.png", "b.png"], "<image> and <image>\nBoth?", "A red one.", "A green one."),
+    {"question": "How many legs has a cat?", "chosen": "4", "rejected": "A cat has 5 legs, I think."},
+]
 
 
 def write(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -75,66 +78,92 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def examples(folder, tok, vlm, file="pairs.jsonl", bad="stop"):
-    return mpo.PairExamples(Records(folder / file, folder), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, bad)
+def examples(folder, tok, vlm, file="pairs.jsonl", template="vicuna_v1"):
+    records = Records(folder / file, folder)
+    return mpo.PairExamples(records, tok, template, vlm.cfg.vision, "pad", 256)
 
 
-def go(tiny, folder, *flags, out="run", data="pairs.jsonl"):
-    base = ["--model", tiny, "--data", folder / data, "--image-root", folder, "--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--lr", "3e-3",
-            "--eval-every", 0, "--no-final-eval", "--workers", 0, "--out", out]
-    return run(lambda: mpo.main([str(word) for word in [*base, *flags]]))
+def go(tiny, folder, *flags, out="run", data="pairs.jsonl", program=mpo.main):
+    base = ["--model", tiny, "--data", folder / data, "--image-root", folder, "--out", out]
+    base += ["--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--lr", "3e-3", "--workers", 0]
+    base += ["--eval-every", 0, "--no-final-eval"]
+    return run(lambda: program([str(word) for word in [*base, *flags]]))
 
 
 def log(out):
-    return [line for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
+    lines = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
+    return [line for line in lines if "loss" in line]
+
+
+def losses(out):
+    return [line["loss"] for line in log(out)]
 
 
 def errors(capfd):
-    return [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("loaded")]
+    lines = capfd.readouterr().err.strip().splitlines()
+    return [line for line in lines if not line.startswith("loaded")]
+
+
+def near(value, number, tolerance=1e-5):
+    assert abs(float(value) - number) < tolerance, (float(value), number)
 
 
 # ---- each loss is a number ---------------------------------------------------------------------------------------------
 
 
-def terms_of(case, delta=0.0):
-    p = mpo.preference(case["s"][None] if case["s"].ndim == 1 else case["s"], case["s_ref"].reshape(-1, 2), case["n"].reshape(-1, 2), CFG)
-    p.delta = delta
-    return p
+def rows(case):
+    """s, s_ref, n of one pair, (1, 2) each."""
+    return [torch.tensor([case[name]], dtype=torch.float64) for name in ("s", "s_ref", "n")]
 
 
-def near(value, number):
-    assert abs(float(value) - number) < 1e-5, (float(value), number)
+def rewards(case, beta=0.1):
+    s, s_ref, _ = rows(case)
+    return beta * (s - s_ref)
+
+
+def lab_loss(name, s, s_ref, n):
+    cfg = SimpleNamespace(beta=0.1, epsilon=0.1, loss=name, w_g=0)
+    return lab_losses.loss_terms(s, s_ref, n, 0.0, cfg)[name][1]
+
+
+def random_pairs(n_pair, dtype=torch.float32):
+    torch.manual_seed(3)
+    s = -30 * torch.rand(n_pair, 2, dtype=dtype) - 1
+    s_ref = -30 * torch.rand(n_pair, 2, dtype=dtype) - 1
+    return s, s_ref, torch.randint(2, 20, (n_pair, 2)).to(dtype)
+
+
+def test_dpo_bco_and_sft_equal_their_vectors():
+    (r_c, r_r), = rewards(FIRST)
+    near(mpo.dpo_loss(r_c, r_r), 0.513015)
+    near(mpo.bco_loss(r_c, r_r, delta=0.0), 1.198752)
+    near(mpo.sft_loss(torch.tensor([-120.0]), torch.tensor([60.0])), 2.0)
 
 
 @pytest.mark.parametrize("name, number", [
-    ("dpo", 0.513015), ("cdpo", 0.553015), ("robust-dpo", 0.463015), ("hinge", 0.6), ("rso", 0.6), ("sppo", 20.0),
-    ("aot", 0.513015), ("sft", 2.0)])
-def test_the_loss_equals_its_vector(name, number):
-    near(mpo.TERMS[name](terms_of(ONE)), number)
+    ("cdpo", 0.553015), ("robust-dpo", 0.463015), ("hinge", 0.6), ("sppo", 20.0), ("aot", 0.513015), ("ipo", 24.3789),
+])
+def test_a_loss_of_the_ablation_equals_its_vector(name, number):
+    near(lab_loss(name, *rows(FIRST)), number, 1e-4)
 
 
-def test_bco_without_a_shift_and_with_the_cumulative_one_over_two_steps():
-    near(mpo.TERMS["bco"](terms_of(ONE)), 1.198752)
-    delta, n = 0.0, 0
-    for case, shift, dpo, bco, weighted in ((ONE, 0.1, 0.513015, 1.196278, 0.649668), (TWO, 0.0, 0.263282, 0.877263, 0.386079)):
-        p = terms_of(case)
-        delta, n = mpo.shift(delta, n, p.r_c, p.r_r)
+def test_bco_with_the_cumulative_shift_over_two_steps():
+    delta, n_pair = 0.0, 0
+    for case, shift, dpo, bco in ((FIRST, 0.1, 0.513015, 1.196278), (SECOND, 0.0, 0.263282, 0.877263)):
+        delta, n_pair = mpo.update_delta(delta, n_pair, rewards(case))
         near(delta, shift)
-        near(mpo.dpo_loss(p.r_c, p.r_r), dpo)
-        near(mpo.bco_loss(p.r_c, p.r_r, delta), bco)
-        near(0.8 * mpo.dpo_loss(p.r_c, p.r_r) + 0.2 * mpo.bco_loss(p.r_c, p.r_r, delta), weighted)
+        (r_c, r_r), = rewards(case)
+        near(mpo.dpo_loss(r_c, r_r), dpo)
+        near(mpo.bco_loss(r_c, r_r, delta), bco)
 
 
-def test_ipo_takes_means_over_tokens_and_one_token_each_gives_its_vector_on_sums():
-    assert abs(mpo.TERMS["ipo"](terms_of(ONE)) - 24.3789) < 1e-4
-    near(lab_losses.ipo_loss(T(3.0), T(-1.0), T(1.0), T(1.0), 0.1), 1.0)
-
-
-def test_orpo_equals_its_vector_and_survives_a_certain_answer():
-    near(lab_losses.orpo_loss(T(-2.0 * 60), T(-2.0125 * 80), T(60.0), T(80.0)), 0.685952)
-    s = torch.tensor([-1e-6], requires_grad=True)
-    lab_losses.orpo_loss(s, torch.tensor([-30.0]), torch.ones(1), torch.ones(1)).backward()
-    assert s.grad.isfinite().all()
+def test_the_three_terms_have_the_weights_of_the_flags():
+    cfg = mpo.MPOConfig(w_p=0.5, w_q=0.3, w_g=2.0)
+    terms = mpo.mpo_terms(*rows(FIRST), 0.1, cfg)
+    assert {name: weight for name, (weight, _) in terms.items()} == {"dpo": 0.5, "bco": 0.3, "sft": 2.0}
+    near(terms["dpo"][1], 0.513015)
+    near(terms["bco"][1], 1.196278)
+    near(terms["sft"][1], 2.0)
 
 
 def test_an_undecided_model_costs_one_coin_flip_in_dpo_and_two_in_bco():
@@ -143,60 +172,48 @@ def test_an_undecided_model_costs_one_coin_flip_in_dpo_and_two_in_bco():
     near(mpo.bco_loss(r, r, 0.7), 2 * math.log(2))
 
 
+def test_ipo_of_one_token_answers_is_its_vector_on_sums():
+    one = torch.tensor(1.0)
+    near(lab_losses.ipo_loss(3 * one, -one, one, one, beta=0.1), 1.0)
+
+
+def test_orpo_equals_its_vector_and_survives_a_certain_answer():
+    s = torch.tensor([-2.0 * 60, -2.0125 * 80])
+    near(lab_losses.orpo_loss(s[0], s[1], torch.tensor(60.0), torch.tensor(80.0)), 0.685952)
+    certain = torch.tensor([-1e-6], requires_grad=True)
+    lab_losses.orpo_loss(certain, torch.tensor([-30.0]), torch.ones(1), torch.ones(1)).backward()
+    assert certain.grad.isfinite().all()
+
+
 def test_aot_sorts_over_the_batch():
-    gap, ref = T(3.0, -1.0, 2.0), T(0.0, 5.0, 1.0)
-    near(lab_losses.aot_loss(gap, ref, 0.1), -sum(math.log(1 / (1 + math.exp(-0.1 * (a - b)))) for a, b in zip((-1, 2, 3), (0, 1, 5))) / 3)
+    gap, gap_ref = torch.tensor([3.0, -1.0, 2.0]), torch.tensor([0.0, 5.0, 1.0])
+    sorted_pairs = ((-1, 0), (2, 1), (3, 5))
+    expected = sum(math.log1p(math.exp(-0.1 * (a - b))) for a, b in sorted_pairs) / 3
+    near(lab_losses.aot_loss(gap, gap_ref, 0.1), expected)
 
 
-def by_hand(name, s, ref, n, beta, e, delta):
-    """The same losses once more, from softplus and plain arithmetic, pair by pair."""
-    soft, total = lambda x: math.log1p(math.exp(x)) if isinstance(x, float) else torch.log1p(torch.exp(x)), 0
-    for (c, r), (rc, rr), (nc, nr) in zip(s, ref, n):
-        a, b = c - rc, r - rr
-        h = beta * (a - b)
-        total = total + {"dpo": lambda: soft(-h), "bco": lambda: soft(delta - beta * a) + soft(beta * b - delta), "sft": lambda: -c / nc,
-                         "cdpo": lambda: (1 - e) * soft(-h) + e * soft(h), "robust-dpo": lambda: ((1 - e) * soft(-h) - e * soft(h)) / (1 - 2 * e),
-                         "hinge": lambda: torch.clamp(1 - h, min=0), "ipo": lambda: (a / nc - b / nr - 0.5 / beta) ** 2,
-                         "sppo": lambda: (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2,
-                         "orpo": lambda: soft(-(c / nc - r / nr - torch.log(1 - torch.exp(c / nc)) + torch.log(1 - torch.exp(r / nr))))}[name]()
-    return total / len(s)
+def test_a_batch_costs_the_mean_of_its_pairs():
+    s, s_ref, n = random_pairs(8)
+    cfg = mpo.MPOConfig()
 
-
-@pytest.mark.parametrize("name", ["dpo", "bco", "sft", "cdpo", "robust-dpo", "hinge", "ipo", "sppo", "orpo"])
-def test_value_and_gradient_agree_with_a_formula_written_independently(name):
-    torch.manual_seed(3)
-    s = (-50 * torch.rand(6, 2, dtype=torch.float64) - 5).requires_grad_()
-    ref, n = s.detach() + 5 * torch.randn(6, 2, dtype=torch.float64), torch.randint(3, 40, (6, 2)).double()
-    p = mpo.preference(s, ref, n, CFG)
-    p.delta = 0.3
-    mine, theirs = mpo.TERMS[name](p), by_hand(name, s, ref, n, 0.1, 0.1, 0.3)
-    torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(torch.autograd.grad(mine, s)[0], torch.autograd.grad(theirs, s)[0])
-
-
-@pytest.mark.parametrize("name", [name for name in mpo.TERMS if name != "aot"])
-def test_a_batch_costs_the_mean_of_its_pairs(name):
-    torch.manual_seed(4)
-    s, ref, n = -30 * torch.rand(8, 2) - 1, -30 * torch.rand(8, 2) - 1, torch.randint(2, 20, (8, 2)).float()
-    loss = lambda rows: mpo.TERMS[name](terms_of(dict(s=s[rows], s_ref=ref[rows], n=n[rows]), 0.2))
-    torch.testing.assert_close(loss(slice(None)), sum(loss(slice(i, i + 1)) for i in range(8)) / 8)
+    def costs(part):
+        terms = mpo.mpo_terms(s[part], s_ref[part], n[part], 0.2, cfg)
+        found = {name: term for name, (_, term) in terms.items()}
+        for name in set(lab_losses.NAMES) - {"aot"}:
+            found[name] = lab_loss(name, s[part], s_ref[part], n[part])
+        return found
+    single = [costs(slice(i, i + 1)) for i in range(8)]
+    for name, value in costs(slice(None)).items():
+        torch.testing.assert_close(value, sum(costs_of_one[name] for costs_of_one in single) / 8)
 
 
 def test_delta_is_the_mean_of_all_rewards_however_they_are_cut():
-    r = torch.randn(2, 12)
-    delta, n = 0.0, 0
+    r = torch.randn(12, 2)
+    delta, n_pair = 0.0, 0
     for cut in (slice(0, 1), slice(1, 5), slice(5, 12)):
-        delta, n = mpo.shift(delta, n, r[0, cut], r[1, cut])
+        delta, n_pair = mpo.update_delta(delta, n_pair, r[cut])
     near(delta, r.mean())
-
-
-def test_what_a_name_stands_for():
-    weights = lambda loss: mpo.loss_weights(SimpleNamespace(**{**vars(CFG), "loss": loss}))
-    assert weights("mpo") == {"dpo": 0.8, "bco": 0.2, "sft": 1.0}
-    assert weights("dpo") == {"dpo": 1.0} and weights("bco+sft") == {"bco": 1.0, "sft": 1.0} and weights("orpo") == {"sft": 1.0, "orpo": 0.1}
-    for wrong, word in (("dpo+ipo", r"only \+sft"), ("mpo+sft", "already"), ("ippo", "did you mean")):
-        with pytest.raises(UserError, match=word):
-            weights(wrong)
+    assert n_pair == 12
 
 
 # ---- TRL ---------------------------------------------------------------------------------------------------------------
@@ -204,12 +221,18 @@ def test_what_a_name_stands_for():
 
 @pytest.fixture(scope="session")
 def trl_loss():
-    """trl_loss(name, s, ref, epsilon) -> losses (B,). TRL 0.28 is the last version whose bco_pair keeps delta; 0.29 and later have none."""
+    """trl_loss(name, s, s_ref, epsilon) -> losses (B,).
+
+    TRL 0.28 is the last version whose bco_pair keeps delta; 0.29 and later have none.
+    """
     if not importlib.util.find_spec("trl"):
         pytest.skip("TRL is not installed: pip install trl==0.28.0")
     import transformers.utils.import_utils as utils
-    have = utils._is_package_available                   # it takes the answer for true or false; transformers 5 gives (is it there, version)
-    utils._is_package_available = lambda *a, **k: type("Answer", (tuple,), {"__bool__": lambda self: bool(self[0])})(have(*a, **k))
+
+    # It takes the answer for true or false; transformers 5 gives (is it there, version).
+    original = utils._is_package_available
+    Found = type("Found", (tuple,), {"__bool__": lambda self: bool(self[0])})
+    utils._is_package_available = lambda *args, **flags: Found(original(*args, **flags))
     try:
         from accelerate import Accelerator
         from trl.trainer.dpo_trainer import DPOTrainer
@@ -217,61 +240,82 @@ def trl_loss():
     except (ImportError, AttributeError) as error:
         pytest.skip(f"this TRL has no DPOTrainer.dpo_loss: {error}")
     finally:
-        utils._is_package_available = have
+        utils._is_package_available = original
     cpu = Accelerator(cpu=True)
-    me = SimpleNamespace(accelerator=cpu, reference_free=False, f_divergence_type="reverse_kl", beta=0.1, label_smoothing=0.0, running=RunningMoments(cpu))
+    trainer = SimpleNamespace(accelerator=cpu, reference_free=False, f_divergence_type="reverse_kl", beta=0.1,
+                              label_smoothing=0.0, running=RunningMoments(cpu))
 
-    def loss(name, s, ref, epsilon=0.0):
-        me.label_smoothing = epsilon
-        return DPOTrainer.dpo_loss(me, s[:, 0], s[:, 1], ref[:, 0], ref[:, 1], name)[0]
+    def loss(name, s, s_ref, epsilon=0.0):
+        trainer.label_smoothing = epsilon
+        return DPOTrainer.dpo_loss(trainer, s[:, 0], s[:, 1], s_ref[:, 0], s_ref[:, 1], name)[0]
     return loss
 
 
-@pytest.mark.parametrize("name, theirs, epsilon", [("dpo", "sigmoid", 0.0), ("cdpo", "sigmoid", 0.1), ("robust-dpo", "robust", 0.1), ("hinge", "hinge", 0.0),
-                                                   ("sppo", "sppo_hard", 0.0), ("aot", "aot", 0.0)])
-def test_the_term_is_that_of_trl(trl_loss, name, theirs, epsilon):
-    torch.manual_seed(5)
-    s, ref = -30 * torch.rand(8, 2), -30 * torch.rand(8, 2)
-    near(mpo.TERMS[name](terms_of(dict(s=s, s_ref=ref, n=torch.ones(8, 2)))), trl_loss(theirs, s, ref, epsilon).mean())
+def test_dpo_is_that_of_trl(trl_loss):
+    s, s_ref, _ = random_pairs(8)
+    r_c, r_r = (0.1 * (s - s_ref)).unbind(1)
+    near(mpo.dpo_loss(r_c, r_r), trl_loss("sigmoid", s, s_ref).mean())
+
+
+@pytest.mark.parametrize("name, theirs, epsilon", [
+    ("cdpo", "sigmoid", 0.1), ("robust-dpo", "robust", 0.1), ("hinge", "hinge", 0.0), ("sppo", "sppo_hard", 0.0),
+    ("aot", "aot", 0.0),
+])
+def test_a_loss_of_the_ablation_is_that_of_trl(trl_loss, name, theirs, epsilon):
+    s, s_ref, n = random_pairs(8)
+    expected = trl_loss(theirs, s, s_ref, epsilon).mean()
+    torch.testing.assert_close(lab_loss(name, s, s_ref, n), expected)
 
 
 def test_ipo_of_trl_is_given_means_and_ours_makes_them(trl_loss):
-    s, ref, n = -30 * torch.rand(8, 2), -30 * torch.rand(8, 2), torch.randint(2, 20, (8, 2)).float()
-    near(mpo.TERMS["ipo"](terms_of(dict(s=s, s_ref=ref, n=n))), trl_loss("ipo", s / n, ref / n).mean())
+    s, s_ref, n = random_pairs(8)
+    torch.testing.assert_close(lab_loss("ipo", s, s_ref, n), trl_loss("ipo", s / n, s_ref / n).mean())
 
 
 def test_delta_runs_as_in_trl_028_over_batches_of_equal_size(trl_loss):
     torch.manual_seed(6)
-    delta, n = 0.0, 0
+    delta, n_pair = 0.0, 0
     for _ in range(3):
-        s, ref = -30 * torch.rand(4, 2), -30 * torch.rand(4, 2)
-        p = terms_of(dict(s=s, s_ref=ref, n=torch.ones(4, 2)))
-        delta, n = mpo.shift(delta, n, p.r_c, p.r_r)
-        near(mpo.bco_loss(p.r_c, p.r_r, delta), trl_loss("bco_pair", s, ref).mean())
+        s, s_ref = -30 * torch.rand(4, 2), -30 * torch.rand(4, 2)
+        r = 0.1 * (s - s_ref)
+        delta, n_pair = mpo.update_delta(delta, n_pair, r)
+        near(mpo.bco_loss(r[:, 0], r[:, 1], delta), trl_loss("bco_pair", s, s_ref).mean())
 
 
 # ---- log-probabilities: a pair as one row ------------------------------------------------------------------------------
 
 
+def test_the_row_in_the_drawing():
+    row = mpo.pair_row([1, 9, 50, 51], [60, 2], [70, 71, 2])
+    assert row["tokens"].tolist() == [1, 9, 50, 51, 60, 2, 70, 71, 2]
+    assert row["part"].tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2]
+    assert row["positions"].tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6]
+    assert row["predictor"].tolist()[4:] == [3, 4, 3, 6, 7]
+    assert row["labels"].tolist() == [IGNORE] * 4 + [60, 2, 70, 71, 2]
+
+
 def two_rows(vlm, tok, record, pixels, template="vicuna_v1"):
-    """s and n of a pair the usual way: two rows, whole logits, float32 log-softmax of all of them."""
+    """(s, n) of both answers the usual way: two rows, all logits, their log-softmax in float32."""
     found = []
+    n_visual = [vlm.cfg.vision.n_token] * len(pixels)
     for answer in (record["chosen"], record["rejected"]):
-        n_image = len(pixels)
-        tokens, labels = encode_conversation(tok, [("human", record["question"]), ("gpt", answer)], template, [vlm.cfg.vision.n_token] * n_image)
-        logp = vlm(torch.tensor([tokens]), pixels if n_image else None)[0].float().log_softmax(-1)
-        found.append((sum(logp[t - 1, y] for t, y in enumerate(labels) if y != IGNORE), sum(y != IGNORE for y in labels)))
+        turns = [("human", record["question"]), ("gpt", answer)]
+        tokens, labels = encode_conversation(tok, turns, template, n_visual)
+        logits = vlm(torch.tensor([tokens]), pixels if len(pixels) else None)[0]
+        log_probs = logits.float().log_softmax(-1)
+        of_answer = [log_probs[t - 1, y] for t, y in enumerate(labels) if y != IGNORE]
+        found.append((sum(of_answer), len(of_answer)))
     return found
 
 
 def test_one_row_gives_the_sums_of_two_and_padding_prompt_and_picture_count_zero(vlm, tok, folder):
     made = examples(folder, tok, vlm)
-    batch = mpo.collate_pairs([made[i] for i in range(4)], tok.pad)
-    s, n = mpo.log_probs(vlm, batch)
+    s, n_token = mpo.pair_log_probs(vlm, mpo.collate_pairs([made[i] for i in range(4)], tok.pad))
     for i, record in enumerate(PAIRS):
         for k, (value, count) in enumerate(two_rows(vlm, tok, record, made[i]["pixels"])):
-            assert abs(s[i, k].item() - value.item()) < 1e-4 and n[i, k] == count
-        alone = mpo.log_probs(vlm, mpo.collate_pairs([made[i]], tok.pad))[0]
+            near(s[i, k], value.item(), 1e-4)
+            assert n_token[i, k] == count
+        alone, _ = mpo.pair_log_probs(vlm, mpo.collate_pairs([made[i]], tok.pad))
         torch.testing.assert_close(alone[0], s[i], atol=1e-4, rtol=0)
 
 
@@ -283,30 +327,35 @@ def test_gradients_through_one_row_are_those_of_two(vlm, tok, folder):
         vlm.zero_grad()
         value.backward()
         return {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
-    usual = gradient(sum(w * value for i, r in enumerate(PAIRS) for w, (value, _) in zip(weight[i], two_rows(vlm, tok, r, made[i]["pixels"]))))
-    batch = mpo.collate_pairs([made[i] for i in range(4)], tok.pad)
-    mine = gradient((mpo.log_probs(vlm, batch)[0] * weight).sum())
-    assert mine.keys() == usual.keys()
-    for name in mine:
-        torch.testing.assert_close(mine[name], usual[name], atol=2e-5, rtol=1e-3)
+    total = 0
+    for i, record in enumerate(PAIRS):
+        for k, (value, _) in enumerate(two_rows(vlm, tok, record, made[i]["pixels"])):
+            total = total + weight[i, k] * value
+    usual = gradient(total)
+    s, _ = mpo.pair_log_probs(vlm, mpo.collate_pairs([made[i] for i in range(4)], tok.pad))
+    ours = gradient((s * weight).sum())
+    assert ours.keys() == usual.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], usual[name], atol=2e-5, rtol=1e-3)
     vlm.zero_grad()
 
 
 def test_the_two_answers_cannot_see_each_other(vlm, tok, folder):
-    e = examples(folder, tok, vlm)[0]
-    s = mpo.log_probs(vlm, mpo.collate_pairs([e], tok.pad))[0]
-    changed = dict(e, tokens=e["tokens"].clone())
-    changed["tokens"][e["part"] == mpo.CHOSEN] = 100
-    other = mpo.log_probs(vlm, mpo.collate_pairs([changed], tok.pad))[0]
-    assert other[0, 1] == s[0, 1] and other[0, 0] != s[0, 0]
+    example = examples(folder, tok, vlm)[0]
+    s, _ = mpo.pair_log_probs(vlm, mpo.collate_pairs([example], tok.pad))
+    changed = dict(example, tokens=example["tokens"].clone())
+    changed["tokens"][example["part"] == mpo.CHOSEN] = 100
+    other, _ = mpo.pair_log_probs(vlm, mpo.collate_pairs([changed], tok.pad))
+    assert other[0, 1] == s[0, 1]
+    assert other[0, 0] != s[0, 0]
 
 
 @pytest.mark.parametrize("template", ["llava_v0", "prism_pure", "llava_llama_2", "plain"])
 def test_every_template_has_one_row_for_two(vlm, tok, folder, template):
-    made = mpo.PairExamples(Records(folder / "pairs.jsonl", folder), tok, template, vlm.cfg.vision, "pad", 256, "stop")
-    s, _ = mpo.log_probs(vlm, mpo.collate_pairs([made[0]], tok.pad))
-    for k, (value, _) in enumerate(two_rows(vlm, tok, PAIRS[0], made[0]["pixels"], template)):
-        assert abs(s[0, k].item() - value.item()) < 1e-4
+    example = examples(folder, tok, vlm, template=template)[0]
+    s, _ = mpo.pair_log_probs(vlm, mpo.collate_pairs([example], tok.pad))
+    for k, (value, _) in enumerate(two_rows(vlm, tok, PAIRS[0], example["pixels"], template)):
+        near(s[0, k], value.item(), 1e-4)
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
@@ -314,94 +363,110 @@ def test_every_template_has_one_row_for_two(vlm, tok, folder, template):
 
 def test_the_first_step_costs_its_coin_flips_and_the_nll(tiny, folder, vlm, tok):
     assert go(tiny, folder) == 0
-    first, nll = log("run")[0], 0
+    first = log("run")[0]
+    made = examples(folder, tok, vlm)
+    nll = 0
     for i, record in enumerate(PAIRS):
-        (s, n), _ = two_rows(vlm, tok, record, examples(folder, tok, vlm)[i]["pixels"])
-        nll -= float(s) / n / 4
+        (s, n_token), _ = two_rows(vlm, tok, record, made[i]["pixels"])
+        nll -= float(s) / n_token / 4
     near(first["loss"], 0.8 * math.log(2) + 0.4 * math.log(2) + nll)
-    assert abs(first["margin"]) < 1e-5 and abs(first["delta"]) < 1e-5 and first["pairs"] == 4
-    assert first.keys() >= {"reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected", "delta", "nll", "dpo", "bco", "sft"}
-    assert Image.open("run/mpo.png").size == (800, 760) and Path("run/loss.png").exists()
-
-
-def test_every_reference_gives_the_same_losses(tiny, folder):
-    for kind in ("precomputed", "copy"):
-        assert go(tiny, folder, "--reference", kind, out=kind) == 0
-    for a, b in zip(log("precomputed"), log("copy"), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-6 and abs(a["margin"] - b["margin"]) < 1e-5
-    assert abs(log("copy")[-1]["margin"]) > 0.1                             # and it did learn something in between
+    near(first["margin"], 0)
+    near(first["delta"], 0)
+    assert first["pairs"] == 4
+    logged = "reward_chosen reward_rejected margin accuracy logp_chosen logp_rejected delta nll dpo bco sft"
+    assert first.keys() >= set(logged.split())
+    assert Image.open("run/mpo.png").size == (800, 760)
+    assert Path("run/loss.png").exists()
 
 
 def test_the_policy_without_its_lora_is_the_reference(tiny, folder):
     for kind in ("precomputed", "lora-off"):
         assert go(tiny, folder, "--reference", kind, "--lora-r", 4, "--train", "llm", out=kind) == 0
-    for a, b in zip(log("precomputed"), log("lora-off"), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-6
+    assert losses("precomputed") == pytest.approx(losses("lora-off"), abs=1e-6)
+    assert abs(log("lora-off")[-1]["margin"]) > 0.01
 
 
 def test_lora_off_without_a_lora_is_refused(tiny, folder, capfd):
-    assert go(tiny, folder, "--reference", "lora-off") == 1 and "no LoRA, such as" in errors(capfd)[-1]
+    assert go(tiny, folder, "--reference", "lora-off") == 1
+    assert "no LoRA, such as" in errors(capfd)[-1]
 
 
-def test_the_reference_is_computed_once_and_anew_for_other_weights_or_pairs(tiny, folder, capfd):
-    assert go(tiny, folder, out="out/a") == 0 and "reference log-probabilities of 4 pairs" in capfd.readouterr().out
-    file, = Path("out/reference").iterdir()
-    assert len(file.read_text().splitlines()) == 4
-    assert go(tiny, folder, out="out/b") == 0 and "reference log-probabilities" not in capfd.readouterr().out
-    file.write_text(file.read_text()[:-9])                                  # a kill tore it: only the rest is made again
-    assert go(tiny, folder, out="out/c") == 0 and "reference log-probabilities" in capfd.readouterr().out
-    assert log("out/a") == [dict(line, time=log("out/a")[i]["time"]) for i, line in enumerate(log("out/c"))]
-    write(folder / "other.jsonl", PAIRS[:3])
-    assert go(tiny, folder, out="out/d", data="other.jsonl") == 0
-    assert go("out/a", folder, out="out/e") == 0
-    assert len(list(Path("out/reference").iterdir())) == 3
+def test_the_reference_of_a_run_is_kept_in_its_folder(tiny, folder, vlm, tok):
+    assert go(tiny, folder, "--train", "connector,llm,vision") == 0
+    kept = torch.load("run/reference.pt", weights_only=True)
+    made = examples(folder, tok, vlm)
+    expected, _ = mpo.pair_log_probs(vlm, mpo.collate_pairs([made[i] for i in range(4)], tok.pad))
+    torch.testing.assert_close(kept, expected.detach(), atol=1e-4, rtol=0)
+    assert abs(log("run")[-1]["margin"]) > 0.1              # the policy has moved, tower included
+
+
+def test_a_resumed_run_without_its_reference_says_so(tiny, folder, capfd):
+    assert go(tiny, folder) == 0
+    Path("run/reference.pt").unlink()
+    assert go(tiny, folder, "--resume") == 1
+    assert "reference.pt: cannot be read" in errors(capfd)[-1]
 
 
 def test_micro_batches_change_nothing_but_delta(tiny, folder):
     for size in (4, 1):
-        assert go(tiny, folder, "--micro-batch-size", size, "--loss", "dpo+sft", out=f"by{size}") == 0
-    for a, b in zip(log("by4"), log("by1"), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-4
+        assert go(tiny, folder, "--micro-batch-size", size, "--w-q", 0, out=f"by{size}") == 0
+    assert losses("by4") == pytest.approx(losses("by1"), abs=1e-4)
 
 
-@pytest.mark.parametrize("reference", ["precomputed", "copy"])
-def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, reference, monkeypatch):
-    assert go(tiny, folder, "--reference", reference, out="whole") == 0
-    steps, original = [], mpo.Pairs.loss
+def die_at(monkeypatch, owner, name, call):
+    """The process ends, as if killed, in this call of owner.name."""
+    original, calls = getattr(owner, name), []
 
-    def loss(*args):
-        steps.append(None)
-        if len(steps) == 4:
+    def dying(*args, **flags):
+        calls.append(None)
+        if len(calls) == call:
             os._exit(9)
-        return original(*args)
-    monkeypatch.setattr(mpo.Pairs, "loss", loss)
-    child = fork(target=lambda: os._exit(go(tiny, folder, "--reference", reference)))
+        return original(*args, **flags)
+    monkeypatch.setattr(owner, name, dying)
+
+
+def exit_code_of(program):
+    child = fork(target=lambda: os._exit(program()))
     child.start()
     child.join()
-    monkeypatch.setattr(mpo.Pairs, "loss", original)
-    assert child.exitcode == 9 and go(tiny, folder, "--reference", reference, "--resume") == 0
-    strip = lambda out: [{k: v for k, v in line.items() if k != "time"} for line in log(out)]
-    assert strip("whole") == strip("run")                                   # delta and rewards included
+    return child.exitcode
+
+
+def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, monkeypatch):
+    assert go(tiny, folder, out="whole") == 0
+    with monkeypatch.context() as patch:
+        die_at(patch, mpo.Preferring, "loss", call=4)
+        assert exit_code_of(lambda: go(tiny, folder)) == 9
+    assert go(tiny, folder, "--resume") == 0
+    whole, resumed = log("whole"), log("run")
+    for line in whole + resumed:
+        del line["time"]
+    assert whole == resumed                                 # delta and rewards included
     assert Path("whole/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("loss", [*mpo.TERMS, "dpo+sft"])
-def test_every_loss_trains(tiny, folder, loss):
-    assert go(tiny, folder, "--loss", loss, "--max-steps", 12, "--save-every", 0) == 0
-    assert log("run")[-1]["loss"] < log("run")[0]["loss"]
+@pytest.mark.parametrize("w_p, w_q, w_g", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+def test_every_term_trains(tiny, folder, w_p, w_q, w_g):
+    weights = ["--w-p", w_p, "--w-q", w_q, "--w-g", w_g]
+    assert go(tiny, folder, *weights, "--max-steps", 12, "--save-every", 0) == 0
+    assert losses("run")[-1] < losses("run")[0]
+
+
+@pytest.mark.parametrize("name", lab_losses.NAMES)
+def test_every_loss_of_the_ablation_trains(tiny, folder, name):
+    program = lambda words: mpo.main(words, lab_losses.LossConfig, lab_losses.Comparing)
+    flags = ["--loss", name, "--w-g", 0, "--max-steps", 12, "--save-every", 0]
+    assert go(tiny, folder, *flags, program=program) == 0
+    assert losses("run")[-1] < losses("run")[0]
+    assert name in log("run")[0]
 
 
 def test_four_pairs_are_told_apart_in_forty_steps(tiny, folder):
     assert go(tiny, folder, "--max-steps", 40, "--save-every", 0, "--lr", "5e-3") == 0
-    last = log("run")[-1]
-    assert last["accuracy"] == 1 and last["margin"] > 1 and last["nll"] < 0.5 * log("run")[0]["nll"]
-
-
-def test_with_the_tower_in_training_the_reference_keeps_its_own(tiny, folder):
-    for kind in ("precomputed", "copy"):
-        assert go(tiny, folder, "--train", "connector,llm,vision", "--reference", kind, out=kind) == 0
-    for a, b in zip(log("precomputed"), log("copy"), strict=True):
-        assert abs(a["loss"] - b["loss"]) < 1e-6
+    first, *_, last = log("run")
+    assert last["accuracy"] == 1
+    assert last["margin"] > 1
+    assert last["nll"] < 0.5 * first["nll"]
 
 
 # ---- bad pairs ---------------------------------------------------------------------------------------------------------
@@ -409,18 +474,32 @@ def test_with_the_tower_in_training_the_reference_keeps_its_own(tiny, folder):
 
 def test_bad_pairs_are_counted_and_named_and_never_trained_on(tiny, folder, capfd):
     good = PAIRS[0]
-    bad = [dict(good, rejected=" "), dict(good, rejected=good["chosen"] + " "), dict(good, image="gone.png"), dict(good, chosen="word " * 300),
-           {k: v for k, v in good.items() if k != "rejected"}, dict(good, image="../secret.png"), dict(good, question=7)]
-    write(folder / "mixed.jsonl", [good, *bad])
+    without_rejected = {key: value for key, value in good.items() if key != "rejected"}
+    bad = [
+        (dict(good, rejected=" "), "answer"),
+        (dict(good, rejected=good["chosen"] + " "), "same answer"),
+        (dict(good, image="gone.png"), "gone.png"),
+        (dict(good, chosen="word " * 300), "allowed"),
+        (without_rejected, "rejected"),
+        (dict(good, image="../secret.png"), "outside"),
+        (dict(good, question=7), "conversation"),
+    ]
+    write(folder / "mixed.jsonl", [good] + [record for record, _ in bad])
     with open("mixed.jsonl", "a") as file:
         file.write('{"image": "a.png", "question"\n')
-    assert go(tiny, folder, "--batch-size", 9, "--max-steps", 1, data="mixed.jsonl") == 0
+    words = [word for _, word in bad] + ["JSON"]
+
+    flags = ["--batch-size", 9, "--max-steps", 1]
+    assert go(tiny, folder, *flags, data="mixed.jsonl") == 0
     line, = log("run")
-    assert line["pairs"] == 1 and len(line["skipped"]) == 8
-    for number, word in enumerate(("answer", "same answer", "gone.png", "allowed", "rejected", "outside", "conversation", "JSON"), 2):
-        assert any(f"mixed.jsonl, line {number}" in reason and word in reason for reason in line["skipped"]), (number, word, line["skipped"])
+    assert line["pairs"] == 1
+    assert len(line["skipped"]) == 8
+    for number, word in enumerate(words, 2):
+        place = f"mixed.jsonl, line {number}"
+        assert any(place in reason and word in reason for reason in line["skipped"]), (number, word, line["skipped"])
     assert "8 of 9 records skipped" in capfd.readouterr().out
-    assert go(tiny, folder, "--bad-records", "stop", out="b", data="mixed.jsonl") == 1 and "mixed.jsonl, line " in errors(capfd)[-1]
+    assert go(tiny, folder, "--bad-records", "stop", out="b", data="mixed.jsonl") == 1
+    assert "mixed.jsonl, line " in errors(capfd)[-1]
 
 
 def test_the_same_row_costs_the_same_beside_a_bad_pair(tiny, folder):
@@ -428,69 +507,95 @@ def test_the_same_row_costs_the_same_beside_a_bad_pair(tiny, folder):
     write(folder / "two.jsonl", [PAIRS[0], dict(PAIRS[1], rejected="")])
     assert go(tiny, folder, "--batch-size", 1, "--max-steps", 1, out="one", data="one.jsonl") == 0
     assert go(tiny, folder, "--batch-size", 2, "--max-steps", 1, out="two", data="two.jsonl") == 0
-    near(log("one")[0]["loss"], log("two")[0]["loss"])
+    near(losses("one")[0], losses("two")[0])
 
 
-@pytest.mark.parametrize("flags, word", [(["--data", "none.jsonl"], "no such file"), (["--loss", "mpoo"], "did you mean mpo"), (["--beta", "0"], "above 0"),
-                                         (["--reference", "none"], "--reference"), (["--model", "toy"], "is a preset"), (["--epsilon", "0.5"], "below 0.5"),
-                                         (["--stage", "finetune"], "--stage"), (["--split-questions"], "--split-questions"), (["--out", "tiny"], None)])
+@pytest.mark.parametrize("flags, word", [
+    (["--data", "none.jsonl"], "no such file"), (["--beta", "0"], "above 0"), (["--reference", "none"], "--reference"),
+    (["--model", "toy"], "is a preset"), (["--stage", "finetune"], "--stage"), (["--w-p", "-1"], "at least 0"),
+    (["--split-questions"], "--split-questions"),
+])
 def test_a_flag_that_cannot_be_is_one_clear_line(tiny, folder, capfd, flags, word):
-    if word:
-        assert go(tiny, folder, *flags) == 1
-        said = errors(capfd)
-        assert len(said) == 1 and word in said[0]
+    assert go(tiny, folder, *flags) == 1
+    said = errors(capfd)
+    assert len(said) == 1
+    assert word in said[0]
 
 
-def test_meta_json_mixes_files_with_their_own_roots_and_repeats(tiny, folder, tok, vlm, capfd):
+@pytest.fixture
+def meta(folder):
+    """A meta.json as MMPR's, of a file about a picture, twice, and of three tenths of a file without."""
     (folder / "red").mkdir()
     os.rename("a.png", "red/a.png")
     write(folder / "red.jsonl", [PAIRS[0]] * 3)
     write(folder / "text.jsonl", [dict(PAIRS[3], chosen=f"{i} legs") for i in range(10)])
-    meta = {"red": {"root": "red", "annotation": "red.jsonl", "data_augment": True, "max_dynamic_patch": 12, "repeat_time": 2, "length": 3},
-            "text": {"root": ".", "annotation": "text.jsonl", "repeat_time": 0.3}}
+    meta = {
+        "red": {"root": "red", "annotation": "red.jsonl", "data_augment": True, "max_dynamic_patch": 12, "repeat_time": 2,
+                "length": 3},
+        "text": {"root": ".", "annotation": "text.jsonl", "repeat_time": 0.3},
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
+    return meta
+
+
+def test_meta_json_mixes_files_with_their_own_roots_and_repeats(tiny, folder, meta, tok, vlm):
     made = examples(folder, tok, vlm, "meta.json")
-    assert len(made) == 9 and "max_dynamic_patch of red is not used" in capfd.readouterr().out
-    assert [made[i]["pixels"].shape[0] for i in range(9)] == [1] * 6 + [0] * 3
-    assert len({made[i]["tokens"].tolist().__repr__() for i in range(6, 9)}) == 3
-    assert go(tiny, folder, data="meta.json") == 0 and log("run")[0]["pairs"] == 4
+    assert [len(made[i]["pixels"]) for i in range(len(made))] == [1] * 6 + [0] * 3
+    drawn = {str(made[i]["tokens"].tolist()) for i in range(6, 9)}
+    assert len(drawn) == 3
+    assert go(tiny, folder, data="meta.json") == 0
+    assert log("run")[0]["pairs"] == 4
+
+
+def test_a_root_of_another_machine_in_meta_json_is_one_line(tiny, folder, meta, capfd):
     (folder / "meta.json").write_text(json.dumps({"red": dict(meta["red"], root="/cluster/images")}))
-    assert go(tiny, folder, data="meta.json", out="b") == 1 and "write yours" in errors(capfd)[-1]
+    assert go(tiny, folder, data="meta.json") == 1
+    assert "Write your own paths" in errors(capfd)[-1]
 
 
 # ---- building pairs: reading answers -----------------------------------------------------------------------------------
 
 
-def test_the_final_answer_is_behind_the_last_trigger():
-    assert pairs.parse_answer("First.\nSecond.\nFinal answer: 4")[1] == "4"
-    assert pairs.parse_answer("Final answer: 3 at first.\nNo.\nFinal answer: 4")[1] == "4"
-    assert pairs.parse_answer("一。\n二。\n答案: 四")[1] == "四"
+@pytest.mark.parametrize("text, final", [
+    ("First.\nSecond.\nFinal answer: 4", "4"), ("Final answer: 3 at first.\nNo.\nFinal answer: 4", "4"),
+    ("一。\n二。\n答案: 四", "四"),
+])
+def test_the_final_answer_is_behind_the_last_trigger(text, final):
+    assert pairs.parse_answer(text)[1] == final
 
 
-@pytest.mark.parametrize("text", ["4", "Final answer: 4", "One line. Final answer: 4", "a\nFinal answer: 4", "a\nb\nFinal answer:", "a\nb\nFinal answer: 4\nor 5",
-                                  "\n\nFinal answer: 4", "a\nFinal answer: 1\nFinal answer: 2\nFinal answer: 3"])
+@pytest.mark.parametrize("text", [
+    "4", "Final answer: 4", "One line. Final answer: 4", "a\nFinal answer: 4", "a\nb\nFinal answer:",
+    "a\nb\nFinal answer: 4\nor 5", "\n\nFinal answer: 4", "a\nFinal answer: 1\nFinal answer: 2\nFinal answer: 3",
+])
 def test_other_forms_are_no_answer(text):
     assert pairs.parse_answer(text) is None
 
 
 @pytest.mark.parametrize("said, truth, right", [
-    ("Yes", "yes", True), ("the cat.", "cat", True), ("two", "2", True), ("3.1416", "3.14159", True), ("3.2", "3.14159", False), ("1,000", "1000", True),
-    ("B. dog", "B", True), ("(B)", "B", True), ("C", "B", False), ("bird", "B", False), ("12", "2", False), ("90 degrees", "90", True), ("", "a", False),
-    ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.55]", True), ("[0.60, 0.60, 0.90, 0.90]", "[0.10, 0.10, 0.50, 0.55]", False), ("nan", "4", False)])
+    ("Yes", "yes", True), ("the cat.", "cat", True), ("two", "2", True), ("1,000", "1000", True), ("12", "2", False),
+    ("3.1416", "3.14159", True), ("3.2", "3.14159", False), ("90 degrees", "90", True), ("nan", "4", False),
+    ("B. dog", "B", True), ("(B)", "B", True), ("C", "B", False), ("bird", "B", False), ("", "a", False),
+    ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.55]", True),
+    ("[0.60, 0.60, 0.90, 0.90]", "[0.10, 0.10, 0.50, 0.55]", False),
+])
 def test_the_judge(said, truth, right):
     assert pairs.judge_answer(said, truth) is right
 
 
 def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_ending():
-    said = pairs.ask_step_by_step("How many?\n<image>\nAnswer the question using a single word or phrase.", 1, "en")
-    assert said == ("<image>\nYour task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to answer, "
-                    'please use the format "Final answer: .."\n\nQuestion:\n\nHow many?')
-    assert pairs.ask_step_by_step("Is it?\nAnswer the question using a single word or phrase.", 1, "en") == "<image>\n" + toyworld.COT + "Is it?"
+    asked = "How many?\n<image>\nAnswer the question using a single word or phrase."
+    assert pairs.ask_step_by_step(asked, 1) == (
+        "<image>\nYour task is to answer the question below. Give step by step reasoning before you answer, and when "
+        'you\'re ready to answer, please use the format "Final answer: .."\n\nQuestion:\n\nHow many?'
+    )
+    asked = "Is it?\nAnswer the question using a single word or phrase."
+    assert pairs.ask_step_by_step(asked, 1) == "<image>\n" + toyworld.COT + "Is it?"
 
 
 def test_a_right_answer_is_written_as_the_truth_is():
-    assert pairs.write_as_truth("a\nb\n**Final answer:** **Red**", "red", 2) == "a\nb\nFinal answer: red"
-    assert pairs.write_as_truth("a\nb\nFinal answer: A Red one", "red", 2) == "a\nb\nFinal answer: red"
+    for text in ("a\nb\n**Final answer:** **Red**", "a\nb\nFinal answer: A Red one"):
+        assert pairs.write_as_truth(text, "red", 2) == "a\nb\nFinal answer: red"
 
 
 # ---- building pairs: the program ---------------------------------------------------------------------------------------
@@ -498,28 +603,45 @@ def test_a_right_answer_is_written_as_the_truth_is():
 
 @pytest.fixture
 def asked(folder):
-    write(folder / "questions.jsonl", [{"image": "a.png", "question": f"How many? {i}", "answer": str(i % 3)} for i in range(6)]
-          + [{"image": "gone.png", "question": "Where?", "answer": "there"}, {"question": "Why?", "answer": "so"}, {"image": "a.png"}])
-    return folder / "questions.jsonl"
+    """Six questions that can be used; a lost picture, no picture and no question after them."""
+    questions = [{"image": "a.png", "question": f"How many? {i}", "answer": str(i % 3)} for i in range(6)]
+    questions.append({"image": "gone.png", "question": "Where?", "answer": "there"})
+    questions.append({"question": "Why?", "answer": "so"})
+    questions.append({"image": "a.png"})
+    return write(folder / "questions.jsonl", questions)
+
+
+@pytest.fixture
+def described(folder):
+    chosen = "A red cat and a big dog."
+    return write(folder / "questions.jsonl", [{"image": "a.png", "question": "<image>\nDescribe.", "chosen": chosen}])
 
 
 def build(tiny, folder, method, *flags, out="pairs/made.jsonl"):
-    base = ["--method", method, "--model", tiny, "--data", folder / "questions.jsonl", "--image-root", folder, "--out", out, "--samples", 4,
-            "--batch-size", 8, "--max-new-tokens", 12]
+    base = ["--method", method, "--model", tiny, "--data", folder / "questions.jsonl", "--image-root", folder, "--out", out]
+    base += ["--samples", 4, "--batch-size", 8, "--max-new-tokens", 12]
     return run(lambda: pairs.main([str(word) for word in [*base, *flags]]))
 
 
 @pytest.fixture
 def talkative(monkeypatch):
-    """A model that answers from a list, so that right and wrong answers come at will; its tokens are those of the texts."""
-    def says(*texts):
-        tok, calls = Tokenizer(ROOT / "assets/toy-vicuna"), []
+    """says(text, ...): the model answers from this list in turn; what ends with ... is cut off. -> the prompts of each call"""
+    tok = Tokenizer(ROOT / "assets/toy-vicuna")
 
-        def complete(vlm, tok_, rows, cfg, seed):
-            calls.append(rows)
-            picked = [texts[(seed + i) % len(texts)] for i in range(len(rows))]
-            return [sample.read_answer(tok, "vicuna_v1", tok.encode(text) + [tok.eos] * (not text.endswith("..."))) for text in picked]
-        monkeypatch.setattr(pairs, "draw_answers", complete)
+    def says(*texts):
+        calls = []
+
+        def draw_answers(vlm, tok_, prompts, cfg, seed):
+            calls.append(prompts)
+            answers = []
+            for i in range(len(prompts)):
+                text = texts[(seed + i) % len(texts)]
+                ids = tok.encode(text)
+                if not text.endswith("..."):
+                    ids.append(tok.eos)
+                answers.append(sample.read_answer(tok, "vicuna_v1", ids))
+            return answers
+        monkeypatch.setattr(pairs, "draw_answers", draw_answers)
         return calls
     return says
 
@@ -528,110 +650,132 @@ def lines(path):
     return [json.loads(line) for line in open(path)]
 
 
+def stats():
+    return json.loads(Path("pairs/made.jsonl.stats.json").read_text())
+
+
 def test_right_answers_meet_wrong_ones_and_those_without_form(tiny, folder, asked, talkative, capfd):
-    talkative("One.\nTwo.\nFinal answer: 1", "One.\nTwo.\nFinal answer: 2", "I do not know.", "One.\nTwo.\nFinal ...")
+    begin = "One.\nTwo.\nFinal "
+    talkative(begin + "answer: 1", begin + "answer: 2", "I do not know.", begin + "...")
     assert build(tiny, folder, "correctness") == 0
     made = lines("pairs/made.jsonl")
-    assert {(p["answer_gt"], p["rule"], pairs.parse_answer(p["chosen"])[1]) for p in made} == {(t, rule, t) for t in "12" for rule in ("answer", "format")}
-    assert all(p["question"].startswith("<image>\nYour task") and p["image"] == "a.png" and set(p) >= {"chosen", "rejected"} for p in made)
+    found = {(pair["answer_gt"], pair["rule"], pairs.parse_answer(pair["chosen"])[1]) for pair in made}
+    assert found == {("1", "answer", "1"), ("1", "format", "1"), ("2", "answer", "2"), ("2", "format", "2")}
+    for pair in made:
+        assert pair["question"].startswith("<image>\nYour task")
+        assert pair["image"] == "a.png"
+
     said = capfd.readouterr().out
-    stats = json.loads(Path("pairs/made.jsonl.stats.json").read_text())
-    assert stats["counts"]["answers cut off"] == 7 and stats["counts"]["questions none right"] == 3 and stats["counts"]["unusable"] == 1
-    assert stats["counts"]["unreadable"] == 1 and "no such" in said and stats["tokens_generated_per_pair"] == stats["counts"]["tokens"] / len(made)
-    assert stats["tokens"]["chosen"]["mean"] > 0 and "tokens generated per pair" in said
+    assert "no such" in said
+    assert "tokens generated per pair" in said
+    counts = stats()["counts"]
+    assert counts["answers cut off"] == 7
+    assert counts["questions none right"] == 3
+    assert counts["unusable"] == 1
+    assert counts["unreadable"] == 1
+    assert stats()["tokens_generated_per_pair"] == counts["tokens"] / len(made)
+    assert stats()["tokens"]["chosen"]["mean"] > 0
 
 
 def test_a_prediction_within_the_other_is_no_pair_and_pairs_are_capped(tiny, folder, asked, talkative):
-    talkative("One.\nTwo.\nFinal answer: 1", "One.\nTwo.\nFinal answer: 1 or 2", "I.\nJ.\nFinal answer: 5", "K.\nL.\nFinal answer: 6")
+    talkative("One.\nTwo.\nFinal answer: 1", "One.\nTwo.\nFinal answer: 1 or 2", "I.\nJ.\nFinal answer: 5",
+              "K.\nL.\nFinal answer: 6")
     assert build(tiny, folder, "correctness", "--pairs-per-question", 1) == 0
-    counts = json.loads(Path("pairs/made.jsonl.stats.json").read_text())["counts"]
-    assert counts["pairs"] == 2 and counts["pairs in doubt"] == 2 and counts["pairs beyond the cap"] == 2      # questions whose truth is 1
+    counts = stats()["counts"]                              # two questions have the truth 1
+    assert counts["pairs"] == counts["pairs in doubt"] == counts["pairs beyond the cap"] == 2
 
 
-def test_dropout_keeps_words_and_completes_them_without_the_picture(tiny, folder, asked, tok, talkative):
-    write(folder / "questions.jsonl", [{"image": "a.png", "question": "<image>\nDescribe.", "chosen": "A red cat and a big dog."}])
+def test_dropout_keeps_words_and_completes_them_without_the_picture(tiny, folder, described, tok, talkative):
     calls = talkative("blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--ratio", 0.5) == 0
     pair, = lines("pairs/made.jsonl")
-    assert pair["chosen"] == "A red cat and a big dog." and pair["rejected"] == "A red cat blue bird." and pair["image"] == "a.png"
-    (ids, tiles), = calls[1]
-    assert calls[0] == [] and not tiles and tok.image not in ids            # it is asked without picture
-    whole = encode_conversation(tok, [("human", "Describe."), ("gpt", "A red cat")], "vicuna_v1", [])[0]
-    assert ids == whole[:-1]                                                # exactly as training would write it, left open
+    assert pair["chosen"] == "A red cat and a big dog."
+    assert pair["rejected"] == "A red cat blue bird."
+    assert pair["image"] == "a.png"
+
+    for_chosen, ((ids, pictures),) = calls
+    assert for_chosen == []
+    assert pictures == []
+    turns = [("human", "Describe."), ("gpt", "A red cat")]
+    whole, _ = encode_conversation(tok, turns, "vicuna_v1", [])
+    assert ids == whole[:-1]                                # exactly as training would write it, left open
 
 
 @pytest.mark.parametrize("ratio, begin", [(0.25, "A"), (0.75, "A red cat and a"), (0.0, "")])
-def test_the_ratio_counts_words_and_rounds_down(tiny, folder, asked, talkative, ratio, begin):
-    write(folder / "questions.jsonl", [{"image": "a.png", "question": "Describe.", "chosen": "A red cat and a big dog."}])
+def test_the_ratio_counts_words_and_rounds_down(tiny, folder, described, talkative, ratio, begin):
     talkative("blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--ratio", ratio) == 0
     assert lines("pairs/made.jsonl")[0]["rejected"] == f"{begin} blue bird.".strip()
 
 
-def test_cut_off_and_same_completions_make_no_pair(tiny, folder, asked, talkative, capfd):
-    write(folder / "questions.jsonl", [{"image": "a.png", "question": "Describe.", "chosen": "A red cat and a big dog."}])
-    for text, why in (("and a ...", "completions cut off"), ("and a big dog.", "completions the same")):
-        talkative(text)
-        assert build(tiny, folder, "dropout-ntp") == 1 and "not one pair" in errors(capfd)[-1]
-        assert json.loads(Path("pairs/made.jsonl.stats.json").read_text())["counts"][why] == 1
-        Path("pairs/made.jsonl.part").unlink()
+@pytest.mark.parametrize("text, why", [("and a ...", "cut off"), ("and a big dog.", "the same")])
+def test_cut_off_and_same_completions_make_no_pair(tiny, folder, described, talkative, capfd, text, why):
+    talkative(text)
+    assert build(tiny, folder, "dropout-ntp") == 1
+    assert "not one pair" in errors(capfd)[-1]
+    assert stats()["counts"][f"completions {why}"] == 1
 
 
 def test_without_a_chosen_answer_the_model_gives_its_own_with_the_picture(tiny, folder, asked, talkative):
     calls = talkative("one two three four", "blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--batch-size", 2) == 0
-    assert len(calls) == 2 * 4 and calls[0][0][1] and not calls[1][0][1]
+    assert len(calls) == 2 * 4
+    (_, with_picture), *_ = calls[0]
+    (_, without), *_ = calls[1]
+    assert with_picture and not without
 
 
-@pytest.mark.parametrize("method", ["correctness", "dropout-ntp"])
-def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny, folder, asked, method, monkeypatch):
-    monkeypatch.setattr(pairs, "judge_answer", lambda said, truth: True)             # a random model never answers: anything is an answer here
+@pytest.mark.parametrize("method, size", [("correctness", 8), ("dropout-ntp", 2)])
+def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny, folder, asked, method, size, monkeypatch):
+    # A random model never answers: here anything is an answer, and a whole one.
+    monkeypatch.setattr(pairs, "judge_answer", lambda said, truth: True)
     monkeypatch.setattr(pairs, "parse_answer", lambda text, n=2: (text, text[:3]) if len(text) % 2 else None)
     monkeypatch.setattr(pairs, "write_as_truth", lambda text, *_: text)
-    monkeypatch.setattr(sample, "read_answer", lambda tok, template, ids: sample.Answer(tok.decode(ids).strip(), True, ids))
-    monkeypatch.setattr(pairs, "read_answer", sample.read_answer)
-    assert build(tiny, folder, method, out="whole.jsonl") == 0
-    calls, original = [], pairs.draw_answers
+    whole = lambda tok, template, ids: sample.Answer(tok.decode(ids).strip(), True, ids)
+    for program in (sample, pairs):
+        monkeypatch.setattr(program, "read_answer", whole)
+    flags = ["--batch-size", size]
+    assert build(tiny, folder, method, *flags, out="whole.jsonl") == 0
 
-    def draw_answers(*args):
-        calls.append(None)
-        if len(calls) == 3:
-            with open("made.jsonl.part", "a") as file:
-                file.write('{"pairs": [')                                   # the kill comes while a line is written
-            os._exit(9)
-        return original(*args)
-    monkeypatch.setattr(pairs, "draw_answers", draw_answers)
-    flags = ["--batch-size", 8 if method == "correctness" else 2]
-    child = fork(target=lambda: os._exit(build(tiny, folder, method, *flags, out="made.jsonl")))
-    child.start()
-    child.join()
-    assert child.exitcode == 9 and Path("made.jsonl.part").exists() and not Path("made.jsonl").exists()
-    monkeypatch.setattr(pairs, "draw_answers", original)
-    assert build(tiny, folder, method, *flags, "--seed", 1, out="made.jsonl") == 1          # other flags: refused
-    assert build(tiny, folder, method, *flags, out="made.jsonl") == 0 and not Path("made.jsonl.part").exists()
-    if method == "dropout-ntp":
-        assert build(tiny, folder, method, *flags, out="whole2.jsonl") == 0
-    assert Path("made.jsonl").read_text() == Path("whole.jsonl" if method == "correctness" else "whole2.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        die_at(patch, pairs, "draw_answers", call=3)
+        assert exit_code_of(lambda: build(tiny, folder, method, *flags, out="made.jsonl")) == 9
+    assert not Path("made.jsonl").exists()
+    with open("made.jsonl.part", "a") as file:
+        file.write('{"pairs": [')                           # the kill came while a line was written
+    assert build(tiny, folder, method, *flags, "--seed", 1, out="made.jsonl") == 1      # another flag: refused
+    assert build(tiny, folder, method, *flags, out="made.jsonl") == 0
+    assert Path("made.jsonl").read_text() == Path("whole.jsonl").read_text()
+    assert not Path("made.jsonl.part").exists()
 
 
-@pytest.mark.parametrize("flags, word", [(["--method", "corectness"], "did you mean correctness"), (["--ratio", "1"], "below 1"), (["--samples", "0"], "at least 1"),
-                                         (["--data", "none.jsonl"], "none.jsonl"), (["--sampels", "3"], "--samples"), (["--out", "a.png"], "is there already")])
+@pytest.mark.parametrize("flags, word", [
+    (["--method", "corectness"], "did you mean correctness"), (["--ratio", "1"], "below 1"), (["--samples", "0"], "at least 1"),
+    (["--data", "none.jsonl"], "none.jsonl"), (["--sampels", "3"], "--samples"), (["--out", "a.png"], "is there already"),
+])
 def test_a_wrong_flag_of_the_builder_is_one_clear_line(tiny, folder, asked, capfd, flags, word):
     assert build(tiny, folder, "correctness", *flags) == 1
     said = errors(capfd)
-    assert len(said) == 1 and word in said[0]
+    assert len(said) == 1
+    assert word in said[0]
 
 
-@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "recipes").glob("*mpo*.sh")))
-def test_a_recipe_has_only_flags_that_there_are(recipe, monkeypatch, folder, tiny):
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "recipes").glob("*mpo*.sh")))
+def test_a_recipe_has_only_flags_that_there_are(recipe, monkeypatch, folder):
     """Each command of the script, with its folders filled in, gets as far as reading files."""
     text = (ROOT / "recipes" / recipe).read_text()
     commands = re.findall(r"(mpo|pairs)\.py\"? ((?:[^\n\\]|\\\n)*)", text)
-    monkeypatch.setattr(mpo, "teach", lambda cfg, *_: 0)
     assert commands
+    monkeypatch.setattr(mpo, "teach", lambda cfg, Task: 0)
+    files = ("$META", "$PAIRS", "$OUT/pairs.jsonl", "toyworld/val.jsonl")
     for program, command in commands:
-        words = shlex.split(command.replace("\\\n", " ").replace('"$@"', ""))
-        words = [str(folder / "pairs.jsonl") if w in ("$META", "$PAIRS", "$OUT/pairs.jsonl", "toyworld/val.jsonl") else str(folder) if w.startswith("$") else w for w in words]
+        words = []
+        for word in shlex.split(command.replace("\\\n", " ").replace('"$@"', "")):
+            if word in files:
+                word = str(folder / "pairs.jsonl")
+            elif word.startswith("$"):
+                word = str(folder)
+            words.append(word)
         if program == "pairs":
             parse(pairs.PairsConfig, words)
         else:

@@ -166,11 +166,11 @@ def pairs_here(model, call, tokens, pixels, n, args):
     layout = torch.cartesian_prod(torch.arange(args.pictures), torch.arange(N))
     examples = [mpo.pair_row(row[:p], row[p:-n], row[-n:]) | {"pixels": some, "layout": layout, "id": "", "index": 0, "pictures_of": k}
                 for k, (row, some) in enumerate(zip(tokens.tolist(), pixels.split(args.pictures)))]
-    batch = mpo.to(mpo.collate_pairs(examples, model.cfg.pad_token), tokens.device)
+    batch = mpo.to_device(mpo.collate_pairs(examples, model.cfg.pad_token), tokens.device)
     ref = None
     if args.precomputed:
         with torch.no_grad(), half(args, tokens.device):
-            known = mpo.log_probs(model, batch)[0]
+            known = mpo.pair_log_probs(model, batch)[0]
     else:
         ref = copy.deepcopy(model).requires_grad_(False)
         ref.vision = model.vision                                           # frozen: one is enough
@@ -178,8 +178,8 @@ def pairs_here(model, call, tokens, pixels, n, args):
     def loss_of():
         with torch.no_grad():
             seen = model.features(batch["pixels"])
-            s_ref = known if ref is None else mpo.log_probs(ref, batch, seen)[0]
-        return pair_loss(mpo.log_probs(call, batch, seen)[0], s_ref, n)
+            s_ref = known if ref is None else mpo.pair_log_probs(ref, batch, seen)[0]
+        return pair_loss(mpo.pair_log_probs(call, batch, seen)[0], s_ref, n)
     return loss_of
 
 
@@ -203,9 +203,9 @@ def pairs_there(model, call, tokens, pixels, n, args):
 
 
 def pair_loss(s, s_ref, n, cfg=mpo.MPOConfig()):
-    p = mpo.preference(s, s_ref, torch.full_like(s, n), cfg)
-    p.delta, _ = mpo.shift(0.0, 0, p.r_c, p.r_r)
-    return sum(weight * mpo.TERMS[name](p) for name, weight in mpo.loss_weights(cfg).items())
+    delta, _ = mpo.update_delta(0.0, 0, cfg.beta * (s - s_ref))
+    terms = mpo.mpo_terms(s, s_ref, torch.full_like(s, n), delta, cfg)
+    return sum(weight * term for weight, term in terms.values())
 
 
 
