@@ -188,6 +188,8 @@ def main(argv=None):
 def parse_flags(argv=None):
     """The recipe of (--model, --stage) replaces defaults, the command line replaces both."""
     argv = sys.argv[1:] if argv is None else argv
+
+    # A first look finds the recipe, and what else some flags change in the defaults of others.
     plain = [word for word in argv if word not in ("-h", "--help")]
     given = parse(TrainConfig, plain, defaults={"epochs": math.inf})
     recipe = dict(RECIPES.get((given.model, given.stage), {}))
@@ -206,7 +208,10 @@ def find_files(cfg):
     if not data:
         import toyworld
 
-        toyworld.write_world("toyworld")
+        try:
+            toyworld.write_world("toyworld")
+        except OSError as error:
+            raise UserError(f"the toy world could not be drawn ({error}); give your own --data") from None
         data = "toyworld/pretrain.json" if cfg.stage == "pretrain" else "toyworld/train.json"
     folder = Path(data).parent
     val = cfg.val
@@ -230,10 +235,11 @@ def teach(cfg, Task):
             records.split_questions()
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
         if cfg.dry_run:
-            vlm, tok = plan_model(cfg)
+            vlm, tok = plan_model(cfg)  # without weights
             freeze(vlm, cfg)
             return dry_run(cfg, records, n_step, vlm, tok, device)
 
+        # The model, as --resume left it or from its ingredients; and which of its parameters train.
         run = Run(cfg, n_step)
         torch.manual_seed(cfg.seed)
         vlm, tok = build(cfg, run.checkpoint)
