@@ -1,7 +1,9 @@
-"""Public weights of every layout: written by the reference libraries (or in their words) with tiny random numbers, read here, compared."""
+"""Every public layout opens as in its reference library, is converted, and refused when damaged."""
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,49 +11,67 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+from layouts import (
+    LLAMA,
+    LM2,
+    PIXELS,
+    PRISM,
+    SIZE,
+    TINY,
+    TOWERS,
+    clip_folder,
+    close,
+    count,
+    features_of,
+    internlm2,
+    internvl,
+    lively,
+    narrow,
+    original,
+    original_lora,
+    prismatic,
+    projector,
+    same,
+    timm_names,
+    tr,
+    write,
+    write_prismatic,
+    write_shards,
+)
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import model
+import support.start as start
 import train
 from conversation import Tokenizer
-from model import Connector, Decoder, DecoderConfig, VLM, VLMConfig
+from model import VLM, Connector, Decoder, DecoderConfig
 from support.cli import UserError, run
-from support.export import clip_json, clip_name, llama_json
+from support.export import clip_json, llama_json, llava_config, llava_name, save_processor
 from support.io import read_json
-from support.weights import check_tokenizer, decoder_config, load_connector, load_decoder, load_vision, read_tower, resize_positions
-from vision import IMAGENET_MEAN, IMAGENET_STD, ViT, VisionConfig
-import support.checkpoint as support_checkpoint
-import tools.weights as tools_weights
+from support.weights import (
+    check_tokenizer,
+    decoder_config,
+    load_connector,
+    load_decoder,
+    load_vision,
+    read_tower,
+    resize_positions,
+)
+from tools.weights import main
+from vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig, ViT
 
-transformers = pytest.importorskip("transformers")
-LLAMA = Path(__file__).parents[2] / "shared" / "tokenizers" / "llama2.model"
-SIZE = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=1, intermediate_size=128, image_size=56, patch_size=14)
-DINO = {k: v for k, v in SIZE.items() if k != "intermediate_size"} | {"mlp_ratio": 2}
-TINY = VLMConfig(VisionConfig(56, 14, 64, 3, 1, 128), DecoderConfig(vocab_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8, n_hidden=48),
-                 image_token=80, pad_token=81)
-PIXELS = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-close = lambda a, b: assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def lively(module, std=0.15):
-    torch.manual_seed(0)
-    for p in module.parameters():
-        nn.init.normal_(p, std=std)
-    return module.eval()
+ROOT = Path(__file__).parents[1]
 
 
-def size(module):
-    return sum(p.numel() for p in module.parameters())
+def convert(src, out, *flags):
+    return run(lambda: main(["convert", str(src), str(out), *map(str, flags)]))
 
 
-def write(folder, config, tensors, name="model.safetensors"):
-    folder.mkdir(exist_ok=True)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    save_file(tensors, folder / name) if name.endswith(".safetensors") else torch.save(tensors, folder / name)
-    return folder
+def info(name, *flags):
+    return run(lambda: main(["info", str(name), *map(str, flags)]))
+
+
+# ---- towers ------------------------------------------------------------------------------------------------
 
 
 def open_tower(path, **changes):
@@ -60,93 +80,37 @@ def open_tower(path, **changes):
     return vit.eval()
 
 
-# ---- towers ---------------------------------------------------------------------------------------------------------
-
-def clip_and_siglip():
-    text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=9)
-    tr = transformers
-    return {"clip": tr.CLIPModel(tr.CLIPConfig(vision_config=SIZE, text_config=text)), "clip vision": tr.CLIPVisionModel(tr.CLIPVisionConfig(**SIZE)),
-            "siglip": tr.SiglipModel(tr.SiglipConfig(vision_config=SIZE, text_config=text)), "siglip vision": tr.SiglipVisionModel(tr.SiglipVisionConfig(**SIZE)),
-            "dinov2": tr.Dinov2Model(tr.Dinov2Config(**DINO)), "registers": tr.Dinov2WithRegistersModel(tr.Dinov2WithRegistersConfig(**DINO)),
-            "vit": tr.ViTModel(tr.ViTConfig(**SIZE)), "vit classes": tr.ViTForImageClassification(tr.ViTConfig(**SIZE))}
-
-
-def features_of(theirs):
-    tower = getattr(theirs, "vision_model", getattr(theirs, "vit", theirs))
-    kind = tower.config.model_type
-    prefix = 0 if "siglip" in kind else 5 if "registers" in kind else 1
-    return tower(PIXELS, output_hidden_states=True).hidden_states[-2][:, prefix:]
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["clip", "clip vision", "siglip", "siglip vision", "dinov2", "registers", "vit", "vit classes"])
+@pytest.mark.parametrize("kind", TOWERS)
 def test_a_tower_that_transformers_wrote_sees_the_same(tmp_path, capsys, kind):
-    theirs = lively(clip_and_siglip()[kind])
+    theirs = lively(TOWERS[kind]())
     theirs.save_pretrained(tmp_path)
-    ours = open_tower(tmp_path)
-    close(ours(PIXELS), features_of(theirs))
-    n = len(load_file(tmp_path / "model.safetensors"))
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"of {n} tensors from" in line and "0 missing, 0 unused" in line
-    assert ("text_model" in line) == (kind in ("clip", "siglip"))
-
-
-def timm_names(vit, folded=False):
-    """Our tower in timm's layout: q, k and v fused, and DINOv2 with registers with the class token's position folded in."""
-    out, state = {}, vit.state_dict()
-    for name, t in state.items():
-        for ours, theirs in (("patch.", "patch_embed.proj."), ("pre_norm.", "norm_pre."), (".attn.out_proj.", ".attn.proj."), (".scale1", ".ls1.gamma"),
-                             (".scale2", ".ls2.gamma"), ("registers", "reg_token"), ("class_token", "cls_token")):
-            name = name.replace(ours, theirs)
-        if ".q_proj." in name:
-            t = torch.cat([state[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")])
-        if "k_proj" not in name and "v_proj" not in name:
-            out[{"pos": "pos_embed"}.get(name, name.replace("q_proj", "qkv"))] = t[None] if name in ("pos", "reg_token") else t[None, None] if name == "cls_token" else t
-    if folded:
-        out["cls_token"], out["pos_embed"] = out["cls_token"] + out["pos_embed"][:, :1], out["pos_embed"][:, 1:]
-    return out
-
-
-OPENAI = [("patch_embed.proj.", "conv1."), ("cls_token", "class_embedding"), ("pos_embed", "positional_embedding"), ("norm_pre.", "ln_pre."),
-          ("blocks.", "transformer.resblocks."), (".norm1.", ".ln_1."), (".norm2.", ".ln_2."), ("attn.qkv.", "attn.in_proj_"), ("attn.proj", "attn.out_proj"),
-          ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")]
+    close(open_tower(tmp_path)(PIXELS), features_of(theirs))
+    assert f"tensors from {tmp_path}, 0 missing, 0 unused" in capsys.readouterr().err
 
 
 @torch.no_grad()
-def test_timm_open_clip_and_openai_names_are_the_same_towers(tmp_path):
-    towers = {kind: lively(clip_and_siglip()[kind]) for kind in ("clip vision", "siglip vision", "registers", "dinov2", "vit")}
-    for kind, theirs in towers.items():
-        theirs.save_pretrained(tmp_path / kind)
-        hf = open_tower(tmp_path / kind)
-        tensors = timm_names(hf, folded=kind == "registers")
-        activation = {"activation": "gelu_tanh"} if "siglip" in kind else {}          # the file does not say; timm's is the exact GELU
-        eps = {"norm_eps": 1e-12} if kind == "vit" else {}
-        file = write(tmp_path / "timm", {"architecture": "vit"}, tensors | {"head.weight": torch.zeros(3, 64)})
-        assert read_tower(file) == replace(hf.cfg, activation=read_tower(file).activation, norm_eps=read_tower(file).norm_eps)
-        close(open_tower(file, **activation, **eps)(PIXELS), features_of(theirs))
-        if "siglip" in kind:
-            extra = {"text.ln_final.weight": torch.zeros(3), "logit_scale": torch.zeros(()), "visual.trunk.attn_pool.q.weight": torch.zeros(3, 3)}
-            file = write(tmp_path / "open_clip", {"x": 1}, {"visual.trunk." + k: v for k, v in tensors.items()} | extra, "open_clip_pytorch_model.bin")
-            close(open_tower(file, **activation)(PIXELS), features_of(theirs))
-        if "clip" in kind and "siglip" not in kind:
-            renamed = {}
-            for name, t in tensors.items():
-                for a, b in OPENAI:
-                    name = name.replace(a, b)
-                name = "ln_post." + name[5:] if name.startswith("norm.") else name
-                renamed["visual." + name] = t.flatten(0, -1 if name == "class_embedding" else -2) if "embedding" in name else t
-            extra = {"transformer.resblocks.0.ln_1.weight": torch.zeros(3), "positional_embedding": torch.zeros(7, 3), "visual.proj": torch.zeros(3, 3)}
-            file = write(tmp_path, None, renamed | extra, "clip.pt") / "clip.pt"
-            close(open_tower(file)(PIXELS), features_of(theirs))
+@pytest.mark.parametrize("kind", ["clip vision", "siglip vision", "registers", "dinov2", "vit"])
+def test_timms_names_are_the_same_towers(tmp_path, kind):
+    theirs = lively(TOWERS[kind]())
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = open_tower(tmp_path / "hf")
+    tensors = timm_names(ours, folded=kind == "registers") | {"head.weight": torch.zeros(3, 64)}
+    folder = write(tmp_path / "timm", {"architecture": "vit"}, tensors)
+
+    # timm's file says neither which GELU nor which epsilon: the usual ones of the family are taken.
+    unsaid = {"activation": ours.cfg.activation, "norm_eps": ours.cfg.norm_eps}
+    assert replace(read_tower(folder), **unsaid) == ours.cfg
+    close(open_tower(folder, **unsaid)(PIXELS), features_of(theirs))
 
 
 @torch.no_grad()
-def test_a_position_table_is_resized_as_dinov2_with_registers_does_at_run_time(tmp_path):
-    theirs = lively(clip_and_siglip()["registers"])
+@pytest.mark.parametrize("S", [42, 98])
+def test_a_position_table_is_resized_as_dinov2_with_registers_does_at_run_time(tmp_path, S):
+    theirs = lively(TOWERS["registers"]())
     theirs.save_pretrained(tmp_path)
-    for S in (42, 98):
-        pixels = torch.randn(1, 3, S, S)
-        close(open_tower(tmp_path, image_size=S)(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2][:, 5:])
+    pixels = torch.randn(1, 3, S, S)
+    close(open_tower(tmp_path, image_size=S)(pixels), features_of(theirs, pixels))
 
 
 def test_a_resized_table_keeps_the_class_row_and_a_constant():
@@ -155,114 +119,98 @@ def test_a_resized_table_keeps_the_class_row_and_a_constant():
     assert_close(resize_positions(pos, cfg), torch.cat([pos[:1], torch.full((49, 4), 0.3)]))
 
 
-# ---- language models ------------------------------------------------------------------------------------------------
+# ---- language models ---------------------------------------------------------------------------------------
+
+DIMS = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+DIMS |= dict(num_attention_heads=4, num_key_value_heads=2)
+DECODERS = {
+    "llama": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**DIMS, rms_norm_eps=1e-5)),
+    "tied": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**DIMS, tie_word_embeddings=True)),
+    "mistral": lambda: tr.MistralForCausalLM(tr.MistralConfig(**DIMS, head_dim=8, sliding_window=16)),
+}
+
+
+def same_logits(folder, theirs):
+    cfg = decoder_config(read_json(folder / "config.json"))
+    decoder = Decoder(cfg)
+    load_decoder(decoder, folder)
+    tokens = torch.randint(96, (2, 14))
+    close(decoder.lm_head(decoder(decoder.embed_tokens(tokens))), theirs(tokens).logits)
+    return cfg
+
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["llama", "mistral", "tied", ".bin in shards"])
-def test_a_language_model_alone_gives_the_same_logits(tmp_path, capsys, kind):
-    tr, dims = transformers, dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    theirs = lively(tr.MistralForCausalLM(tr.MistralConfig(**dims, head_dim=8, sliding_window=16)) if kind == "mistral"
-                    else tr.LlamaForCausalLM(tr.LlamaConfig(**dims, tie_word_embeddings=kind == "tied", rms_norm_eps=1e-5)))
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_language_model_alone_gives_the_same_logits(tmp_path, kind):
+    theirs = lively(DECODERS[kind]())
     theirs.save_pretrained(tmp_path)
-    if "bin" in kind:                                                       # as Vicuna lies on the hub
-        tensors = load_file(tmp_path / "model.safetensors") | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-        files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(tensors)}
-        for file in set(files.values()):
-            write(tmp_path, None, {n: t for n, t in tensors.items() if files[n] == file}, file)
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
-        (tmp_path / "model.safetensors").unlink()
-    cfg = decoder_config(read_json(tmp_path / "config.json"))
+    cfg = same_logits(tmp_path, theirs)
     assert cfg.block_size == (16 if kind == "mistral" else 2048)            # one window
-    decoder, tokens = Decoder(cfg), torch.randint(96, (2, 14))
-    load_decoder(decoder, tmp_path)
-    close(decoder.lm_head(decoder(decoder.embed_tokens(tokens))), theirs(tokens).logits)
-    if "bin" in kind:
-        assert "loaded 21 of 23 tensors" in (said := capsys.readouterr().err) and "2 of no use here (2 inv_freq)" in said
 
 
-def internlm2(state, cfg):
-    """A Llama's tensors in InternLM2's words, key-value head by key-value head: its queries, its key, its value."""
-    out = {}
-    for name, t in state.items():
-        for a, b in (("embed_tokens", "tok_embeddings"), ("lm_head", "output"), ("self_attn.o_proj", "attention.wo"), ("mlp.gate_proj", "feed_forward.w1"),
-                     ("mlp.up_proj", "feed_forward.w3"), ("mlp.down_proj", "feed_forward.w2"), ("input_layernorm", "attention_norm"),
-                     ("post_attention_layernorm", "ffn_norm")):
-            name = name.replace(a, b)
-        if "q_proj" in name:
-            q, k, v = (state[name.replace("q_proj", p)].split(cfg.head_dim) for p in ("q_proj", "k_proj", "v_proj"))
-            g = cfg.n_head // cfg.n_kv_head
-            name, t = name.replace("self_attn.q_proj", "attention.wqkv"), torch.cat([torch.cat([*q[g * i : g * i + g], k[i], v[i]]) for i in range(cfg.n_kv_head)])
-        if "k_proj" not in name and "v_proj" not in name:
-            out[name] = t
-    return out
-
-
-LM2 = dict(model_type="internlm2", vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-           max_position_embeddings=2048, rms_norm_eps=1e-5, bias=False, rope_theta=10000, rope_scaling={"type": "dynamic", "factor": 2.0})
+@torch.no_grad()
+def test_shards_in_bin_files_are_read_without_the_frequencies_beside_them(tmp_path):
+    theirs = lively(DECODERS["llama"]())
+    theirs.save_pretrained(tmp_path)
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    write_shards(tmp_path, load_file(tmp_path / "model.safetensors") | frequencies)
+    (tmp_path / "model.safetensors").unlink()
+    same_logits(tmp_path, theirs)
 
 
 @torch.no_grad()
 def test_internlm2_is_a_llama_whose_queries_keys_and_values_lie_by_head(tmp_path):
-    theirs = lively(transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_json(replace(TINY.decoder, block_size=2048)))))
+    config = tr.LlamaConfig(**llama_json(replace(TINY.decoder, block_size=2048)))
+    theirs = lively(tr.LlamaForCausalLM(config))
     write(tmp_path, LM2, internlm2(theirs.state_dict(), TINY.decoder), "pytorch_model.bin")
-    decoder, tokens = Decoder(decoder_config(LM2)), torch.randint(96, (2, 14))
+    same_logits(tmp_path, theirs)
+
+
+@torch.no_grad()
+def test_words_that_a_decoder_adds_begin_as_the_mean_of_the_others(tmp_path):
+    theirs = lively(DECODERS["llama"]())
+    theirs.save_pretrained(tmp_path)
+    decoder = Decoder(replace(decoder_config(read_json(tmp_path / "config.json")), vocab_size=100))
     load_decoder(decoder, tmp_path)
-    close(decoder.lm_head(decoder(decoder.embed_tokens(tokens))), theirs(tokens).logits)
+    for mine, words in (decoder.embed_tokens, theirs.model.embed_tokens), (decoder.lm_head, theirs.lm_head):
+        assert torch.equal(mine.weight[:96], words.weight)
+        assert_close(mine.weight[96:], words.weight.mean(0).expand(4, -1))
 
 
-# ---- LLaVA ----------------------------------------------------------------------------------------------------------
-
-def parts(vlm, part):
-    return {name.removeprefix(part + "."): t for name, t in vlm.state_dict().items() if name.startswith(part + ".")}
-
-
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-PROJECTOR = {"linear_1": "0", "linear_2": "2", "linear_3": "4"}
-
-
-def projector(vlm, prefix="model.mm_projector."):
-    if vlm.cfg.connector == "linear":
-        return {prefix + name.removeprefix("linear_1."): t for name, t in parts(vlm, "connector").items()}
-    return {prefix + PROJECTOR[name[:8]] + name[8:]: t for name, t in parts(vlm, "connector").items()}
-
-
-def original(folder, vlm, tower=False, **config):
-    """liuhaotian's layout: 80 rows, so that <image> lies beyond the table; .bin with inv_freq; a finetuned tower inside or none."""
-    d = vlm.cfg.decoder
-    names = {("" if n.startswith("lm_head") else "model.") + n: t for n, t in parts(vlm, "decoder").items()}
-    names |= projector(vlm) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    if tower:
-        names |= {"model.vision_tower.vision_tower.vision_model." + clip_name(n): t for n, t in parts(vlm, "vision").items()}
-    kind = {} if vlm.cfg.connector == "linear" else {"mm_projector_type": vlm.cfg.connector}
-    return write(folder, llama_json(d) | {"model_type": "llava", "mm_hidden_size": 64, "mm_vision_tower": "openai/clip", "mm_vision_select_layer": -2,
-                                          "image_aspect_ratio": "pad", "mm_use_im_start_end": False} | kind | config, names, "pytorch_model.bin")
-
-
-def narrow(connector="mlp2x_gelu"):
-    return lively(VLM(replace(TINY, connector=connector, decoder=replace(TINY.decoder, vocab_size=320), image_token=32000, pad_token=32001)))
+# ---- LLaVA -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("connector", ["mlp2x_gelu", "linear"])
 @pytest.mark.parametrize("tower", [False, True])
-def test_the_original_layout_opens_with_its_tower_or_with_one_given(tmp_path, capsys, connector, tower):
-    vlm, clip = narrow(connector), tmp_path / "clip"
-    write(clip, clip_json(vlm.cfg.vision), {"vision_model." + clip_name(n): t for n, t in parts(vlm, "vision").items()})
+def test_the_original_layout_opens_with_its_tower_or_with_one_given(tmp_path, connector, tower):
+    vlm = narrow(connector)
+    clip = clip_folder(tmp_path / "clip", vlm)
     folder = original(tmp_path / "m", vlm, tower)
     if not tower:
         with pytest.raises(UserError, match="holds no vision tower .*openai/clip.*--vision DIR"):
             VLM.from_pretrained(folder)
     again = VLM.from_pretrained(folder, vision=None if tower else str(clip))
-    assert same(again, vlm) and again.cfg.template == ("llava_v1" if connector == "linear" else "vicuna_v1")
-    assert "1 inv_freq" in capsys.readouterr().err
-    tokens, pixels = torch.tensor([[1] + [32000] * 16 + [5, 6], [1, 3] + [32001] * 17]), torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8)
-    assert again(tokens, pixels).shape == (2, 19, 320) and again.generate(tokens[:1], pixels, max_new_tokens=3).max() < 320
+    assert same(again, vlm)
+    assert again.cfg.template == ("llava_v1" if connector == "linear" else "vicuna_v1")
+
+    # <image> and <pad> lie beyond the table of words, and are never said.
+    tokens = torch.tensor([[1] + [32000] * 16 + [5, 6], [1, 3] + [32001] * 17])
+    pixels = torch.randint(0, 256, (1, 3, 56, 56), dtype=torch.uint8)
+    assert again(tokens, pixels).shape == (2, 19, 320)
+    assert again.generate(tokens[:1], pixels, max_new_tokens=3).max() < 320
+
+
+def test_a_model_with_a_tower_takes_no_other(tmp_path):
+    vlm = narrow()
     with pytest.raises(UserError, match="has its own vision tower"):
-        VLM.from_pretrained(original(tmp_path / "m", vlm, True), vision=str(clip))
+        folder = original(tmp_path / "m", vlm, tower=True)
+        VLM.from_pretrained(folder, vision=str(clip_folder(tmp_path / "clip", vlm)))
+
+
+@pytest.mark.parametrize("connector", ["mlp2x_gelu", "linear"])
+def test_the_connector_that_stage_1_of_the_original_code_wrote_is_read_alone(tmp_path, connector):
+    vlm = narrow(connector)
     write(tmp_path, None, projector(vlm), "mm_projector.bin")
     fresh = Connector(vlm.cfg)
     load_connector(fresh, tmp_path / "mm_projector.bin")
@@ -273,185 +221,295 @@ def test_the_original_layout_opens_with_its_tower_or_with_one_given(tmp_path, ca
 @pytest.mark.parametrize("file", ["adapter_model.bin", "adapter_model.safetensors"])
 def test_a_lora_is_merged_over_its_base(tmp_path, file):
     base, tuned = narrow(), narrow()
-    write(tmp_path / "clip", clip_json(base.cfg.vision), {clip_name(n): t for n, t in parts(base, "vision").items()})
-    a, b = torch.randn(2, 32), torch.randn(32, 2)
-    tuned.decoder.layers[1].self_attn.q_proj.weight += 8 / 2 * b @ a
+    clip = str(clip_folder(tmp_path / "clip", base))
+    under = str(original(tmp_path / "base", base))
     nn.init.normal_(tuned.connector.linear_2.bias)
-    original(tmp_path / "base", base)
-    config = json.loads((tmp_path / "base/config.json").read_text())
-    lora = write(tmp_path / "lora", config, {f"base_model.model.model.layers.1.self_attn.q_proj.lora_{x}.weight": t for x, t in (("A", a), ("B", b))}, file)
-    write(lora, None, projector(tuned, "base_model.model.model.mm_projector."), "non_lora_trainables.bin")
-    (lora / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8, "bias": "none", "base_model_name_or_path": "lmsys/vicuna"}))
+    lora, A, B = original_lora(tmp_path / "lora", tmp_path / "base", tuned, file, 1, "q_proj")
+    tuned.decoder.layers[1].self_attn.q_proj.weight += 4 / 2 * B @ A
+
     with pytest.raises(UserError, match="LoRA over 'lmsys/vicuna'.*--llm DIR"):
-        VLM.from_pretrained(lora, vision=str(tmp_path / "clip"))
-    again = VLM.from_pretrained(lora, vision=str(tmp_path / "clip"), llm=str(tmp_path / "base"))
-    for name, t in tuned.state_dict().items():
-        close(again.state_dict()[name], t)
-    write(lora, None, {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": a}, file)
-    with pytest.raises(UserError, match="1 of its 1 tensors belong to nothing"):
-        VLM.from_pretrained(lora, vision=str(tmp_path / "clip"), llm=str(tmp_path / "base"))
+        VLM.from_pretrained(lora, vision=clip)
+    assert same(VLM.from_pretrained(lora, vision=clip, llm=under), tuned)
+    write(lora, None, {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": A}, file)
+    with pytest.raises(UserError, match="its LoRA of decoder.layers.7.self_attn.q_proj does not fit"):
+        VLM.from_pretrained(lora, vision=clip, llm=under)
 
 
-# ---- Prismatic ------------------------------------------------------------------------------------------------------
+# ---- Prismatic ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prism(tmp_path):
+    """Two reference towers, a connector and a Llama, as Prismatic writes them: towers outside."""
+    exact = SIZE | dict(hidden_act="gelu")  # as Prismatic ran it
+    siglip = tr.SiglipVisionModel(tr.SiglipVisionConfig(**exact))
+    dims = dict(vocab_size=32064, hidden_size=128, intermediate_size=32, num_hidden_layers=1)
+    llama = tr.LlamaForCausalLM(tr.LlamaConfig(**dims, num_attention_heads=1, rms_norm_eps=1e-5))
+    layers = nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128), nn.GELU(), nn.Linear(128, 128)
+    p = SimpleNamespace(dino=lively(TOWERS["registers"]()), siglip=lively(siglip), llama=lively(llama))
+    p.fused = lively(nn.Sequential(*layers))
+    p.dino.save_pretrained(tmp_path / "dino")
+    p.siglip.save_pretrained(tmp_path / "siglip")
+    p.towers = f"{tmp_path / 'dino'},{tmp_path / 'siglip'}"
+    p.config = PRISM | {
+        "vision_backbone_id": "dinosiglip-vit-so-56px",
+        "llm_backbone_id": "vicuna-v15-7b",
+        "arch_specifier": "no-align+fused-gelu-mlp",
+        "image_resize_strategy": "resize-naive",
+    }
+    p.state = {
+        "projector": {f"projector.{name}": t for name, t in p.fused.state_dict().items()},
+        "llm_backbone": {f"llm.{name}": t for name, t in p.llama.state_dict().items()},
+    }
+    p.folder = write_prismatic(tmp_path / "prism", p.config, p.state)
+    p.tokens = torch.tensor([[1] + [32001] * 16 + [450, 451]] * 2)
+    p.raw = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    return p
+
+
+def normalized(raw, mean, std):
+    return (raw / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
 
 @torch.no_grad()
-def test_prismatic_is_two_reference_towers_a_connector_and_a_llama(tmp_path):
-    dino, siglip = (lively(clip_and_siglip()[kind]) for kind in ("registers", "siglip vision"))
-    siglip = lively(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZE | dict(hidden_act="gelu"))))   # exact, as Prismatic ran it
-    dino.save_pretrained(tmp_path / "dino")
-    siglip.save_pretrained(tmp_path / "siglip")
-    llama = lively(transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32064, hidden_size=128, intermediate_size=32, num_hidden_layers=1,
-                                                                          num_attention_heads=1, rms_norm_eps=1e-5)))
-    fused = lively(nn.Sequential(nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128), nn.GELU(), nn.Linear(128, 128)))
-    folder = tmp_path / "prism"
-    (folder / "checkpoints").mkdir(parents=True)
-    config = {"model": {"model_id": "prism", "vision_backbone_id": "dinosiglip-vit-so-56px", "llm_backbone_id": "vicuna-v15-7b",
-                        "arch_specifier": "no-align+fused-gelu-mlp", "image_resize_strategy": "resize-naive", "llm_max_length": 2048}}
-    (folder / "config.json").write_text(json.dumps(config))
-    state = {"projector": {f"projector.{k}": t for k, t in fused.state_dict().items()}, "llm_backbone": {f"llm.{k}": t for k, t in llama.state_dict().items()}}
-    torch.save({"model": state}, folder / "checkpoints/latest-checkpoint.pt")
+def test_prismatic_is_two_reference_towers_a_connector_and_a_llama(prism):
     with pytest.raises(UserError, match="dinosiglip-vit-so-56px.*--vision DIR,DIR"):
-        VLM.from_pretrained(folder)
-    vlm = VLM.from_pretrained(folder, vision=f"{tmp_path / 'dino'},{tmp_path / 'siglip'}")
-    assert (vlm.cfg.image_token, vlm.cfg.pad_token, vlm.cfg.template, vlm.cfg.image_mode) == (32001, 32000, "prism_vicuna", "resize")
+        VLM.from_pretrained(prism.folder)
+    vlm = VLM.from_pretrained(prism.folder, vision=prism.towers)
+    assert (vlm.cfg.image_token, vlm.cfg.pad_token) == (32001, 32000)
+    assert (vlm.cfg.template, vlm.cfg.image_mode) == ("prism_vicuna", "resize")
+    dino = features_of(prism.dino, normalized(prism.raw, IMAGENET_MEAN, IMAGENET_STD))
+    siglip = features_of(prism.siglip, normalized(prism.raw, (0.5,) * 3, (0.5,) * 3))
+    x = prism.llama.model.embed_tokens(prism.tokens)
+    x[:, 1:17] = prism.fused(torch.cat([dino, siglip], dim=2))
+    close(vlm(prism.tokens, prism.raw), prism.llama(inputs_embeds=x).logits)
 
-    raw = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
-    norm = lambda mean, std: (raw / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    features = torch.cat([dino(norm(IMAGENET_MEAN, IMAGENET_STD), output_hidden_states=True).hidden_states[-2][:, 5:],
-                          siglip(norm((0.5,) * 3, (0.5,) * 3), output_hidden_states=True).hidden_states[-2]], dim=2)
-    tokens = torch.tensor([[1] + [32001] * 16 + [450, 451]] * 2)
-    x = llama.model.embed_tokens(tokens)
-    x[:, 1:17] = fused(features)
-    close(vlm(tokens, raw), llama(inputs_embeds=x).logits)
 
-    if LLAMA.exists():                                                      # the tokenizer beside it keeps Prismatic's ids of <PAD> and picture
-        (folder / "tokenizer.model").write_bytes(LLAMA.read_bytes())
-        assert run(lambda: tools_weights.main(["convert", str(folder), str(tmp_path / "out"), "--vision", f"{tmp_path / 'dino'},{tmp_path / 'siglip'}"])) == 0
-        tok = Tokenizer(tmp_path / "out")
-        assert (tok.image, tok.pad) == (Tokenizer(folder).image, Tokenizer(folder).pad) == (32001, 32000)
-    vlm.save_pretrained(tmp_path / "ours")                                  # no public layout of ours holds two towers
+@torch.no_grad()
+def test_prismatic_opens_with_its_towers_inside_and_as_openvla_wrote_it(tmp_path, prism):
+    vlm = VLM.from_pretrained(prism.folder, vision=prism.towers)
+    dino, siglip = timm_names(vlm.vision, folded=True), timm_names(vlm.vision2)
+    inside = {f"dino_featurizer.{name}": t for name, t in dino.items()}
+    inside |= {f"siglip_featurizer.{name}": t for name, t in siglip.items()}
+    write_prismatic(prism.folder, prism.config, prism.state | {"vision_backbone": inside})
+    close(VLM.from_pretrained(prism.folder)(prism.tokens, prism.raw), vlm(prism.tokens, prism.raw))
+
+    # OpenVLA's: fc1, fc2, fc3, the second tower "fused", and layer-scale under another word.
+    layers = {"0": "fc1", "2": "fc2", "4": "fc3"}
+    names = {f"projector.{layers[name[0]]}{name[1:]}": t for name, t in prism.fused.state_dict().items()}
+    names |= {f"language_model.{name}": t for name, t in prism.llama.state_dict().items()}
+    dino = {name.replace("gamma", "scale_factor"): t for name, t in dino.items()}
+    names |= {f"vision_backbone.featurizer.{name}": t for name, t in dino.items()}
+    names |= {f"vision_backbone.fused_featurizer.{name}": t for name, t in siglip.items()}
+    folder = write(tmp_path / "hf", {"model_type": "prismatic", **prism.config}, names)
+    close(VLM.from_pretrained(folder)(prism.tokens, prism.raw), vlm(prism.tokens, prism.raw))
+
+
+@torch.no_grad()
+def test_two_towers_are_saved_in_our_own_layout_and_keep_prismatics_ids(tmp_path, prism):
+    vlm = VLM.from_pretrained(prism.folder, vision=prism.towers)
+    vlm.save_pretrained(tmp_path / "ours")
     again = VLM.from_pretrained(tmp_path / "ours")
     assert again.cfg == vlm.cfg and same(again, vlm)
-    state["vision_backbone"] = ({f"dino_featurizer.{k}": t for k, t in timm_names(vlm.vision, True).items()}
-                                | {f"siglip_featurizer.{k}": t for k, t in timm_names(vlm.vision2).items()})
-    torch.save({"model": state}, folder / "checkpoints/latest-checkpoint.pt")              # a full finetune holds the towers, as timm names them
-    close(VLM.from_pretrained(folder)(tokens, raw), vlm(tokens, raw))
-    fc = {"0": "fc1", "2": "fc2", "4": "fc3"}                               # and the layout in which OpenVLA wrote the same
-    names = ({f"projector.{fc[k[0]]}{k[1:]}": t for k, t in fused.state_dict().items()} | {f"language_model.{k}": t for k, t in llama.state_dict().items()}
-             | {f"vision_backbone.featurizer.{k.replace('gamma', 'scale_factor')}": t for k, t in timm_names(vlm.vision, True).items()}
-             | {f"vision_backbone.fused_featurizer.{k}": t for k, t in timm_names(vlm.vision2).items()})
-    close(VLM.from_pretrained(write(tmp_path / "hf", {"model_type": "prismatic", **config["model"]}, names))(tokens, raw), vlm(tokens, raw))
+    if LLAMA.exists():
+        (prism.folder / "tokenizer.model").write_bytes(LLAMA.read_bytes())
+        assert convert(prism.folder, tmp_path / "out", "--vision", prism.towers) == 0
+        for tok in Tokenizer(prism.folder), Tokenizer(tmp_path / "out"):
+            assert (tok.image, tok.pad) == (32001, 32000)
 
 
-# ---- InternVL -------------------------------------------------------------------------------------------------------
-
-INTERN_NAMES = [("vision_tower.", "vision_model."), ("encoder.layer.", "encoder.layers."), ("embeddings.cls_token", "embeddings.class_embedding"),
-                ("embeddings.position_embeddings", "embeddings.position_embedding"), ("patch_embeddings.projection", "patch_embedding"),
-                ("lambda_1", "ls1"), ("lambda_2", "ls2"), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
-                ("attention.projection_layer", "attn.proj"), ("attention.q_norm", "attn.q_norm"), ("attention.k_norm", "attn.k_norm"),
-                ("multi_modal_projector.layer_norm", "mlp1.0"), ("multi_modal_projector.linear_1", "mlp1.1"), ("multi_modal_projector.linear_2", "mlp1.3")]
-
-
-def intern_names(state, cfg):
-    """transformers' port of InternVL -> the directories of OpenGVLab."""
-    out, llm = {}, {}
-    for name, t in state.items():
-        name = name.removeprefix("model.")
-        if name.startswith("language_model.") or name.startswith("lm_head"):
-            llm[name if name.startswith("lm_head") else "model." + name.removeprefix("language_model.")] = t
-            continue
-        for a, b in INTERN_NAMES:
-            name = name.replace(a, b)
-        if ".attention.q_proj." in name:
-            t = torch.cat([state[k] for k in state if k.endswith(("q_proj." + name.split(".")[-1], "k_proj." + name.split(".")[-1], "v_proj." + name.split(".")[-1]))
-                           and f"vision_tower.encoder.layer.{name.split('.')[3]}." in k])
-            name = name.replace("attention.q_proj", "attn.qkv")
-        if "k_proj" not in name and "v_proj" not in name:
-            out[name] = t
-    return out | {"language_model." + k: v for k, v in internlm2(llm, cfg).items()}
+# ---- InternVL ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("big", [False, True])
 def test_internvl_equals_transformers_port_renamed(tmp_path, big):
-    tr = transformers
-    tower = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=[56, 56], patch_size=[14, 14],
-                 attention_bias=not big, norm_type="rms_norm" if big else "layer_norm", use_qk_norm=big, layer_norm_eps=1e-6)
-    text = llama_json(replace(TINY.decoder, block_size=2048))
-    theirs = lively(tr.InternVLForConditionalGeneration(tr.InternVLConfig(vision_config=tower, text_config=text, image_token_id=89, image_seq_length=4,
-                                                                          tie_word_embeddings=False)))
-    config = {"model_type": "internvl_chat", "downsample_ratio": 0.5, "ps_version": "v2", "force_image_size": 56, "select_layer": -1, "template": "internvl2_5",
-              "llm_config": LM2, "vision_config": {"model_type": "intern_vit_6b", **tower, "image_size": 56, "patch_size": 14, "hidden_act": "gelu",
-                                                   "qkv_bias": not big, "qk_normalization": big}}
-    vlm = VLM.from_pretrained(write(tmp_path / "m", config, intern_names(theirs.state_dict(), TINY.decoder)))
-    assert (vlm.cfg.image_token, vlm.cfg.pad_token, vlm.cfg.template, vlm.cfg.vision.n_token) == (89, 2, "internvl2_5", 4)
+    folder, theirs = internvl(tmp_path / "m", big)
+    vlm = VLM.from_pretrained(folder)
+    assert (vlm.cfg.image_token, vlm.cfg.pad_token) == (89, 2)
+    assert (vlm.cfg.template, vlm.cfg.vision.n_token) == ("internvl2_5", 4)
     tokens = torch.tensor([[1, 5] + [89] * 4 + [7, 8]] * 2)
     close(vlm(tokens, PIXELS), theirs(input_ids=tokens, pixel_values=PIXELS).logits)
     vlm.save_pretrained(tmp_path / "ours")
     assert same(VLM.from_pretrained(tmp_path / "ours"), vlm)
 
 
-# ---- convert and info -----------------------------------------------------------------------------------------------
+# ---- number formats and memory -----------------------------------------------------------------------------
+
+
+def test_a_file_from_before_torch_wrote_zips_opens_too(tmp_path):
+    vlm = narrow()
+    folder = original(tmp_path / "m", vlm, tower=True)
+    file = folder / "pytorch_model.bin"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    assert same(VLM.from_pretrained(folder), vlm)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_a_wish_weights_stay_as_stored_but_a_cpu_computes_float16_in_bfloat16(tmp_path, stored):
+    lively(VLM(TINY)).to(stored).save_pretrained(tmp_path)
+    opened = torch.bfloat16 if stored == torch.float16 else stored
+    assert {p.dtype for p in VLM.from_pretrained(tmp_path, dtype=None).parameters()} == {opened}
+    assert {p.dtype for p in VLM.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
+
+OPEN_AND_MEASURE = """
+import re, sys, threading, torch, model
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+
+import support.weights
+before = peak = anonymous()
+done = threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+vlm = model.VLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+done.set()
+watcher.join()
+print(peak - before, sum(2 * p.numel() for p in vlm.parameters()), "torch._dynamo" in sys.modules)
+"""
+
+
+def test_opening_a_model_holds_it_once_and_does_not_import_the_compiler(tmp_path):
+    """float16 .bin to bfloat16: what is mapped of the file is the system's to drop, and is not counted."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from Linux's /proc")
+    decoder = DecoderConfig(32064, n_layer=1, n_head=8, n_kv_head=1, n_embd=1024, head_dim=32, n_hidden=64)
+    vlm = VLM(replace(TINY, decoder=decoder))
+    tensors = {llava_name(name): t.half() for name, t in vlm.state_dict().items()}
+    write(tmp_path, llava_config(vlm.cfg, "float16"), tensors, "pytorch_model.bin")
+    command = [sys.executable, "-c", OPEN_AND_MEASURE, tmp_path]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    grown, size, compiler = said.split()
+    assert int(grown) < int(size) + 25e6 and compiler == "False"
+
+
+# ---- convert and info --------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def test_convert_gives_transformers_the_original_layout_with_rows_for_the_image_token(tmp_path):
-    vlm = lively(VLM(replace(TINY, decoder=replace(TINY.decoder, vocab_size=32000), image_token=32000, pad_token=32001)))
+    decoder = replace(TINY.decoder, vocab_size=32000)
+    vlm = lively(VLM(replace(TINY, decoder=decoder, image_token=32000, pad_token=32001)))
     original(tmp_path / "m", vlm, tower=True)
-    assert run(lambda: tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "hf")])) == 0
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    assert convert(tmp_path / "m", tmp_path / "hf") == 0
+    theirs = tr.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.tensor([[1] + [32000] * 16 + [5, 6]])
-    close(vlm(tokens, PIXELS[:1]), theirs(input_ids=tokens, pixel_values=PIXELS[:1]).logits[..., :32000])
+    found = theirs(input_ids=tokens, pixel_values=PIXELS[:1]).logits
+    close(vlm(tokens, PIXELS[:1]), found[..., :32000])
     assert theirs.lm_head.weight.shape[0] == 32064
-    assert run(lambda: tools_weights.main(["convert", str(tmp_path / "m"), str(tmp_path / "m")])) == 1
+    assert convert(tmp_path / "m", tmp_path / "m") == 1                     # not over what is read
 
 
-def test_convert_of_a_language_model_alone_keeps_its_names(tmp_path):
-    tensors = {"model.norm.weight": torch.ones(4), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    folder = write(tmp_path / "m", {"model_type": "llama"}, tensors, "pytorch_model.bin")
+@torch.no_grad()
+def test_convert_merges_a_lora_and_transformers_opens_it(tmp_path):
+    vlm = narrow()
+    clip, base = clip_folder(tmp_path / "clip", vlm), original(tmp_path / "base", vlm)
+    lora, A, B = original_lora(tmp_path / "lora", base, vlm)
+    flags = ["--vision", clip, "--llm", base]
+    assert info(lora, *flags) == 0
+    assert convert(lora, tmp_path / "hf", *flags) == 0
+    theirs = tr.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
+    weight = vlm.decoder.layers[0].self_attn.o_proj.weight + 4 / 2 * B @ A
+    close(theirs.model.language_model.layers[0].self_attn.o_proj.weight, weight)
+
+
+def test_convert_of_a_language_model_alone_keeps_names_numbers_and_format(tmp_path):
+    llama = tr.LlamaForCausalLM(tr.LlamaConfig(**llama_json(TINY.decoder))).half()
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    folder = write(tmp_path / "m", llama_json(TINY.decoder), {})
+    (folder / "model.safetensors").unlink()
+    write_shards(folder, llama.state_dict() | frequencies)
     (folder / "tokenizer.model").write_text("x")
-    assert run(lambda: tools_weights.main(["convert", str(folder), str(tmp_path / "out")])) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
-    assert load_file(tmp_path / "out/model.safetensors").keys() == {"model.norm.weight"}
+    assert convert(folder, tmp_path / "out") == 0
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert files == {"config.json", "model.safetensors", "tokenizer.model"}
+    again = load_file(tmp_path / "out/model.safetensors")
+    assert again.keys() == llama.state_dict().keys()
+    for name, t in llama.state_dict().items():
+        assert again[name].dtype == torch.float16 and torch.equal(again[name], t)
 
 
 def test_info_says_what_a_model_is_made_of(tmp_path, capsys):
-    assert run(lambda: tools_weights.main(["info", "llava-1.5-7b"])) == 0
+    assert info("llava-1.5-7b") == 0
     said = capsys.readouterr().out
-    assert all(f"{n:,} parameters" in said for n in (303_507_456, 20_979_712, 6_738_415_616 + 2 * 64 * 4096)) and "576 visual tokens" in said
-    for folder in original(tmp_path / "m", narrow(), tower=True), write(tmp_path / "clip", clip_json(TINY.vision), {"x": torch.ones(1)}):
-        assert run(lambda: tools_weights.main(["info", str(folder)])) == 0
-    assert run(lambda: tools_weights.main(["info", str(tmp_path / "none")])) == 1
+    for n in 303_507_456, 20_979_712, 6_738_415_616 + 2 * 64 * 4096:
+        assert f"{n:,} parameters" in said
+    assert "576 visual tokens" in said
+    assert info(original(tmp_path / "m", narrow(), tower=True)) == 0
+    assert info(clip_folder(tmp_path / "clip", narrow())) == 0
+    assert info(tmp_path / "none") == 1
     assert "neither a directory nor a preset" in capsys.readouterr().err
 
 
-# ---- true sizes -----------------------------------------------------------------------------------------------------
-
-def test_true_sizes_have_the_published_numbers_of_parameters():
-    with torch.device("meta"):
-        so400m = VisionConfig(384, 14, 1152, 27, 16, 4304, "gelu", 1e-6, False, 0, False, True)
-        dino = VisionConfig(384, 14, 1024, 24, 16, 4096, "gelu", 1e-6, True, 4, False, True, True)
-        intern = VisionConfig(448, 14, 1024, 24, 16, 4096, "gelu", 1e-6, True, 0, False, True, True, False, merge=2)
-        big = replace(intern, n_embd=3200, n_layer=45, n_head=25, n_hidden=12800, rms_norm=True)
-        head = 4 * (1152**2 + 1152) + 2 * 1152 * 4304 + 4304 + 4 * 1152                # its pooling head, which is not built here
-        assert size(ViT(so400m)) + head == pytest.approx(428.2e6, abs=5e4)
-        assert size(ViT(intern)) == 304_012_288 and size(ViT(big)) == 5_536_496_000
-        assert size(ViT(replace(dino, image_size=224))) == pytest.approx(303.2e6, rel=3e-4)
-        assert (so400m.n_token, dino.n_token, intern.n_token) == (729, 729, 256)
-        for n_embd, millions in (4096, 71.4), (5120, 89.7):
-            cfg = VLMConfig(dino, DecoderConfig(n_embd=n_embd), "fused_gelu", vision2=so400m)
-            assert cfg.n_feature == 2176 and size(Connector(cfg)) == pytest.approx(millions * 1e6, abs=5e4)
-        lm = DecoderConfig(92553, 24, 16, 8, 2048, 128, 8192)
-        for vision, decoder, connector, total in ((intern, lm, 12_595_200, 2_205_754_368),
-                                                  (intern, DecoderConfig(92553, 32, 32, 8, 4096, 128, 14336), 33_570_816, 8_075_365_376),
-                                                  (big, DecoderConfig(92553, 48, 48, 8, 6144, 128, 16384), 116_429_824, 25_514_186_112)):
-            cfg = VLMConfig(vision, decoder, "norm_gelu", 92546, 2)
-            assert size(Connector(cfg)) == connector and size(VLM(cfg)) == total
+def test_info_wants_the_tower_of_a_model_published_without(tmp_path, capsys):
+    vlm = narrow()
+    folder, clip = original(tmp_path / "m", vlm), clip_folder(tmp_path / "clip", vlm)
+    assert info(folder) == 1
+    assert "(its config names openai/clip); give the directory" in capsys.readouterr().err
+    assert info(folder, "--vision", clip) == 0
+    assert f"{count(vlm):,} parameters" in capsys.readouterr().out
 
 
-# ---- damaged --------------------------------------------------------------------------------------------------------
+# ---- damaged -----------------------------------------------------------------------------------------------
 
-def spoil_index(folder):
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "pytorch_model.bin", "model.ghost": "pytorch_model.bin"}}))
+
+def cut(name):
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+def change_config(*path, **changes):
+    """Change fields of the object at this path; None takes a field away."""
+
+    def spoil(folder):
+        config = json.loads((folder / "config.json").read_text())
+        inner = config
+        for name in path:
+            inner = inner[name]
+        inner.update(changes)
+        for name, value in changes.items():
+            if value is None:
+                del inner[name]
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return spoil
+
+
+def eight_bits(word):
+    """Store the first tensor with this word in its name as int8."""
+
+    def spoil(folder):
+        files = [*folder.rglob("*.safetensors"), *folder.rglob("*.bin"), *folder.rglob("*.pt")]
+        is_safe = files[0].suffix == ".safetensors"
+        tensors = load_file(files[0]) if is_safe else torch.load(files[0], weights_only=True)
+        place = tensors["model"]["llm_backbone"] if "model" in tensors else tensors
+        name = next(name for name in place if word in name)
+        place[name] = place[name].to(torch.int8)
+        if is_safe:
+            save_file(tensors, files[0])
+        else:
+            torch.save(tensors, files[0])
+
+    return spoil
+
+
+def lose_shard(folder):
+    first, second = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+    (folder / "pytorch_model.bin").rename(folder / first)
+    index = {"weight_map": {"model.norm.weight": first, "lm_head.weight": second}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def lose_words(folder):
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    del tensors["model.embed_tokens.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
 
 
 class Evil:
@@ -459,47 +517,87 @@ class Evil:
         return os.system, ("true",)
 
 
-DAMAGES = {
-    "cut": (lambda d: os.truncate(d / "pytorch_model.bin", 5000), "pytorch_model.bin: truncated or damaged"),
-    "empty": (lambda d: (d / "pytorch_model.bin").write_bytes(b""), "pytorch_model.bin: truncated or damaged"),
-    "code": (lambda d: torch.save({"x": Evil()}, d / "pytorch_model.bin"), "pytorch_model.bin: .*more than tensors"),
-    "ghost": (spoil_index, "names model.ghost, but pytorch_model.bin does not hold it"),
-    "none": (lambda d: (d / "pytorch_model.bin").unlink(), "model.safetensors: not found, nor pytorch_model.bin"),
-    "start-end tokens": (lambda d: original(d, narrow(), True, mm_use_im_start_end=True), "mm_use_im_start_end is True; only False"),
-    "a tower alone": (lambda d: write(d, clip_json(TINY.vision), {}), "model_type is 'clip_vision_model'; only 'llava'"),
-    "tiles": (lambda d: original(d, narrow(), True, image_aspect_ratio="anyres_max_9"), "'anyres_max_9' is unknown"),
-    "biases": (lambda d: original(d, narrow(), True, attention_bias=True), "attention_bias is True"),
+def llava(folder):
+    return original(folder, narrow(), tower=True)
+
+
+def intern_vl(folder):
+    return internvl(folder)[0]
+
+
+BIN, PT, ST = "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "model.safetensors"
+DAMAGES = {                          # the model, what happens to it, what is said
+    "cut": (llava, cut(BIN), f"{BIN}: "),
+    "empty": (llava, lambda d: (d / BIN).write_bytes(b""), f"{BIN}: damaged"),
+    "code": (llava, lambda d: torch.save({"x": Evil()}, d / BIN), f"{BIN}: .*more than tensors"),
+    "no weights": (llava, lambda d: (d / BIN).unlink(), f"holds none of .*{BIN}"),
+    "no shard": (llava, lose_shard, "pytorch_model-00002-of-00002.bin: cannot be read"),
+    "no words": (llava, lose_words, "1 missing, 0 unused, such as decoder.embed_tokens.weight"),
+    "8 bits": (llava, eight_bits("gate_proj"), "mlp.gate_proj.weight is int8"),
+    "start-end tokens": (llava, change_config(mm_use_im_start_end=True), "mm_use_im_start_end is True"),
+    "tiles": (llava, change_config(image_aspect_ratio="anyres_max_9"), "'anyres_max_9' is unknown"),
+    "biases": (llava, change_config(attention_bias=True), "attention_bias is True"),
+    "no connector's kind": (llava, change_config(mm_projector_type=None), "do not fit this architecture"),
+    "a tower alone": (llava, lambda d: write(d, clip_json(TINY.vision), {}), "is 'clip_vision_model'; only"),
+    "a broken processor": (
+        llava,
+        lambda d: (d / "processor_config.json").write_text('{"image_processor": 5}'),
+        "processor_config.json: damaged",
+    ),
+    "another broken processor": (
+        llava,
+        lambda d: (d / "preprocessor_config.json").write_text("[]"),
+        "preprocessor_config.json: a list",
+    ),
+    "prismatic cut": (prismatic, cut(PT), "latest-checkpoint.pt: damaged"),
+    "prismatic with phi-2": (prismatic, change_config("model", llm_backbone_id="phi-2-3b"), "only vicuna"),
+    "prismatic in 8 bits": (prismatic, eight_bits("o_proj"), "o_proj.weight is int8"),
+    "internvl cut": (intern_vl, cut(ST), f"{ST}: damaged"),
+    "internvl in 8 bits": (intern_vl, eight_bits("attention.wo"), "self_attn.o_proj.weight is int8"),
+    "internvl with qwen": (intern_vl, change_config("llm_config", model_type="qwen2"), "config.json: .*'qwen2'"),
 }
+for field in "vision_backbone_id", "arch_specifier", "llm_backbone_id", "image_resize_strategy":
+    lose_field = change_config("model", **{field: None})
+    DAMAGES[f"prismatic without {field}"] = prismatic, lose_field, f"config.json: .*'{field}'"
+for field in "llm_config", "vision_config":
+    lose_field = change_config(**{field: None})
+    DAMAGES[f"internvl without {field}"] = intern_vl, lose_field, f"config.json: .*'{field}'"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_directory_is_one_clear_error(tmp_path, damage):
-    folder = original(tmp_path / "m", narrow(), tower=True)
+def test_a_damaged_directory_is_one_error_that_names_it(tmp_path, damage):
+    make, spoil, says = DAMAGES[damage]
+    folder = make(tmp_path / "m")
     VLM.from_pretrained(folder)
-    spoil, says = DAMAGES[damage]
     spoil(folder)
-    with pytest.raises(UserError, match=f"{folder}.*{says}"):
+    with pytest.raises(UserError, match=f"^{folder}.*{says}") as error:
         VLM.from_pretrained(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_of_another_model_is_one_clear_error():
-    tok = SimpleNamespace(path="t", n_text=320, image=32000)
-    check_tokenizer(narrow(), tok)
-    for wrong in dict(n_text=321), dict(image=320):
+    check_tokenizer(narrow(), SimpleNamespace(path="t", n_text=320, image=32000))
+    for n_text, image in (321, 32000), (320, 320):
         with pytest.raises(UserError, match="t: has .* pieces .* of different models"):
-            check_tokenizer(narrow(), SimpleNamespace(**vars(tok) | wrong))
+            check_tokenizer(narrow(), SimpleNamespace(path="t", n_text=n_text, image=image))
+
+
+# ---- a preset's ingredients --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_a_preset_is_built_from_two_towers_of_other_families_trains_and_is_saved(tmp_path):
     for kind in "registers", "siglip vision":
-        lively(clip_and_siglip()[kind]).save_pretrained(tmp_path / kind.split()[0])
-    cfg = train.TrainConfig(model="toy", vision=f"{tmp_path / 'registers'},{tmp_path / 'siglip'}", llm=train.TOY["llm"], image_size=84, stage="pretrain")
-    vlm, tok = train.build(cfg)
-    assert (vlm.cfg.vision.n_token, vlm.cfg.n_feature, vlm.cfg.connector) == (36, 128, "fused_gelu")        # 6 x 6 patches, tables resized from 4 x 4
+        lively(TOWERS[kind]()).save_pretrained(tmp_path / kind.split()[0])
+    towers = f"{tmp_path / 'registers'},{tmp_path / 'siglip'}"
+    cfg = train.TrainConfig(model="toy", vision=towers, llm=start.TOY["llm"], image_size=84, stage="pretrain")
+    vlm, tok = start.build(cfg)
+    assert (vlm.cfg.vision.n_token, vlm.cfg.n_feature) == (36, 128)  # 6 x 6 patches, resized from 4 x 4
+    assert vlm.cfg.connector == "fused_gelu"
     train.freeze(vlm, replace(cfg, train="connector,vision"))
-    assert {n.split(".")[0] for n, p in vlm.named_parameters() if p.requires_grad} == {
-        "connector", "vision", "vision2"}
-    support_checkpoint.save_model(tmp_path / "m", vlm, tok)
-    again, same_tok = train.build(train.TrainConfig(model=str(tmp_path / "m")))
+    trained = {name.split(".")[0] for name, p in vlm.named_parameters() if p.requires_grad}
+    assert trained == {"connector", "vision", "vision2"}
+    save_processor(tmp_path / "m", tok.path, vlm.cfg)
+    vlm.save_pretrained(tmp_path / "m")
+    again, same_tok = start.build(train.TrainConfig(model=str(tmp_path / "m")))
     assert again.cfg == vlm.cfg and same(again, vlm) and same_tok.image == tok.image
