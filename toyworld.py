@@ -19,15 +19,11 @@ people do, without one.
     python toyworld.py --out small --size 192 --words 0.5     # signs that only a look from close by can read
 """
 
-import base64
-import csv
 import functools
-import io
 import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -895,86 +891,6 @@ def leave_ctrl_c_to_parent():
     """In a drawing process: Ctrl-C is for the parent, which cleans up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-# ---- as the benchmarks' own files: goes to the tests ----
-
-OFFICIAL = {"pope": "existence", "tallyqa": "count", "gqa": "attribute", "mme": "spatial", "refcoco": "box", "mmbench": "choice",
-            "textvqa": "reading", "vizwiz": "unanswerable", "mathvista": "reasoning cot", "llava-bench": "caption"}
-PER_LINE = {"mme": 2, "mmbench": 4}              # questions that one line of val.jsonl becomes, where it is not one
-
-def official(name, lines, folder):
-    """Numbered lines of val.jsonl, [(number, line), ...], as that benchmark is published: {file: text}. `folder` holds the pictures."""
-    rows = [(k, line, without_format(line["text"]), line["answer"], Path(line["image"])) for k, line in lines]
-    if name == "pope":
-        return {"coco_pope_random.json": jsonl({"question_id": k, "image": line["image"], "text": q, "label": a} for k, line, q, a, _ in rows)}
-    if name == "tallyqa":
-        return {"test.json": json.dumps([{"question_id": k, "image": line["image"], "question": q, "answer": int(a), "issimple": True}
-                                         for k, line, q, a, _ in rows])}
-    if name == "gqa":
-        return {"testdev_balanced_questions.json": json.dumps({str(k): {
-            "semantic": [], "question": q, "imageId": file.stem, "isBalanced": True, "groups": {"global": None}, "answer": a,
-            "types": {"structural": "choose" if " or " in q else "query", "semantic": "attr"}} for k, _, q, a, file in rows})}
-    if name == "mme":                            # a picture's second question: the opposite relation
-        turned = {"to the left of": "to the right of", "to the right of": "to the left of", " above ": " below ", " below ": " above "}
-        turn = lambda q: next(q.replace(this, that) for this, that in turned.items() if this in q)
-        return {"Your_Results/position.txt": "".join(
-            f"{file.name}\t{asked} Please answer yes or no.\t{label}\n" for _, _, q, a, file in rows
-            for asked, label in ((q, a.capitalize()), (turn(q), "No" if a == "yes" else "Yes")))}
-    if name == "refcoco":
-        side = 1000                              # fractions of two decimals: any side says them exactly
-        return {"refcoco_val.jsonl": jsonl({
-            "image": line["image"], "sent": q.removeprefix(BOX).removesuffix("."), "width": side, "height": side,
-            "bbox": [x * side for x in json.loads(a)], "sent_id": k} for k, line, q, a, _ in rows)}
-    if name == "mmbench":                        # four rows to a question, its options turned by one place each
-        table = ["index question hint A B C D answer category image source l2-category".split()]
-        for turn in range(4):
-            for k, line, q, a, _ in rows:
-                question, *choices = q.split("\n")
-                choices = [c[3:] for c in choices]
-                turned = choices[-turn:] + choices[:-turn] if turn else choices
-                answer = "ABCD"[turned.index(choices["ABCD".index(a)])]
-                picture = base64.b64encode((folder / line["image"]).read_bytes()).decode()
-                table.append([k + turn * 1_000_000, question, "", *turned, answer, question.split()[0], picture, "toy", "toy"])
-        sheet = io.StringIO()
-        csv.writer(sheet, delimiter="\t", lineterminator="\n").writerows(table)
-        return {"mmbench_dev_20230712.tsv": sheet.getvalue()}
-    if name == "textvqa":
-        return {"TextVQA_0.5.1_val.json": json.dumps({"data": [
-            {"question": q, "image_id": file.stem, "answers": [a] * 10, "question_id": k} for k, _, q, a, file in rows]})}
-    if name == "vizwiz":                         # annotators write in lower case
-        return {"val.json": json.dumps([{
-            "image": file.name, "question": q, "answers": [{"answer": a.lower(), "answer_confidence": "yes"}] * 10,
-            "answerable": int(a != "Unanswerable")} for _, _, q, a, file in rows])}
-    if name == "mathvista":                      # query.json holds the prompts: here the toy's own
-        problem = {"choices": None, "unit": None, "precision": None, "question_type": "free_form", "answer_type": "integer"}
-        return {"testmini.json": json.dumps({str(k): problem | {
-                    "question": q, "image": line["image"], "answer": a.rsplit(": ", 1)[-1], "metadata": {"task": line["category"]}}
-                    for k, line, q, a, _ in rows}),
-                "query.json": json.dumps({str(k): f"{q}\n{SHORT}" for k, _, q, _, _ in rows})}
-    assert name == "llava-bench"
-    return {"questions.jsonl": jsonl({"question_id": k, "image": file.name, "category": "detail", "text": q} for k, _, q, _, file in rows),
-            "context.jsonl": jsonl({"image": file.name, "caption": a} for _, _, _, a, file in rows),
-            "answers_gpt4.jsonl": jsonl({"question_id": k, "text": a} for k, _, _, a, _ in rows)}
-
-def jsonl(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def sayings(n_scenes=2000):
-    """What is said of training scenes, in lines for data.train_tokenizer. At 896 pieces every word of questions() is one piece, and so is
-    every coordinate: a box is always 8."""
-    lines = []
-    for i in range(n_scenes):
-        rng = random.Random(f"tokenizer {i}")
-        scene = random_scene(rng)
-        pairs = [pair for _, *pair in ask_all(scene, rng)]
-        pairs += [(rng.choice(BRIEF), caption(scene)), ("", describe(scene, boxes=False))]
-        numbers = [f"{x / GRID:.2f}" for x in range(GRID + 1)]               # evenly: in boxes some would be rare
-        texts = [f"{SYSTEM} USER: {question} ASSISTANT: {answer}" for question, answer in pairs] + [f"[{n}, {n}" for n in numbers]
-        # split where a piece must end: "5," or "3." as one piece would break the numbers up
-        lines += [line.strip() for text in texts for line in re.split(r"[\n,\]]|\.(?!\d)", text)]
-    return lines
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import toyworld
 from conversation import train_tokenizer
+from lab.vicuna import sayings
 from support.cli import UserError
 from toyworld import COLORS, KINDS, PLACES, UNSEEN, Scene, Sign, Thing, ask_all, caption, describe, draw_scene, random_scene
 
@@ -288,7 +289,7 @@ def test_hello_writes_one_picture(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train_tokenizer(path, toyworld.sayings(), 896, required=",]")
+    train_tokenizer(path, sayings(), 896, required=",]")
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 def test_tokenizer_is_laid_out_like_llamas(tokenizer):
@@ -308,6 +309,6 @@ def test_every_word_of_a_question_with_its_format_prompt_is_one_piece_and_every_
         assert len(tokenizer.encode(toyworld.coordinates([x / 20] * 4))) == 8
 
 def test_training_the_tokenizer_twice_gives_the_same_file(tmp_path):
-    train_tokenizer(tmp_path / "a", toyworld.sayings(300), 896)
-    train_tokenizer(tmp_path / "b", toyworld.sayings(300), 896)
+    train_tokenizer(tmp_path / "a", sayings(300), 896)
+    train_tokenizer(tmp_path / "b", sayings(300), 896)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
