@@ -300,12 +300,9 @@ def fit(cfg, task, run, held_out=None):
 
     run.finish(optimizer)
     if held_out and cfg.final_eval:
-        held_out.examine(run.out if rank() == 0 else None)
+        held_out.examine(run.out)
     print(f"the model is in {run.out}; ask it: python sample.py --model {run.out} --image FILE --prompt TEXT")
     return 0
-
-
-NO_AUTOCAST = contextlib.nullcontext()
 
 
 def lr_at(step, n_step, cfg):
@@ -314,6 +311,9 @@ def lr_at(step, n_step, cfg):
     if step <= warmup:
         return cfg.lr * step / warmup
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (n_step - warmup)))
+
+
+NO_AUTOCAST = contextlib.nullcontext()
 
 
 def backward(net, task, batches, autocast=NO_AUTOCAST):
@@ -356,7 +356,7 @@ def backward(net, task, batches, autocast=NO_AUTOCAST):
 class Answering:
     """The task of LLaVA: to give the answers of conversations. mpo.py's has the same members."""
 
-    unit = "supervised"  # what weight() counts, as the log calls it
+    unit = "supervised"  # what weight() counts, in the words of the log
     shown = ()  # metrics to print beside the loss
     plots = {"loss.png": {"loss per supervised token": {"training": "loss", "held-out": "val_loss"}}}
     collate = staticmethod(collate)
@@ -369,11 +369,12 @@ class Answering:
 
     @staticmethod
     def weight(batch):
+        """How many supervised tokens there are. The model shifts the labels: the first never counts."""
         return int((batch["labels"][:, 1:] != IGNORE).sum())
 
     @staticmethod
     def loss(net, batch):
-        """-> a sum over supervised tokens; and others for the log, by name, which become means as it does."""
+        """-> a sum over supervised tokens; more sums by name, for the log. The loop divides by the weight."""
         device = next(net.parameters()).device
         names = ("tokens", "pixels", "labels", "layout")
         mean = net(*[batch[name].to(device, non_blocking=True) for name in names])
@@ -410,14 +411,16 @@ def freeze(vlm, cfg):
         chosen = cfg.train.split(",")
     else:
         chosen = ["connector", "llm"] if cfg.stage == "finetune" else ["connector"]
-        if cfg.model in PRESETS:  # and what starts from random weights
-            chosen += [part for part, source in (("llm", cfg.llm), ("vision", cfg.vision)) if not source]
+        if cfg.model in PRESETS:
+            from_random = {"llm": not cfg.llm, "vision": not cfg.vision}
+            chosen += [part for part in from_random if from_random[part]]
     for name, p in vlm.named_parameters():
         p.requires_grad = part_of(name) in chosen
     for tower in [vlm.vision, vlm.vision2] if vlm.cfg.vision2 else [vlm.vision]:
         tower.blocks[tower.cfg.depth :].requires_grad_(False)  # these never run
         tower.norm.requires_grad_(False)
 
+    # A LoRA is made after the weights became bfloat16: it stays in float32.
     if cfg.weights == "bfloat16":
         vlm.bfloat16()
     if cfg.lora_r:

@@ -44,6 +44,7 @@ class Run:
         self.cfg, self.n_step = cfg, n_step
         self.out = Path(cfg.out)
         self.checkpoint, self.state = find_checkpoint(self.out, cfg) if cfg.resume else (None, {})
+        cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.first_step = self.state.get("step", 0) + 1
         self.skipped = self.state.get("skipped", 0)  # records, since the run began
         self.n_token = self.n_padded = 0  # tokens since this program began; those with padding
