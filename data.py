@@ -182,8 +182,9 @@ def file_head(path):
 def open_files(data, image_root=None):
     """-> [DataFile]. MMPR's meta.json is {name: {"root", "annotation", "repeat_time", "data_augment"}}; its paths
     start at --image-root, or at its own folder."""
-    if not (data.endswith(".json") and b'"annotation"' in file_head(data)):
-        return [DataFile(path, image_root) for path in data.split(",")]
+    paths = data.split(",")
+    if len(paths) > 1 or not data.endswith(".json") or b'"annotation"' not in file_head(data):
+        return [DataFile(path, image_root) for path in paths]
     base = Path(image_root or Path(data).parent)
     files = []
     for name, entry in read_json(data).items():

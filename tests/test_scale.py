@@ -516,7 +516,7 @@ def write_lines(path, n, name):
 
 
 def test_a_mixture_shows_each_file_as_often_as_its_weight_says(tmp_path):
-    a, b = write_lines(tmp_path / "a.jsonl", 10, "a"), write_lines(tmp_path / "b.jsonl", 4, "b")
+    a, b = write_lines(tmp_path / "a.jsonl", 10, "a"), write_lines(tmp_path / "b.json", 4, "b")
     mixed = Records(f"{a},{b}", tmp_path, "0.5,2.25")
     ids = [mixed[i]["id"] for i in range(len(mixed))]
     assert sum(i.startswith("a") for i in ids) == len({i for i in ids if i.startswith("a")}) == 5
