@@ -94,13 +94,14 @@ class Run:
     # ---- while it goes ----
 
     def __enter__(self):
-        self.began = self.mark = time.time()
-        self.seconds = 0.0  # spent on steps, not on looks and saves
+        self.began = time.time()
+        self.mark = self.began  # when the last step, look or save ended
+        self.seconds = 0.0  # spent on steps alone
         self.file = open(self.out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
         hide = not sys.stderr.isatty() or rank() > 0
         n_done = self.first_step - 1
         self.bar = tqdm(total=self.n_step, initial=n_done, unit="step", dynamic_ncols=True, disable=hide)
-        self.old_handler = signal.signal(signal.SIGINT, self.press)
+        self.old_handler = signal.signal(signal.SIGINT, self.on_ctrl_c)
         return self
 
     def __exit__(self, *_):
@@ -108,7 +109,7 @@ class Run:
         self.bar.close()
         self.file.close()
 
-    def press(self, *_):
+    def on_ctrl_c(self, *_):
         """The first Ctrl-C lets the step end and saves it; the second ends the program at once."""
         self.pressed = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -121,6 +122,8 @@ class Run:
         for k, reason in enumerate(skipped, self.skipped + 1):
             if k <= 5:
                 self.say(f"skipped: {reason}" + ("; from here on they are only counted" if k == 5 else ""))
+
+        # What all processes saw, and whether any of them was interrupted.
         n_token = sum(int(batch["lengths"].sum()) for batch in batches)
         n_padded = sum(batch["tokens"].numel() for batch in batches)
         counts = gather_numbers([n_token, n_padded, len(skipped), self.pressed]).sum(0).tolist()
