@@ -1,20 +1,20 @@
 """Ask a model all questions of a benchmark, judge its answers, and print a table.
 
-    python eval.py                                                 # the newest run on the toy world's held-out questions
-    python eval.py --benchmark pope --data DIR --image-root DIR    # official files under their official names
+    python eval.py                                      # the newest run on the toy's held-out questions
+    python eval.py --benchmark pope --data DIR --image-root DIR    # official files, official names
     python eval.py --benchmark gqa --data DIR --predictions FILE   # somebody else's answers; no model is opened
 
-What a benchmark asks and how its authors score it stands in benchmarks/, one file a family; scoring.py there adds up.
-Here its questions are put in batches and answered. --out gets results.json (every prompt, answer and verdict),
-answers.jsonl (LLaVA's form, which --predictions reads), what an official server takes, and progress.jsonl, from which
---resume goes on.
+What a benchmark asks and how its authors score it stands in benchmarks/, one file a family; scoring.py there
+adds up. Here its questions are put in batches and answered. --out gets results.json (every prompt, answer and
+verdict), answers.jsonl (LLaVA's form, which --predictions reads), what an official server takes, and
+progress.jsonl, from which --resume goes on.
 
 Where this departs from the originals:
-  - several questions at once, each picture looked at once for all of its questions in a batch; the originals ask one
-    by one. Answers are the same but for float rounding;
+  - several questions at once, each picture looked at once for all of its questions in a batch; the originals
+    ask one by one. Answers are the same but for float rounding;
   - a question too long for the model is counted as wrong, and said; the originals cut it;
-  - what GPT-4 grades ends with requests to it (benchmarks/judged.py), and MathVista's answers are extracted by rule
-    (benchmarks/reasoning.py).
+  - what GPT-4 grades ends with requests to it (benchmarks/judged.py), and MathVista's answers are extracted
+    by rule (benchmarks/reasoning.py).
 """
 
 import io
@@ -55,7 +55,7 @@ class EvalConfig:
     predictions: str = arg("", "score these answers, JSON or JSON lines of an id and a text")
     split: str = arg("", "val, test, testA, ...; empty: the one with public labels")
     limit: int = arg(0, "about this many questions, drawn at random but always the same; 0: all", at_least=0)
-    out: str = arg("", "folder for results.json and the rest, one in it for each of several; empty: out/eval/NAME")
+    out: str = arg("", "folder for results.json and the rest; of several one each; empty: out/eval/NAME")
     resume: bool = arg(False, "leave out the questions that an interrupted run has answered")
     blind: str = arg("", "baseline column: no picture, or another record's", choices=("none", "other"))
     cot: bool = arg(False, "ask for a chain of thought, and directly beside it; also: read --predictions so")
@@ -64,7 +64,7 @@ class EvalConfig:
         "", "whose prompts and readers; empty: by the template", choices=("llava", "prismatic", "internvl")
     )
     likelihood: str = arg(
-        "auto", "take the likeliest candidate's token; auto: of Prismatic's models", choices=("auto", "yes", "no")
+        "auto", "take the likeliest candidate; auto: of Prismatic's models", choices=("auto", "yes", "no")
     )
     model: str = arg("", "model directory; empty: the newest finished run under out/")
     vision: str = arg("", "tower of a model that was published without, DIR or DIR,DIR")
@@ -80,7 +80,7 @@ class EvalConfig:
 def main(argv=None):
     cfg = parse(EvalConfig, argv, __doc__)
     if cfg.predictions and (len(cfg.benchmark) > 1 or cfg.blind or cfg.resume):
-        raise UserError("--predictions goes with one --benchmark, without --blind and --resume: no model is asked")
+        raise UserError("--predictions goes with one --benchmark, without --blind or --resume")
     vlm, tok = (None, None) if cfg.predictions else open_asked(cfg)
 
     # Whose prompts the model knows, and how its authors take an answer
@@ -119,7 +119,7 @@ def evaluate(name, cfg, vlm, tok, out):
         items = draw_some(items, cfg.limit)
         head = asdict(cfg) | {"benchmark": name, "questions": len(items), "weights": weights_stamp(cfg.model)}
         progress = Progress(out / "progress.jsonl", head, cfg.resume)
-        columns = {column.name: ask(vlm, tok, items, column, cfg, progress) for column in columns_of(items, cfg)}
+        columns = ask_columns(vlm, tok, items, cfg, progress)
 
     result = score_columns(name, items, columns, cfg)
     if cfg.compare:
@@ -131,7 +131,7 @@ def evaluate(name, cfg, vlm, tok, out):
     return result
 
 
-# ---- questions -------------------------------------------------------------------------------------------------
+# ---- questions ----
 
 
 def read_items(name, bench, cfg):
@@ -161,7 +161,7 @@ def draw_some(items, limit):
 
 
 def prompt_of(item, cot=False):
-    """The text after the picture. `cot`: the direct instruction makes way for InternVL's frame, or the benchmark's."""
+    """The text after the picture. cot: InternVL's frame, or the benchmark's, replaces the instruction."""
     if cot:
         return item.get("cot", COT + item["text"])
     return item["text"] + ("\n" + item["suffix"] if item["suffix"] else "")
@@ -182,7 +182,7 @@ def find_pictures(items, cfg):
 
 
 def find_picture(root, name):
-    """Where the official path says, or under the bare name, or in images/; as .jpg or .png: SEED-Bench's have no ending."""
+    """Where the official path says, under the bare name, or in images/. SEED-Bench's names have no ending."""
     path = Path(os.path.normpath(root / name))
     if not path.is_relative_to(root):
         raise UserError(f"picture {name!r} lies outside --image-root {root}; move it there")
@@ -194,7 +194,7 @@ def find_picture(root, name):
     raise UserError(f"{path}: no such picture; check the path and --image-root")
 
 
-# ---- asking ----------------------------------------------------------------------------------------------------
+# ---- asking ----
 
 
 @dataclass
@@ -228,11 +228,15 @@ def other_pictures(pictures):
     return {id: [other[picture] for picture in found] for id, found in pictures.items()}
 
 
+def ask_columns(vlm, tok, items, cfg, progress):
+    return {column.name: ask(vlm, tok, items, column, cfg, progress) for column in columns_of(items, cfg)}
+
+
 def ask(vlm, tok, items, column, cfg, progress):
     """-> {id: {"text", ...}}, without the questions that are too long for the model.
 
-    Batches are cut from all items, and --resume leaves out whole batches only: each answer comes from the same
-    arithmetic as in an uninterrupted run.
+    Batches are cut from all items, and --resume leaves out whole batches only: each answer comes from the
+    same arithmetic as in an uninterrupted run.
     """
     done = progress.done[column.name]
     batches = cut_batches(items, column.cot, cfg.batch_size)
@@ -253,7 +257,7 @@ def ask(vlm, tok, items, column, cfg, progress):
 
 
 def cut_batches(items, cot, size):
-    """Questions that want answers of one kind, with prompts of about one length; about one picture side by side."""
+    """Questions for answers of one kind, of about one length; those about one picture side by side."""
     longest = defaultdict(int)
     for item in items:
         picture = str(item["image"])
@@ -331,20 +335,20 @@ def likeliest(vlm, tok, prompts, candidates):
     choices = [tok.encode(candidate) for candidate in candidates]
     for candidate, ids in zip(candidates, choices):
         if len(ids) != 1:
-            raise UserError(f"--likelihood: {candidate!r} is not one token of {tok.path}; use --likelihood no")
+            raise UserError(f"--likelihood: {candidate!r} is not one token of {tok.path}; --likelihood no")
     device = vlm.decoder.lm_head.weight.device
     lengths = torch.tensor([len(ids) for ids, _ in prompts], device=device)
     rows = [ids + [tok.pad] * (int(lengths.max()) - len(ids)) for ids, _ in prompts]
     pixels, layout = sample.gather_pictures(prompts, device)
     x = vlm.embed(torch.tensor(rows, device=device), vlm.features(pixels), layout)  # (B, T, D)
-    ends = torch.arange(len(prompts), device=device) * x.shape[1] + lengths - 1  # the last token of each prompt
+    ends = torch.arange(len(prompts), device=device) * x.shape[1] + lengths - 1  # (B,) each prompt's last row
     logits = vlm.decoder.lm_head(vlm.decoder(x, rows=ends)).float()  # (B, V)
     p = logits[:, [id for (id,) in choices]].softmax(-1).cpu()  # (B, candidates)
     return [{"text": candidates[int(row.argmax())], "p": [round(x, 6) for x in row.tolist()]} for row in p]
 
 
 class Progress:
-    """progress.jsonl: the flags, then a line for each answer. --resume goes on from it. Without a path, nothing."""
+    """progress.jsonl: the flags, then a line for each answer, from which --resume goes on."""
 
     def __init__(self, path, head, resume=False):
         self.path = path
@@ -360,8 +364,8 @@ class Progress:
             if changed:
                 name = changed[0]
                 raise UserError(
-                    f"--resume: {path} was written with {name} {before.get(name)!r}, now it is {head[name]!r}; "
-                    "give the same flags, or leave out --resume"
+                    f"--resume: {path} was written with {name} {before.get(name)!r}, now it is "
+                    f"{head[name]!r}; give the same flags, or leave out --resume"
                 )
             for row in rows:
                 self.done[row["column"]][row["id"]] = row
@@ -382,11 +386,11 @@ def weights_stamp(directory):
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
-# ---- questions of one's own ------------------------------------------------------------------------------------
+# ---- questions of one's own ----
 
 
 def read_own(cfg):
-    """Records of a question and an answer, such as the toy world's val.jsonl; a category may stand beside them."""
+    """Records of a question and an answer, such as the toy world's val.jsonl, and perhaps a category."""
     path = Path(cfg.data)
     path = path / "val.jsonl" if path.is_dir() else path
     records = Records(path, cfg.image_root or path.parent)
@@ -398,7 +402,8 @@ def read_own(cfg):
 
 
 def own_question(id, paths, text, answer, category):
-    return question(id, None, text, "", answer, category=str(category)) | {"image": [str(path) for path in paths]}
+    item = question(id, None, text, "", answer, category=str(category))
+    return item | {"image": [str(path) for path in paths]}
 
 
 def judge_own(item, text):
@@ -406,7 +411,7 @@ def judge_own(item, text):
 
 
 def is_right(said, truth):
-    """The same but for case and a final dot; of a worked answer what follows `Final answer:`; of a box IoU >= 0.5."""
+    """But for case and a final dot the same; of a worked answer its end; of a box, IoU >= 0.5."""
     if re.fullmatch(r"\[\d\.\d+(, \d\.\d+){3}\]", truth):
         box = read_box(said)
         return box is not None and iou(box, read_box(truth)) >= 0.5
@@ -428,7 +433,7 @@ def most_frequent(items):
 
 
 def examine(vlm, tok, questions, out=None):
-    """Answer held-out questions, print the score by category beside two baselines, and write out/results.json.
+    """Answer held-out questions, print the score by category beside two baselines, write out/results.json.
 
     questions: [{"id", "paths", "text", "answer", "category"}, ...]
     """
@@ -437,7 +442,7 @@ def examine(vlm, tok, questions, out=None):
     for k, asked in enumerate(questions):
         item = own_question(k, asked["paths"], asked["text"], asked["answer"], asked["category"])
         items.append(item | {"benchmark": "own"})
-    columns = {column.name: ask(vlm, tok, items, column, cfg, Progress(None, {})) for column in columns_of(items, cfg)}
+    columns = ask_columns(vlm, tok, items, cfg, Progress(None, {}))
     result = score_columns("own", items, columns, cfg)
     print(f"\nheld-out accuracy\n{table([result])}")
     print(f"{result['cut_off']} of {len(items)} answers were cut off for being too long")
@@ -460,22 +465,27 @@ def shares(result):
 def answer_questions(vlm, tok, questions):
     """[{"text", "paths"}, ...] -> [sample.Answer, ...]"""
     look = cache(lambda path: sample.open_picture(vlm, path))
-    prompts = [sample.encode_question(vlm, tok, q["text"], [look(path) for path in q["paths"]]) for q in questions]
+    prompts = []
+    for asked in questions:
+        pictures = [look(path) for path in asked["paths"]]
+        prompts.append(sample.encode_question(vlm, tok, asked["text"], pictures))
     return sample.answer(vlm, tok, prompts)
 
 
 SUITE = BENCHMARKS | {"own": Benchmark(read_own, judge_own, max_new_tokens=96)}
 
 
-# ---- results ---------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def score_columns(name, items, columns, cfg):
-    """{column: {question id: answer}} -> what results.json holds: figures of the first column, the others beside it."""
+    """{column: {question id: answer}} -> what results.json holds; the first column is the score."""
     bench = SUITE[name]
     if name == "own":
         columns = columns | {"most frequent answer": most_frequent(items)}
-    graded = {column: grade(bench, items, found, cfg.cot and column != "direct") for column, found in columns.items()}
+    graded = {}
+    for column, answers in columns.items():
+        graded[column] = grade(bench, items, answers, cot=cfg.cot and column != "direct")
     main, *others = graded
 
     # Of each question: what was asked, answered and judged, and what the other columns made of it
@@ -487,7 +497,8 @@ def score_columns(name, items, columns, cfg):
         for record, other in zip(records, graded[column].pop("records")):
             record[column] = {key: other[key] for key in ("answer", "parsed", "score")}
 
-    result = {"benchmark": name, "metric": bench.metric, "paper": bench.paper, "columns": graded} | graded.pop(main)
+    result = {"benchmark": name, "metric": bench.metric, "paper": bench.paper}
+    result |= graded.pop(main) | {"columns": graded}
     if cfg.model:
         answers = "by likelihood" if cfg.likelihood == "yes" and "candidates" in items[0] else "generated"
         result |= {"model": cfg.model, "prompts": f"{cfg.family}, {main}", "answers": answers}
@@ -530,7 +541,7 @@ def report(result, seconds):
     if result["cut_off"]:
         said.append(f"{result['cut_off']} answers cut off")
     if result["score"] is None:
-        said.append("no score without labels or GPT-4's grades: hand in the submission, or send judge_requests.jsonl")
+        said.append("no score without labels or grades: hand it in, or send judge_requests.jsonl to GPT-4")
     if "compare" in result:
         said.append(f"against {result['compare']['with']}: {describe_comparison(result['compare'])}")
     for part, figures in result["parts"].items():
@@ -545,7 +556,7 @@ def describe_comparison(found):
 
 
 def table(results):
-    """A row for each benchmark and one for each of its categories: score, interval, baselines, the papers' figures."""
+    """A row for each benchmark and each of its categories: score, interval, baselines, the papers' figures."""
     others = list(dict.fromkeys(column for result in results for column in result["columns"]))
     rows = [["", "score", "95% interval", "n", "unparsed", *others, ""]]
     for result in results:

@@ -23,10 +23,10 @@ from benchmarks.common import (
     count_in,
     data_folder,
     find_file,
-    main_file,
     find_split,
     lettered,
     load_records,
+    main_file,
     paper,
     percent_right,
     question,
@@ -37,7 +37,7 @@ from benchmarks.common import (
 from support.cli import UserError, one_of
 from support.io import reading
 
-# ---- ScienceQA 
+# ---- ScienceQA ----
 
 
 def read_scienceqa(cfg):
@@ -74,7 +74,7 @@ def scienceqa_question(id, row, split, family):
 
 
 def scienceqa_letter(text):
-    """LLaVA's reader: the letter alone, `B. ...`, or exactly one `The answer is B` with one more character behind it."""
+    """LLaVA's: the letter alone, `B. ...`, or exactly one `The answer is B` with a character behind it."""
     if text in list("ABCDE"):
         return text
     if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
@@ -87,7 +87,7 @@ def judge_scienceqa(item, text):
     return verdict(scienceqa_letter(text), item["truth"])
 
 
-# ---- MMBench 
+# ---- MMBench ----
 
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -141,7 +141,9 @@ def mmbench_question(row, pictures, chinese):
 
 
 def mmbench_letter(text, options):
-    """VLMEvalKit's exact matching -> a letter, Z (says that none fits), or None (there a judge would be asked)."""
+    """VLMEvalKit's exact matching -> a letter, Z (says that none fits), or None (there a judge would be
+    asked).
+    """
     if any(refusal in text for refusal in REFUSALS):
         return "Z"
 
@@ -183,7 +185,7 @@ def mmbench_parts(units):
 def submit_mmbench(items, records):
     """The server's table, without six of the columns and with `prediction` as the seventh.
 
-    It wants an .xlsx: pandas.read_csv("mmbench.tsv", sep="\\t").to_excel("mmbench.xlsx", index=False) makes one.
+    It wants .xlsx: pandas.read_csv("mmbench.tsv", sep="\\t").to_excel("mmbench.xlsx", index=False)
     """
     dropped = ("hint", "category", "source", "image", "comment", "l2-category")
     columns = [name for name in items[0]["row"] if name not in dropped]
@@ -196,7 +198,7 @@ def submit_mmbench(items, records):
     return "mmbench.tsv", sheet.getvalue()
 
 
-# ---- SEED-Bench 
+# ---- SEED-Bench ----
 
 
 def read_seed(cfg):
@@ -230,11 +232,11 @@ def judge_seed(item, text):
     return verdict(label if label in list("ABCD") else None, item["truth"])
 
 
-# ---- AI2D 
+# ---- AI2D ----
 
 
 def read_ai2d(cfg):
-    """Pictures as they are: of `letters drawn` questions the letters are missing in them, which lowers the score."""
+    """Raw pictures: of `letters drawn` questions the letters are missing, which lowers the score."""
     folder = data_folder(cfg)
     root = folder if (folder / "questions").is_dir() else folder / "ai2d"
     if not (root / "questions").is_dir():
@@ -281,7 +283,7 @@ def judge_ai2d(item, text):
     return verdict(option_letter(text, item["n_choices"]), item["truth"])
 
 
-# ---- TallyQA 
+# ---- TallyQA ----
 
 
 def read_tallyqa(cfg):

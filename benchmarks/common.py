@@ -1,9 +1,9 @@
-"""What all benchmarks share: their form, reading official files, normalising answers, letters, numbers and boxes.
+"""What all benchmarks share: their form, reading official files, and what is read out of answers.
 
-A benchmark is three functions. `read(cfg)` turns its official files into questions, dicts made by `question` below.
-`judge(item, text)` turns the text of one answer into {"parsed": ..., "score": 0 to 1}. `score(units)` turns judged
-records into the figure that its authors publish. A unit is what they count together, a list of records: mostly one,
-but both questions about a picture of MME, or the rotations of a question of MMBench.
+A benchmark is three functions. `read(cfg)` turns its official files into questions, dicts made by `question`
+below. `judge(item, text)` turns the text of one answer into {"parsed": ..., "score": 0 to 1}. `score(units)`
+turns judged records into the figure that its authors publish. A unit is what they count together, a list of
+records: mostly one, but both questions about a picture of MME, or the rotations of a question of MMBench.
 
 Nothing here knows a model, and nothing imports torch.
 """
@@ -19,12 +19,14 @@ from typing import Callable
 from support.cli import UserError, one_of
 from support.io import reading
 
-# The three suffixes of LLaVA-1.5 (arXiv:2310.03744, table 7), and InternVL's frame around any question (arXiv:2411.10442)
+# The three suffixes of LLaVA-1.5 (arXiv:2310.03744, table 7), and InternVL's frame around any question
+# (arXiv:2411.10442)
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 COT = (
-    "Your task is to answer the question below. Give step by step reasoning before you answer, and when you're ready to "
+    "Your task is to answer the question below. Give step by step reasoning before you answer, and when "
+    "you're ready to "
     'answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
 )
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -58,7 +60,7 @@ class Benchmark:
 
 
 def paper(llava7=None, llava13=None, prism7=None, prism13=None, **others):
-    """Published figures: LLaVA-1.5 (its tables 3 and 4, else Prismatic's), Prism-DINOSigLIP, and others by name."""
+    """Published figures: LLaVA-1.5 by its own tables, else by Prismatic's; Prism-DINOSigLIP; others by name."""
     names = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Prism-7B", "Prism-13B")
     figures = dict(zip(names, (llava7, llava13, prism7, prism13))) | others
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -68,8 +70,9 @@ def question(id, image, text, suffix, truth, **more):
     """One question. The prompt is the text, a newline, the suffix.
 
     image: its official path, the bytes of a picture, or None. truth: None where the labels are hidden.
-    more: `unit` and `category`; `asked`, where an answer is known by id and question; `candidates` for --likelihood;
-    `cot` and `then`, the prompts of a chain of thought that has its own; and what the judge needs.
+    more: `unit` and `category`; `asked`, where an answer is known by id and question; `candidates` for
+    --likelihood; `cot` and `then`, the prompts of a chain of thought that has its own; and what the judge
+    needs.
     """
     category = more.get("category")
     names = category if isinstance(category, list) else [category or ""]
@@ -85,7 +88,7 @@ def verdict(label, truth):
     return {"parsed": label, "score": float(label is not None and label == truth)}
 
 
-# ---- official files 
+# ---- official files ----
 
 
 def data_folder(cfg):
@@ -127,7 +130,7 @@ def split_files(form, splits):
 
 
 def load_records(path, under=None):
-    """JSON, JSON lines or TSV -> [(where it stands, its key or number, record)]; `under`: the records' name in an object."""
+    """JSON, JSON lines or TSV -> [(where it stands, its key or number, record)], all that lie `under` a name."""
     path = Path(path)
     with reading(path):
         text = path.read_text(encoding="utf-8-sig")
@@ -169,24 +172,25 @@ def read_each(path, make, under=None):
             yield made
 
 
-# ---- answers 
+# ---- answers ----
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # in the official order; not ' : % $ # & * ~ ^ |
 NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
 ).split()
 DIGITS = {word: str(n) for n, word in enumerate(NUMBER_WORDS[:11])} | {"none": "0"}
 
 # The official table maps a word that lacks one of its apostrophes to the whole word, for these words ...
 WHOLE_WORDS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's
-how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
-not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
-when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am mightn't mightn't've might've
+mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
+somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've
+something'll that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't
+we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've
+you'll you're you've""".split()
 CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word
     for word in WHOLE_WORDS
@@ -217,13 +221,13 @@ def normalise(text, contractions=CONTRACTIONS):
 
 
 def evalai(text):
-    """TextVQA's normaliser (EvalAI, M4C), which LLaVA also applies to what it uploads for VQAv2 and VizWiz."""
+    """TextVQA's normaliser (EvalAI, M4C). LLaVA uploads VQAv2's and VizWiz's answers through it, too."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return normalise(one_line(text.strip()))
 
 
 def final_answer(text):
-    """InternVL's extraction from a chain of thought: the first trigger, the rest of its line; without one the whole text."""
+    """InternVL's: what follows the first trigger on its line; without one the whole text."""
     found = re.search(r"(Final answer:|Answer:)\s*(.*)", text, re.IGNORECASE)
     return found[2].strip() if found else text
 
@@ -242,7 +246,9 @@ def count_in(text):
 
 
 def read_box(text):
-    """The first four numbers in brackets, [x1, y1, x2, y2]: fractions of the picture's sides, or thousandths (InternVL)."""
+    """The first four numbers in brackets, [x1, y1, x2, y2]: fractions of the picture's sides, or thousandths
+    (InternVL).
+    """
     found = re.search(r"[\[(]\s*" + r"\s*,\s*".join([r"(-?\d*\.?\d+)"] * 4) + r"\s*[\])]", text)
     if found is None:
         return None

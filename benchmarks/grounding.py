@@ -1,32 +1,24 @@
 """A box for a sentence: RefCOCO, RefCOCO+, RefCOCOg, OCID-Ref.
 
-    (a picture of a street)   Please provide the bounding box coordinate of the region this sentence describes: "red car"
+    (a picture of a street)   Please provide the bounding box coordinate of the region this sentence
+                              describes: "red car"
     box: [0.10, 0.10, 0.60, 0.60]      a model: "[0.12, 0.08, 0.58, 0.61]"      IoU 0.86: right
 
-Boxes are [x1, y1, x2, y2], fractions of the picture's sides; right is IoU >= 0.5, and 0.25 for OCID-Ref. LLaVA and
-Prismatic round the true box to two decimals, InternVL writes thousandths. One reader takes both: the first four numbers
-in brackets. The official readers differ: Prismatic's takes a bare list of fractions only, InternVL's reads a missing
-box as (0, 0, 0, 0); a model that was taught boxes gets the same figure from all three.
+Boxes are [x1, y1, x2, y2], fractions of the picture's sides; right is IoU >= 0.5, and 0.25 for OCID-Ref.
+LLaVA and Prismatic round the true box to two decimals, InternVL writes thousandths. One reader takes both:
+the first four numbers in brackets. The official readers differ: Prismatic's takes a bare list of fractions
+only, InternVL's reads a missing box as (0, 0, 0, 0); a model that was taught boxes gets the same figure from
+all three.
 """
 
 import json
 from functools import partial
 
-from benchmarks.common import (
-    Benchmark,
-    find_file,
-    find_split,
-    iou,
-    paper,
-    question,
-    read_box,
-    read_each,
-    split_files,
-)
+from benchmarks.common import Benchmark, find_split, iou, paper, question, read_box, read_each, split_files
 
 
 def region_question(cfg, id, image, sentence, box, size, least, **more):
-    """box: corners in pixels; size: width and height of the picture in pixels; least: the IoU that is enough."""
+    """box: corners in pixels; size: the picture's width and height; least: the IoU that is enough."""
     internvl = cfg.family == "internvl"
     width, height = size
     if min(width, height) <= 0 or len(box) != 4:

@@ -3,22 +3,23 @@
     (a picture of a street)   Describe this photo in detail.
     a model: "The photo shows ..."      GPT-4: "8 6\\nAssistant 1 names ..."      score 100 * 6 / 8
 
-Asked of a model, these two give no score: judge_requests.jsonl holds one request a line, as the authors word it, ready to
-send. What comes back is read by --predictions, rows with an id and `content` (LLaVA-Bench's reviews) or `score` (MM-Vet's
-grades), and scored as the authors score it.
+Asked of a model, these two give no score: judge_requests.jsonl holds one request a line, as the authors word
+it, ready to send. What comes back is read by --predictions, rows with an id and `content` (LLaVA-Bench's
+reviews) or `score` (MM-Vet's grades), and scored as the authors score it.
 """
 
-from benchmarks.common import Benchmark, find_file, main_file, load_records, paper, question, read_each
+from benchmarks.common import Benchmark, find_file, load_records, main_file, paper, question, read_each
 
 RULE = (
-    "We would like to request your feedback on the performance of two AI assistants in response to the user question "
-    "displayed above. The user asks the question on observing an image. For your reference, the visual content in the "
-    "image is represented with a few sentences describing the image. \nPlease rate the helpfulness, relevance, accuracy, "
-    "level of details of their responses. Each assistant receives an overall score on a scale of 1 to 10, where a higher "
-    "score indicates better overall performance.\nPlease first output a single line containing only two values indicating "
-    "the scores for Assistant 1 and 2, respectively. The two scores are separated by a space.\nIn the subsequent line, "
-    "please provide a comprehensive explanation of your evaluation, avoiding any potential bias and ensuring that the "
-    "order in which the responses were presented does not affect your judgment."
+    "We would like to request your feedback on the performance of two AI assistants in response to the user "
+    "question displayed above. The user asks the question on observing an image. For your reference, the "
+    "visual content in the image is represented with a few sentences describing the image. \nPlease rate the "
+    "helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an "
+    "overall score on a scale of 1 to 10, where a higher score indicates better overall performance.\nPlease "
+    "first output a single line containing only two values indicating the scores for Assistant 1 and 2, "
+    "respectively. The two scores are separated by a space.\nIn the subsequent line, please provide a "
+    "comprehensive explanation of your evaluation, avoiding any potential bias and ensuring that the order "
+    "in which the responses were presented does not affect your judgment."
 )
 
 
@@ -42,8 +43,8 @@ def read_llava_bench(cfg):
 
 
 def judge_llava_bench(item, review):
-    """The two scores on the first line of a review: of the reference and of the model. Where they cannot be read, both
-    are -1, which the official mean does not drop."""
+    """The two scores on the first line of a review: of the reference and of the model. Where they cannot be
+    read, both are -1, which the official mean does not drop."""
     try:
         reference, model = [float(number) for number in review.split("\n")[0].replace(",", " ").split(" ")]
     except ValueError:
@@ -82,26 +83,28 @@ def request_llava_bench(item, record):
 
 
 MEME = (
-    "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries Iceland and "
-    "Greenland are misleading. Despite its name, Iceland is known for its beautiful green landscapes, while Greenland is "
-    "mostly covered in ice and snow. The meme is saying that the person has trust issues because the names of these "
-    "countries do not accurately represent their landscapes. | "
+    "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries "
+    "Iceland and Greenland are misleading. Despite its name, Iceland is known for its beautiful green "
+    "landscapes, while Greenland is mostly covered in ice and snow. The meme is saying that the person has "
+    "trust issues because the names of these countries do not accurately represent their landscapes. | "
 )
 EQUATION = "What is x in the equation? | -1 <AND> -5 | x = "
 MM_VET = (
-    "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. <AND> in the "
-    "ground truth means it is totally right only when all elements in the ground truth are present in the prediction, and "
-    "<OR> means it is totally right when any one element in the ground truth is present in the prediction. The correctness "
-    "score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Just complete the "
-    "last space of the correctness score.\n\n"
+    "Compare the ground truth and prediction from AI models, to give a correctness score for the prediction. "
+    "<AND> in the ground truth means it is totally right only when all elements in the ground truth are "
+    "present in the prediction, and <OR> means it is totally right when any one element in the ground truth "
+    "is present in the prediction. The correctness score is 0.0 (totally wrong), 0.1, 0.2, 0.3, 0.4, 0.5, "
+    "0.6, 0.7, 0.8, 0.9, or 1.0 (totally right). Just complete the last space of the correctness score.\n\n"
     "Question | Ground truth | Prediction | Correctness\n--- | --- | --- | ---\n"
-    f"{EQUATION}3 | 0.0\n{EQUATION}-1 | 0.5\n{EQUATION}-5 | 0.5\n{EQUATION}-5 or 5 | 0.5\n{EQUATION}-1 or x = -5 | 1.0\n"
-    f"{MEME}The meme talks about Iceland and Greenland. It's pointing out that despite their names, Iceland is not very icy "
-    f"and Greenland isn't very green. | 0.4\n{MEME}The meme is using humor to point out the misleading nature of Iceland's "
-    "and Greenland's names. Iceland, despite its name, has lush green landscapes while Greenland is mostly covered in ice "
-    "and snow. The text 'This is why I have trust issues' is a playful way to suggest that these contradictions can lead to "
-    "distrust or confusion. The humor in this meme is derived from the unexpected contrast between the names of the "
-    "countries and their actual physical characteristics. | 1.0\n"
+    f"{EQUATION}3 | 0.0\n{EQUATION}-1 | 0.5\n{EQUATION}-5 | 0.5\n{EQUATION}-5 or 5 | 0.5\n{EQUATION}-1 or "
+    "x = -5 | 1.0\n"
+    f"{MEME}The meme talks about Iceland and Greenland. It's pointing out that despite their names, Iceland "
+    f"is not very icy and Greenland isn't very green. | 0.4\n{MEME}The meme is using humor to point out the "
+    "misleading nature of Iceland's and Greenland's names. Iceland, despite its name, has lush green "
+    "landscapes while Greenland is mostly covered in ice and snow. The text 'This is why I have trust "
+    "issues' is a playful way to suggest that these contradictions can lead to distrust or confusion. The "
+    "humor in this meme is derived from the unexpected contrast between the names of the countries and their "
+    "actual physical characteristics. | 1.0\n"
 )
 
 

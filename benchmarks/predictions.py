@@ -1,11 +1,11 @@
-"""Somebody else's answers, for --predictions: JSON or JSON lines, rows of an id and a text under the official files' names.
+"""Somebody else's answers, for --predictions: JSON or JSON lines, rows of an id and a text.
 
     {"question_id": 42000, "text": "Red."}              LLaVA's form, and ours: answers.jsonl
     {"questionId": "201", "prediction": "red"}          GQA's
     {"42000": "Red."}                                   ids as keys do as well
 
-Rows are joined to questions by id and never by position. Where ids say too little (POPE numbers two versions alike, LLaVA
-names TextVQA's and MME's pictures), the question stands in the row too, and both must fit.
+Rows are joined to questions by id and never by position. Where ids say too little (POPE numbers two versions
+alike, LLaVA names TextVQA's and MME's pictures), the question stands in the row too, and both must fit.
 """
 
 import re
@@ -45,7 +45,7 @@ def match_predictions(bench, items, path):
         raise UserError(f"{path}: holds no answers; expected rows of an id and a text")
     if missing and bench.all_needed:
         count = f"{len(missing)} of {len(items)} are missing"
-        raise UserError(f"{path}: no answer to {missing[0]!r} ({count}); the official scorer refuses such a file")
+        raise UserError(f"{path}: no answer to {missing[0]!r} ({count}); the official scorer refuses that")
     return answers
 
 
@@ -64,7 +64,7 @@ def find_questions(where, row, known):
     keys = [(id, line) for id in ids for line in asked] + ids
     found = next((known[key] for key in keys if key in known), None)
     if found is None:
-        raise UserError(f"{where}: answers {ids[0]!r}, which is no question of this benchmark; check --data and --split")
+        raise UserError(f"{where}: answers {ids[0]!r}, which is no question of --data and --split")
     if asked and "asked" in found[0] and plain_question(found[0]["asked"]) not in asked:
         raise UserError(f"{where}: another question than {ids[0]!r} of --data; are both of the same version?")
     return found

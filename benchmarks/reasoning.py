@@ -1,12 +1,13 @@
 """Questions that want reasoning, asked directly and with a chain of thought: MathVista, M3CoT.
 
-    (a bar chart)             Hint: Please answer the question requiring an integer answer and provide the final value,
-                              e.g., 1, 2, 3, at the end.
+    (a bar chart)             Hint: Please answer the question requiring an integer answer and provide
+                              the final value, e.g., 1, 2, 3, at the end.
                               Question: How many bars are above 5?
     answer: 3      a model: "Three bars are higher, so 3."      extracted: 3
 
-MathVista's authors let GPT-4 extract the answer. Here a rule does it, unless --predictions brings an `extraction`: their
-own short cuts, then the last option letter or the last number. Compare such a figure with its like only.
+MathVista's authors let GPT-4 extract the answer. Here a rule does it, unless --predictions brings an
+`extraction`: their own short cuts, then the last option letter or the last number. Compare such a figure with
+its like only.
 """
 
 import re
@@ -23,7 +24,6 @@ from benchmarks.common import (
     lettered,
     load_records,
     main_file,
-    paper,
     question,
     read_each,
     split_files,
@@ -32,7 +32,7 @@ from benchmarks.common import (
 
 bracketed = partial(lettered, form="\n({}) {}")
 
-# ---- MathVista 
+# ---- MathVista ----
 
 HINTS = {
     "choice": "and provide the correct option letter, e.g., A, B, C, D, at the end.",
@@ -166,11 +166,11 @@ def edit_distance(a, b):
     return row[-1]
 
 
-# ---- M3CoT 
+# ---- M3CoT ----
 
 
 def read_m3cot(cfg):
-    """test.jsonl; without it the predictions in the authors' form, whose lines carry choices, answer, domain and topic too."""
+    """test.jsonl; without it the authors' result file, whose lines carry choices and answer too."""
     seen = set()
 
     def make(_, row):
@@ -212,9 +212,7 @@ def m3cot_letter(text, choices):
     found = re.findall(r"\(([A-Za-z])\)", text)
     if found:
         return found[-1].upper()
-    found = [
-        letter for letter, choice in zip(letters, choices) if choice.lower() in text.lower()
-    ]
+    found = [letter for letter, choice in zip(letters, choices) if choice.lower() in text.lower()]
     if found:
         return found[-1]
     words = re.sub(r"[\n.,!?]", " ", text).split(" ")
@@ -226,7 +224,7 @@ def m3cot_letter(text, choices):
 
 
 def internvl_letter(text, choices):
-    """InternVL's: a lone character, a leading letter, an option's text, `A.`, `(A)`; the first of these that occurs."""
+    """InternVL's: a lone character, a leading letter, an option's text, `A.`, `(A)`; the first that occurs."""
     text = text.strip()
     letters = LETTERS[: len(choices)]
     if len(text) == 1:

@@ -1,8 +1,8 @@
 """From answers to a score: judge every answer, add them up, and say how far chance could move the sum.
 
-    a record  {"id", "unit", "category", "prompt", "answer", "parsed", "truth", "score"}     one judged answer
-    a unit    [record, ...]                                                                  what is counted together
-    a figure  {"n", "score", "ci95"}                                                         of all units, or of a category
+record  {"id", "unit", "category", "answer", "parsed", "truth", "score"}    one judged answer
+unit    [record, ...]                                                       what is counted together
+figures {"n", "score", "ci95"}                                              of all units, or of a category
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from support.io import reading
 
 
 def grade(bench, items, answers, cot=False):
-    """{question id: answer} -> figures, and the records behind them. A question without an answer counts as wrong."""
+    """{question id: answer} -> figures and records. A question without an answer counts as wrong."""
     records = []
     for item in items:
         with reading(f"question {item['id']!r}"):
@@ -62,7 +62,7 @@ def judge_one(bench, item, answer, cot):
 
 
 def units_of(records):
-    """What is counted together, of the records that have a score: one question, MME's two, MMBench's four rotations."""
+    """Scored records, as they are counted: one question, MME's two, MMBench's four rotations."""
     units = defaultdict(list)
     for record in records:
         if record["score"] is not None:
@@ -97,7 +97,7 @@ def compare(bench, ours, theirs):
     theirs = {str(unit[0]["unit"]): unit for unit in units_of(theirs)}
     pairs = [(ours[name], theirs[name]) for name in ours if name in theirs]
     if not pairs:
-        raise UserError("--compare: the two runs share no scored question; compare runs of the same benchmark")
+        raise UserError("--compare: the two runs share no scored question; are both of one benchmark?")
 
     def difference(pairs):
         return bench.score([unit for unit, _ in pairs]) - bench.score([unit for _, unit in pairs])

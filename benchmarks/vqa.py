@@ -4,8 +4,8 @@
                               Answer the question using a single word or phrase.
     ten people: red x 7, orange x 3      a model: "Red."      score 1.0
 
-The three VQA scores are one formula over three normalisers; which scorer normalises what is the whole difference.
-GQA has one answer, and compares strings.
+The three VQA scores are one formula over three normalisers; which scorer normalises what is the whole
+difference. GQA has one answer, and compares strings.
 """
 
 import json
@@ -18,9 +18,9 @@ from benchmarks.common import (
     Benchmark,
     evalai,
     find_file,
-    main_file,
     find_split,
     load_records,
+    main_file,
     normalise,
     one_line,
     paper,
@@ -32,8 +32,9 @@ from benchmarks.common import (
 )
 from support.cli import UserError
 
-# VizWiz's own copy of the scorer has backticks for apostrophes on both sides. So "dont" never meets an annotator's
-# "don't" there, and a key with a backtick never fires, as backticks are punctuation and gone by then. These were forgotten:
+# VizWiz's own copy of the scorer has backticks for apostrophes on both sides. So "dont" never meets an
+# annotator's "don't" there, and a key with a backtick never fires, as backticks are punctuation and gone by
+# then. These were forgotten:
 FORGOTTEN_KEYS = ("couldn'tve", "hadn'tve")
 FORGOTTEN_WORDS = "aint arent cant couldve couldnt weve wheres whove".split()
 BACKTICKS = {
@@ -44,7 +45,7 @@ BACKTICKS = {
 
 
 def agreement(said, answers):
-    """Mean over the annotators of min(1, matches among the others / 3): 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, more of ten."""
+    """Mean over ten annotators of min(1, matches among the others / 3): 0, 0.3, 0.6, 0.9, 1 for 0 to 4."""
     n = sum(answer == said for answer in answers)
     return sum(min(1, (n - (answer == said)) / 3) for answer in answers) / len(answers)
 
@@ -84,7 +85,8 @@ def read_vqav2(cfg):
     )
     labels = {}
     if split == "val":
-        labels = dict(read_each(find_file(cfg, "v2_mscoco_val2014_annotations.json"), vqav2_label, under="annotations"))
+        annotations = find_file(cfg, "v2_mscoco_val2014_annotations.json")
+        labels = dict(read_each(annotations, vqav2_label, under="annotations"))
     folder = "val2014" if split == "val" else "test2015"
     whole_test = (
         None
@@ -112,7 +114,8 @@ def submit_vqav2(items, records):
     else:
         ids = list(answers)
         print(
-            "vqav2_answers.json: the server refuses it without all questions of test2015; put their file beside this one"
+            "vqav2_answers.json: the server refuses it without all questions of test2015; put their file "
+            "beside this one"
         )
     rows = [{"question_id": id, "answer": answers.get(id, "")} for id in ids]
     return "vqav2_answers.json", json.dumps(rows, ensure_ascii=False)

@@ -35,7 +35,7 @@ POPE_OFFSET = {
 
 
 def read_pope(cfg):
-    """The official files number their questions from 1 in each split; where several are asked, LLaVA's offsets tell them apart."""
+    """Each split numbers from 1; where several are asked, LLaVA's offsets tell them apart."""
     one_of("--split", cfg.split, POPE_SPLITS)
     if Path(cfg.data).is_file():
         files = {
@@ -77,7 +77,7 @@ def pope_question(row, split, with_offset):
 
 
 def pope_label(text):
-    """Before the first period, without commas, one of the words No, no, not -> no; all else, nothing too -> yes."""
+    """One of the words No, no, not before the first period -> no; all else, nothing too -> yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
@@ -104,15 +104,16 @@ def pope_figures(records):
     }
 
 
-def records_by_category(units):
+def units_by_category(units):
     found = defaultdict(list)
     for unit in units:
-        found[unit[0]["category"]] += unit
+        found[unit[0]["category"]].append(unit)
     return found
 
 
 def pope_parts(units):
-    return {split: pope_figures(records) for split, records in records_by_category(units).items()}
+    splits = units_by_category(units)
+    return {split: pope_figures([record for (record,) in splits[split]]) for split in splits}
 
 
 def score_pope(units):
@@ -126,7 +127,9 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 
 
 def read_mme(cfg):
-    """The release's folders (one text per picture), or the official tool's Your_Results/ (one text per subtask)."""
+    """The release's folders (one text per picture), or the official tool's Your_Results/ (one text per
+    subtask).
+    """
     release = "MME_Benchmark_release_version"
     folder = data_folder(cfg)
     roots = [folder / a / b for a in (".", release) for b in (".", "Your_Results", release)]
@@ -191,12 +194,12 @@ def judge_mme(item, text):
 
 
 def mme_parts(units):
-    """Of each subtask acc, the share of right questions, and acc+, the share of pictures with both right. -> sums, too."""
+    """acc: the share of right questions; acc+: of pictures with both right; and the sums of both."""
     parts = {}
-    for task in {unit[0]["category"]: None for unit in units}:
-        pictures = [[record["score"] for record in unit] for unit in units if unit[0]["category"] == task]
-        acc = sum(map(sum, pictures)) / sum(map(len, pictures))
-        acc_plus = sum(all(scores) for scores in pictures) / len(pictures)
+    for task, pictures in units_by_category(units).items():
+        n_right = [sum(record["score"] for record in pair) for pair in pictures]
+        acc = sum(n_right) / (2 * len(pictures))
+        acc_plus = n_right.count(2) / len(pictures)
         parts[task] = {"acc": acc, "acc_plus": acc_plus, "score": 100 * acc + 100 * acc_plus}
     for name, tasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         parts[name] = {"score": sum(parts[task]["score"] for task in tasks if task in parts)}

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all; whatever is wrong with one that is read becomes one line that names it."""
+"""Files: written whole or not at all; what is wrong with one that is read is said in one line."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def write_whole(path, write):
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # of a full disk, too
         raise UserError(
             f"{path}: could not be written ({error}); free some space or choose another --out. "
             "What was there is untouched"

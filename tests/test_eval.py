@@ -3,10 +3,10 @@
 import base64
 import io
 import json
-import shutil
 
 import pytest
 from PIL import Image
+from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 
 import eval as ev
 import sample
@@ -14,13 +14,14 @@ import toyworld
 from benchmarks import choice, common, reasoning, vqa, yes_no
 from benchmarks.scoring import bootstrap
 from support.cli import run
-from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 from tools import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = ROOT.parent / "shared/benchmarks"
-needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/benchmarks, the official scorers' cases")
+needs_cases = pytest.mark.skipif(
+    not CASES.is_dir(), reason="needs ../shared/benchmarks, the official scorers' cases"
+)
 
 
 def evaluate(*flags):
@@ -29,7 +30,9 @@ def evaluate(*flags):
 
 def scored(tmp_path, name, data, predictions, *flags):
     out = tmp_path / "out"
-    assert evaluate("--benchmark", name, "--data", data, "--predictions", predictions, "--out", out, *flags) == 0
+    assert (
+        evaluate("--benchmark", name, "--data", data, "--predictions", predictions, "--out", out, *flags) == 0
+    )
     return json.loads((out / "results.json").read_text())
 
 
@@ -110,7 +113,9 @@ def test_each_record_of_mathvista_m3cot_and_mmbench_is_judged_as_officially(tmp_
 @pytest.mark.parametrize("split", ["random", "popular", "adversarial"])
 def test_popes_parts_are_the_official_ones_of_one_split_or_of_all(tmp_path, split):
     figures = {key: x for key, x in expected("pope")[split].items() if key not in ("num", "pred")}
-    alone = scored(tmp_path, "pope", CASES / "pope", CASES / f"pope/predictions_{split}.json", "--split", split)
+    alone = scored(
+        tmp_path, "pope", CASES / "pope", CASES / f"pope/predictions_{split}.json", "--split", split
+    )
     merged = scored(tmp_path, "pope", CASES / "pope", CASES / "pope/predictions_llava.jsonl")
     for result in alone, merged:
         assert result["parts"][split] == pytest.approx(figures)
@@ -128,13 +133,19 @@ def test_mmes_subtasks_are_the_official_ones(tmp_path):
     assert result["score"] == pytest.approx(925.0)
     assert result["parts"]["cognition"]["score"] == pytest.approx(expected("mme")["cognition_total"])
     for task, figures in expected("mme")["tasks"].items():
-        assert result["parts"][task] == pytest.approx({key: figures[key] for key in ("acc", "acc_plus", "score")})
+        assert result["parts"][task] == pytest.approx(
+            {key: figures[key] for key in ("acc", "acc_plus", "score")}
+        )
 
 
 @needs_cases
 def test_scienceqas_breakdown_is_the_official_one(tmp_path):
     result = scored(tmp_path, "scienceqa", CASES / "scienceqa", CASES / "scienceqa/predictions_llava.jsonl")
-    names = {"acc_natural": "natural science", "acc_has_text": "text context", "acc_has_image": "image context"}
+    names = {
+        "acc_natural": "natural science",
+        "acc_has_text": "text context",
+        "acc_has_image": "image context",
+    }
     names |= {"acc_no_context": "no context", "acc_grade_1_6": "grades 1-6", "acc_grade_7_12": "grades 7-12"}
     for theirs, ours in names.items():
         figure = f"{result['categories'][ours]['score']:.2f}"
@@ -192,7 +203,14 @@ def test_agreement_leaves_each_annotator_out_in_turn(n, score):
 
 @pytest.mark.parametrize(
     "text, letter",
-    [("B", "B"), ("B. wood", "B"), ("B.", None), ("(B)", None), ("The answer is B", None), ("The answer is Blue", "B")],
+    [
+        ("B", "B"),
+        ("B. wood", "B"),
+        ("B.", None),
+        ("(B)", None),
+        ("The answer is B", None),
+        ("The answer is Blue", "B"),
+    ],
 )
 def test_scienceqas_letters(text, letter):
     assert choice.scienceqa_letter(text) == letter
@@ -232,7 +250,15 @@ def test_m3cots_letters(text, letter):
 
 @pytest.mark.parametrize(
     "text, letter",
-    [("b", None), ("B", "B"), ("Because", "B"), ("It is a dog", "B"), ("So B. it is", "B"), ("say (A)", "A"), ("", None)],
+    [
+        ("b", None),
+        ("B", "B"),
+        ("Because", "B"),
+        ("It is a dog", "B"),
+        ("So B. it is", "B"),
+        ("say (A)", "A"),
+        ("", None),
+    ],
 )
 def test_internvls_letters(text, letter):
     assert reasoning.internvl_letter(text, ["a cat", "a dog"]) == letter
@@ -303,13 +329,23 @@ def png(color):
 
 def write_mmbench(folder):
     """Two questions of two rotations; their rows stand in any order."""
-    rows = [(1_000_005, "狗", "猫", "A"), (5, "猫", "狗", "B"), (6, "树", "车", "A"), (1_000_006, "车", "树", "B")]
+    rows = [
+        (1_000_005, "狗", "猫", "A"),
+        (5, "猫", "狗", "B"),
+        (6, "树", "车", "A"),
+        (1_000_006, "车", "树", "B"),
+    ]
     lines = ["index question hint A B C D answer category image source l2-category".split()]
     picture = base64.b64encode(png("red")).decode()
     for index, a, b, answer in rows:
         lines.append([str(index), "这是什么?", "", a, b, "", "", answer, "kind", picture, "toy", "FP-S"])
     put(folder, "mmbench_dev_cn_20231003.tsv", "\n".join("\t".join(line) for line in lines) + "\n")
-    return {1_000_005: "B", 5: "B.", 6: "A", 1_000_006: "B"}, 50.0  # question 5 is right in its first pass only
+    return {
+        1_000_005: "B",
+        5: "B.",
+        6: "A",
+        1_000_006: "B",
+    }, 50.0  # question 5 is right in its first pass only
 
 
 def write_vqav2(folder):
@@ -325,7 +361,13 @@ def write_vqav2(folder):
 def write_seed(folder):
     choices = {"choice_a": "One", "choice_b": "Two", "choice_c": "3", "choice_d": "4"}
     image = {"answer": "A", "data_id": "1_2", "data_type": "image", "question": "How?", "question_type_id": 1}
-    video = {"answer": "B", "data_id": "v_1", "data_type": "video", "question": "What?", "question_type_id": 10}
+    video = {
+        "answer": "B",
+        "data_id": "v_1",
+        "data_type": "video",
+        "question": "What?",
+        "question_type_id": 10,
+    }
     questions = [choices | image | {"question_id": "101"}, choices | video | {"question_id": "v1"}]
     kinds = {"Scene Understanding": 1, "Action Recognition": 10}
     put(folder, "SEED-Bench.json", {"question_type": kinds, "questions": questions})
@@ -334,17 +376,39 @@ def write_seed(folder):
 
 def write_ai2d(folder):
     def asked(id, label, answer):
-        return {"abcLabel": label, "answerTexts": ["a", "b", "c", "d"], "correctAnswer": answer, "questionId": id}
+        return {
+            "abcLabel": label,
+            "answerTexts": ["a", "b", "c", "d"],
+            "correctAnswer": answer,
+            "questionId": id,
+        }
+
     questions = {"What is A?": asked("7.png-0", True, 2), "What is B?": asked("7.png-1", False, 0)}
     put(folder, "ai2d/questions/7.png.json", {"imageName": "7.png", "questions": questions})
-    put(folder, "ai2d/questions/8.png.json", {"imageName": "8.png", "questions": {"Where?": asked("8.png-0", False, 1)}})
+    put(
+        folder,
+        "ai2d/questions/8.png.json",
+        {"imageName": "8.png", "questions": {"Where?": asked("8.png-0", False, 1)}},
+    )
     put(folder, "ai2d_test_ids.csv", "7\n")
     return {"7.png-0": "C", "7.png-1": "B. root"}, 50.0
 
 
 def write_tallyqa(folder):
-    first = {"answer": 3, "image": "VG_100K_2/1.jpg", "issimple": False, "question": "How many cups?", "question_id": 30}
-    second = {"answer": 1, "image": "VG_100K/2.jpg", "issimple": True, "question": "How many dogs?", "question_id": 31}
+    first = {
+        "answer": 3,
+        "image": "VG_100K_2/1.jpg",
+        "issimple": False,
+        "question": "How many cups?",
+        "question_id": 30,
+    }
+    second = {
+        "answer": 1,
+        "image": "VG_100K/2.jpg",
+        "issimple": True,
+        "question": "How many dogs?",
+        "question_id": 31,
+    }
     put(folder, "test.json", [first, second])
     return {30: "There are three cups", 31: "2"}, 50.0
 
@@ -365,7 +429,12 @@ def write_refcoco(folder):
 def write_ocid(folder):
     rows = {}
     for i, take in enumerate((0, 12, 20)):
-        rows[str(i)] = {"take_id": take, "scene_path": f"{i}.png", "sentence": "The bowl.", "bbox": "[64, 48, 320, 240]"}
+        rows[str(i)] = {
+            "take_id": take,
+            "scene_path": f"{i}.png",
+            "sentence": "The bowl.",
+            "bbox": "[64, 48, 320, 240]",
+        }
     put(folder, "val_expressions.json", rows)
     answers = {"0": "[0.1, 0.1, 0.5, 0.25]", "1": "[0.1, 0.1, 0.5, 0.5]", "2": "bowl"}
     return answers, 200 / 3  # IoU 0.375 is enough here
@@ -380,7 +449,12 @@ def write_llava_bench(folder):
 
 
 def write_mm_vet(folder):
-    asked = {"imagename": "v1_0.png", "question": "What is x?", "answer": "-1<AND>-5", "capability": ["ocr", "math"]}
+    asked = {
+        "imagename": "v1_0.png",
+        "question": "What is x?",
+        "answer": "-1<AND>-5",
+        "capability": ["ocr", "math"],
+    }
     put(folder, "mm-vet.json", {"v1_0": asked})
     return {"v1_0": "x is -5"}, None
 
@@ -404,10 +478,14 @@ BY_HAND = {
 @pytest.fixture
 def by_hand(tmp_path):
     """by_hand(name) -> folder with small official files, file of answers, the score they deserve."""
+
     def by_hand(name):
         answers, score = BY_HAND[name](tmp_path / name)
-        told = put(tmp_path, "answers.jsonl", jsonl({"question_id": id, "text": x} for id, x in answers.items()))
+        told = put(
+            tmp_path, "answers.jsonl", jsonl({"question_id": id, "text": x} for id, x in answers.items())
+        )
         return tmp_path / name, told, score
+
     return by_hand
 
 
@@ -442,7 +520,9 @@ def test_the_judge_is_asked_in_the_authors_words_and_its_grades_are_the_score(tm
         "[Context]\nA cat.\nOn a mat.\n\n[Question]\nWhat is it?\n\n"
         "[Assistant 1]\na red cat\n\n[End of Assistant 1]\n\n[Assistant 2]\nred dog"
     )
-    reviews = put(tmp_path, "reviews.jsonl", jsonl([{"question_id": 0, "content": "8 6\nThe first is better."}]))
+    reviews = put(
+        tmp_path, "reviews.jsonl", jsonl([{"question_id": 0, "content": "8 6\nThe first is better."}])
+    )
     assert scored(tmp_path, "llava-bench", folder, reviews)["score"] == 75.0
 
     folder, told, _ = by_hand("mm-vet")
@@ -463,7 +543,9 @@ def test_percentages_are_rounded_in_the_order_of_each_scorers_arithmetic(right, 
 def test_a_test_file_alone_is_for_handing_in(tmp_path, capfd):
     questions = [{"image_id": k, "question": "What?", "question_id": k} for k in (1, 2)]
     put(tmp_path, "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": questions})
-    told = put(tmp_path, "told.json", [{"question_id": 1, "answer": "Two cats."}, {"question_id": 2, "answer": "x"}])
+    told = put(
+        tmp_path, "told.json", [{"question_id": 1, "answer": "Two cats."}, {"question_id": 2, "answer": "x"}]
+    )
     result = scored(tmp_path, "vqav2", tmp_path, told)
     assert (result["score"], result["n"]) == (None, 2)
     assert result["records"][0]["image"] == "test2015/COCO_test2015_000000000001.jpg"
@@ -481,12 +563,27 @@ def test_mmbenchs_table_is_handed_in_with_the_answers_in_its_seventh_column(tmp_
 
 
 def test_what_stands_in_mathvistas_extraction_is_normalised_and_not_read_again(tmp_path):
-    base = {"question": "?", "image": "images/1.jpg", "unit": None, "precision": None, "metadata": {"task": "t"}}
-    choice_one = {"choices": ["Nine", "Four"], "answer": "Nine", "question_type": "multi_choice", "answer_type": "text"}
+    base = {
+        "question": "?",
+        "image": "images/1.jpg",
+        "unit": None,
+        "precision": None,
+        "metadata": {"task": "t"},
+    }
+    choice_one = {
+        "choices": ["Nine", "Four"],
+        "answer": "Nine",
+        "question_type": "multi_choice",
+        "answer_type": "text",
+    }
     number = {"choices": None, "answer": "3", "question_type": "free_form", "answer_type": "integer"}
     list_one = {"choices": None, "answer": "[1, 2]", "question_type": "free_form", "answer_type": "list"}
     put(tmp_path, "testmini.json", {"1": base | choice_one, "2": base | number, "3": base | list_one})
-    told = {"1": {"response": "", "extraction": None}, "2": {"extraction": "3.9"}, "3": {"extraction": [1, 2]}}
+    told = {
+        "1": {"response": "", "extraction": None},
+        "2": {"extraction": "3.9"},
+        "3": {"extraction": [1, 2]},
+    }
     result = scored(tmp_path, "mathvista", tmp_path, put(tmp_path, "told.json", told))
     # "None" is two edits from "Nine", three from "Four".
     assert [record["parsed"] for record in result["records"]] == ["Nine", "3", "[1, 2]"]
@@ -505,7 +602,9 @@ def test_a_row_that_repeats_its_problem_does_not_answer_with_the_truth(tmp_path,
 
 def test_a_question_asked_twice_about_one_picture_takes_its_answers_in_turn(tmp_path):
     words = ((1, "stop"), (2, "open"))
-    asked = [{"question": "What word?", "image_id": "a", "question_id": k, "answers": [w] * 10} for k, w in words]
+    asked = [
+        {"question": "What word?", "image_id": "a", "question_id": k, "answers": [w] * 10} for k, w in words
+    ]
     put(tmp_path, "TextVQA_0.5.1_val.json", {"data": asked})
     row = {"question_id": "a", "prompt": f"What word?\n{common.SHORT}"}
     told = put(tmp_path, "told.jsonl", jsonl([row | {"text": "Stop."}, row | {"text": "open"}]))
@@ -520,25 +619,39 @@ POPE_ROW = {"question_id": 1, "image": "1.jpg", "text": "Is there a cat in the i
 
 def test_pope_ids_may_be_text(tmp_path):
     put(tmp_path, "coco_pope_random.json", jsonl([POPE_ROW, POPE_ROW | {"question_id": 2, "label": "no"}]))
-    told = put(tmp_path, "told.jsonl", jsonl([{"question_id": "1", "text": "Yes"}, {"question_id": "2", "text": "None"}]))
+    told = put(
+        tmp_path,
+        "told.jsonl",
+        jsonl([{"question_id": "1", "text": "Yes"}, {"question_id": "2", "text": "None"}]),
+    )
     parts = scored(tmp_path, "pope", tmp_path, told)["parts"]["random"]
     assert [parts[name] for name in ("TP", "FP", "TN", "FN")] == [1, 1, 0, 0]
 
 
 def test_answers_to_another_version_of_pope_are_refused(tmp_path, capfd):
     put(tmp_path, "coco_pope_random.json", jsonl([POPE_ROW, POPE_ROW | {"question_id": 2}]))
-    told = put(tmp_path, "told.jsonl", jsonl([{"question_id": 1, "question": "Is there a dog?", "answer": "yes"}]))
-    assert evaluate("--benchmark", "pope", "--data", tmp_path, "--predictions", told, "--out", tmp_path / "out") == 1
+    told = put(
+        tmp_path, "told.jsonl", jsonl([{"question_id": 1, "question": "Is there a dog?", "answer": "yes"}])
+    )
+    assert (
+        evaluate("--benchmark", "pope", "--data", tmp_path, "--predictions", told, "--out", tmp_path / "out")
+        == 1
+    )
     assert "another question than '1'" in complaint(capfd)
 
 
 def test_a_missing_answer_counts_as_wrong_but_vqav2_refuses(tmp_path, by_hand, capfd):
     folder, _, _ = by_hand("tallyqa")
-    result = scored(tmp_path, "tallyqa", folder, put(tmp_path, "told.json", [{"question_id": 30, "answer": "3"}]))
+    result = scored(
+        tmp_path, "tallyqa", folder, put(tmp_path, "told.json", [{"question_id": 30, "answer": "3"}])
+    )
     assert (result["score"], result["missing"]) == (50.0, 1)
     folder, _, _ = by_hand("vqav2")
     told = put(tmp_path, "told.json", [{"question_id": 420, "answer": "red"}])
-    assert evaluate("--benchmark", "vqav2", "--data", folder, "--predictions", told, "--out", tmp_path / "out") == 1
+    assert (
+        evaluate("--benchmark", "vqav2", "--data", folder, "--predictions", told, "--out", tmp_path / "out")
+        == 1
+    )
     assert "no answer to 421 (2 of 3 are missing)" in complaint(capfd)
 
 
@@ -578,7 +691,12 @@ def test_a_malformed_file_is_one_clear_line(tmp_path, capfd, file, content, said
         (tmp_path / file).write_bytes(content)
     else:
         put(tmp_path, file, content)
-    assert evaluate("--benchmark", "tallyqa", "--data", tmp_path, "--predictions", told, "--out", tmp_path / "out") == 1
+    assert (
+        evaluate(
+            "--benchmark", "tallyqa", "--data", tmp_path, "--predictions", told, "--out", tmp_path / "out"
+        )
+        == 1
+    )
     assert said in complaint(capfd)
 
 
@@ -586,7 +704,12 @@ def test_a_picture_without_size_has_no_boxes(tmp_path, capfd):
     row = {"image": "a.jpg", "sent": "car", "bbox": [0, 0, 5, 5], "width": 0, "height": 9}
     put(tmp_path, "refcoco_val.jsonl", jsonl([row]))
     told = put(tmp_path, "told.jsonl", jsonl([{"question_id": 0, "text": "[0, 0, 1, 1]"}]))
-    assert evaluate("--benchmark", "refcoco", "--data", tmp_path, "--predictions", told, "--out", tmp_path / "out") == 1
+    assert (
+        evaluate(
+            "--benchmark", "refcoco", "--data", tmp_path, "--predictions", told, "--out", tmp_path / "out"
+        )
+        == 1
+    )
     assert "line 1" in complaint(capfd)
 
 
@@ -608,6 +731,7 @@ def test_no_field_of_another_type_ends_in_a_traceback(by_hand, tmp_path, capfd, 
 
         def load(text, by_line=file.suffix == ".jsonl"):
             return [json.loads(line) for line in text.splitlines()] if by_line else json.loads(text)
+
         for at in places(load(whole)):
             for value in None, "x", [[1]]:
                 broken = load(whole)
@@ -616,7 +740,9 @@ def test_no_field_of_another_type_ends_in_a_traceback(by_hand, tmp_path, capfd, 
                     inner = inner[step]
                 inner[at[-1]] = value
                 file.write_text(jsonl(broken) if file.suffix == ".jsonl" else json.dumps(broken))
-                code = evaluate("--benchmark", name, "--data", folder, "--predictions", told, "--out", tmp_path / "out")
+                code = evaluate(
+                    "--benchmark", name, "--data", folder, "--predictions", told, "--out", tmp_path / "out"
+                )
                 assert (code, len(errors(capfd))) in ((0, 0), (1, 1)), (file.name, at, value)
         file.write_text(whole)
 
@@ -643,12 +769,24 @@ def write_pictures(name, flags, root):
 @pytest.fixture
 def asked(tiny, tmp_path):
     """asked(name, folder, *flags) -> results.json of the tiny model on a few questions, its pictures made up."""
+
     def asked(name, folder, *flags):
-        flags = ["--benchmark", name, "--data", folder, "--image-root", tmp_path / "pictures", "--limit", 8, *flags]
+        flags = [
+            "--benchmark",
+            name,
+            "--data",
+            folder,
+            "--image-root",
+            tmp_path / "pictures",
+            "--limit",
+            8,
+            *flags,
+        ]
         (tmp_path / "pictures").mkdir(exist_ok=True)
         write_pictures(name, flags, tmp_path / "pictures")
         assert evaluate(*flags, "--model", tiny, "--max-new-tokens", 4, "--out", tmp_path / "run") == 0
         return json.loads((tmp_path / "run/results.json").read_text())
+
     return asked
 
 
@@ -675,7 +813,9 @@ def test_a_chain_of_thought_and_the_direct_answer_stand_side_by_side(asked, tmp_
     for line in (CASES / "m3cot/predictions_direct.jsonl").read_text().splitlines():
         row = json.loads(line)
         text = row["messages"][0].split("[Question]\n")[1].split("\n")[0]
-        rows.append({key: row[key] for key in ("id", "choices", "answer", "domain", "topic")} | {"question": text})
+        rows.append(
+            {key: row[key] for key in ("id", "choices", "answer", "domain", "topic")} | {"question": text}
+        )
     put(tmp_path, "m3cot/test.jsonl", jsonl(rows))
     result = asked("m3cot", tmp_path / "m3cot", "--cot", "--blind", "none")
     assert list(result["columns"]) == ["direct", "no pictures"]
@@ -694,7 +834,11 @@ def test_a_chain_of_thought_and_the_direct_answer_stand_side_by_side(asked, tmp_
             'Based on the image, is this statement "True" or "False"? The cup is left of the plate.\n'
             'Respond with "True" or "False" directly.',
         ),
-        ("refcoco", [], 'Please provide the bounding box coordinate of the region this sentence describes: "car"'),
+        (
+            "refcoco",
+            [],
+            'Please provide the bounding box coordinate of the region this sentence describes: "car"',
+        ),
         (
             "refcoco",
             ["--family", "internvl"],
@@ -739,6 +883,7 @@ def test_two_runs_and_one_killed_and_resumed_write_the_same_results(toy, tmp_pat
         if len(calls) == 3:
             raise KeyboardInterrupt
         return answer(*args)
+
     monkeypatch.setattr(sample, "answer", dies)
     assert toy(out="c") == 130 and not (tmp_path / "c/results.json").exists()
     with open(tmp_path / "c/progress.jsonl", "a") as log:
@@ -762,7 +907,9 @@ def test_limit_keeps_circular_groups_whole(tmp_path, by_hand):
 
 def test_compare_pairs_the_questions_of_two_runs(tmp_path, by_hand, capsys):
     folder, _, _ = by_hand("tallyqa")
-    good = put(tmp_path, "good.json", [{"question_id": 30, "answer": "3"}, {"question_id": 31, "answer": "1"}])
+    good = put(
+        tmp_path, "good.json", [{"question_id": 30, "answer": "3"}, {"question_id": 31, "answer": "1"}]
+    )
     bad = put(tmp_path, "bad.json", [{"question_id": 30, "answer": "3"}, {"question_id": 31, "answer": "4"}])
     scored(tmp_path, "tallyqa", folder, bad)
     (tmp_path / "out").rename(tmp_path / "theirs")
@@ -771,25 +918,34 @@ def test_compare_pairs_the_questions_of_two_runs(tmp_path, by_hand, capsys):
     assert (found["n"], found["difference"], found["better"], found["worse"]) == (2, 50.0, 1, 0)
     assert found["ci95"] == [0, 100]  # two questions tell little
     assert compare.main([str(tmp_path / "out/results.json"), str(theirs)]) == 0
-    assert "tallyqa: 100.00 and 50.00; +50.00 (+0.00 to +100.00), 1 better, 0 worse of 2" in capsys.readouterr().out
+    assert (
+        "tallyqa: 100.00 and 50.00; +50.00 (+0.00 to +100.00), 1 better, 0 worse of 2"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_interval_of_a_mean_is_that_of_the_binomial():
     units = [[{"score": float(k < 60)}] for k in range(100)]
     low, high = bootstrap(units, common.percent_right)
-    assert low == pytest.approx(60 - 9.6, abs=1.5) and high == pytest.approx(60 + 9.6, abs=1.5)  # 1.96 sqrt(0.24 / 100)
+    assert low == pytest.approx(60 - 9.6, abs=1.5) and high == pytest.approx(
+        60 + 9.6, abs=1.5
+    )  # 1.96 sqrt(0.24 / 100)
 
 
 def test_candidates_must_be_single_tokens_and_the_likeliest_is_said(asked, by_hand, capfd):
     folder, _, _ = by_hand("ai2d")
     records = asked("ai2d", folder, "--likelihood", "yes")["records"]
-    assert all(record["answer"] in "ABCD" and sum(record["p"]) == pytest.approx(1, abs=1e-5) for record in records)
+    assert all(
+        record["answer"] in "ABCD" and sum(record["p"]) == pytest.approx(1, abs=1e-5) for record in records
+    )
 
 
 def test_evaluation_looks_once_at_a_picture_of_several_questions(toy, world, tmp_path, monkeypatch):
     looked = []
     open_picture = sample.open_picture
-    monkeypatch.setattr(sample, "open_picture", lambda vlm, path: looked.append(path) or open_picture(vlm, path))
+    monkeypatch.setattr(
+        sample, "open_picture", lambda vlm, path: looked.append(path) or open_picture(vlm, path)
+    )
     assert toy("--batch-size", 1000) == 0
     pictures = {json.loads(line)["image"] for line in (world / "val.jsonl").read_text().splitlines()}
     assert len(looked) == 2 * len(pictures)  # once for the score, once for the shuffled pictures
