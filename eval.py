@@ -2,7 +2,7 @@
 
     python eval.py                                      # the newest run on the toy's held-out questions
     python eval.py --benchmark pope --data DIR --image-root DIR    # official files, official names
-    python eval.py --benchmark gqa --data DIR --predictions FILE   # somebody else's answers; no model is opened
+    python eval.py --benchmark gqa --data DIR --predictions FILE   # somebody else's answers, no model
 
 What a benchmark asks and how its authors score it stands in benchmarks/, one file a family; scoring.py there
 adds up. Here its questions are put in batches and answered. --out gets results.json (every prompt, answer and
@@ -556,7 +556,7 @@ def describe_comparison(found):
 
 
 def table(results):
-    """A row for each benchmark and each of its categories: score, interval, baselines, the papers' figures."""
+    """A row for each benchmark and each of its categories: score, interval, baselines, papers."""
     others = list(dict.fromkeys(column for result in results for column in result["columns"]))
     rows = [["", "score", "95% interval", "n", "unparsed", *others, ""]]
     for result in results:

@@ -60,7 +60,7 @@ class Benchmark:
 
 
 def paper(llava7=None, llava13=None, prism7=None, prism13=None, **others):
-    """Published figures: LLaVA-1.5 by its own tables, else by Prismatic's; Prism-DINOSigLIP; others by name."""
+    """Published figures: LLaVA-1.5 by its own tables, else by Prismatic's; Prism-DINOSigLIP; others."""
     names = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Prism-7B", "Prism-13B")
     figures = dict(zip(names, (llava7, llava13, prism7, prism13))) | others
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -130,7 +130,7 @@ def split_files(form, splits):
 
 
 def load_records(path, under=None):
-    """JSON, JSON lines or TSV -> [(where it stands, its key or number, record)], all that lie `under` a name."""
+    """JSON, JSON lines or TSV -> [(place, key or number, record)], all that lie `under` a name."""
     path = Path(path)
     with reading(path):
         text = path.read_text(encoding="utf-8-sig")

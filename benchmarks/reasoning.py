@@ -224,7 +224,7 @@ def m3cot_letter(text, choices):
 
 
 def internvl_letter(text, choices):
-    """InternVL's: a lone character, a leading letter, an option's text, `A.`, `(A)`; the first that occurs."""
+    """InternVL's: a lone character, a leading letter, an option's text, `A.`, `(A)`; the first of these."""
     text = text.strip()
     letters = LETTERS[: len(choices)]
     if len(text) == 1:
