@@ -1,4 +1,4 @@
-"""What eval.py reads, asks and scores. The worked cases come from the official scorers; the rest can be checked by hand."""
+"""What eval.py reads, asks and scores: the official scorers' worked cases, and cases small enough for a hand."""
 
 import base64
 import io
@@ -57,7 +57,7 @@ def expected(name):
     return json.loads((CASES / name / "expected.json").read_text())
 
 
-# ---- the worked cases ------------------------------------------------------------------------------------------
+# ---- the worked cases ----
 
 
 @needs_cases
@@ -162,7 +162,7 @@ def test_the_tables_of_strings_agree():
         assert common.evalai(row["raw"]) == row["normalised"], row
 
 
-# ---- text to label ---------------------------------------------------------------------------------------------
+# ---- text to label ----
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_the_final_answer_is_the_rest_of_the_first_triggers_line():
     assert common.final_answer("just 4") == "just 4"
 
 
-# ---- benchmarks without a worked case: official files small enough to score by hand -----------------------------
+# ---- benchmarks without a worked case: official files small enough to score by hand ----
 
 
 def ten(answer, n=10):
@@ -655,7 +655,7 @@ def test_a_missing_answer_counts_as_wrong_but_vqav2_refuses(tmp_path, by_hand, c
     assert "no answer to 421 (2 of 3 are missing)" in complaint(capfd)
 
 
-# ---- what is wrong with a file is said in one line -------------------------------------------------------------
+# ---- what is wrong with a file is said in one line ----
 
 GOOD = {"question_id": 1, "image": "a.jpg", "question": "How many?", "answer": 1}
 TOLD = {"question_id": 1, "text": "3"}
@@ -724,7 +724,7 @@ def places(found, at=()):
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_no_field_of_another_type_ends_in_a_traceback(by_hand, tmp_path, capfd, name):
-    """Each value of each official JSON file, replaced by what it cannot be, is one line of error, or does no harm."""
+    """Each value of each official file, replaced by what it cannot be, is one line of error or does no harm."""
     folder, told, _ = by_hand(name)
     for file in sorted(folder.rglob("*.json*")):
         whole = file.read_text()
@@ -751,7 +751,7 @@ def test_an_unknown_benchmark_is_told_the_nearest(capfd):
     assert evaluate("--benchmark", "vizwis") == 1 and "did you mean vizwiz" in complaint(capfd)
 
 
-# ---- with a model ----------------------------------------------------------------------------------------------
+# ---- with a model ----
 
 
 def write_pictures(name, flags, root):
@@ -768,7 +768,7 @@ def write_pictures(name, flags, root):
 
 @pytest.fixture
 def asked(tiny, tmp_path):
-    """asked(name, folder, *flags) -> results.json of the tiny model on a few questions, its pictures made up."""
+    """asked(name, folder, *flags) -> results.json of the tiny model; the pictures are made up."""
 
     def asked(name, folder, *flags):
         flags = [
@@ -842,7 +842,8 @@ def test_a_chain_of_thought_and_the_direct_answer_stand_side_by_side(asked, tmp_
         (
             "refcoco",
             ["--family", "internvl"],
-            "Please provide the bounding box coordinate of the region this sentence describes: <ref>car</ref>",
+            "Please provide the bounding box coordinate of the region this sentence describes: "
+            "<ref>car</ref>",
         ),
         ("tallyqa", [], f"How many cups?\n{common.SHORT}"),
     ],
