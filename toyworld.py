@@ -774,7 +774,7 @@ def ask_all(scene, rng):
 
 
 def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=1.0):
-    """Write pictures, train.json and pretrain.json (LLaVA's format), val.jsonl and world.json to a new folder.
+    """Write pictures, train.json and pretrain.json (LLaVA's format), val.jsonl, world.json to a new folder.
 
     All is written into a hidden folder beside it, renamed at the end: a world that can be seen is complete.
     """

@@ -13,7 +13,7 @@
     if __name__ == "__main__":
         sys.exit(run(main))
 
-Type, default, help, choices and range of a flag stand on its field and nowhere else. `--image_root` is read as `--image-root`.
+Type, default, help, choices and range of a flag stand on its field and nowhere else. --image_root is --image-root.
 """
 
 import argparse
@@ -27,7 +27,7 @@ REQUIRED = object()                  # the default of a flag that must be given
 
 
 class UserError(ValueError):
-    """What the user gave is wrong: says what was found, where, and what to do. Programs print it as one line and exit with 1."""
+    """What the user gave is wrong: what was found, where, and what to do. Programs print this line and exit with 1."""
 
 
 def arg(default, help, choices=(), positional=False, **limits):
@@ -36,23 +36,30 @@ def arg(default, help, choices=(), positional=False, **limits):
     choices: the words allowed, an empty text beside them; of a text with commas each part is looked up.
     limits: at_least, above, at_most, below.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional, "limits": limits})
+    metadata = {"help": help, "choices": choices, "positional": positional, "limits": limits}
+    return field(default=default, metadata=metadata)
 
 
 def parse(Config, argv=None, description="", defaults=None):
-    """argv (sys.argv[1:] where None) -> a Config. `defaults` replace those of the fields; the command line replaces both."""
+    """argv, else sys.argv[1:], -> a Config. `defaults` replace those of the fields, the command line both."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
     for f in flag_fields(Config):
         add_flag(parser, f, (defaults or {}).get(f.name, f.default))
-    dashed = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    found, unknown = parser.parse_known_args(dashed)
+    found, unknown = parser.parse_known_args([with_dashes(word) for word in argv])
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}; see --help")
+        flag = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {unknown[0]}{nearest(flag, known)}; see --help")
     cfg = Config(**vars(found))
     check_values(cfg)
     return cfg
+
+
+def with_dashes(word):
+    """--image_root=DIR -> --image-root=DIR"""
+    return re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,7 +88,8 @@ def add_flag(parser, f, default):
     elif f.type is tuple:
         options |= {"nargs": "+", "metavar": "TEXT"}
     else:
-        options |= {"type": f.type, "metavar": {int: "N", float: "X", str: "TEXT"}[f.type]}
+        metavar = {int: "N", float: "X", str: "TEXT"}[f.type]
+        options |= {"type": f.type, "metavar": metavar}
     if default is REQUIRED:
         options["required"] = True
     else:
@@ -141,7 +149,7 @@ def run(program):
         return program()
     except UserError as error:
         text = str(error)
-        if text.startswith("Caught UserError in DataLoader worker"):    # torch wraps a loader process's error in its traceback
+        if text.startswith("Caught UserError in DataLoader worker"):    # torch wraps it in a traceback
             text = text.rpartition("UserError: ")[2].strip()
         print(f"error: {text}", file=sys.stderr)
         return 1

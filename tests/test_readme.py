@@ -1,4 +1,4 @@
-"""Every command of the README runs, in the order in which a reader meets it, in a fresh copy of the repository."""
+"""Every command of the README runs, in the order of the README, in a fresh copy of the repository."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ FEWER = {                            # what takes minutes takes a step or two he
     "train.py": "--max-steps 2 --batch-size 4 --eval-every 2 --eval-limit 6 --workers 0",
     "-m lab.ingredients": "--clip-steps 1 --vicuna-steps 1 --connector-steps 1 --out made",
 }
-WORLD = 'write_world(out="toyworld", n_train=6000,'              # of the world that the first command draws: a tenth
+WORLD = 'write_world(out="toyworld", n_train=6000,'     # the world that the first command draws: a tenth of it
 
 
 @pytest.fixture(scope="module")
