@@ -108,7 +108,7 @@ class VLMConfig:
     @property
     def row_end(self):
         """Whether a learned embedding ends each row of a picture's visual tokens."""
-        return self.tiling is not None and (self.tiling.row_end or self.tiling.global_row_end)
+        return self.tiling is not None and self.tiling.row_end
 
     @property
     def no_words(self):

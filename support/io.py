@@ -51,7 +51,8 @@ def reading(path, hint="get the file again"):
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+        todo = "check the path" if error.errno else hint  # Pillow's errors about content have no number
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {todo}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); {hint}") from None
     except Exception as error:
