@@ -199,7 +199,7 @@ def test_a_chat_that_grows_too_long_ends_with_one_line(chat, talkative, capfd):
     (["--temperature", -1], "--temperature -1.0: must be at least 0"), (["--temperature", "nan"], "--temperature nan: must be at least 0"),
     (["--top-p", 0], "--top-p 0.0: must be above 0"), (["--top-p", 1.5], "--top-p 1.5: must be at most 1"), (["--top-k", -1], "--top-k -1: must be at least 0"),
     (["--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"), (["--image", "none.png"], "none.png: no such picture"),
-    (["--image", "text.png"], "text.png: not a picture"), (["--model", "none"], "none/config.json: not found"), (["--device", "foo"], "--device foo: choose"),
+    (["--image", "text.png"], "text.png: cannot be read"), (["--model", "none"], "none/config.json: not found"), (["--device", "foo"], "--device foo: choose"),
     (["--image-mode", "padd"], "did you mean pad?"), (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
     (["--prompt", "many words " * 400], "the model takes 512"), (["--prompt", ""], NO_IMAGE), (["--top-p", "high"], "argument --top-p: invalid float"), (["--imgae", "a.png"], "did you mean --image?")])
 def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeypatch, flags, words):
