@@ -530,8 +530,11 @@ class TokenLogProbs(torch.autograd.Function):
             grad = ctx.kept.pop(0) if ctx.kept else log_prob_and_grad(h[rows], W, targets[rows])[1]
             factor = upstream[rows, None]                                   # (r, 1)
             grad_h[rows] = (grad @ W) * factor
-            if W_learns:
-                grad_W += grad.T @ (h[rows] * factor).to(h.dtype)
+            x = (h[rows] * factor).to(h.dtype)
+            if W_learns and h.dtype == torch.float32:
+                grad_W.addmm_(grad.T, x)  # half the memory traffic of +=
+            elif W_learns:
+                grad_W += grad.T @ x
         return grad_h, grad_W.to(W.dtype) if W_learns else None, None
 
 
