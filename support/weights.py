@@ -189,8 +189,9 @@ def our_names(tensors):
 
 
 def part_name(name):
+    """A public name -> ours as far as the part; what is inside it keeps its name."""
     name = re.sub(r"^(base_model\.)?(model\.)*", "", name)
-    name = re.sub(r"(lora_[AB])\.weight$", r"\1", name)
+    name = re.sub(r"(lora_[AB])\.weight$", r"\1", name)  # as support/lora.py calls them
     return rename(name, PART_NAMES)
 
 
@@ -224,6 +225,7 @@ def tower_tensors(tensors):
         else:
             found[name] = tensor
 
+    # A square number of rows beside a class token: its row is lacking.
     pos = found.get("pos")
     if pos is not None and "class_token" in found and math.isqrt(len(pos)) ** 2 == len(pos):
         found["pos"] = F.pad(pos, (0, 0, 1, 0))
@@ -414,13 +416,13 @@ def fill_model(cfg, found, lora, source, device="cpu", dtype=torch.float32):
 def load_strict(module, found, source, device="cpu", dtype=torch.float32):
     """Fill every parameter from {our name: tensor}. Each is copied out of its mapped file to its device."""
     state = module.state_dict()
-    missing, unused = sorted(state.keys() - found.keys()), sorted(found.keys() - state.keys())
-    for what, names in ("missing", missing), ("unused", unused):
-        if names:
-            raise UserError(
-                f"{source}: its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} "
-                f"unused, such as {names[0]} ({what}). Check config.json against the weights"
-            )
+    missing = sorted(state.keys() - found.keys())
+    unused = sorted(found.keys() - state.keys())
+    if missing or unused:
+        raise UserError(
+            f"{source}: its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} unused, "
+            f"such as {(missing or unused)[0]}. Check config.json against the weights"
+        )
     weights = {}
     for name, own in state.items():
         tensor = found[name]
@@ -555,8 +557,7 @@ TOWERS = {
         final_norm=False, rms_norm=True, feature_layer=-1,
     ),  # fmt: skip
 }
-WHOLE_MODELS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
-WHOLE_MODELS |= {"llava": "clip_vision_model", "llava_next": "clip_vision_model"}
+WITH_TEXT_TOWER = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 DECODERS = {
     "llama": DecoderConfig(block_size=2048, norm_eps=1e-6),
     "mistral": DecoderConfig(n_kv_head=8, n_hidden=14336, block_size=131072, norm_eps=1e-6),
@@ -587,6 +588,7 @@ LLAMA_FIELDS = {
 
 
 def given_fields(c, names):
+    """The fields that a public config gives, by {our name: its name}."""
     return {ours: c[theirs] for ours, theirs in names.items() if c.get(theirs) is not None}
 
 
@@ -595,7 +597,7 @@ def field_or(c, name, default):
 
 
 def only_values(c, **supported):
-    """Refuse what would be computed wrongly: fields of which just one value is implemented."""
+    """Refuse what would be computed wrongly: of these fields just one value is implemented."""
     for name, value in supported.items():
         if c.get(name) not in (None, value):
             raise UserError(f"{name} is {c[name]!r}; only {value!r} is implemented")
@@ -645,9 +647,10 @@ def is_whole_model(c):
 
 
 def layout_of(c):
+    """A key of READERS, or the model_type of something else."""
     if "mm_hidden_size" in c or "mm_vision_tower" in c:
         return "original LLaVA"
-    if "model" in c or c.get("model_type") in ("prismatic", "openvla"):
+    if prismatic_fields(c) is not c or c.get("model_type") in ("prismatic", "openvla"):
         return "Prismatic"
     return c.get("model_type")
 
@@ -801,7 +804,7 @@ def vision_config(c, processor=None):
     processor = processor or {}
     inner = c.get("vision_config") or c
     kind = inner.get("model_type") or c.get("model_type") or "clip"
-    kind = WHOLE_MODELS.get(kind, kind)
+    kind = WITH_TEXT_TOWER.get(kind, kind)
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(TOWERS)} are implemented")
     base = TOWERS[kind]

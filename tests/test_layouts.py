@@ -554,7 +554,7 @@ DAMAGES = {                          # the model, what happens to it, what is sa
     "prismatic in 8 bits": (prismatic, eight_bits("o_proj"), "o_proj.weight is int8"),
     "internvl cut": (intern_vl, cut(ST), f"{ST}: damaged"),
     "internvl in 8 bits": (intern_vl, eight_bits("attention.wo"), "self_attn.o_proj.weight is int8"),
-    "internvl with qwen": (intern_vl, change_config("llm_config", model_type="qwen2"), "config.json: .*'qwen2'"),
+    "internvl with qwen": (intern_vl, change_config("llm_config", model_type="qwen2"), "'qwen2'"),
 }
 for field in "vision_backbone_id", "arch_specifier", "llm_backbone_id", "image_resize_strategy":
     lose_field = change_config("model", **{field: None})
