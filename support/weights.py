@@ -420,8 +420,8 @@ def load_strict(module, found, source, device="cpu", dtype=torch.float32):
     unused = sorted(found.keys() - state.keys())
     if missing or unused:
         raise UserError(
-            f"{source}: its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} unused, "
-            f"such as {(missing or unused)[0]}. Check config.json against the weights"
+            f"{source}: its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} "
+            f"unused, such as {(missing or unused)[0]}. Check config.json against the weights"
         )
     weights = {}
     for name, own in state.items():
