@@ -13,7 +13,7 @@
     if __name__ == "__main__":
         sys.exit(run(main))
 
-Type, default, help, choices and range of a flag stand on its field and nowhere else. --image_root is --image-root.
+Type, default, help, choices and range of a flag stand on its field and nowhere else. Flags take _ for -, too.
 """
 
 import argparse
@@ -27,7 +27,7 @@ REQUIRED = object()                  # the default of a flag that must be given
 
 
 class UserError(ValueError):
-    """What the user gave is wrong: what was found, where, and what to do. Programs print this line and exit with 1."""
+    """What the user gave is wrong: what was found, where, what to do. Programs print it and exit with 1."""
 
 
 def arg(default, help, choices=(), positional=False, **limits):

@@ -5,7 +5,8 @@ import signal
 import threading
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"              # also of the programs that tests start: for models this small a second thread only gets in the way of the others
+# Also of the programs that tests start: for models this small a second thread is only in the way.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from tqdm import tqdm
 
 from conversation import Tokenizer
 
-tqdm.set_lock(threading.RLock())                 # its own is one for all forks: a child killed while it writes a line would keep it, and all that follow would wait
-tqdm.monitor_interval = 0                        # no thread beside the main one, which might hold that lock in the moment of a fork
+# Its own lock is one for all forks: a child killed while it writes would keep it, and all would wait.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # no thread beside the main one, which might hold that lock in the moment of a fork
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +27,12 @@ def tok():
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    torch.set_num_threads(1)                     # children of a fork must not wait for threads that they do not have
+    torch.set_num_threads(1)  # children of a fork must not wait for threads that they do not have
 
 
 @pytest.fixture
 def ctrl_c_arrives():
-    """SIGINT does here what it does in a terminal, also where pytest was started to ignore it, as `nohup python -m pytest &` is."""
+    """SIGINT does what it does in a terminal, also where pytest was started to ignore it, as by nohup."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

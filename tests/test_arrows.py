@@ -82,6 +82,9 @@ def test_to_ask_a_model_nobody_needs_the_trainer(program):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if "benchmarks" in path.parts], ids=lambda path: path.name)
+BENCHMARKS = [path for path in FILES if "benchmarks" in path.parts]
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
 def test_benchmarks_need_no_torch(path):
     assert not [name for name, _ in imports_of(path) if name.split(".")[0] == "torch"]

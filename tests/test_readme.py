@@ -18,7 +18,7 @@ FEWER = {                            # what takes minutes takes a step or two he
     "train.py": "--max-steps 2 --batch-size 4 --eval-every 2 --eval-limit 6 --workers 0",
     "-m lab.ingredients": "--clip-steps 1 --vicuna-steps 1 --connector-steps 1 --out made",
 }
-WORLD = 'write_world(out="toyworld", n_train=6000,'     # the world that the first command draws: a tenth of it
+WORLD = 'write_world(out="toyworld", n_train=6000,'     # what the first command draws: here a tenth
 
 
 @pytest.fixture(scope="module")
