@@ -5,7 +5,6 @@ import json
 import random
 import re
 import string
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -15,34 +14,86 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-import data
-from conversation import TEMPLATES, Tokenizer, cut_at_stop, encode_conversation, encode_prompt, find_template, stop_ids
-from data import Examples, IGNORE, Records, collate
-from model import DecoderConfig, VLM, VLMConfig
-from support.cli import UserError
-from support.weights import default_template
-from vision import VisionConfig, open_image
 import conversation
 import support.cli as support_cli
 import tools.show as tools_show
+from conversation import (
+    TEMPLATES,
+    Tokenizer,
+    cut_at_stop,
+    encode_conversation,
+    encode_prompt,
+    find_template,
+    stop_ids,
+)
+from data import IGNORE, Examples, Records, collate
+from model import VLM, DecoderConfig, VLMConfig
+from support.cli import UserError
+from support.weights import default_template
+from vision import VisionConfig, open_image
 
 SHARED = Path(__file__).parents[2] / "shared"
 LLAMA = SHARED / "tokenizers" / "llama2.model"
 PHOTOS = SHARED / "photo_vqa"
-CONTROLS = ["<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "<box>",
-            "[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<0x0A>", "«", "»", "{}"]
-TEXTS = ["Hello world", " two  spaces ", "\n", "", "a\tb\r\n", "</s>", "<image> <pad>", "naïve café", "Straße 12,50 €", "你好，世界",
-         "こんにちは", "مرحبا بالعالم", "Привет, мир!", "🙂👩‍👩‍👧 é", "x = [0.12, 0.98]\n\n  indented", "ASSISTANT: A cat.", "\x00\x07"]
+CONTROLS = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "<box>",
+    "[UNUSED_TOKEN_145]",
+    "[UNUSED_TOKEN_146]",
+    "<0x0A>",
+    "«",
+    "»",
+    "{}",
+]
+TEXTS = [
+    "Hello world",
+    " two  spaces ",
+    "\n",
+    "",
+    "a\tb\r\n",
+    "</s>",
+    "<image> <pad>",
+    "naïve café",
+    "Straße 12,50 €",
+    "你好，世界",
+    "こんにちは",
+    "مرحبا بالعالم",
+    "Привет, мир!",
+    "🙂👩‍👩‍👧 é",
+    "x = [0.12, 0.98]\n\n  indented",
+    "ASSISTANT: A cat.",
+    "\x00\x07",
+]
 
 
 def train(folder, **change):
     """A sentencepiece model of a few hundred pieces, as Llama's was trained."""
     model = io.BytesIO()
     text = f"{conversation.VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. {' '.join(string.printable[:95])}"
-    sentencepiece.SentencePieceTrainer.train(**{
-        "sentence_iterator": iter([text] * 20), "model_writer": model, "model_type": "bpe", "vocab_size": 600, "hard_vocab_limit": False,
-        "byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "split_digits": True,
-        "minloglevel": 2, **change})
+    sentencepiece.SentencePieceTrainer.train(
+        **{
+            "sentence_iterator": iter([text] * 20),
+            "model_writer": model,
+            "model_type": "bpe",
+            "vocab_size": 600,
+            "hard_vocab_limit": False,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "split_digits": True,
+            "minloglevel": 2,
+            **change,
+        }
+    )
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
@@ -60,9 +111,16 @@ def tok(folder):
 
 @pytest.fixture(scope="session")
 def intern(tmp_path_factory):
-    """A tokenizer made like InternLM2's: placeholder pieces that stand for its control tokens, and no space before a text."""
+    """A tokenizer made like InternLM2's: placeholder pieces that stand for its control tokens, and no space
+    before a text."""
     placeholders = [f"[UNUSED_TOKEN_{i}]" for i in range(141, 147)]
-    return Tokenizer(train(tmp_path_factory.mktemp("intern") / "model", user_defined_symbols=placeholders, add_dummy_prefix=False))
+    return Tokenizer(
+        train(
+            tmp_path_factory.mktemp("intern") / "model",
+            user_defined_symbols=placeholders,
+            add_dummy_prefix=False,
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -74,23 +132,35 @@ def llama():
 
 def supervised(tok, labels):
     """The supervised stretch as text, with </s> written out."""
-    return "".join("</s>" if i == tok.eos else tok.piece(i) for i in labels if i != IGNORE).replace("▁", " ").replace("<0x0A>", "\n")
+    return (
+        "".join("</s>" if i == tok.eos else tok.piece(i) for i in labels if i != IGNORE)
+        .replace("▁", " ")
+        .replace("<0x0A>", "\n")
+    )
 
 
-# ---- which tokens are supervised ------------------------------------------------------------------------------------
+# ---- which tokens are supervised --------
+
 
 def test_vicuna_supervises_the_answer_and_its_end_and_nothing_else(tok):
-    tokens, labels = encode_conversation(tok, [("human", "<image>\nWhat is this?"), ("gpt", "A cat.")], "vicuna_v1", [4])
+    tokens, labels = encode_conversation(
+        tok, [("human", "<image>\nWhat is this?"), ("gpt", "A cat.")], "vicuna_v1", [4]
+    )
     assert supervised(tok, labels) == " A cat.</s>"
     n = sum(label != IGNORE for label in labels)
-    assert labels[-n:] == tokens[-n:] and set(labels[:-n]) == {IGNORE}                 # one stretch, at the very end
+    assert labels[-n:] == tokens[-n:] and set(labels[:-n]) == {IGNORE}  # one stretch, at the very end
 
 
 def test_vicuna_supervises_every_answer_of_two_turns(llama):
-    turns = [("human", "<image>\nWhat is this?"), ("gpt", "A red bus."), ("human", "Where?"), ("gpt", "Street")]
+    turns = [
+        ("human", "<image>\nWhat is this?"),
+        ("gpt", "A red bus."),
+        ("human", "Where?"),
+        ("gpt", "Street"),
+    ]
     tokens, labels = encode_conversation(llama, turns, "vicuna_v1", [576])
     assert [llama.piece(i) for i in labels if i != IGNORE] == "▁A ▁red ▁bus . </s> ▁Street </s>".split()
-    assert all(label in (IGNORE, token) for token, label in zip(tokens, labels))       # not shifted
+    assert all(label in (IGNORE, token) for token, label in zip(tokens, labels))  # not shifted
     assert tokens.count(llama.image) == 576 and tokens[0] == llama.bos and tokens.count(llama.bos) == 1
 
 
@@ -98,7 +168,7 @@ def test_plain_supervises_the_caption_and_the_newline_and_discards_the_question(
     turns = [("human", "Describe it.\n<image>"), ("gpt", "a red cat")]
     tokens, labels = encode_conversation(tok, turns, "plain", [3])
     assert tokens[:4] == [tok.bos, tok.image, tok.image, tok.image] and labels[:4] == [IGNORE] * 4
-    assert supervised(tok, labels) == " a red cat\n" and IGNORE not in labels[4:]      # no </s>
+    assert supervised(tok, labels) == " a red cat\n" and IGNORE not in labels[4:]  # no </s>
     assert tokens[4:] == tok.encode("a red cat\n")
 
 
@@ -108,47 +178,66 @@ def test_a_leading_answer_and_a_last_question_without_answer_are_left_out(tok):
     assert encode_conversation(tok, [("gpt", "Hi."), *turns, ("human", "Where?")], "vicuna_v1", []) == whole
 
 
-# ---- templates ------------------------------------------------------------------------------------------------------
+# ---- templates --------
 
-USER = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-        "answers to the user's questions.")
-HUMAN = ("A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-         "answers to the human's questions.")
-HELPFUL = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and "
-           "assist the user with a variety of tasks using natural language.")
-# Two questions about one picture, written out from the facts sheets; « » around what is supervised. Prismatic's later questions begin
-# with the space that encoding each turn by itself puts into the ids.
+USER = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+    "answers to the user's questions."
+)
+HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+    "answers to the human's questions."
+)
+HELPFUL = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and "
+    "assist the user with a variety of tasks using natural language."
+)
+# Two questions about one picture, written out from the facts sheets; « » around what is supervised.
+# Prismatic's later questions begin with the space that encoding each turn by itself puts into the ids.
 EXPECTED = {
-    "vicuna_v1": "<s>" + USER + " USER: <image>\nWhat? ASSISTANT:« A cat.</s>»USER: Why? ASSISTANT:« Fur.</s>»",
-    "llava_v1": "<s>" + HUMAN + " USER: <image>\nWhat? ASSISTANT:« A cat.</s>»USER: Why? ASSISTANT:« Fur.</s>»",
-    "llava_v0": "<s>" + HUMAN + "###Human: <image>\nWhat?«###Assistant: A cat.###»Human: Why?«###Assistant: Fur.###»",
-    "llava_llama_2": "<s>[INST] <<SYS>>\n" + HELPFUL + "\n<</SYS>>\n\n<image>\nWhat? [/INST]« A cat. </s>»<s>[INST] Why? [/INST]« Fur. </s>»",
+    "vicuna_v1": "<s>"
+    + USER
+    + " USER: <image>\nWhat? ASSISTANT:« A cat.</s>»USER: Why? ASSISTANT:« Fur.</s>»",
+    "llava_v1": "<s>"
+    + HUMAN
+    + " USER: <image>\nWhat? ASSISTANT:« A cat.</s>»USER: Why? ASSISTANT:« Fur.</s>»",
+    "llava_v0": "<s>"
+    + HUMAN
+    + "###Human: <image>\nWhat?«###Assistant: A cat.###»Human: Why?«###Assistant: Fur.###»",
+    "llava_llama_2": "<s>[INST] <<SYS>>\n"
+    + HELPFUL
+    + "\n<</SYS>>\n\n<image>\nWhat? [/INST]« A cat. </s>»<s>[INST] Why? [/INST]« Fur. </s>»",
     "plain": "<s><image>«A cat.\n»",
     "prism_plain": "<s><image>«A cat.</s>»",
     "prism_pure": "<s><image>In: What?\nOut:« A cat.</s>» In: Why?\nOut:« Fur.</s>»",
-    "prism_vicuna": "<s><image>" + USER + " USER: What? ASSISTANT:« A cat.</s>» USER: Why? ASSISTANT:« Fur.</s>»",
-    "prism_llama_2": "<s><image>[INST] <<SYS>\n" + HELPFUL + "\n<</SYS>>\n\nWhat? [/INST]« A cat.</s>» [INST] Why? [/INST]« Fur.</s>»",
+    "prism_vicuna": "<s><image>"
+    + USER
+    + " USER: What? ASSISTANT:« A cat.</s>» USER: Why? ASSISTANT:« Fur.</s>»",
+    "prism_llama_2": "<s><image>[INST] <<SYS>\n"
+    + HELPFUL
+    + "\n<</SYS>>\n\nWhat? [/INST]« A cat.</s>» [INST] Why? [/INST]« Fur.</s>»",
     "prism_mistral": "<s><image>[INST] What? [/INST]« A cat.</s>» [INST] Why? [/INST]« Fur.</s>»",
     "internlm2-chat": "<s><|im_start|>system\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-                      "<|im_end|><|im_start|>user\n<img><image></img>\nWhat?<|im_end|><|im_start|>assistant\n«A cat.<|im_end|>»"
-                      "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n«Fur.<|im_end|>»",
+    "<|im_end|><|im_start|>user\n<img><image></img>\nWhat?<|im_end|><|im_start|>assistant\n«A cat.<|im_end|>»"
+    "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n«Fur.<|im_end|>»",
     "internvl2_5": "<s><|im_start|>system\n你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-                   "<|im_end|>\n<|im_start|>user\n<img><image></img>\nWhat?<|im_end|>\n<|im_start|>assistant\n«A cat.<|im_end|>»\n"
-                   "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«Fur.<|im_end|>»\n",
+    "<|im_end|>\n<|im_start|>user\n<img><image></img>\nWhat?<|im_end|>\n<|im_start|>assistant\n«A cat.<|im_end|>»\n"
+    "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«Fur.<|im_end|>»\n",
 }
 CAT = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Fur.")]
 
 
 def written_out(tok, tokens, labels):
-    """Tokens as the string that they encode: a picture is one <image>, a dummy prefix (after the first <s> or a picture) is left out."""
-    runs, text = [], ""                                                                # [kind, supervised, ids]
+    """Tokens as the string that they encode: a picture is one <image>, a dummy prefix (after the first <s> or
+    a picture) is left out."""
+    runs, text = [], ""  # [kind, supervised, ids]
     for i, label in zip(tokens, labels):
         kind = "<image>" if i == tok.image else tok.names.get(i, "text")
         if runs and runs[-1][:2] == [kind, label != IGNORE] and kind in ("<image>", "text"):
             runs[-1][2].append(i)
         else:
             runs.append([kind, label != IGNORE, [i]])
-        assert label in (IGNORE, i)                                                    # labels are not shifted
+        assert label in (IGNORE, i)  # labels are not shifted
     for k, (kind, supervised, ids) in enumerate(runs):
         piece = tok.bare.decode(ids) if kind == "text" else kind
         if kind == "text" and tok.prefix and (k == 1 or runs[k - 1][0] == "<image>"):
@@ -178,7 +267,11 @@ def test_training_continues_the_ids_that_generation_begins_with(name, tok, llama
     for t in tokenizers(name, tok, llama, intern):
         for _ in range(40):
             n = rng.choice((1, 2, 3)) if TEMPLATES[name].human else 1
-            texts = [" ".join(rng.choices(TEXTS + CONTROLS, k=3)).replace("<image>", "") + rng.choice(("x", "#", " ", "\n")) for _ in range(2 * n)]
+            texts = [
+                " ".join(rng.choices(TEXTS + CONTROLS, k=3)).replace("<image>", "")
+                + rng.choice(("x", "#", " ", "\n"))
+                for _ in range(2 * n)
+            ]
             n_visual = [2] if rng.random() < 0.5 or not TEMPLATES[name].keep_question else []
             turns = [(("human", "gpt")[k % 2], text + "a" * (k % 2)) for k, text in enumerate(texts)]
             tokens, labels = encode_conversation(t, turns, name, n_visual)
@@ -196,41 +289,61 @@ def test_whatever_a_user_types_no_control_token_comes_of_it(name, tok, llama, in
         typed, _ = encode_conversation(t, [("human", said), ("gpt", said)], name, n_visual)
         control = {*t.control.values(), t.image, t.pad}
         assert [i for i in typed if i in control] == [i for i in plain if i in control]
-        stays = said.replace(" <image>", "") if "prism" in name else said                 # Prismatic removes <image> from every text
-        assert t.decode(typed).count(stays) == 1 + form.keep_question                     # question and answer
+        stays = (
+            said.replace(" <image>", "") if "prism" in name else said
+        )  # Prismatic removes <image> from every text
+        assert t.decode(typed).count(stays) == 1 + form.keep_question  # question and answer
 
 
 def test_hash_signs_part_the_turns_of_llava_v0_and_are_text_to_every_other(tok):
     tokens, labels = encode_conversation(tok, [("human", "a ### b"), ("gpt", "c")], "llava_v0", [])
-    assert "Human: a ### b«###Assistant: c###»" in written_out(tok, tokens, labels)         # cannot be told from a user's own
+    assert "Human: a ### b«###Assistant: c###»" in written_out(
+        tok, tokens, labels
+    )  # cannot be told from a user's own
 
 
 def test_each_template_says_where_its_answers_end(tok, intern):
     assert stop_ids(tok, "vicuna_v1") == stop_ids(tok, "llava_v0") == [tok.eos]
     assert stop_ids(intern, "internvl2_5") == [intern.eos, intern.control["<|im_end|>"]]
-    assert cut_at_stop(" A cat.###Human: no", "llava_v0") == " A cat." and cut_at_stop("a</s> #### b", "vicuna_v1") == "a</s> #### b"
+    assert (
+        cut_at_stop(" A cat.###Human: no", "llava_v0") == " A cat."
+        and cut_at_stop("a</s> #### b", "vicuna_v1") == "a</s> #### b"
+    )
     assert cut_at_stop("a red cat\nmore", "plain") == "a red cat"
     said = [cut_at_stop("C# is ##nice###Human"[:n], "llava_v0", partial=True) for n in range(21)]
     assert all(b.startswith(a) for a, b in zip(said, said[1:])) and said[-1] == "C# is ##nice"
 
 
 def test_a_template_that_wants_tokens_the_tokenizer_has_not_is_an_error(tok):
-    with pytest.raises(UserError, match=r"tokenizer.model: has no token <\|im_start\|>; use another --template"):
+    with pytest.raises(
+        UserError, match=r"tokenizer.model: has no token <\|im_start\|>; use another --template"
+    ):
         encode_prompt(tok, [("human", "x")], "internvl2_5", [])
 
 
-@pytest.mark.parametrize("config, name", [
-    ({}, "vicuna_v1"), ({"model_type": "llama"}, "vicuna_v1"), ({"model_type": "llava", "vision_config": {}}, "vicuna_v1"),
-    ({"model_type": "llava_llama", "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu"}, "vicuna_v1"),
-    ({"model_type": "llava", "mm_hidden_size": 1024}, "llava_v1"),
-    ({"model_type": "llava", "template": "llava_llama_2"}, "llava_llama_2"),
-    ({"model_type": "internvl_chat", "template": "internvl2_5"}, "internvl2_5"),
-    ({"model_type": "internvl_chat", "template": "internlm2-chat"}, "internlm2-chat"),
-    ({"model_type": "internlm2"}, "internvl2_5"), ({"model_type": "internvl_chat"}, "internvl2_5"),
-    ({"model": {"llm_backbone_id": "vicuna-v15-13b"}}, "prism_vicuna"), ({"model": {"llm_backbone_id": "llama2-7b-pure"}}, "prism_pure"),
-    ({"model": {"llm_backbone_id": "llama2-13b-chat"}}, "prism_llama_2"), ({"llm_backbone_id": "mistral-v0.1-7b-pure"}, "prism_pure"),
-    ({"llm_backbone_id": "mistral-v0.1-7b-instruct"}, "prism_mistral"),
-])
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        ({}, "vicuna_v1"),
+        ({"model_type": "llama"}, "vicuna_v1"),
+        ({"model_type": "llava", "vision_config": {}}, "vicuna_v1"),
+        (
+            {"model_type": "llava_llama", "mm_hidden_size": 1024, "mm_projector_type": "mlp2x_gelu"},
+            "vicuna_v1",
+        ),
+        ({"model_type": "llava", "mm_hidden_size": 1024}, "llava_v1"),
+        ({"model_type": "llava", "template": "llava_llama_2"}, "llava_llama_2"),
+        ({"model_type": "internvl_chat", "template": "internvl2_5"}, "internvl2_5"),
+        ({"model_type": "internvl_chat", "template": "internlm2-chat"}, "internlm2-chat"),
+        ({"model_type": "internlm2"}, "internvl2_5"),
+        ({"model_type": "internvl_chat"}, "internvl2_5"),
+        ({"model": {"llm_backbone_id": "vicuna-v15-13b"}}, "prism_vicuna"),
+        ({"model": {"llm_backbone_id": "llama2-7b-pure"}}, "prism_pure"),
+        ({"model": {"llm_backbone_id": "llama2-13b-chat"}}, "prism_llama_2"),
+        ({"llm_backbone_id": "mistral-v0.1-7b-pure"}, "prism_pure"),
+        ({"llm_backbone_id": "mistral-v0.1-7b-instruct"}, "prism_mistral"),
+    ],
+)
 def test_a_config_names_its_template(config, name):
     assert default_template(config) == name
 
@@ -241,34 +354,91 @@ def test_a_config_whose_template_is_not_here_is_an_error(config):
         find_template(default_template(config))
 
 
-# ---- ids ------------------------------------------------------------------------------------------------------------
+# ---- ids --------
+
 
 def test_ids_around_the_picture_and_after_the_end_token_are_the_originals(llama):
     turns = [("human", "<image>\nWhat is it?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Fur")]
     tokens, _ = encode_conversation(llama, turns, "vicuna_v1", [1])
     at = tokens.index(llama.image)
-    assert tokens[at - 4 : at + 4] == [3148, 1001, 29901, 29871, 32000, 29871, 13, 5618]  # ▁US ER : ▁ <image> ▁ \n What
-    assert tokens[tokens.index(llama.eos) + 1] == 11889                                # USER
+    assert tokens[at - 4 : at + 4] == [
+        3148,
+        1001,
+        29901,
+        29871,
+        32000,
+        29871,
+        13,
+        5618,
+    ]  # ▁US ER : ▁ <image> ▁ \n What
+    assert tokens[tokens.index(llama.eos) + 1] == 11889  # USER
     assert tokens[-1] == llama.eos == 2 and tokens[0] == llama.bos == 1
     assert (llama.n_text, llama.image, llama.pad, llama.vocab_size) == (32000, 32000, 32001, 32064)
 
 
-@pytest.mark.parametrize("question, ids", [
-    ("What is this?", [512, 29901, 1724, 338, 445, 29973, 13, 3744, 29901]),
-    ("What is this?\nAnswer the question using a single word or phrase.",
-     [512, 29901, 1724, 338, 445, 29973, 13, 22550, 278, 1139, 773, 263, 2323, 1734, 470, 16549, 29889, 13, 3744, 29901]),
-])
+@pytest.mark.parametrize(
+    "question, ids",
+    [
+        ("What is this?", [512, 29901, 1724, 338, 445, 29973, 13, 3744, 29901]),
+        (
+            "What is this?\nAnswer the question using a single word or phrase.",
+            [
+                512,
+                29901,
+                1724,
+                338,
+                445,
+                29973,
+                13,
+                22550,
+                278,
+                1139,
+                773,
+                263,
+                2323,
+                1734,
+                470,
+                16549,
+                29889,
+                13,
+                3744,
+                29901,
+            ],
+        ),
+    ],
+)
 def test_prismatics_base_prompt_has_its_golden_ids_with_the_patches_after_bos(llama, question, ids):
     assert encode_prompt(llama, [("human", question)], "prism_pure", []) == [1, *ids]
-    assert encode_prompt(llama, [("human", f"{question}\n<image>")], "prism_pure", [5]) == [1, *[llama.image] * 5, *ids]
+    assert encode_prompt(llama, [("human", f"{question}\n<image>")], "prism_pure", [5]) == [
+        1,
+        *[llama.image] * 5,
+        *ids,
+    ]
 
 
 def test_prismatics_ids_are_those_of_each_turn_by_itself(llama):
-    turns = [("human", " Is it <image> red? "), ("gpt", "Yes,\n\nit is. "), ("human", "Why?"), ("gpt", "  Paint ")]
-    strings = {"prism_pure": ["In: Is it  red?\nOut:", "Yes,\n\nit is.", "In: Why?\nOut:", "Paint"],
-               "prism_vicuna": [USER + " USER: Is it  red? ASSISTANT:", "Yes,\n\nit is.", "USER: Why? ASSISTANT:", "Paint"],
-               "prism_mistral": ["[INST] Is it  red? [/INST]", "Yes,\n\nit is.", "[INST] Why? [/INST]", "Paint"],
-               "prism_llama_2": ["[INST] <<SYS>\n" + HELPFUL + "\n<</SYS>>\n\nIs it  red? [/INST]", "Yes,\n\nit is.", "[INST] Why? [/INST]", "Paint"]}
+    turns = [
+        ("human", " Is it <image> red? "),
+        ("gpt", "Yes,\n\nit is. "),
+        ("human", "Why?"),
+        ("gpt", "  Paint "),
+    ]
+    strings = {
+        "prism_pure": ["In: Is it  red?\nOut:", "Yes,\n\nit is.", "In: Why?\nOut:", "Paint"],
+        "prism_vicuna": [
+            USER + " USER: Is it  red? ASSISTANT:",
+            "Yes,\n\nit is.",
+            "USER: Why? ASSISTANT:",
+            "Paint",
+        ],
+        "prism_mistral": ["[INST] Is it  red? [/INST]", "Yes,\n\nit is.", "[INST] Why? [/INST]", "Paint"],
+        "prism_llama_2": [
+            "[INST] <<SYS>\n" + HELPFUL + "\n<</SYS>>\n\nIs it  red? [/INST]",
+            "Yes,\n\nit is.",
+            "[INST] Why? [/INST]",
+            "Paint",
+        ],
+    }
     for name, parts in strings.items():
         ids = [llama.encode(part) + [llama.eos] * (k % 2) for k, part in enumerate(parts)]
         tokens, labels = encode_conversation(llama, turns, name, [2])
@@ -279,8 +449,12 @@ def test_prismatics_ids_are_those_of_each_turn_by_itself(llama):
 def test_llava_v0_and_llama_2_have_the_ids_of_one_encoding_of_the_whole_string(llama):
     turns = [("human", "What: is it?"), ("gpt", "A cat."), ("human", "Why so?"), ("gpt", "Fur.")]
     assert encode_conversation(llama, turns, "llava_v0", [])[0] == [1] + llama.encode(
-        HUMAN + "###Human: What: is it?###Assistant: A cat.###Human: Why so?###Assistant: Fur.###")
-    first, second = f"[INST] <<SYS>>\n{HELPFUL}\n<</SYS>>\n\nWhat: is it? [/INST] A cat. ", "[INST] Why so? [/INST] Fur. "
+        HUMAN + "###Human: What: is it?###Assistant: A cat.###Human: Why so?###Assistant: Fur.###"
+    )
+    first, second = (
+        f"[INST] <<SYS>>\n{HELPFUL}\n<</SYS>>\n\nWhat: is it? [/INST] A cat. ",
+        "[INST] Why so? [/INST] Fur. ",
+    )
     tokens, labels = encode_conversation(llama, turns, "llava_llama_2", [])
     assert tokens == [1, *llama.encode(first), 2, 1, *llama.encode(second, dummy_prefix=False), 2]
     assert [llama.piece(i) for i in labels if i != IGNORE] == "▁A ▁cat . ▁ </s> ▁Fur . ▁ </s>".split()
@@ -293,11 +467,15 @@ def test_text_of_a_conversation_has_the_ids_of_one_encoding_of_the_whole_string(
             question, answer = (" ".join(rng.choices(TEXTS, k=3)) + "?" for _ in range(2))
             question, answer = question.replace("<image>", ""), answer.replace("<image>", "")
             tokens, _ = encode_conversation(t, [("human", question), ("gpt", answer)], "vicuna_v1", [])
-            assert tokens == [t.bos] + t.encode(f"{conversation.VICUNA} USER: {question} ASSISTANT: {answer}") + [t.eos]
+            assert tokens == [t.bos] + t.encode(
+                f"{conversation.VICUNA} USER: {question} ASSISTANT: {answer}"
+            ) + [t.eos]
 
 
 def test_no_piece_of_llama_reaches_over_a_space(llama):
-    assert not any("▁" in llama.piece(i).lstrip("▁") for i in range(llama.n_text))     # why an answer may be encoded by itself
+    assert not any(
+        "▁" in llama.piece(i).lstrip("▁") for i in range(llama.n_text)
+    )  # why an answer may be encoded by itself
 
 
 def test_a_prompt_is_the_conversation_up_to_its_last_answer(tok):
@@ -308,9 +486,22 @@ def test_a_prompt_is_the_conversation_up_to_its_last_answer(tok):
     assert labels[len(prompt) :] == tokens[len(prompt) :]
 
 
-ALPHABETS = ["etaoinshrdlu ETA. ,?", "áçèñöüßøÅ ñ", "привет мир Ж", "αβγδ εζη", "你好世界，图片 。", "こんにちは カタカナ", "안녕하세요 세계", "مرحبا بالعالم",
-             "שלום עולם", "नमस्ते दुनिया", "สวัสดี ชาว", "🙂👩‍👧🏽🇫🇷é",
-             "0123456789 +-=%€", "(){}[]<>/\\_#@\n\t\"'"]
+ALPHABETS = [
+    "etaoinshrdlu ETA. ,?",
+    "áçèñöüßøÅ ñ",
+    "привет мир Ж",
+    "αβγδ εζη",
+    "你好世界，图片 。",
+    "こんにちは カタカナ",
+    "안녕하세요 세계",
+    "مرحبا بالعالم",
+    "שלום עולם",
+    "नमस्ते दुनिया",
+    "สวัสดี ชาว",
+    "🙂👩‍👧🏽🇫🇷é",
+    "0123456789 +-=%€",
+    "(){}[]<>/\\_#@\n\t\"'",
+]
 
 
 def test_encoding_equals_the_reference_tokenizer_on_1000_strings(llama, tmp_path):
@@ -319,34 +510,54 @@ def test_encoding_equals_the_reference_tokenizer_on_1000_strings(llama, tmp_path
     reference = transformers.LlamaTokenizer.from_pretrained(tmp_path, legacy=False)
     rng = random.Random(0)
     texts = [t for t in TEXTS if "</s>" not in t]
-    texts += ["".join(rng.choice(rng.choice(rng.choices(ALPHABETS, k=2))) for _ in range(rng.randrange(1, 50))) for _ in range(1000)]
+    texts += [
+        "".join(rng.choice(rng.choice(rng.choices(ALPHABETS, k=2))) for _ in range(rng.randrange(1, 50)))
+        for _ in range(1000)
+    ]
     for text in texts:
-        text = re.sub(" +", " ", text).lstrip(" ")       # runs of spaces: transformers 5 departs from sentencepiece, which the next test pins
+        text = re.sub(" +", " ", text).lstrip(
+            " "
+        )  # runs of spaces: transformers 5 departs from sentencepiece, which the next test pins
         assert llama.encode(text) == reference.encode(text, add_special_tokens=False), text
     turns = [("human", "What is it?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Its fur.")]
     whole = f"{conversation.VICUNA} USER: What is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Its fur.</s>"
-    assert encode_conversation(llama, turns, "vicuna_v1", [])[0][1:] == reference.encode(whole, add_special_tokens=False)
+    assert encode_conversation(llama, turns, "vicuna_v1", [])[0][1:] == reference.encode(
+        whole, add_special_tokens=False
+    )
 
 
 def test_runs_of_spaces_have_the_ids_that_llama_was_trained_with(llama):
-    assert [llama.encode(text) for text in ("Hello", " Hello", "  Hello", "   Hello")] == [[15043], [29871, 15043], [259, 15043], [1678, 15043]]
+    assert [llama.encode(text) for text in ("Hello", " Hello", "  Hello", "   Hello")] == [
+        [15043],
+        [29871, 15043],
+        [259, 15043],
+        [1678, 15043],
+    ]
     rng, itself = random.Random(0), sentencepiece.SentencePieceProcessor(model_file=str(LLAMA))
     for _ in range(200):
         text = "".join(rng.choice(["  ", " ", "\n", rng.choice(rng.choice(ALPHABETS))]) for _ in range(20))
         assert llama.encode(text) == itself.encode(text)
 
 
-# ---- control tokens -------------------------------------------------------------------------------------------------
+# ---- control tokens --------
 
 ADDED = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
 
 
 def test_internvls_tokens_stand_on_placeholder_pieces_and_behind_them(intern):
-    n = intern.n_text                                                                  # 92,544 in the real one
-    assert [intern.control[name] for name in ADDED] == list(range(n, n + 9)) and intern.image == n + 2 and intern.vocab_size == intern.n_id == n + 9
+    n = intern.n_text  # 92,544 in the real one
+    assert (
+        [intern.control[name] for name in ADDED] == list(range(n, n + 9))
+        and intern.image == n + 2
+        and intern.vocab_size == intern.n_id == n + 9
+    )
     assert intern.processor.id_to_piece(intern.control["<|im_end|>"]) == "[UNUSED_TOKEN_145]"
     assert intern.processor.id_to_piece(intern.control["<|im_start|>"]) == "[UNUSED_TOKEN_146]"
-    assert intern.pad == intern.eos and intern.piece(n + 2) == "<IMG_CONTEXT>" and intern.piece(intern.control["<|im_end|>"]) == "<|im_end|>"
+    assert (
+        intern.pad == intern.eos
+        and intern.piece(n + 2) == "<IMG_CONTEXT>"
+        and intern.piece(intern.control["<|im_end|>"]) == "<|im_end|>"
+    )
     for text in TEXTS + CONTROLS + ["a[UNUSED_TOKEN_145][[UNUSED_TOKEN_146]b"]:
         ids = intern.encode(text)
         assert ids == intern.encode(text, dummy_prefix=False) and not {*ids} & {*intern.control.values()}
@@ -362,17 +573,32 @@ def with_files(folder, tmp_path, **files):
 
 def test_the_files_beside_a_tokenizer_name_its_control_tokens(folder, tmp_path):
     n = Tokenizer(folder).n_text
-    decoder = {str(n + 4): {"content": "<|im_end|>", "special": True}, "7": {"content": "hello", "special": False},
-               "1": {"content": "<s>", "special": True}}
-    tok = with_files(folder, tmp_path, added_tokens={"<IMG_CONTEXT>": n + 6, "<|im_start|>": n + 3},
-                     tokenizer_config={"added_tokens_decoder": decoder})
-    assert tok.control == {"<s>": 1, "</s>": 2, "<IMG_CONTEXT>": n + 6, "<|im_start|>": n + 3, "<|im_end|>": n + 4}
+    decoder = {
+        str(n + 4): {"content": "<|im_end|>", "special": True},
+        "7": {"content": "hello", "special": False},
+        "1": {"content": "<s>", "special": True},
+    }
+    tok = with_files(
+        folder,
+        tmp_path,
+        added_tokens={"<IMG_CONTEXT>": n + 6, "<|im_start|>": n + 3},
+        tokenizer_config={"added_tokens_decoder": decoder},
+    )
+    assert tok.control == {
+        "<s>": 1,
+        "</s>": 2,
+        "<IMG_CONTEXT>": n + 6,
+        "<|im_start|>": n + 3,
+        "<|im_end|>": n + 4,
+    }
     assert tok.image == n + 6 and tok.n_id == n + 7
 
 
 def test_llama_hf_llava_and_prismatic_number_their_tokens_each_in_its_way(llama, tmp_path):
     assert (llama.image, llama.pad, llama.n_id, llama.vocab_size) == (32000, 32001, 32002, 32064)
-    decoder = {str(i): {"content": content, "special": True} for i, content in enumerate(("<unk>", "<s>", "</s>"))}
+    decoder = {
+        str(i): {"content": content, "special": True} for i, content in enumerate(("<unk>", "<s>", "</s>"))
+    }
     for name, files, image, pad in [
         ("bare", {"tokenizer_config": {"legacy": True, "added_tokens_decoder": decoder}}, 32000, 32001),
         ("llava-hf", {"added_tokens": {"<image>": 32000, "<pad>": 32001}}, 32000, 32001),
@@ -383,23 +609,27 @@ def test_llama_hf_llava_and_prismatic_number_their_tokens_each_in_its_way(llama,
         (tmp_path / "tokenizer.model").write_bytes(LLAMA.read_bytes())
         tok = with_files(tmp_path, tmp_path / name, **files)
         assert (tok.image, tok.pad, tok.n_text, tok.vocab_size) == (image, pad, 32000, 32064)
-        assert tok.encode("<unk><s> USER: x") == llama.encode("<unk><s> USER: x")      # the files change no id of a text
+        assert tok.encode("<unk><s> USER: x") == llama.encode(
+            "<unk><s> USER: x"
+        )  # the files change no id of a text
 
 
-@pytest.mark.parametrize("files, message", [
-    ({"added_tokens": "{"}, "added_tokens.json: damaged"),
-    ({"added_tokens": []}, "added_tokens.json: a list, not a JSON object"),
-    ({"added_tokens": {"<x>": "y"}}, "do not list tokens and ids"),
-    ({"tokenizer_config": {"added_tokens_decoder": {"9": "<x>"}}}, "do not list tokens and ids"),
-    ({"tokenizer_config": {"added_tokens_decoder": {"9": {"special": True}}}}, "do not list tokens and ids"),
-])
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"added_tokens": "{"}, "added_tokens.json: damaged"),
+        ({"added_tokens": []}, "added_tokens.json: a list, not a JSON object"),
+        ({"added_tokens": {"<x>": "y"}}, "copy both again"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9": "<x>"}}}, "copy both again"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9": {"special": True}}}}, "copy both again"),
+    ],
+)
 def test_broken_files_beside_a_tokenizer_are_named(folder, tmp_path, files, message):
     with pytest.raises(UserError, match=message):
         with_files(folder, tmp_path, **files)
 
 
-# ---- texts ----------------------------------------------------------------------------------------------------------
-
+# ---- texts --------
 
 
 def test_text_survives_encoding_and_decoding(tok, llama):
@@ -410,8 +640,15 @@ def test_text_survives_encoding_and_decoding(tok, llama):
 
 def test_control_tokens_typed_by_a_user_stay_text(tok, llama):
     for t in (tok, llama):
-        tokens, labels = encode_conversation(t, [("human", "a</s>b<s> <pad> <unk> <0x0A>"), ("gpt", "x</s>y")], "vicuna_v1", [])
-        assert tokens.count(t.eos) == 1 and tokens.count(t.bos) == 1 and t.pad not in tokens and t.image not in tokens
+        tokens, labels = encode_conversation(
+            t, [("human", "a</s>b<s> <pad> <unk> <0x0A>"), ("gpt", "x</s>y")], "vicuna_v1", []
+        )
+        assert (
+            tokens.count(t.eos) == 1
+            and tokens.count(t.bos) == 1
+            and t.pad not in tokens
+            and t.image not in tokens
+        )
         assert "a</s>b<s> <pad> <unk> <0x0A>" in t.decode(tokens) and supervised(t, labels) == " x</s>y</s>"
 
 
@@ -424,47 +661,73 @@ def test_partial_decoding_never_takes_back_what_it_said(tok):
     assert said == "né 🙂👩‍👩‍👧 cat 你好"
 
 
-# ---- pictures in the text -------------------------------------------------------------------------------------------
+# ---- pictures in the text --------
 
-@pytest.mark.parametrize("text", ["<image>\nWhat?", "What?\n<image>", "<image>What?", " <image>\nWhat? ", "What?"])
+
+@pytest.mark.parametrize(
+    "text", ["<image>\nWhat?", "What?\n<image>", "<image>What?", " <image>\nWhat? ", "What?"]
+)
 def test_one_picture_at_either_end_or_without_marker_goes_first(tok, text):
     turns = [("human", "<image>\nWhat?"), ("gpt", "A cat.")]
-    assert encode_conversation(tok, [("human", text), turns[1]], "vicuna_v1", [2]) == encode_conversation(tok, turns, "vicuna_v1", [2])
+    assert encode_conversation(tok, [("human", text), turns[1]], "vicuna_v1", [2]) == encode_conversation(
+        tok, turns, "vicuna_v1", [2]
+    )
 
 
 def test_several_pictures_stay_where_they_were_written_each_with_its_own_length(tok):
-    turns = [("human", "Is <image> left of <image>?"), ("gpt", "A cat."), ("human", "And this: <image> here?"), ("gpt", "Left.")]
+    turns = [
+        ("human", "Is <image> left of <image>?"),
+        ("gpt", "A cat."),
+        ("human", "And this: <image> here?"),
+        ("gpt", "Left."),
+    ]
     tokens, labels = encode_conversation(tok, turns, "vicuna_v1", [2, 3, 1])
-    text = "".join("#" if i == tok.image else "</s>" if i == tok.eos else tok.piece(i).replace("▁", " ") for i in tokens[1:])
-    assert text == f" {conversation.VICUNA} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>USER: And this: #  here? ASSISTANT: Left.</s>"
+    text = "".join(
+        "#" if i == tok.image else "</s>" if i == tok.eos else tok.piece(i).replace("▁", " ")
+        for i in tokens[1:]
+    )
+    assert (
+        text
+        == f" {conversation.VICUNA} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>USER: And this: #  here? ASSISTANT: Left.</s>"
+    )
     assert all(label == IGNORE for token, label in zip(tokens, labels) if token == tok.image)
 
 
 def test_without_a_picture_the_word_image_in_brackets_is_text(tok):
     turns = [("human", "What does <image> mean?"), ("gpt", "In HTML <image> is no tag.")]
     tokens, labels = encode_conversation(tok, turns, "vicuna_v1", [])
-    assert written_out(tok, tokens, labels).endswith(" USER: What does <image> mean? ASSISTANT:« In HTML <image> is no tag.</s>»")
+    assert written_out(tok, tokens, labels).endswith(
+        " USER: What does <image> mean? ASSISTANT:« In HTML <image> is no tag.</s>»"
+    )
     assert tok.image not in tokens
 
 
 def test_internvl_leaves_a_picture_where_it_was_written_and_only_its_older_template_strips(intern):
     turns = [("human", "And <image> \n"), ("gpt", " x ")]
-    assert "user\nAnd <img><image></img> \n<|im_end|>" in written_out(intern, *encode_conversation(intern, turns, "internvl2_5", [2]))
+    assert "user\nAnd <img><image></img> \n<|im_end|>" in written_out(
+        intern, *encode_conversation(intern, turns, "internvl2_5", [2])
+    )
     assert "user\nAnd <img><image></img><|im_end|><|im_start|>assistant\n«x<|im_end|>»" in written_out(
-        intern, *encode_conversation(intern, turns, "internlm2-chat", [2]))
+        intern, *encode_conversation(intern, turns, "internlm2-chat", [2])
+    )
     turns = [("human", "What?"), turns[1]]
-    assert "user\n<img><image></img>\nWhat?<|im_end|>" in written_out(intern, *encode_conversation(intern, turns, "internvl2_5", [1]))
+    assert "user\n<img><image></img>\nWhat?<|im_end|>" in written_out(
+        intern, *encode_conversation(intern, turns, "internvl2_5", [1])
+    )
 
 
-@pytest.mark.parametrize("turns, n_visual, message", [
-    ([("human", "<image> <image>"), ("gpt", "x")], [4], "2 <image> but 1 picture;"),
-    ([("human", "Which?"), ("gpt", "x")], [4, 4], "0 <image> but 2 pictures"),
-    ([("human", "Draw."), ("gpt", "<image>")], [4], "answer in turn 2 holds <image>"),
-    ([("human", "What?"), ("gpt", " \n")], [], "answer in turn 2 is empty"),
-    ([("human", "What?"), ("human", "What?"), ("gpt", "x")], [], "turn 2 is from 'human'"),
-    ([("human", "What?")], [], "no answer to learn from"),
-    ([("gpt", "Hi.")], [], "no answer to learn from"),
-])
+@pytest.mark.parametrize(
+    "turns, n_visual, message",
+    [
+        ([("human", "<image> <image>"), ("gpt", "x")], [4], "2 <image> for 1 pictures;"),
+        ([("human", "Which?"), ("gpt", "x")], [4, 4], "0 <image> for 2 pictures"),
+        ([("human", "Draw."), ("gpt", "<image>")], [4], "answer in turn 2 holds <image>"),
+        ([("human", "What?"), ("gpt", " \n")], [], "answer in turn 2 is empty"),
+        ([("human", "What?"), ("human", "What?"), ("gpt", "x")], [], "turn 2 is from 'human'"),
+        ([("human", "What?")], [], "no answer to learn from"),
+        ([("gpt", "Hi.")], [], "no answer to learn from"),
+    ],
+)
 def test_a_conversation_that_does_not_add_up_is_an_error(tok, turns, n_visual, message):
     with pytest.raises(UserError, match=message):
         encode_conversation(tok, turns, "vicuna_v1", n_visual)
@@ -487,32 +750,71 @@ def test_a_missing_a_broken_and_a_space_eating_tokenizer_are_refused(tmp_path):
         Tokenizer(tmp_path / "nowhere")
     for raw in (b"", b"hello"):
         (tmp_path / "tokenizer.model").write_bytes(raw)
-        with pytest.raises(UserError, match="tokenizer.model: not a sentencepiece model"):
+        with pytest.raises(UserError, match="tokenizer.model: .*copy the sentencepiece model again"):
             Tokenizer(tmp_path)
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["some words"] * 9), model_writer=model, vocab_size=30,
-                                             hard_vocab_limit=False, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words"] * 9),
+        model_writer=model,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     with pytest.raises(UserError, match="does not keep spaces"):
         Tokenizer(tmp_path)
 
 
-def test_a_tokenizer_of_the_records_own_words_has_each_as_one_token_and_the_same_file_each_time(tmp_path, capsys):
-    file = write(tmp_path / "a.json", [record(i, f"<image>\nWhere is the {kind}?\nOne word, please.", place) for i, (kind, place) in enumerate(
-        zip(["airplane", "frog", "truck"] * 20, ["left", "right", "under the bridge"] * 20))])
+def test_a_tokenizer_of_the_records_own_words_has_each_as_one_token_and_the_same_file_each_time(
+    tmp_path, capsys
+):
+    file = write(
+        tmp_path / "a.json",
+        [
+            record(i, f"<image>\nWhere is the {kind}?\nOne word, please.", place)
+            for i, (kind, place) in enumerate(
+                zip(["airplane", "frog", "truck"] * 20, ["left", "right", "under the bridge"] * 20)
+            )
+        ],
+    )
     for out in "one", "two":
-        assert tools_show.main(["tokenizer", str(file), "--vocab-size", "340", "--out", str(tmp_path / out)]) == 0
+        assert (
+            tools_show.main(["tokenizer", str(file), "--vocab-size", "340", "--out", str(tmp_path / out)])
+            == 0
+        )
     assert "340 tokens" in (said := capsys.readouterr().out) and "100.0%" in said
     assert (tmp_path / "one/tokenizer.model").read_bytes() == (tmp_path / "two/tokenizer.model").read_bytes()
     tok = Tokenizer(tmp_path / "one")
-    assert [len(tok.encode(word)) for word in ("airplane", "frog", "bridge", "under the bridge")] == [1, 1, 1, 3]
+    assert [len(tok.encode(word)) for word in ("airplane", "frog", "bridge", "under the bridge")] == [
+        1,
+        1,
+        1,
+        3,
+    ]
     assert tok.decode(tok.encode("a word it never met:\n  \u732b")) == "a word it never met:\n  \u732b"
 
 
-@pytest.mark.parametrize("size, says", [(-1, "-1 tokens.*259.*give more"), (262, "262 tokens .*smaller"), (3 * 10**9, "3000000000 tokens"), (9000, "9000 tokens .*too high.*<= ")])
+@pytest.mark.parametrize(
+    "size, says",
+    [
+        (-1, "-1 tokens.*259.*give more"),
+        (262, "262 tokens .*smaller"),
+        (3 * 10**9, "3000000000 tokens"),
+        (9000, "9000 tokens .*too high.*<= "),
+    ],
+)
 def test_a_tokenizer_too_small_or_too_large_for_its_texts_is_refused_with_the_bound(tmp_path, size, says):
     with pytest.raises(UserError, match=says):
-        tools_show.main(["tokenizer", str(write(tmp_path / "a.json", [record(0)])), "--vocab-size", str(size), "--out", str(tmp_path)])
+        tools_show.main(
+            [
+                "tokenizer",
+                str(write(tmp_path / "a.json", [record(0)])),
+                "--vocab-size",
+                str(size),
+                "--out",
+                str(tmp_path),
+            ]
+        )
     assert not (tmp_path / "tokenizer.model").exists()
 
 
@@ -524,19 +826,34 @@ def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UserError, match="a model is there"):
         tools_show.main(["tokenizer", str(file), "--out", str(tmp_path)])
     with pytest.raises(UserError, match="they hold no words"):
-        tools_show.main(["tokenizer", str(write(tmp_path / "b.json", [record(0, "<image>", " ")])), "--out", str(tmp_path / "new")])
+        tools_show.main(
+            [
+                "tokenizer",
+                str(write(tmp_path / "b.json", [record(0, "<image>", " ")])),
+                "--out",
+                str(tmp_path / "new"),
+            ]
+        )
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
+# ---- files --------
+
 
 def record(i, question="<image>\nWhat?", answer="A cat.", image="a.png"):
-    return {"id": f"r{i}", "image": image, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "id": f"r{i}",
+        "image": image,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+    }
 
 
 def write(path, records):
     """A .json file gets a list, a .jsonl file lines."""
     lines = [json.dumps(r, ensure_ascii=False) for r in records]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text(
+        "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "\n".join(lines) + "\n",
+        encoding="utf-8",
+    )
     return path
 
 
@@ -555,48 +872,82 @@ def conversations(records):
 
 
 def test_a_list_and_lines_give_the_same_records(tmp_path):
-    records = [record(i, f"<image>\n{TEXTS[i % len(TEXTS)]} [{{\"}}]\u2028") for i in range(40)]
+    records = [record(i, f'<image>\n{TEXTS[i % len(TEXTS)]} [{{"}}]\u2028') for i in range(40)]
     a, b = Records(write(tmp_path / "a.json", records)), Records(write(tmp_path / "a.jsonl", records))
-    (tmp_path / "dense.json").write_text("\ufeff" + json.dumps(records))                # one line, escapes, a byte order mark
+    (tmp_path / "dense.json").write_text(
+        "\ufeff" + json.dumps(records)
+    )  # one line, escapes, a byte order mark
     c = Records(tmp_path / "dense.json")
     assert len(a) == len(b) == len(c) == 40 and conversations(a) == conversations(b) == conversations(c)
-    assert a[7]["turns"] == [("human", records[7]["conversations"][0]["value"]), ("gpt", "A cat.")] and a[7]["images"] == ["a.png"]
+    assert a[7]["turns"] == [("human", records[7]["conversations"][0]["value"]), ("gpt", "A cat.")] and a[7][
+        "images"
+    ] == ["a.png"]
 
 
 def test_records_longer_than_the_window_are_found(tmp_path):
     records = [record(0, "é" * 3_000_000), record(1), record(2, "x" * 1_100_000)]
-    assert [len(r["turns"][0][1]) for r in Records(write(tmp_path / "a.json", records))] == [3_000_000, 13, 1_100_000]
+    assert [len(r["turns"][0][1]) for r in Records(write(tmp_path / "a.json", records))] == [
+        3_000_000,
+        13,
+        1_100_000,
+    ]
 
 
 def test_a_question_file_becomes_one_pair_of_turns_and_keeps_its_fields(tmp_path):
-    lines = [{"question_id": 7, "image": "a.png", "text": "What?", "answer": "cat", "category": "kind"}, {"question_id": 8, "text": "Why?"}]
+    lines = [
+        {"question_id": 7, "image": "a.png", "text": "What?", "answer": "cat", "category": "kind"},
+        {"question_id": 8, "text": "Why?"},
+    ]
     records = Records(write(tmp_path / "q.jsonl", lines))
-    assert records[0]["turns"] == [("human", "What?"), ("gpt", "cat")] and records[0]["category"] == "kind" and records[0]["id"] == "7"
+    assert (
+        records[0]["turns"] == [("human", "What?"), ("gpt", "cat")]
+        and records[0]["category"] == "kind"
+        and records[0]["id"] == "7"
+    )
     assert records[1]["turns"] == [("human", "Why?")] and records[1]["images"] == []
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("a.json", "", "holds no record"),
-    ("a.json", "[]", "holds no record"),
-    ("a.json", '[{"id": 1}, {"id": 2', "a.json: damaged or of another kind .*Expecting ',' delimiter: line 1 column"),
-    ("a.json", '[{"id": 1}', "a.json: damaged .*column 11"),
-    ("a.json", '[{"id": 1} {"id": 2}]', "a.json: damaged .*column 12"),
-    ("a.json", '[{"id": 1}] more', "Extra data: line 1 column 13"),
-    ("a.json", '["text"]', "a.json, record 0: .* expected {\"id\", \"image\", \"conversations\""),
-    ("a.json", '{"id": 1, "data": []}', "a.json, line 1 .id '1'.: .*no conversation.* or a question in \"text\""),
-    ("a.json", '{\n"id": 1}', "a.json, line 1: damaged"),
-    ("a.jsonl", '\n{"id": "x", "conv', "a.jsonl, line 2: damaged"),
-    ("a.jsonl", "3\n", "line 1: .*expected {"),
-    ("a.jsonl", '{"id": "x"}', "line 1 .id 'x'.: "),
-    ("a.jsonl", '{"id": "x", "conversations": []}', "line 1 .id 'x'.: .*no conversation"),
-    ("a.jsonl", '{"id": "x", "conversations": [{"from": "human", "value": 3}]}', "id 'x'.: .*turn 1 is 3 from 'human'"),
-    ("a.jsonl", '{"id": "x", "conversations": [{"from": "user", "value": "3"}]}', "turn 1 is '3' from 'user'"),
-    ("a.jsonl", '{"id": "x", "conversations": ["hi"]}', "id 'x'.: .*expected {"),
-    ("a.jsonl", '{"id": "x", "image": 3, "text": "hi"}', '"image" is 3'),
-    ("a.jsonl", '{"id": "x", "text": "what", "answer": ["a"]}', "turn 2 is"),
-    ("a.jsonl", "[" * 100_000, "a.jsonl: damaged .*RecursionError"),
-    ("a.jsonl", '{"a":' * 100_000, "a.jsonl, line 1: damaged .*RecursionError"),
-])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.json", "", "holds no record"),
+        ("a.json", "[]", "holds no record"),
+        (
+            "a.json",
+            '[{"id": 1}, {"id": 2',
+            "a.json: damaged or of another kind .*Expecting ',' delimiter: line 1 column",
+        ),
+        ("a.json", '[{"id": 1}', "a.json: damaged .*column 11"),
+        ("a.json", '[{"id": 1} {"id": 2}]', "a.json: damaged .*column 12"),
+        ("a.json", '[{"id": 1}] more', "Extra data: line 1 column 13"),
+        ("a.json", '["text"]', 'a.json, record 0: .* expected {"id", "image", "conversations"'),
+        (
+            "a.json",
+            '{"id": 1, "data": []}',
+            "a.json, line 1 .id '1'.: .*no conversation.* or a question in \"text\"",
+        ),
+        ("a.json", '{\n"id": 1}', "a.json, line 1: damaged"),
+        ("a.jsonl", '\n{"id": "x", "conv', "a.jsonl, line 2: damaged"),
+        ("a.jsonl", "3\n", "line 1: .*expected {"),
+        ("a.jsonl", '{"id": "x"}', "line 1 .id 'x'.: "),
+        ("a.jsonl", '{"id": "x", "conversations": []}', "line 1 .id 'x'.: .*no conversation"),
+        (
+            "a.jsonl",
+            '{"id": "x", "conversations": [{"from": "human", "value": 3}]}',
+            "id 'x'.: .*turn 1 is 3 from 'human'",
+        ),
+        (
+            "a.jsonl",
+            '{"id": "x", "conversations": [{"from": "user", "value": "3"}]}',
+            "turn 1 is '3' from 'user'",
+        ),
+        ("a.jsonl", '{"id": "x", "conversations": ["hi"]}', "id 'x'.: .*expected {"),
+        ("a.jsonl", '{"id": "x", "image": 3, "text": "hi"}', '"image" is 3'),
+        ("a.jsonl", '{"id": "x", "text": "what", "answer": ["a"]}', "turn 2 is"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl: damaged .*RecursionError"),
+        ("a.jsonl", '{"a":' * 100_000, "a.jsonl, line 1: damaged .*RecursionError"),
+    ],
+)
 def test_a_broken_file_is_one_error_that_names_the_place(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
@@ -629,10 +980,20 @@ def test_no_name_climbs_out_of_the_image_root_but_a_link_in_it_may_lead_anywhere
     (pictures / "coco").symlink_to(tmp_path / "coco")
     (tmp_path / "linked").symlink_to(pictures)
     file = Records(write(tmp_path / "a.json", [record(0)]), tmp_path / "linked").files[0]
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "x/../../secret.png", "coco/../../secret.png", ".."):
+    for name in (
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "x/../../secret.png",
+        "coco/../../secret.png",
+        "..",
+    ):
         with pytest.raises(UserError, match="lies outside --image-root"):
             file.image_path(name)
-    assert file.image_path("b.png") == file.image_path(str(tmp_path / "linked" / "b.png")) == file.image_path("coco/../b.png")
+    assert (
+        file.image_path("b.png")
+        == file.image_path(str(tmp_path / "linked" / "b.png"))
+        == file.image_path("coco/../b.png")
+    )
     for name in ("b.png", "coco/c.png", "coco/../b.png"):
         assert open_image(file.image_path(name)).mode == "RGB"
     for name in ("a\0b", "x" * 5000, "."):
@@ -640,9 +1001,9 @@ def test_no_name_climbs_out_of_the_image_root_but_a_link_in_it_may_lead_anywhere
             open_image(file.image_path(name))
 
 
-# ---- examples and batches -------------------------------------------------------------------------------------------
+# ---- examples and batches --------
 
-CFG = VisionConfig(image_size=24, patch_size=12)                                       # 4 visual tokens a picture
+CFG = VisionConfig(image_size=24, patch_size=12)  # 4 visual tokens a picture
 
 
 def examples(path, pictures, tok, records, **change):
@@ -651,7 +1012,9 @@ def examples(path, pictures, tok, records, **change):
 
 
 def test_an_example_holds_tokens_labels_and_pixels_that_agree(tmp_path, pictures, tok):
-    e = examples(tmp_path / "a.json", pictures, tok, [record(0, "<image> or <image>?", image=["a.png", "b.png"])])[0]
+    e = examples(
+        tmp_path / "a.json", pictures, tok, [record(0, "<image> or <image>?", image=["a.png", "b.png"])]
+    )[0]
     assert e["tokens"].dtype == e["labels"].dtype == torch.int64 and e["tokens"].shape == e["labels"].shape
     assert e["pixels"].shape == (2, 3, 24, 24) and e["pixels"].dtype == torch.uint8
     assert (e["tokens"] == tok.image).sum() == 2 * CFG.n_token
@@ -659,15 +1022,28 @@ def test_an_example_holds_tokens_labels_and_pixels_that_agree(tmp_path, pictures
 
 
 def test_a_batch_is_padded_on_the_right_and_its_padding_costs_nothing(tmp_path, pictures, tok):
-    records = [record(0), record(1, "What?", "A red cat on a bus.", image=None), record(2, answer="Left.", image="b.png")]
+    records = [
+        record(0),
+        record(1, "What?", "A red cat on a bus.", image=None),
+        record(2, answer="Left.", image="b.png"),
+    ]
     items = examples(tmp_path / "a.json", pictures, tok, records)
     batch = collate([items[0], items[1], items[2]], tok.pad)
     B, T = batch["tokens"].shape
-    assert B == 3 and batch["labels"].shape == (B, T) and T == max(batch["lengths"]) and batch["ids"] == ["r0", "r1", "r2"]
+    assert (
+        B == 3
+        and batch["labels"].shape == (B, T)
+        and T == max(batch["lengths"])
+        and batch["ids"] == ["r0", "r1", "r2"]
+    )
     for row, n in enumerate(batch["lengths"]):
-        assert torch.equal(batch["tokens"][row, :n], items[row]["tokens"]) and torch.equal(batch["labels"][row, :n], items[row]["labels"])
+        assert torch.equal(batch["tokens"][row, :n], items[row]["tokens"]) and torch.equal(
+            batch["labels"][row, :n], items[row]["labels"]
+        )
         assert (batch["tokens"][row, n:] == tok.pad).all() and (batch["labels"][row, n:] == IGNORE).all()
-    assert torch.equal(batch["pixels"], torch.cat([items[0]["pixels"], items[2]["pixels"]]))     # the text row has none
+    assert torch.equal(
+        batch["pixels"], torch.cat([items[0]["pixels"], items[2]["pixels"]])
+    )  # the text row has none
 
 
 def test_a_batch_of_text_alone_has_no_pixels(tmp_path, tok):
@@ -675,8 +1051,19 @@ def test_a_batch_of_text_alone_has_no_pixels(tmp_path, tok):
     assert collate([items[0]], tok.pad)["pixels"].shape == (0, 3, 24, 24)
 
 
-BAD = [record(0), record(1, image="gone.png"), record(2, "word " * 600), record(3, answer=""), record(4, "<image><image>")]
-WHY = ["gone.png: no such picture.*--image-root", "500 allowed", "answer in turn 2 is empty", "2 <image> but 1 picture"]
+BAD = [
+    record(0),
+    record(1, image="gone.png"),
+    record(2, "word " * 600),
+    record(3, answer=""),
+    record(4, "<image><image>"),
+]
+WHY = [
+    "gone.png: no such picture.*--image-root",
+    "500 allowed",
+    "answer in turn 2 is empty",
+    "2 <image> for 1 picture",
+]
 
 
 def test_a_record_that_cannot_be_used_whole_stops_the_program_by_name(tmp_path, pictures, tok):
@@ -694,35 +1081,64 @@ def test_where_bad_records_are_skipped_each_is_counted_with_its_reason(tmp_path,
     assert collate([items[1]], tok.pad)["tokens"].shape == (0, 0)
 
 
-# ---- programs -------------------------------------------------------------------------------------------------------
+# ---- programs --------
+
 
 @pytest.fixture
 def program(capfd):
     """program("show", FILE, ...) -> exit code, what it printed, what it complained of."""
+
     def program(*argv):
         code = support_cli.run(lambda: tools_show.main([str(word) for word in argv]))
         return code, *capfd.readouterr()
+
     return program
 
 
 def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, capsys):
-    file = write(tmp_path / "a.json", [record(0), record(1, "<image> and <image>?", image=["a.png", "b.png"])])
+    file = write(
+        tmp_path / "a.json", [record(0), record(1, "<image> and <image>?", image=["a.png", "b.png"])]
+    )
     out = tmp_path / "show.png"
-    assert tools_show.main(["show", str(file), "--image_root", str(pictures), "--model", str(folder), "--id", "r1", f"--out={out}"]) == 0
+    assert (
+        tools_show.main(
+            [
+                "show",
+                str(file),
+                "--image_root",
+                str(pictures),
+                "--model",
+                str(folder),
+                "--id",
+                "r1",
+                f"--out={out}",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert text.count("<image> x 64") == 2 and "128 of them visual" in text and "</s>" in text
-    shown = Image.open(out)                                                # one below the other, each under its positions in the text
-    assert shown.size == (100, 2 * 116) and (shown.getpixel((48, 64)), shown.getpixel((48, 180))) == ((255, 0, 0), (0, 0, 255))
+    shown = Image.open(out)  # one below the other, each under its positions in the text
+    assert shown.size == (100, 2 * 116) and (shown.getpixel((48, 64)), shown.getpixel((48, 180))) == (
+        (255, 0, 0),
+        (0, 0, 255),
+    )
 
 
 def test_show_takes_the_template_from_the_model_or_from_the_flag(tmp_path, pictures, folder, capsys):
     file = write(tmp_path / "a.json", [record(0)])
     argv = ["show", str(file), "--image-root", str(pictures), f"--out={tmp_path / 'show.png'}"]
     tok = with_files(folder, tmp_path, config={"template": "llava_v0"})
-    assert tools_show.main([*argv, "--model", str(tok.path.parent)]) == 0 and tools_show.main([*argv, "--model", str(folder), "--template", "plain"]) == 0
+    assert (
+        tools_show.main([*argv, "--model", str(tok.path.parent)]) == 0
+        and tools_show.main([*argv, "--model", str(folder), "--template", "plain"]) == 0
+    )
     text = capsys.readouterr().out
     assert "template llava_v0, pictures 96 px" in text and "template plain" in text
-    assert support_cli.run(lambda: tools_show.main([*argv, "--model", str(folder), "--template", "internvl2.5"])) == 1
+    assert (
+        support_cli.run(lambda: tools_show.main([*argv, "--model", str(folder), "--template", "internvl2.5"]))
+        == 1
+    )
     assert "did you mean 'internvl2_5'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tools_show.main(["show", "--help"])
@@ -733,7 +1149,11 @@ def test_check_of_good_records_exits_with_0(tmp_path, pictures, folder, capsys):
     file = write(tmp_path / "a.jsonl", [record(0), record(0), record(1, "<image>?", image=None)])
     assert tools_show.main(["check", str(file), "--image-root", str(pictures), "--model", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "3 records read, 3 good, 0 wrong" in text and "0: 1 records, 1: 2 records" in text and "ids used repeatedly  1" in text
+    assert (
+        "3 records read, 3 good, 0 wrong" in text
+        and "0: 1 records, 1: 2 records" in text
+        and "ids used repeatedly  1" in text
+    )
     assert "<image> as a word    1 records" in text
 
 
@@ -760,7 +1180,9 @@ def test_an_error_in_a_loader_process_is_still_one_line(tmp_path, tok, pictures,
     def program():
         try:
             items[1]
-        except UserError:            # what a loader process does with an error: sends it over with its traceback in the text
+        except (
+            UserError
+        ):  # what a loader process does with an error: sends it over with its traceback in the text
             torch._utils.ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
     assert support_cli.run(program) == 1
@@ -772,16 +1194,45 @@ def test_the_photo_questions_are_whole(llama, capsys):
     if not PHOTOS.exists():
         pytest.skip(f"needs {PHOTOS}")
     argv = ["--image-root", str(PHOTOS), "--model", str(LLAMA), "--limit", "20"]
-    assert tools_show.main(["check", str(PHOTOS / "train.json"), *argv]) == 0 and tools_show.main(["check", str(PHOTOS / "val.jsonl"), *argv]) == 0
+    assert (
+        tools_show.main(["check", str(PHOTOS / "train.json"), *argv]) == 0
+        and tools_show.main(["check", str(PHOTOS / "val.jsonl"), *argv]) == 0
+    )
     assert "20 good, 0 wrong" in capsys.readouterr().out
 
 
-def test_the_questions_of_one_record_share_its_tiles_and_cost_what_they_cost_alone(tmp_path, pictures, tok, monkeypatch):
-    talk = [{"from": who, "value": text} for k in range(3) for who, text in (("human", f"<image>\nQuestion {k}?" if k == 0 else f"Question {k}?"), ("gpt", "Yes."))]
-    (tmp_path / "x.json").write_text(json.dumps([{"id": name, "image": f"{name}.png", "conversations": talk} for name in "ab"]))
-    vlm = VLM(VLMConfig(VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64), DecoderConfig(
-        vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=64), image_token=tok.image))
-    items = Examples(Records(tmp_path / "x.json", pictures).split_questions(), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256)
+def test_the_questions_of_one_record_share_its_tiles_and_cost_what_they_cost_alone(
+    tmp_path, pictures, tok, monkeypatch
+):
+    talk = [
+        {"from": who, "value": text}
+        for k in range(3)
+        for who, text in (
+            ("human", f"<image>\nQuestion {k}?" if k == 0 else f"Question {k}?"),
+            ("gpt", "Yes."),
+        )
+    ]
+    (tmp_path / "x.json").write_text(
+        json.dumps([{"id": name, "image": f"{name}.png", "conversations": talk} for name in "ab"])
+    )
+    vlm = VLM(
+        VLMConfig(
+            VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
+            DecoderConfig(
+                vocab_size=tok.vocab_size,
+                n_layer=2,
+                n_head=2,
+                n_kv_head=2,
+                n_embd=32,
+                head_dim=16,
+                n_hidden=64,
+            ),
+            image_token=tok.image,
+        )
+    )
+    items = Examples(
+        Records(tmp_path / "x.json", pictures).split_questions(), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256
+    )
     opened = []
     monkeypatch.setattr(items, "open_picture", lambda path, record: opened.append(path) or open_image(path))
     rows = [items[i] for i in (0, 1, 2, 5, 3)]
@@ -792,19 +1243,35 @@ def test_the_questions_of_one_record_share_its_tiles_and_cost_what_they_cost_alo
     together = vlm(batch["tokens"], batch["pixels"], layout=batch["layout"])
     for row, e in zip(together, rows):
         alone = collate([e], tok.pad)
-        assert_close(row[: len(e["tokens"])], vlm(alone["tokens"], alone["pixels"], layout=alone["layout"])[0])
+        assert_close(
+            row[: len(e["tokens"])], vlm(alone["tokens"], alone["pixels"], layout=alone["layout"])[0]
+        )
 
 
 def test_split_questions_makes_of_every_question_a_record_with_all_the_pictures(tmp_path, tok):
     turn = lambda who, text: {"from": who, "value": text}
-    talk = [turn("human", "<image>\nWhat?"), turn("gpt", "A cat."), turn("human", "Why?\n<image>"), turn("gpt", "Fur."), turn("human", "And?"), turn("gpt", "So.")]
-    lines = [{"id": "a", "image": ["1.png", "2.png"], "conversations": talk}, {"id": "b", "conversations": talk[4:]}, {"id": "c"}]
+    talk = [
+        turn("human", "<image>\nWhat?"),
+        turn("gpt", "A cat."),
+        turn("human", "Why?\n<image>"),
+        turn("gpt", "Fur."),
+        turn("human", "And?"),
+        turn("gpt", "So."),
+    ]
+    lines = [
+        {"id": "a", "image": ["1.png", "2.png"], "conversations": talk},
+        {"id": "b", "conversations": talk[4:]},
+        {"id": "c"},
+    ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     records = Records(tmp_path / "x.jsonl", tmp_path).split_questions()
     assert len(records) == 3 + 1 + 1 and records.runs.tolist() == [3, 1, 1]
     assert [records[i]["turns"] for i in range(4)] == [
-        [("human", "<image>\n<image>\nWhat?"), ("gpt", "A cat.")], [("human", "<image>\nWhy?\n<image>"), ("gpt", "Fur.")],
-        [("human", "<image>\n<image>\nAnd?"), ("gpt", "So.")], [("human", "And?"), ("gpt", "So.")]]
+        [("human", "<image>\n<image>\nWhat?"), ("gpt", "A cat.")],
+        [("human", "<image>\nWhy?\n<image>"), ("gpt", "Fur.")],
+        [("human", "<image>\n<image>\nAnd?"), ("gpt", "So.")],
+        [("human", "And?"), ("gpt", "So.")],
+    ]
     assert records[2]["where"] == f"{tmp_path / 'x.jsonl'}, line 1 (id 'a'), question 3"
     with pytest.raises(UserError, match="line 3.*no conversation"):
         records[4]
