@@ -221,7 +221,7 @@ def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
          "mm_projector_type": "mlp2x_gelu", "image_grid_pinpoints": [[336, 672], [1008, 336]]}
     (tmp_path / "config.json").write_text(json.dumps(c))
     assert find_tiling(read_config(tmp_path).vision, "anyres").grids == ((1, 2), (3, 1))
-    for wrong, says in (dict(image_grid_pinpoints=[[300, 336]]), "whole multiples"), (dict(mm_patch_merge_type="flat"), "'flat'"):
+    for wrong, says in (dict(image_grid_pinpoints=[[300, 336]]), "whole multiples"), (dict(mm_patch_merge_type="flat"), "not spatial_unpad"):
         (tmp_path / "config.json").write_text(json.dumps(c | wrong))
         with pytest.raises(UserError, match=f"config.json: .*{says}"):
             read_config(tmp_path)
@@ -407,7 +407,7 @@ def test_a_choice_of_tiles_that_cannot_be_is_one_line(go, capfd):
 def test_show_draws_every_tile_with_its_positions_and_row_ends(tmp_path, records, tok, mode, capsys):
     save(tiny(tok, mode), tok, tmp_path / "m")
     flags = {"--image-root": tmp_path, "--model": tmp_path / "m", "--id": "2", "--out": tmp_path / "s.png"}
-    assert tools_show.main(["show", str(records.path), *(str(x) for pair in flags.items() for x in pair)]) == 0
+    assert tools_show.main(["show", str(records.files[0].path), *(str(x) for pair in flags.items() for x in pair)]) == 0
     text, cfg = capsys.readouterr().out, tiny(tok, mode).cfg.vision
     cut = [cut_tiles(noise(*size), cfg, mode) for size in MIXED[2]]
     for (tiles, layout), name in zip(cut, ("20.png", "21.png", "22.png")):
