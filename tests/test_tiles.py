@@ -407,7 +407,7 @@ def test_a_choice_of_tiles_that_cannot_be_is_one_line(go, capfd):
 def test_show_draws_every_tile_with_its_positions_and_row_ends(tmp_path, records, tok, mode, capsys):
     save(tiny(tok, mode), tok, tmp_path / "m")
     flags = {"--image-root": tmp_path, "--model": tmp_path / "m", "--id": "2", "--out": tmp_path / "s.png"}
-    assert tools_show.main(["show", str(records.files[0].path), *(str(x) for pair in flags.items() for x in pair)]) == 0
+    assert tools_show.main([str(records.files[0].path), *(str(x) for pair in flags.items() for x in pair)]) == 0
     text, cfg = capsys.readouterr().out, tiny(tok, mode).cfg.vision
     cut = [cut_tiles(noise(*size), cfg, mode) for size in MIXED[2]]
     for (tiles, layout), name in zip(cut, ("20.png", "21.png", "22.png")):

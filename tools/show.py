@@ -1,83 +1,95 @@
-"""tools.show: moved here; to be rewritten."""
+"""Look at training data as the model meets it.
 
-from collections import Counter
-from dataclasses import replace
-from itertools import groupby
-from pathlib import Path
-import argparse
+    python -m tools.show FILE --image-root DIR          # one record, token by token, its tiles in show.png
+    python -m tools.show check FILE --image-root DIR    # missing and broken pictures, lengths, labels
+    python -m tools.show tokenizer FILE --out DIR       # the records' own words as tokens
+"""
+
 import re
 import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-import numpy as np
-import torch
 
-import vision
 from conversation import TEMPLATES, Tokenizer, train_tokenizer
 from data import Examples, Records
 from model import IGNORE
-from support.cli import UserError, parse_args, run
+from support.cli import REQUIRED, UserError, arg, parse, run
 from support.io import read_json
 from support.weights import default_template, picture_mode
+from vision import MODES, VisionConfig
+
+TOY = str(Path(__file__).parent.parent / "assets" / "toy-vicuna")
+GREY = "#303030"
 
 
-
-def tokenizer(args):
-    """Learn a tokenizer from the words of the records, for a decoder that starts from random weights (train.py --tokenizer)."""
-    path, records, words = Path(args.out) / "tokenizer.model", Records(args.file), []
-    if (path.parent / "config.json").exists():
-        raise UserError(f"--out {args.out}: a model is there, and its tokenizer belongs to it; give another folder")
-    for i in range(len(records)):
-        words += [word for _, text in records[i]["turns"] for word in text.replace("<image>", " ").split()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(path, (word[k : k + 1000] for word in words for k in range(0, len(word), 1000)), args.vocab_size)   # it drops long lines
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror}); give another folder") from None
-    plain = Counter(word for text in words for word in re.findall(r"\w+", text))
-    tok, n = Tokenizer(path), plain.total()
-    whole = sum(k for word, k in plain.items() if len(tok.encode(word)) == 1)
-    print(f"{path}: {args.vocab_size} tokens; of {n:,} words in {len(records):,} records {whole / max(1, n):.1%} are one token")
-    return 0
+@dataclass
+class DataConfig:
+    file: str = arg(REQUIRED, "JSON list or JSON lines of records", positional=True)
+    image_root: str = arg("", "folder that the picture names in FILE start from")
+    model: str = arg(TOY, "folder with tokenizer.model and config.json")
+    template: str = arg("", "how turns become text; empty: the model's own", choices=tuple(TEMPLATES))
+    image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=tuple(MODES))
+    max_length: int = arg(2048, "tokens; a longer record counts as wrong", at_least=1)
 
 
-
-def show(args):
-    """Print one record token by token, the supervised ones marked, and save its tiles as the network sees them."""
-    records, examples = open_examples(args, bad="stop")
-    i = args.index if args.id is None else find_record(records, args.id)
-    if not 0 <= i < len(records):
-        raise UserError(f"{args.file}: no record {i}; it holds {len(records)}, counted from 0")
-    example, tok, cfg = examples[i], examples.tok, examples.vision_cfg
-    tokens, labels = example["tokens"].tolist(), example["labels"].tolist()
-    print(records[i]["where"])
-    print(f"template {examples.template}, pictures {cfg.image_size} px in patches of {cfg.patch_size} px, mode {examples.image_mode}")
-    print(f"{'position':>11} {'id':>6} {'label':>6}  piece")
-    for _, run in groupby(range(len(tokens)), lambda k: -1 if tokens[k] == tok.image else k):   # a picture's tokens in one line
-        at, n = next(run), 1 + sum(1 for _ in run)
-        where, times = (f"{at}..{at + n - 1}", f" x {n}") if n > 1 else (at, "")
-        print(f"{where:>11} {tokens[at]:>6} {labels[at] if labels[at] != IGNORE else '.':>6}  {tok.piece(tokens[at])}{times}")
-    n_label = sum(label != IGNORE for label in labels)
-    print(f"{len(tokens)} tokens, {tokens.count(tok.image)} of them visual, {n_label} supervised (those with a label)")
-    if len(example["pixels"]):
-        place, at, drawn = [k for k, token in enumerate(tokens) if token == tok.image], 0, []
-        for name, n in zip(records[i]["images"], example["n_visual"]):
-            layout, where = example["layout"][at : at + n], place[at : at + n]
-            seen, at = layout[layout[:, 0] >= 0], at + n
-            print(f"{name}: {len(seen[:, 0].unique())} tiles, {n} visual tokens, {n - len(seen)} of them row ends")
-            drawn.append(draw_picture(example["pixels"], layout, where, cfg))
-        try:
-            stack(drawn).save(args.out)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--out {args.out}: cannot be written ({error}); give a path that ends in .png") from None
-        print(f"tiles saved as {args.out}")
-    return 0
+@dataclass
+class ShowConfig(DataConfig):
+    index: int = arg(0, "which record, counted from 0")
+    id: str = arg("", "which record, by its id")
+    out: str = arg("show.png", "file for the tiles, as the network meets them")
 
 
+@dataclass
+class CheckConfig(DataConfig):
+    limit: int = arg(0, "records to read at most, 0 for all", at_least=0)
+    workers: int = arg(0, "processes that open pictures beside this one", at_least=0)
 
-class Checked(Examples):
+
+@dataclass
+class TokenizerConfig:
+    file: str = arg(REQUIRED, "JSON list or JSON lines of records", positional=True)
+    out: str = arg(REQUIRED, "folder for tokenizer.model")
+    vocab_size: int = arg(512, "tokens in all: 259 bytes and marks, then characters, parts of words, words")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["check"]:
+        return check_records(parse(CheckConfig, argv[1:], __doc__))
+    if argv[:1] == ["tokenizer"]:
+        return make_tokenizer(parse(TokenizerConfig, argv[1:], __doc__))
+    return show_record(parse(ShowConfig, argv, __doc__))
+
+
+def open_examples(cfg, bad):
+    """The file as training with this model would read it; a config silent on pictures means the toy's."""
+    config = read_json(Path(cfg.model) / "config.json", {})
+    if config.get("model_type") == "plainvlm":
+        tower, mode = VisionConfig(**config["vision"]), config["image_mode"]
+    else:
+        sizes = config.get("vision_config", {})
+        if "mm_hidden_size" in config:  # the original LLaVA does not say
+            sizes = {"image_size": 336, "patch_size": 14}
+        image_size = config.get("force_image_size") or sizes.get("image_size", 96)
+        mode, tiling = picture_mode(config, image_size)
+        is_preset = cfg.image_mode == "internvl" and not sizes  # which train.py gives pixel shuffle
+        merge = 2 if is_preset or config.get("model_type") == "internvl_chat" else 1
+        tower = VisionConfig(image_size=image_size, patch_size=sizes.get("patch_size", 12), merge=merge)
+        tower = replace(tower, tiling=tiling)
+    records = Records(cfg.file, cfg.image_root)
+    template = cfg.template or default_template(config)
+    return Staged(records, Tokenizer(cfg.model), template, tower, cfg.image_mode or mode, cfg.max_length, bad)
+
+
+class Staged(Examples):
     """Examples that say how far they came, and whether <image> is a word in them."""
 
     def __getitem__(self, i):
@@ -94,6 +106,48 @@ class Checked(Examples):
         return super().encode(record, n_visual) | {"marker_is_text": marker_is_text}
 
 
+# ---- one record ----
+
+
+def show_record(cfg):
+    """Print a record token by token, and save its tiles as the network sees them."""
+    examples = open_examples(cfg, bad="stop")
+    records, tok, tower = examples.records, examples.tok, examples.vision_cfg
+    i = find_record(records, cfg.id) if cfg.id else cfg.index
+    if not 0 <= i < len(records):
+        raise UserError(f"{cfg.file}: no record {i}; it holds {len(records)}, counted from 0")
+    example = examples[i]
+    tokens = example["tokens"].tolist()
+    labels = example["labels"].tolist()
+
+    print(records[i]["where"])
+    size = f"{tower.image_size} px in patches of {tower.patch_size} px"
+    print(f"template {examples.template}, pictures {size}, mode {examples.image_mode}")
+    print_tokens(tok, tokens, labels)
+    n_label = sum(label != IGNORE for label in labels)
+    n_visual = tokens.count(tok.image)
+    print(f"{len(tokens)} tokens, {n_visual} of them visual, {n_label} supervised (those with a label)")
+    if not len(example["pixels"]):
+        return 0
+
+    # Its pictures one below the other, each with the positions of its tokens in the text.
+    positions = [k for k, token in enumerate(tokens) if token == tok.image]
+    drawn, start = [], 0
+    for name, n in zip(records[i]["images"], example["n_visual"]):
+        layout = example["layout"][start : start + n]
+        seen = layout[layout[:, 0] >= 0]
+        n_tile = len(seen[:, 0].unique())
+        print(f"{name}: {n_tile} tiles, {n} visual tokens, {n - len(seen)} of them row ends")
+        drawn.append(draw_picture(example["pixels"], layout, positions[start : start + n], tower))
+        start += n
+    try:
+        stack_images(drawn).save(cfg.out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {cfg.out}: cannot be written ({error}); let it end in .png") from None
+    print(f"tiles saved as {cfg.out}")
+    return 0
+
+
 def find_record(records, id):
     """Index of the first record with this id; the file is read up to it."""
     for i in range(len(records)):
@@ -102,84 +156,130 @@ def find_record(records, id):
     raise UserError(f"no record has the id {id!r}; use --index 0 to see the first one and its id")
 
 
-def draw_picture(pixels, layout, place, cfg, width=1600):
-    """One picture as the network meets it: its tiles in the order of their tokens, patches that were dropped as padding dark, a red bar for
-    each row end, and where in the text each tile or row begins and ends. Tiles that share rows stand on one canvas.
+def print_tokens(tok, tokens, labels):
+    """A line for each token; those of a picture share one."""
+    print(f"{'position':>11} {'id':>6} {'label':>6}  piece")
+    for _, same in groupby(range(len(tokens)), lambda k: -1 if tokens[k] == tok.image else k):
+        places = list(same)
+        first, n = places[0], len(places)
+        where = str(first) if n == 1 else f"{first}..{places[-1]}"
+        times = "" if n == 1 else f" x {n}"
+        label = "." if labels[first] == IGNORE else labels[first]
+        print(f"{where:>11} {tokens[first]:>6} {label:>6}  {tok.piece(tokens[first])}{times}")
 
-    pixels (n, 3, S, S) of the record, layout (M, 2) of the picture, `place` (M,) the position of each of its tokens in the text.
+
+def draw_picture(pixels, layout, positions, cfg, width=1600):
+    """One picture as the network meets it: its tiles in the order of their tokens, dropped patches dark.
+
+    pixels (n, 3, S, S) of the record, layout (M, 2) of the picture, positions (M,) of its tokens in the text.
+    Beside each tile, or each row that a row end closes (a red bar), stands where in the text it is.
+    Tiles that share rows stand on one canvas.
     """
-    S, g, P = cfg.image_size, cfg.grid // cfg.merge, cfg.patch_size * cfg.merge
-    rows, n = [tuple(row) for row in layout.tolist()], g * g
-    seen = torch.zeros(len(pixels), n, dtype=torch.bool)
-    seen[[tile for tile, _ in rows if tile >= 0], [patch for tile, patch in rows if tile >= 0]] = True
-    seen = seen.view(-1, g, 1, g, 1).expand(-1, g, P, g, P).reshape(-1, 1, g * P, g * P)
-    seen = torch.nn.functional.pad(seen, (0, S - g * P, 0, S - g * P))
-    tiles = torch.where(seen, pixels, pixels // 4).permute(0, 2, 3, 1).numpy()
-    alone = {i for i, (tile, patch) in enumerate(rows) if tile >= 0 and not patch and rows[i : i + n] == [(tile, k) for k in range(n)]}
-    cuts = sorted({0, len(rows)} | alone | {i + n for i in alone})
+    rows = [tuple(row) for row in layout.tolist()]
+    tiles = darken_dropped(pixels, rows, cfg)
+
+    # A tile whose patches come in one run stands alone; what lies between such tiles shares rows.
+    n = (cfg.grid // cfg.merge) ** 2
+    cuts = {0, len(rows)}
+    for start, (tile, _) in enumerate(rows):
+        if tile >= 0 and rows[start : start + n] == [(tile, patch) for patch in range(n)]:
+            cuts |= {start, start + n}
+    cuts = sorted(cuts)
     blocks = []
     for start, end in zip(cuts, cuts[1:]):
-        ends = [k for k in range(start, end) if rows[k][0] < 0]
-        order = list(dict.fromkeys(tile for tile, _ in rows[start:end] if tile >= 0))
-        columns = len({tile for tile, _ in rows[start : ends[0]]}) if ends else 1
-        if not order:                                                       # a picture so thin that of its map only row ends are left
-            continue
-        corner = {tile: (i % columns * (S + 2), 16 + i // columns * (S + 2)) for i, tile in enumerate(order)}
-        block = Image.new("RGB", (columns * (S + 2) + (80 if ends else 2), 18 + -(-len(order) // columns) * (S + 2)), "#303030")
-        pen = ImageDraw.Draw(block)
-        pen.text((2, 2), f"{place[start]}..{place[end - 1]}", fill="white", font_size=11)
-        for tile, spot in corner.items():
-            block.paste(Image.fromarray(tiles[tile]), spot)
-        for begin, k in zip([start] + [k + 1 for k in ends], ends):
-            (tile, patch), x = rows[k - 1], columns * (S + 2)
-            y = corner[tile][1] + patch // g * P
-            pen.rectangle((x + 1, y + 1, x + 6, y + P - 2), fill="#f03030")
-            pen.text((x + 10, y), f"{place[begin]}..{place[k]}", fill="#d0d0d0", font_size=10)
-        blocks.append(block)
-    return stack(blocks, width)
+        if any(tile >= 0 for tile, _ in rows[start:end]):  # of a very thin picture only row ends may be left
+            blocks.append(draw_block(tiles, rows[start:end], positions[start:end], cfg))
+    return stack_images(blocks, width)
 
 
+def darken_dropped(pixels, rows, cfg):
+    """-> (n, S, S, 3) uint8, in which patches that no visual token stands for are dark."""
+    S, g, P = cfg.image_size, cfg.grid // cfg.merge, cfg.patch_size * cfg.merge
+    seen = torch.zeros(len(pixels), 1, S, S, dtype=torch.bool)
+    for tile, patch in rows:
+        if tile >= 0:
+            y, x = patch // g * P, patch % g * P
+            seen[tile, :, y : y + P, x : x + P] = True
+    return torch.where(seen, pixels, pixels // 4).permute(0, 2, 3, 1).numpy()
 
-def stack(images, width=0):
+
+def draw_block(tiles, rows, positions, cfg):
+    """Tiles on one canvas: a single one, or a grid of those that share rows."""
+    g, P = cfg.grid // cfg.merge, cfg.patch_size * cfg.merge
+    step = cfg.image_size + 2
+    ends = [k for k, (tile, _) in enumerate(rows) if tile < 0]
+    order = list(dict.fromkeys(tile for tile, _ in rows if tile >= 0))
+    n_column = len({tile for tile, _ in rows[: ends[0]]}) if ends else 1
+    n_row = -(-len(order) // n_column)
+    block = Image.new("RGB", (n_column * step + (80 if ends else 2), n_row * step + 18), GREY)
+    pen = ImageDraw.Draw(block)
+    pen.text((2, 2), f"{positions[0]}..{positions[-1]}", fill="white", font_size=11)
+    top = {}
+    for i, tile in enumerate(order):
+        top[tile] = 16 + i // n_column * step
+        block.paste(Image.fromarray(tiles[tile]), (i % n_column * step, top[tile]))
+
+    # A red bar for each row end, and which tokens the row has.
+    x, begin = n_column * step, 0
+    for end in ends:
+        tile, patch = rows[end - 1]
+        y = top[tile] + patch // g * P
+        pen.rectangle((x + 1, y + 1, x + 6, y + P - 2), fill="#f03030")
+        pen.text((x + 10, y), f"{positions[begin]}..{positions[end]}", fill="#d0d0d0", font_size=10)
+        begin = end + 1
+    return block
+
+
+def stack_images(images, width=0):
     """Pictures one below the other, or beside each other as far as the width goes."""
-    spots, x, y, low = [], 0, 0, 0
+    spots, x, y, bottom = [], 0, 0, 0
     for image in images:
         if x and x + image.width > width:
-            x, y = 0, low
+            x, y = 0, bottom
         spots.append((x, y))
-        x, low = x + image.width, max(low, y + image.height)
-    sheet = Image.new("RGB", (max(x + image.width for (x, _), image in zip(spots, images)), low), "#303030")
+        x += image.width
+        bottom = max(bottom, y + image.height)
+    right = max(x + image.width for (x, _), image in zip(spots, images))
+    sheet = Image.new("RGB", (right, bottom), GREY)
     for spot, image in zip(spots, images):
         sheet.paste(image, spot)
     return sheet
 
 
+# ---- all records ----
 
-def check(args):
+
+def check_records(cfg):
     """Read every record as training would, and say what is in the file and what is wrong with it."""
-    records, examples = open_examples(args, bad="skip")
-    n = min(args.limit or len(records), len(records))
-    problems, stages, ids, pictures, lengths, n_label, n_word = [], Counter(), Counter(), Counter(), [], 0, 0
-    loader = DataLoader(Subset(examples, range(n)), batch_size=None, num_workers=args.workers)
+    examples = open_examples(cfg, bad="skip")
+    n = min(cfg.limit or len(examples), len(examples))
+    good, problems, stages = [], [], Counter()
+    loader = DataLoader(Subset(examples, range(n)), batch_size=None, num_workers=cfg.workers)
     for example in tqdm(loader, desc="check", unit="record", disable=None):
         if "skipped" in example:
             problems.append(example["skipped"])
             stages[example["stage"]] += 1
             continue
-        ids[example["id"]] += 1
-        pictures[len(example["n_visual"])] += 1
-        lengths.append(len(example["tokens"]))
-        n_label += int((example["labels"] != IGNORE).sum())
-        n_word += example["marker_is_text"]
-    print(f"{args.file}: {n} records read, {len(lengths)} good, {len(problems)} wrong")
-    if lengths:
+        n_label = int((example["labels"] != IGNORE).sum())
+        n_picture = len(example["n_visual"])
+        good.append((example["id"], len(example["tokens"]), n_label, n_picture, example["marker_is_text"]))
+
+    print(f"{cfg.file}: {n} records read, {len(good)} good, {len(problems)} wrong")
+    n_repeated = n_word = 0
+    if good:
+        ids, lengths, n_labels, n_pictures, words = zip(*good)
+        n_repeated = sum(count > 1 for count in Counter(ids).values())
+        n_word = sum(words)
         low, mid, high, top = np.percentile(lengths, [0, 50, 95, 100], method="higher")
-        print(f"  tokens per record    min {low}, median {mid}, 95% {high}, max {top}; {sum(lengths):,} in all\n"
-              f"  supervised           {n_label:,} tokens, {n_label / sum(lengths):.1%}\n"
-              f"  pictures per record  {', '.join(f'{k}: {pictures[k]} records' for k in sorted(pictures))}")
-    print(f"  ids used repeatedly  {sum(count > 1 for count in ids.values())} (no fault: nothing is looked up by id)\n"
-          f"  <image> as a word    {n_word} records (no fault: they have no picture, so it stands for none)\n"
-          f"  wrong                {stages['record']} unreadable records, {stages['picture']} with a missing or broken picture, "
+        pictures = ", ".join(f"{k}: {count} records" for k, count in sorted(Counter(n_pictures).items()))
+        spread = f"min {low}, median {mid}, 95% {high}, max {top}"
+        print(f"  tokens per record    {spread}; {sum(lengths):,} in all")
+        print(f"  supervised           {sum(n_labels):,} tokens, {sum(n_labels) / sum(lengths):.1%}")
+        print(f"  pictures per record  {pictures}")
+    print(f"  ids used repeatedly  {n_repeated} (no fault: nothing is looked up by id)")
+    print(f"  <image> as a word    {n_word} records (no fault: they have no picture, so it stands for none)")
+    print(f"  wrong                {stages['record']} unreadable records, "
+          f"{stages['picture']} with a missing or broken picture, "
           f"{stages['conversation']} with a conversation that cannot be used")
     for problem in problems[:20]:
         print(f"wrong: {problem}")
@@ -188,51 +288,35 @@ def check(args):
     return 1 if problems else 0
 
 
-
-def open_examples(args, bad):
-    """The file as training with this model would read it. A config.json that says nothing of pictures, as a language model's, means the toy's."""
-    config, records = read_json(Path(args.model) / "config.json", {}), Records(args.file, args.image_root)
-    if config.get("model_type") == "plainvlm":
-        tower, mode = vision.VisionConfig(**config["vision"]), config["image_mode"]
-    else:
-        sizes = config.get("vision_config", {"image_size": 336, "patch_size": 14} if "mm_hidden_size" in config else {})
-        tower = vision.VisionConfig(image_size=config.get("force_image_size") or sizes.get("image_size", 96), patch_size=sizes.get("patch_size", 12),
-                                    merge=2 if config.get("model_type") == "internvl_chat" else 1)
-        mode, tiling = picture_mode(config, tower.image_size)
-        preset = args.image_mode == "internvl" and not sizes                # which train.py gives pixel shuffle
-        tower = replace(tower, tiling=tiling, merge=2 if preset else tower.merge)
-    template = args.template or default_template(config)
-    return records, Checked(records, Tokenizer(args.model), template, tower, args.image_mode or mode, args.max_length, bad)
+# ---- a tokenizer ----
 
 
+def make_tokenizer(cfg):
+    """Learn a tokenizer from the words of the records, for a decoder that starts from random weights."""
+    path = Path(cfg.out) / "tokenizer.model"
+    if (path.parent / "config.json").exists():
+        raise UserError(f"--out {cfg.out}: a model is there, with its tokenizer; give another folder")
+    records = Records(cfg.file)
+    words = []
+    for i in range(len(records)):
+        for _, text in records[i]["turns"]:
+            words += text.replace("<image>", " ").split()
 
-def main(argv=None):
-    cli = argparse.ArgumentParser(prog="python -m tools.show", description="Look at training data as the model meets it.")
-    programs = cli.add_subparsers(required=True, metavar="{show,check,tokenizer}")
-    for program in (show, check):
-        sub = programs.add_parser(program.__name__, help=program.__doc__, description=program.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(program=program)
-        sub.add_argument("file", help="JSON list or JSONL of records")
-        sub.add_argument("--image-root", help="folder that the picture names in FILE start from")
-        sub.add_argument("--model", default=str(Path(__file__).parent / "assets" / "toy-vicuna"), help="folder with tokenizer.model and config.json")
-        sub.add_argument("--template", default="", help=f"how turns become text: {', '.join(TEMPLATES)}; empty: the model's own")
-        sub.add_argument("--image-mode", default="", choices=["", *vision.MODES], help="how a picture becomes tiles; empty: the model's own")
-        sub.add_argument("--max-length", type=int, default=2048, help="tokens; a longer record counts as wrong")
-        if program is show:
-            sub.add_argument("--index", type=int, default=0, help="which record, counted from 0")
-            sub.add_argument("--id", help="which record, by its id")
-            sub.add_argument("--out", default="show.png", help="file for the tiles, as the network meets them")
-        else:
-            sub.add_argument("--limit", type=int, default=0, help="records to read at most, 0 for all")
-            sub.add_argument("--workers", type=int, default=0, help="processes that open pictures beside this one")
-    sub = programs.add_parser("tokenizer", help=tokenizer.__doc__, description=tokenizer.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    sub.set_defaults(program=tokenizer)
-    sub.add_argument("file", help="JSON list or JSONL of records")
-    sub.add_argument("--vocab-size", type=int, default=512, help="tokens in all: 259 are bytes and marks, the others characters, parts of words and words")
-    sub.add_argument("--out", required=True, help="folder for tokenizer.model")
-    args = parse_args(cli, sys.argv[1:] if argv is None else argv)
-    return args.program(args)
+    # sentencepiece drops long lines.
+    pieces = (word[k : k + 1000] for word in words for k in range(0, len(word), 1000))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(path, pieces, cfg.vocab_size)
+    except OSError as error:
+        raise UserError(f"--out {cfg.out}: cannot be written ({error.strerror})") from None
+
+    tok = Tokenizer(path)
+    counts = Counter(word for text in words for word in re.findall(r"\w+", text))
+    n = counts.total()
+    n_whole = sum(count for word, count in counts.items() if len(tok.encode(word)) == 1)
+    share = f"of {n:,} words in {len(records):,} records {n_whole / max(1, n):.1%} are one token"
+    print(f"{path}: {cfg.vocab_size} tokens; {share}")
+    return 0
 
 
 if __name__ == "__main__":
