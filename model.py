@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from support.cli import UserError
-from vision import TILINGS, ViT, VisionConfig, find_tiling, random_normal
+from vision import TILINGS, VisionConfig, ViT, find_tiling, random_normal
 
 IGNORE = -100                        # the label of a token that is not supervised
 CONNECTORS = {                       # name -> its linear layers; between two stands a GELU

@@ -21,17 +21,17 @@ Deviations:
   - a tile of which no patch is kept is not looked at; LLaVA-NeXT runs it and drops its features.
 """
 
+import math
+import warnings
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-import math
-import warnings
 
-from PIL import Image, ImageOps
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 from support.cli import UserError
 from support.io import reading
@@ -76,6 +76,8 @@ class VisionConfig:
         if isinstance(self.tiling, dict):  # as config.json has it
             chosen = {name: self.tiling[name] for name in ("grids", "global_view")}
             self.tiling = replace(TILINGS[self.tiling["mode"]], **chosen)
+        if self.n_head < 1 or self.n_embd % self.n_head:
+            raise UserError(f"a tower {self.n_embd} wide cannot be shared by {self.n_head} heads")
         if not self.grid or self.grid % self.merge:
             raise UserError(f"{self.grid} patches in {self.image_size} px cannot be merged by {self.merge}")
         if not 0 <= self.depth <= self.n_layer:
