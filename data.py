@@ -1,20 +1,21 @@
 """Records of a file to batches for the model.
 
 The way of a record:
-    FILE  --Records-->       {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", "A cat.")]}
+    FILE  --Records-->     {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", "Cat.")]}
       --vision.py-->         tiles (n, 3, S, S) uint8; layout (M, 2) of the M visual tokens they will become
       --conversation.py-->   tokens (T,), labels (T,); a picture is a run of that many image-token ids
       --collate-->           tokens (B, T), labels (B, T), padded on the right;
                              pixels (N, 3, S, S) and layout (M, 2) of all pictures of the batch
 
 FILE is a JSON list, or has one record per line (JSON lines). A record is one of these:
-    {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}   LLaVA's
+    {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
     {"question_id", "image", "text", "answer"}       a question; "question" may stand for "text"
     {"image", "question", "chosen", "rejected"}      a preference pair; here its answer is the chosen one
 "image" is a file name below --image-root, a list of them, or not there.
 
-Where this departs from LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL (arXiv:2411.10442):
-a conversation that is too long is an error or a counted skip. They cut it, or set all its labels to IGNORE.
+Where this departs from LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL
+(arXiv:2411.10442): a conversation that is too long is an error or a counted skip. They cut it, or set all
+its labels to IGNORE.
 
     python -m tools.show FILE --image-root DIR           # one record as the model meets it
     python -m tools.show check FILE --image-root DIR     # missing and broken pictures, lengths, labels
@@ -44,8 +45,9 @@ RECORD = '{"id", "image", "conversations": [' + TURN + ", ...]}"
 class Records:
     """The records of one file or of several, each parsed when it is asked for.
 
-    `index` (n, 5) has a row for each: its file, its number there, its first byte, the byte behind its last, and
-    which of its questions is meant, -1 for all. A weight of 2 has every row twice, a fraction of 0.1 a tenth of them.
+    `index` (n, 5) has a row for each: its file, its number there, its first byte, the byte behind its last,
+    and which of its questions is meant, -1 for all. A weight of 2 has every row twice, a fraction of 0.1 a
+    tenth of them.
     """
 
     def __init__(self, data, image_root=None, weights="", fraction=1.0, seed=0):
@@ -60,7 +62,8 @@ class Records:
             rows = file.find_rows(k)
             if len(self.files) > 1 or file.weight * fraction != 1:
                 chosen = choose_rows(len(rows), file.weight * fraction, [seed, k])
-                print(f"{file.path}: {len(chosen):,} of {len(rows):,} records an epoch (weight {file.weight:g})")
+                share = f"{len(chosen):,} of {len(rows):,} records"
+                print(f"{file.path}: {share} an epoch (weight {file.weight:g})")
                 rows = rows[chosen]
             parts.append(rows)
         self.index = np.concatenate(parts) if len(parts) > 1 else rows
@@ -69,8 +72,8 @@ class Records:
         return len(self.index)
 
     def __getitem__(self, i):
-        """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)], and where
-        it comes from: where (for errors), file (a DataFile), row (i)."""
+        """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)], and
+        where it comes from: where (for errors), file (a DataFile), row (i)."""
         k, number, start, end, question = self.index[i].tolist()
         file = self.files[k]
         where = file.place(number)
@@ -94,8 +97,8 @@ class Records:
     def split_questions(self):
         """Make a row of every question with its answer. All records are read once, to count their questions.
 
-        A decoder that starts from nothing learns from short rows which words matter, long before it does so in
-        long ones.
+        A decoder that starts from nothing learns from short rows which words matter, long before it does so
+        in long ones.
         """
         counts = []
         for i in range(len(self)):
@@ -114,14 +117,16 @@ class Records:
         return np.diff(first, append=len(self))
 
     def guess_tokens(self, i, n_visual):
-        """Good enough to share out work, and without parsing: 4 bytes a token, one picture of n_visual tokens."""
+        """Good enough to share out work, and without parsing: 4 bytes a token, one picture of n_visual
+        tokens."""
         k, _, start, end, _ = self.index[i].tolist()
         has_picture = b'"image"' in self.files[k].read(start, end)
         return (end - start) / 4 + n_visual * has_picture
 
 
 class DataFile:
-    """One file of records. JSON lines stay on the disk; a JSON list is read once and kept as JSON lines, in bytes."""
+    """One file of records. JSON lines stay on the disk; a JSON list is read once and kept as JSON lines, in
+    bytes."""
 
     weight = 1.0
     recompress = False  # MMPR's data_augment, which mpo.py minds
@@ -169,7 +174,7 @@ class DataFile:
             raise UserError(f"picture {name!r}: in which folder? Give --image-root")
         path = Path(os.path.normpath(self.image_root / name))  # "a/../b" is "b", wherever the link a may lead
         if not path.is_relative_to(self.image_root):
-            raise UserError(f"picture {name!r} lies outside --image-root {self.image_root}; link a folder into it")
+            raise UserError(f"picture {name!r} lies outside --image-root {self.image_root}; link it in")
         return path
 
 
@@ -180,8 +185,8 @@ def file_head(path):
 
 
 def open_files(data, image_root=None):
-    """-> [DataFile]. MMPR's meta.json is {name: {"root", "annotation", "repeat_time", "data_augment"}}; its paths
-    start at --image-root, or at its own folder."""
+    """-> [DataFile]. MMPR's meta.json is {name: {"root", "annotation", "repeat_time", "data_augment"}}; its
+    paths start at --image-root, or at its own folder."""
     paths = data.split(",")
     if len(paths) > 1 or not data.endswith(".json") or b'"annotation"' not in file_head(data):
         return [DataFile(path, image_root) for path in paths]
@@ -191,7 +196,7 @@ def open_files(data, image_root=None):
         try:
             file = DataFile(base / entry["annotation"], base / entry.get("root", ""))
         except UserError as error:
-            raise UserError(f"{data}, {name!r}: {error}. Write your own paths there, not the authors'") from None
+            raise UserError(f"{data}, {name!r}: {error}. Write your own paths there") from None
         file.weight = float(entry.get("repeat_time", 1))
         file.recompress = bool(entry.get("data_augment"))
         files.append(file)
@@ -199,11 +204,13 @@ def open_files(data, image_root=None):
 
 
 def choose_rows(n, share, seed):
-    """Which of n rows an epoch shows. A share of 0.1 shows a tenth; 2.5 shows all twice, and half of them once more."""
+    """Which of n rows an epoch shows. A share of 0.1 shows a tenth; 2.5 shows all twice, and half of them
+    once more."""
     if share <= 0:
         raise UserError(f"a weight of {share:g}: every weight must be above 0")
     times, n_drawn = divmod(max(1, round(n * share)), n)
-    drawn = np.random.default_rng(seed).permutation(n)[:n_drawn]  # the first of a larger share: fractions are nested
+    # These are the first of a larger share: fractions are nested.
+    drawn = np.random.default_rng(seed).permutation(n)[:n_drawn]
     return np.concatenate([np.tile(np.arange(n), times), np.sort(drawn)])
 
 
@@ -242,7 +249,8 @@ def find_questions(turns):
 
 
 class Examples(Dataset):
-    """Records as the model takes them. bad: "stop" at one that cannot be used whole, or "skip" it and say why."""
+    """Records as the model takes them. bad: "stop" at one that cannot be used whole, or "skip" it and say
+    why."""
 
     def __init__(self, records, tok, template, vision_cfg, image_mode, max_length, bad="stop"):
         find_template(template)  # an unknown one is said before any work
@@ -277,7 +285,8 @@ class Examples(Dataset):
         except UserError as error:
             raise UserError(f"{record['where']}: {error}") from None
         pixels, layout = vision.join_pictures(pictures or [no_picture(self.vision_cfg.image_size)])
-        return example | {"pixels": pixels, "layout": layout, "pictures_of": first, "id": record["id"], "index": i}
+        example |= {"pixels": pixels, "layout": layout, "pictures_of": first}
+        return example | {"id": record["id"], "index": i}
 
     def cut_pictures(self, record):
         """-> [(tiles, layout), ...]"""
@@ -333,7 +342,8 @@ def collate(examples, pad, multiple=1, more=None):
     for _, same in groupby(used, key=lambda e: e["pictures_of"]):
         same = list(same)
         pictures.append((same[0]["pixels"], torch.cat([e["layout"] for e in same])))
-    batch["pixels"], batch["layout"] = vision.join_pictures(pictures or [no_picture(0)])  # (N, 3, S, S), (M, 2)
+    pixels, layout = vision.join_pictures(pictures or [no_picture(0)])
+    batch["pixels"], batch["layout"] = pixels, layout  # (N, 3, S, S), (M, 2)
     return batch
 
 
@@ -349,7 +359,8 @@ def micro_batches(examples, size, pad, budget=0, collate=collate):
 
 
 def group_by_length(examples, budget, waste=64):
-    """Longest first: if memory is short, it is at once. Rows that would be padded by more than `waste` start anew."""
+    """Longest first: if memory is short, it is at once. Rows that would be padded by more than `waste` start
+    anew."""
     groups = []
     width = 0
     for example in sorted(examples, key=n_tokens, reverse=True):
@@ -371,7 +382,8 @@ def round_up(n, multiple):
 
 
 def draw_batches(runs, size, steps, seed):
-    """Lists of indices, one a step. Every epoch has all of them in a new order; a batch may reach into the next.
+    """Lists of indices, one a step. Every epoch has all of them in a new order; a batch may reach into the
+    next.
 
     runs: how many neighbours stay together each time (Records.runs); in all, as many as there are indices.
     """
@@ -389,7 +401,8 @@ def draw_batches(runs, size, steps, seed):
 
 
 def share_by_rank(batch, records, n_visual, rank=0, world=1):
-    """What this process takes of a step's records: dealt out longest first, each to whoever has least so far."""
+    """What this process takes of a step's records: dealt out longest first, each to whoever has least so far.
+    """
     if world == 1:
         return batch
     tokens = {i: records.guess_tokens(i, n_visual) for i in batch}

@@ -1086,7 +1086,8 @@ def test_where_bad_records_are_skipped_each_is_counted_with_its_reason(tmp_path,
 
 @pytest.fixture
 def program(capfd):
-    """program(FILE, ...) or program("check", FILE, ...) -> exit code, what it printed, what it complained of."""
+    """program(FILE, ...) or program("check", FILE, ...) -> exit code, what it printed, what it complained of.
+    """
 
     def program(*argv):
         code = support_cli.run(lambda: tools_show.main([str(word) for word in argv]))

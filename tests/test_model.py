@@ -1,4 +1,5 @@
-"""The decoder and the whole model against transformers', generation against itself, and model directories, good and damaged."""
+"""The decoder and the whole model against transformers', generation against itself, and model directories,
+good and damaged."""
 
 import io
 import json
@@ -7,7 +8,6 @@ import multiprocessing
 import os
 import resource
 import string
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,23 +23,50 @@ from torch.utils._pytree import tree_leaves
 
 import model
 from conversation import Tokenizer, encode_prompt
-from support.cli import run
-from model import Connector, Decoder, DecoderConfig, PRESETS, RMSNorm, VLM, VLMConfig, init_weights, pick_token, rotary_angles, rotate
-from model import Sampling, TokenLogProbs, token_log_probs
+from model import (
+    PRESETS,
+    VLM,
+    Connector,
+    Decoder,
+    DecoderConfig,
+    RMSNorm,
+    Sampling,
+    TokenLogProbs,
+    VLMConfig,
+    init_weights,
+    pick_token,
+    rotary_angles,
+    rotate,
+    token_log_probs,
+)
+from support.cli import UserError, run
 from support.export import clip_json, llama_json, llama_name, llava_config, llava_name, save_processor
-from support.io import write_whole
-from support.io import read_json
+from support.io import read_json, write_whole
 from support.weights import decoder_config, load_decoder, load_vision, read_config, vision_config
-from support.cli import UserError
-from vision import ViT, VisionConfig, cut_tiles
+from vision import VisionConfig, ViT, cut_tiles
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 LLAMA = ROOT.parent / "shared" / "tokenizers" / "llama2.model"
 IMAGE, PAD, EOS, IGNORE = 80, 81, 2, -100
-TINY = VLMConfig(VisionConfig(image_size=28, patch_size=14, n_embd=32, n_layer=3, n_head=2, n_hidden=64),             # 4 visual tokens
-                 DecoderConfig(vocab_size=96, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=48, block_size=64,
-                               rope_theta=500.0), image_token=IMAGE, pad_token=PAD)
+TINY = VLMConfig(
+    VisionConfig(
+        image_size=28, patch_size=14, n_embd=32, n_layer=3, n_head=2, n_hidden=64
+    ),  # 4 visual tokens
+    DecoderConfig(
+        vocab_size=96,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        head_dim=16,
+        n_hidden=48,
+        block_size=64,
+        rope_theta=500.0,
+    ),
+    image_token=IMAGE,
+    pad_token=PAD,
+)
 
 
 def lively(module):
@@ -56,7 +83,9 @@ def vlm():
 
 
 def pictures(n):
-    return torch.randint(0, 256, (n, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    return torch.randint(
+        0, 256, (n, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
+    )
 
 
 def prompt(length, n_picture=0):
@@ -65,10 +94,13 @@ def prompt(length, n_picture=0):
     return [1] + [i for word in words[:n_picture] for i in [word] + [IMAGE] * 4] + words[n_picture:]
 
 
-# ---- the decoder ----------------------------------------------------------------------------------------------------
+# ---- the decoder --------
+
 
 @torch.no_grad()
-@pytest.mark.parametrize("n_kv_head, head_dim", [(4, 8), (2, 8), (1, 16)])  # 4 heads, 32 channels: 16 is not 32 / 4
+@pytest.mark.parametrize(
+    "n_kv_head, head_dim", [(4, 8), (2, 8), (1, 16)]
+)  # 4 heads, 32 channels: 16 is not 32 / 4
 def test_the_decoder_equals_llama_with_few_or_many_key_value_heads(n_kv_head, head_dim):
     cfg = replace(TINY.decoder, n_kv_head=n_kv_head, head_dim=head_dim)
     ours, tokens = lively(Decoder(cfg)), torch.tensor([prompt(20), prompt(21)[:21]])
@@ -83,12 +115,14 @@ def test_attention_equals_the_sum_written_out_here():
     cfg = TINY.decoder
     attn, x = lively(model.CausalAttention(cfg)), torch.randn(1, 6, 32)
     rope = rotary_angles(torch.arange(6)[None], cfg)
-    q, k, v = (proj(x)[0].view(6, -1, 16) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))              # (T, H, d)
+    q, k, v = (proj(x)[0].view(6, -1, 16) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))  # (T, H, d)
     heads = torch.zeros(6, 4, 16)
     for h in range(4):
         for t in range(6):
             turn = lambda z, at: rotate(z, *(r[0, 0, at] for r in rope))
-            score = torch.stack([turn(q[t, h], t) @ turn(k[s, h // 2], s) / math.sqrt(16) for s in range(t + 1)])
+            score = torch.stack(
+                [turn(q[t, h], t) @ turn(k[s, h // 2], s) / math.sqrt(16) for s in range(t + 1)]
+            )
             heads[t, h] = score.softmax(0) @ v[: t + 1, h // 2]
     assert_close(attn(x, rope)[0], attn.o_proj(heads.flatten(1)))
 
@@ -98,20 +132,30 @@ def test_rotary_positions_turn_pairs_so_that_only_the_distance_counts():
     cos, sin = (r[0, 0] for r in rotary_angles(torch.arange(9)[None], cfg))
     dot = lambda m, n: rotate(a, cos[m], sin[m]) @ rotate(b, cos[n], sin[n])
     assert_close(dot(2, 5), dot(5, 8))
-    pair = complex(a[0], a[2]) * complex(math.cos(3), math.sin(3)), complex(a[1], a[3]) * complex(math.cos(0.3), math.sin(0.3))   # 100^(-2/4) = 0.1
-    assert_close(rotate(a, cos[3], sin[3]), torch.tensor([pair[0].real, pair[1].real, pair[0].imag, pair[1].imag]))
+    pair = (
+        complex(a[0], a[2]) * complex(math.cos(3), math.sin(3)),
+        complex(a[1], a[3]) * complex(math.cos(0.3), math.sin(0.3)),
+    )  # 100^(-2/4) = 0.1
+    assert_close(
+        rotate(a, cos[3], sin[3]), torch.tensor([pair[0].real, pair[1].real, pair[0].imag, pair[1].imag])
+    )
 
 
 def test_rms_norm_divides_by_the_root_of_the_mean_square():
     norm = RMSNorm(2, eps=0.0)
     assert_close(norm(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]) / math.sqrt(12.5))
-    assert norm(torch.tensor([300.0, 400.0], dtype=torch.float16)).isfinite().all()         # the square of 300 is none in float16
+    assert (
+        norm(torch.tensor([300.0, 400.0], dtype=torch.float16)).isfinite().all()
+    )  # the square of 300 is none in float16
 
 
 def test_the_published_models_have_their_published_numbers_of_parameters():
     size = lambda module: sum(p.numel() for p in module.parameters())
     with torch.device("meta"):
-        for name, decoder, connector in ("llava-1.5-7b", 6_738_415_616, 20_979_712), ("llava-1.5-13b", 13_015_864_320, 31_467_520):
+        for name, decoder, connector in (
+            ("llava-1.5-7b", 6_738_415_616, 20_979_712),
+            ("llava-1.5-13b", 13_015_864_320, 31_467_520),
+        ):
             cfg = PRESETS[name]
             assert size(Decoder(replace(cfg.decoder, vocab_size=32000))) == decoder
             assert size(Connector(cfg)) == connector
@@ -124,14 +168,19 @@ def test_an_impossible_decoder_is_refused(change):
         replace(TINY.decoder, **change)
 
 
-# ---- the whole model ------------------------------------------------------------------------------------------------
+# ---- the whole model --------
+
 
 @pytest.fixture(scope="module")
 def llava(vlm):
     """transformers' LLaVA with the weights of `vlm`."""
     with torch.random.fork_rng():
-        theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**llava_config(TINY, "float32"))).eval()
-    theirs.load_state_dict({family(llava_name(name), "D"): p for name, p in vlm.state_dict().items()}, strict=True)
+        theirs = transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(**llava_config(TINY, "float32"))
+        ).eval()
+    theirs.load_state_dict(
+        {family(llava_name(name), "D"): p for name, p in vlm.state_dict().items()}, strict=True
+    )
     return theirs
 
 
@@ -140,29 +189,40 @@ def family(name, to):
     if to in "BD":
         name = name.replace("vision_tower.vision_model.", "vision_tower.")
     if to in "CD":
-        name = name.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "language_model.")
+        name = name.replace("language_model.lm_head", "lm_head").replace(
+            "language_model.model.", "language_model."
+        )
         name = name if name.startswith("lm_head") else "model." + name
     return name
 
 
 @torch.no_grad()
 def test_logits_and_loss_equal_transformers_llava(vlm, llava):
-    tokens = torch.tensor([prompt(12, 1), prompt(8, 2)])                    # 17 tokens each
+    tokens = torch.tensor([prompt(12, 1), prompt(8, 2)])  # 17 tokens each
     labels = tokens.masked_fill(tokens == IMAGE, IGNORE)
     labels[:, :7] = IGNORE
-    pixels = (pictures(3) / 255 - torch.tensor(TINY.vision.mean)[:, None, None]) / torch.tensor(TINY.vision.std)[:, None, None]
-    theirs = llava(input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens), labels=labels)
+    pixels = (pictures(3) / 255 - torch.tensor(TINY.vision.mean)[:, None, None]) / torch.tensor(
+        TINY.vision.std
+    )[:, None, None]
+    theirs = llava(
+        input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens), labels=labels
+    )
     assert_close(vlm(tokens, pictures(3)), theirs.logits, rtol=1e-4, atol=1e-4)
     assert_close(vlm(tokens, pictures(3), labels), theirs.loss, rtol=1e-4, atol=1e-4)
-    features = 10 * torch.randn(2, 4, 32)                                   # large enough to tell the exact GELU from the approximate
+    features = 10 * torch.randn(2, 4, 32)  # large enough to tell the exact GELU from the approximate
     assert_close(vlm.connector(features), llava.model.multi_modal_projector(features).flatten(0, 1))
 
 
 @torch.no_grad()
 def test_the_loss_is_the_mean_over_supervised_tokens_and_padding_costs_nothing(vlm):
     rows = [prompt(6, 1), prompt(9, 0), prompt(3, 2)]
-    logp = [vlm(torch.tensor([row]), pictures(3)[[[0], [], [1, 2]][i]]).log_softmax(-1)[0] for i, row in enumerate(rows)]
-    costs = [-logp[i][t - 1, rows[i][t]] for i, t in ((0, 8), (0, 10), (1, 1), (2, len(rows[2]) - 1))]       # token t is predicted at t - 1
+    logp = [
+        vlm(torch.tensor([row]), pictures(3)[[[0], [], [1, 2]][i]]).log_softmax(-1)[0]
+        for i, row in enumerate(rows)
+    ]
+    costs = [
+        -logp[i][t - 1, rows[i][t]] for i, t in ((0, 8), (0, 10), (1, 1), (2, len(rows[2]) - 1))
+    ]  # token t is predicted at t - 1
     tokens, labels = torch.full((3, 16), PAD), torch.full((3, 16), IGNORE)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
@@ -174,12 +234,18 @@ def test_the_loss_is_the_mean_over_supervised_tokens_and_padding_costs_nothing(v
 def test_a_batch_with_nothing_supervised_is_an_error(vlm):
     tokens = torch.tensor([prompt(5)])
     labels = torch.full_like(tokens, IGNORE)
-    labels[0, 0] = 1                                                        # the first token has no one before it to predict it
+    labels[0, 0] = 1  # the first token has no one before it to predict it
     with pytest.raises(ValueError, match="no supervised token"):
         vlm(tokens, None, labels)
 
 
-@pytest.mark.parametrize("n, says", [(0, "4 image tokens in the batch, 0 visual tokens"), (2, "4 image tokens in the batch, 8 visual tokens")])
+@pytest.mark.parametrize(
+    "n, says",
+    [
+        (0, "4 image tokens in the batch, 0 visual tokens"),
+        (2, "4 image tokens in the batch, 8 visual tokens"),
+    ],
+)
 def test_pictures_that_do_not_match_their_tokens_are_counted_in_the_error(vlm, n, says):
     with pytest.raises(ValueError, match=says):
         vlm(torch.tensor([prompt(5, 1)]), pictures(n))
@@ -189,7 +255,9 @@ def test_gradients_reach_every_part_but_the_layers_that_are_never_run():
     vlm = lively(VLM(TINY)).train()
     vlm(torch.tensor([prompt(9, 1)]), pictures(1), torch.tensor([prompt(9, 1)])).backward()
     still = {name for name, p in vlm.named_parameters() if p.grad is None}
-    unused = {"vision.norm.weight", "vision.norm.bias"} | {f"vision.blocks.2.{name}" for name, _ in vlm.vision.blocks[2].named_parameters()}
+    unused = {"vision.norm.weight", "vision.norm.bias"} | {
+        f"vision.blocks.2.{name}" for name, _ in vlm.vision.blocks[2].named_parameters()
+    }
     assert still == unused
 
 
@@ -201,10 +269,13 @@ def test_a_batch_of_words_alone_still_touches_tower_and_connector_where_several_
     vlm.always_look = True
     assert_close(vlm(tokens, None, tokens), alone)
     vlm(tokens, None, tokens).backward()
-    assert all(p.grad is not None for p in vlm.connector.parameters()) and not vlm.vision.patch.weight.grad.any()
+    assert (
+        all(p.grad is not None for p in vlm.connector.parameters()) and not vlm.vision.patch.weight.grad.any()
+    )
 
 
-# ---- log-probabilities without logits -------------------------------------------------------------------------------
+# ---- log-probabilities without logits --------
+
 
 def in_float64(h, W, targets, weights):
     """Plain autograd as the judge: log-probabilities, and both gradients of their weighted sum."""
@@ -220,13 +291,14 @@ def far_from(found, exact):
 
 @pytest.mark.parametrize("slice_size, n_kept", [(2**23, 8), (100 * 50, 8), (100 * 50, 2), (1, 0)])
 def test_log_probs_and_both_gradients_are_those_of_autograd(monkeypatch, slice_size, n_kept):
-    """In one slice, in seven that are kept, in seven of which two are, and row by row, each computed twice."""
+    """In one slice, in seven that are kept, in seven of which two are, and row by row, each computed twice.
+    """
     monkeypatch.setattr(TokenLogProbs, "slice_size", {"cpu": slice_size})
     monkeypatch.setattr(TokenLogProbs, "n_kept", n_kept)
     torch.manual_seed(0)
     h, W = torch.randn(601, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(0, 50, (601,))
-    weights = torch.randn(601)                   # every token has its own, as in DPO
+    weights = torch.randn(601)  # every token has its own, as in DPO
     exact = in_float64(h, W, targets, weights)
 
     log_probs = token_log_probs(h, W, targets)
@@ -258,7 +330,7 @@ def test_under_autocast_the_head_runs_in_bfloat16_and_its_gradient_stays_float32
         log_probs = token_log_probs(h, W, targets)
     log_probs.sum().backward()
     assert log_probs.dtype == W.grad.dtype == torch.float32
-    assert far_from(log_probs, exact[0]) < 0.01          # bfloat16 keeps eight bits: 0.004 of each number
+    assert far_from(log_probs, exact[0]) < 0.01  # bfloat16 keeps eight bits: 0.004 of each number
     assert far_from(W.grad, exact[2]) < 0.02
 
 
@@ -278,7 +350,8 @@ def test_no_tensor_of_the_size_of_all_logits_is_ever_made(monkeypatch):
     assert max(sizes) <= 2**18 < 2048 * 1000 / 7
 
 
-# ---- generation -----------------------------------------------------------------------------------------------------
+# ---- generation --------
+
 
 @torch.no_grad()
 def uncached(vlm, row, pixels, n):
@@ -293,14 +366,14 @@ def test_cached_decoding_equals_uncached(vlm):
     row = prompt(6, 1)
     new = vlm.generate(torch.tensor([row]), pictures(1), max_new_tokens=12)[0].tolist()
     assert new == uncached(vlm, row, pictures(1), 12)
-    assert len(set(new)) > 3                                                # a model that repeats itself would prove little
+    assert len(set(new)) > 3  # a model that repeats itself would prove little
 
 
 @torch.no_grad()
 def test_a_cached_step_computes_what_the_whole_sequence_would_in_rows_of_unequal_length(vlm):
     decoder, x, lengths = vlm.decoder, 3 * torch.randn(3, 9, 32), torch.tensor([7, 2, 5])
     cache = decoder.new_cache(3, 12)
-    decoder(x[:, :7], cache=cache)                                          # rows 1 and 2 leave keys of padding behind
+    decoder(x[:, :7], cache=cache)  # rows 1 and 2 leave keys of padding behind
     for step in range(2):
         new = torch.stack([x[i, n + step] for i, n in enumerate(lengths)])
         h = decoder.step(new, lengths + step, 8 + step, cache)
@@ -327,17 +400,25 @@ def test_a_row_stops_at_the_end_token_and_is_padded_while_others_go_on(vlm, monk
 
 
 def test_an_answer_ends_at_any_of_the_stop_ids_it_is_given(vlm, monkeypatch):
-    said = [[5, 9, 7, 7], [5, 6, EOS, 7]]                                   # 9 as <|im_end|>
+    said = [[5, 9, 7, 7], [5, 6, EOS, 7]]  # 9 as <|im_end|>
     steps = iter(torch.tensor(said).T)
     monkeypatch.setattr(model, "pick_token", lambda *_: next(steps))
-    assert vlm.generate(torch.tensor([prompt(5)] * 2), max_new_tokens=9, stop=[EOS, 9]).tolist() == [[5, 9, PAD], [5, 6, EOS]]
+    assert vlm.generate(torch.tensor([prompt(5)] * 2), max_new_tokens=9, stop=[EOS, 9]).tolist() == [
+        [5, 9, PAD],
+        [5, 6, EOS],
+    ]
 
 
 def test_image_tokens_and_padding_are_never_said(vlm):
     loud = lively(VLM(TINY))
     with torch.no_grad():
         loud.decoder.lm_head.weight[IMAGE:] *= 100
-    ids = torch.cat([loud.generate(torch.tensor([prompt(n)]), max_new_tokens=8, temperature=2.0, seed=n)[0] for n in range(4, 9)])
+    ids = torch.cat(
+        [
+            loud.generate(torch.tensor([prompt(n)]), max_new_tokens=8, temperature=2.0, seed=n)[0]
+            for n in range(4, 9)
+        ]
+    )
     assert ids.max() < IMAGE
 
 
@@ -351,27 +432,44 @@ def draws(n=2000, **limits):
 def test_answers_are_drawn_as_temperature_top_k_and_top_p_say():
     assert_close(draws(), torch.tensor([0.5, 0.25, 0.15, 0.1]), rtol=0, atol=0.04)
     assert_close(draws(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04)
-    assert_close(draws(top_p=0.74), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04)   # 0.5 is not yet 0.74, 0.75 is
+    assert_close(
+        draws(top_p=0.74), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04
+    )  # 0.5 is not yet 0.74, 0.75 is
     assert_close(draws(top_p=0.76), torch.tensor([5 / 9, 2.5 / 9, 1.5 / 9, 0]), rtol=0, atol=0.04)
-    assert_close(draws(top_p=0.01), torch.tensor([1.0, 0, 0, 0]))          # the likeliest always stays
-    assert_close(draws(temperature=0.5), torch.tensor([0.25, 0.0625, 0.0225, 0.01]) / 0.345, rtol=0, atol=0.04)
+    assert_close(draws(top_p=0.01), torch.tensor([1.0, 0, 0, 0]))  # the likeliest always stays
+    assert_close(
+        draws(temperature=0.5), torch.tensor([0.25, 0.0625, 0.0225, 0.01]) / 0.345, rtol=0, atol=0.04
+    )
     assert_close(draws(temperature=0.0), torch.tensor([1.0, 0, 0, 0]))
     assert_close(draws(temperature=1e-40), torch.tensor([1.0, 0, 0, 0]))
 
 
 def test_the_seed_settles_the_draws(vlm):
-    say = lambda seed: vlm.generate(torch.tensor([prompt(6, 1)]), pictures(1), max_new_tokens=12, temperature=1.5, seed=seed).tolist()
+    say = lambda seed: vlm.generate(
+        torch.tensor([prompt(6, 1)]), pictures(1), max_new_tokens=12, temperature=1.5, seed=seed
+    ).tolist()
     assert say(3) == say(3) != say(4)
 
 
-@pytest.mark.parametrize("wrong", [dict(max_new_tokens=0), dict(max_new_tokens=60), dict(temperature=-1.0), dict(temperature=math.nan),
-                                   dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(max_new_tokens=0),
+        dict(max_new_tokens=60),
+        dict(temperature=-1.0),
+        dict(temperature=math.nan),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+        dict(top_k=-1),
+    ],
+)
 def test_impossible_wishes_for_generation_are_refused(vlm, wrong):
     with pytest.raises(UserError, match=str(next(iter(wrong.values())))):
         vlm.generate(torch.tensor([prompt(6)]), **wrong)
 
 
-# ---- model directories ----------------------------------------------------------------------------------------------
+# ---- model directories --------
+
 
 @pytest.fixture
 def saved(vlm, tmp_path):
@@ -389,7 +487,7 @@ def test_what_is_saved_is_what_is_opened(vlm, saved):
     assert again.cfg == vlm.cfg and same(again, vlm)
     assert sorted(p.name for p in saved.iterdir()) == ["config.json", "model.safetensors"]
     assert VLM.from_pretrained(saved, dtype=torch.bfloat16).decoder.lm_head.weight.dtype == torch.bfloat16
-    again.to(torch.bfloat16).save_pretrained(saved)                         # over the file it was read from
+    again.to(torch.bfloat16).save_pretrained(saved)  # over the file it was read from
     assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
     assert same(VLM.from_pretrained(saved, dtype=torch.bfloat16), again)
 
@@ -429,39 +527,65 @@ def test_a_directory_that_transformers_wrote_opens(vlm, llava, tmp_path):
 
 
 def test_a_clip_and_a_llama_directory_open_as_tower_and_decoder(tmp_path):
-    clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=clip_json(TINY.vision), text_config=dict(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=9)))
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            vision_config=clip_json(TINY.vision),
+            text_config=dict(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=9
+            ),
+        )
+    )
     clip.save_pretrained(tmp_path / "clip")
     vision = ViT(vision_config(read_json(tmp_path / "clip" / "config.json")))
     load_vision(vision, tmp_path / "clip")
     assert vision.cfg == TINY.vision
     assert torch.equal(vision.patch.weight, clip.vision_model.embeddings.patch_embedding.weight)
 
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_json(replace(TINY.decoder, vocab_size=80))))
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**llama_json(replace(TINY.decoder, vocab_size=80)))
+    )
     llama.save_pretrained(tmp_path / "llama")
     cfg = decoder_config(read_json(tmp_path / "llama" / "config.json"))
-    decoder = Decoder(replace(cfg, vocab_size=96))                          # 16 new rows for <image> and <pad>
+    decoder = Decoder(replace(cfg, vocab_size=96))  # 16 new rows for <image> and <pad>
     load_decoder(decoder, tmp_path / "llama")
     assert_close(decoder.lm_head.weight[:80], llama.lm_head.weight)
     assert_close(decoder.lm_head.weight[80:], llama.lm_head.weight.mean(0).expand(16, -1))
 
 
-# ---- what transformers makes of our directories ---------------------------------------------------------------------
+# ---- what transformers makes of our directories --------
+
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer(tmp_path_factory):
     file, raw = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", io.BytesIO()
     text = f"A chat between USER: and ASSISTANT: What is this? A red cat on a bus, two  spaces. {' '.join(string.printable[:95])}"
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text] * 20), model_writer=raw, model_type="bpe", vocab_size=500, hard_vocab_limit=False, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, minloglevel=2)
+        sentence_iterator=iter([text] * 20),
+        model_writer=raw,
+        model_type="bpe",
+        vocab_size=500,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
+    )
     file.write_bytes(raw.getvalue())
     return file
 
 
 def with_tokenizer(tok, **changes):
     decoder = replace(TINY.decoder, vocab_size=tok.vocab_size, block_size=512)
-    return replace(TINY, decoder=decoder, image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos, **changes)
+    return replace(
+        TINY,
+        decoder=decoder,
+        image_token=tok.image,
+        pad_token=tok.pad,
+        bos_token=tok.bos,
+        eos_token=tok.eos,
+        **changes,
+    )
 
 
 @torch.no_grad()
@@ -474,8 +598,10 @@ def test_transformers_opens_what_we_save_and_says_the_same(tmp_path, tiny_tokeni
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     question = "<image>\nWhat is this?  Is it 12,50 €, naïve or a cat?"
-    text = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-            f"answers to the user's questions. USER: {question} ASSISTANT:")
+    text = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+        f"answers to the user's questions. USER: {question} ASSISTANT:"
+    )
     for size in (28, 28), (60, 31), (31, 60):
         picture = Image.effect_noise(size, 90).convert("RGB")
         pixels, layout = cut_tiles(picture, ours.cfg.vision, mode)
@@ -495,23 +621,43 @@ def test_transformers_tokenizer_gives_our_ids_for_any_text_and_later_turns(tmp_p
     save_processor(tmp_path, tok.path, with_tokenizer(tok))
     (tmp_path / "config.json").write_text(json.dumps(llava_config(with_tokenizer(tok), "float32")))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("", " ", "  two  spaces ", "a\n\n b\n  c", "naïve café 你好 🙂👩‍👩‍👧", "x = [0.12, 0.98]\t####", "    code(){}  aaaa",
-                 "12,345.67 € 1999"):
+    for text in (
+        "",
+        " ",
+        "  two  spaces ",
+        "a\n\n b\n  c",
+        "naïve café 你好 🙂👩‍👩‍👧",
+        "x = [0.12, 0.98]\t####",
+        "    code(){}  aaaa",
+        "12,345.67 € 1999",
+    ):
         assert theirs(text)["input_ids"] == [tok.bos] + (tok.encode(text) if text else []), text
         assert theirs.decode(tok.encode(text)) == text
     turns = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Where is it?")]
-    text = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers "
-            "to the user's questions. USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where is it? ASSISTANT:")
-    assert theirs(text.replace("<image>", "<image>" * 4))["input_ids"] == encode_prompt(tok, turns, "vicuna_v1", [4])
-    assert theirs.convert_tokens_to_ids(["<s>", "</s>", "<image>", "<pad>"]) == [tok.bos, tok.eos, tok.image, tok.pad]
+    text = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers "
+        "to the user's questions. USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where is it? ASSISTANT:"
+    )
+    assert theirs(text.replace("<image>", "<image>" * 4))["input_ids"] == encode_prompt(
+        tok, turns, "vicuna_v1", [4]
+    )
+    assert theirs.convert_tokens_to_ids(["<s>", "</s>", "<image>", "<pad>"]) == [
+        tok.bos,
+        tok.eos,
+        tok.image,
+        tok.pad,
+    ]
 
 
-# ---- damaged directories --------------------------------------------------------------------------------------------
+# ---- damaged directories --------
+
 
 def change_config(directory, part=None, **changes):
     config = json.loads((directory / "config.json").read_text())
     (config[part] if part else config).update(changes)
-    (directory / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+    (directory / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value != "absent"})
+    )
 
 
 def change_tensors(directory, **changes):
@@ -522,36 +668,114 @@ def change_tensors(directory, **changes):
 
 NORM = "language_model.model.norm.weight"
 DAMAGES = {
-    "a folder that is no model": (lambda d: [f.unlink() for f in d.iterdir()], "config.json: not found, so .* is not a model directory"),
-    "a config that is a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json: a list, not a JSON object"),
+    "a folder that is no model": (
+        lambda d: [f.unlink() for f in d.iterdir()],
+        "config.json: not found, so .* is not a model directory",
+    ),
+    "a config that is a list": (
+        lambda d: (d / "config.json").write_text("[1]"),
+        "config.json: a list, not a JSON object",
+    ),
     "a config that is no JSON": (lambda d: (d / "config.json").write_text('{"a":'), "config.json: damaged"),
-    "a config that is no text": (lambda d: (d / "config.json").write_bytes(b"\xff\x00"), "config.json: not UTF-8"),
-    "a config in a folder": (lambda d: [(d / "config.json").unlink(), (d / "config.json").mkdir()], "config.json: cannot be read"),
-    "another architecture": (lambda d: change_config(d, model_type="qwen2_vl"), "model_type is 'qwen2_vl'; only llava"),
-    "another language model": (lambda d: change_config(d, "text_config", model_type="qwen2"), "model_type is 'qwen2'; only llama"),
-    "another tower": (lambda d: change_config(d, "vision_config", model_type="siglip_vision_model"), "only 'clip_vision_model'"),
-    "stretched positions": (lambda d: change_config(d, "text_config", rope_scaling={"type": "linear", "factor": 4.0}), "type is 'linear'"),
-    "new stretched positions": (lambda d: change_config(d, "text_config", rope_parameters={"rope_type": "llama3"}), "rope_type is 'llama3'"),
-    "class token wanted": (lambda d: change_config(d, vision_feature_select_strategy="full"), "'full'; only 'default'"),
-    "no vision_config": (lambda d: change_config(d, vision_config="absent"), "config.json: .*KeyError: 'vision_config'"),
-    "a text_config of text": (lambda d: change_config(d, text_config="llama"), "config.json: damaged or of another kind"),
-    "a size in words": (lambda d: change_config(d, "text_config", hidden_size="big"), "config.json: damaged or of another kind"),
-    "a size of zero": (lambda d: change_config(d, "vision_config", num_attention_heads=0), "shared by 0 heads"),
-    "several layers": (lambda d: change_config(d, vision_feature_layer=[-2, -5]), "config.json: damaged or of another kind"),
-    "a layer that is not there": (lambda d: change_config(d, vision_feature_layer=9), "feature layer 9 does not exist"),
-    "heads that do not divide": (lambda d: change_config(d, "vision_config", num_attention_heads=5), "5 heads"),
-    "an unknown activation": (lambda d: change_config(d, "vision_config", hidden_act="relu"), "'relu' is unknown"),
-    "an image token among words": (lambda d: change_config(d, image_token_index=-200), "image token -200 lies among the words"),
-    "an image token before </s>": (lambda d: change_config(d, image_token_index=1), "image token 1 lies among the words"),
-    "an unknown image mode": (lambda d: change_config(d, image_aspect_ratio="anyres_max_9"), "'anyres_max_9' is unknown"),
+    "a config that is no text": (
+        lambda d: (d / "config.json").write_bytes(b"\xff\x00"),
+        "config.json: not UTF-8",
+    ),
+    "a config in a folder": (
+        lambda d: [(d / "config.json").unlink(), (d / "config.json").mkdir()],
+        "config.json: cannot be read",
+    ),
+    "another architecture": (
+        lambda d: change_config(d, model_type="qwen2_vl"),
+        "model_type is 'qwen2_vl'; only llava",
+    ),
+    "another language model": (
+        lambda d: change_config(d, "text_config", model_type="qwen2"),
+        "model_type is 'qwen2'; only llama",
+    ),
+    "another tower": (
+        lambda d: change_config(d, "vision_config", model_type="siglip_vision_model"),
+        "only 'clip_vision_model'",
+    ),
+    "stretched positions": (
+        lambda d: change_config(d, "text_config", rope_scaling={"type": "linear", "factor": 4.0}),
+        "type is 'linear'",
+    ),
+    "new stretched positions": (
+        lambda d: change_config(d, "text_config", rope_parameters={"rope_type": "llama3"}),
+        "rope_type is 'llama3'",
+    ),
+    "class token wanted": (
+        lambda d: change_config(d, vision_feature_select_strategy="full"),
+        "'full'; only 'default'",
+    ),
+    "no vision_config": (
+        lambda d: change_config(d, vision_config="absent"),
+        "config.json: .*KeyError: 'vision_config'",
+    ),
+    "a text_config of text": (
+        lambda d: change_config(d, text_config="llama"),
+        "config.json: damaged or of another kind",
+    ),
+    "a size in words": (
+        lambda d: change_config(d, "text_config", hidden_size="big"),
+        "config.json: damaged or of another kind",
+    ),
+    "a size of zero": (
+        lambda d: change_config(d, "vision_config", num_attention_heads=0),
+        "shared by 0 heads",
+    ),
+    "several layers": (
+        lambda d: change_config(d, vision_feature_layer=[-2, -5]),
+        "config.json: damaged or of another kind",
+    ),
+    "a layer that is not there": (
+        lambda d: change_config(d, vision_feature_layer=9),
+        "feature layer 9 does not exist",
+    ),
+    "heads that do not divide": (
+        lambda d: change_config(d, "vision_config", num_attention_heads=5),
+        "5 heads",
+    ),
+    "an unknown activation": (
+        lambda d: change_config(d, "vision_config", hidden_act="relu"),
+        "'relu' is unknown",
+    ),
+    "an image token among words": (
+        lambda d: change_config(d, image_token_index=-200),
+        "image token -200 lies among the words",
+    ),
+    "an image token before </s>": (
+        lambda d: change_config(d, image_token_index=1),
+        "image token 1 lies among the words",
+    ),
+    "an unknown image mode": (
+        lambda d: change_config(d, image_aspect_ratio="anyres_max_9"),
+        "'anyres_max_9' is unknown",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds none of model.safetensors"),
     "cut weights": (lambda d: os.truncate(d / "model.safetensors", 5000), "model.safetensors: damaged"),
     "empty weights": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: damaged"),
-    "an index without a map": (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": [1]}'), "model.safetensors.index.json: damaged"),
-    "a missing tensor": (lambda d: change_tensors(d, **{NORM: None}), "1 missing, 0 unused, such as decoder.norm.weight"),
-    "an unused tensor": (lambda d: change_tensors(d, image_newline=torch.zeros(3)), "0 missing, 1 unused, such as connector.row_end"),
-    "a wrong shape": (lambda d: change_tensors(d, **{NORM: torch.zeros(31)}), r"decoder.norm.weight has shape \(31,\), the config asks for \(32,\)"),
-    "quantised weights": (lambda d: change_tensors(d, **{NORM: torch.zeros(32, dtype=torch.int8)}), "decoder.norm.weight is int8"),
+    "an index without a map": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": [1]}'),
+        "model.safetensors.index.json: damaged",
+    ),
+    "a missing tensor": (
+        lambda d: change_tensors(d, **{NORM: None}),
+        "1 missing, 0 unused, such as decoder.norm.weight",
+    ),
+    "an unused tensor": (
+        lambda d: change_tensors(d, image_newline=torch.zeros(3)),
+        "0 missing, 1 unused, such as connector.row_end",
+    ),
+    "a wrong shape": (
+        lambda d: change_tensors(d, **{NORM: torch.zeros(31)}),
+        r"decoder.norm.weight has shape \(31,\), the config asks for \(32,\)",
+    ),
+    "quantised weights": (
+        lambda d: change_tensors(d, **{NORM: torch.zeros(32, dtype=torch.int8)}),
+        "decoder.norm.weight is int8",
+    ),
 }
 
 
@@ -565,15 +789,36 @@ def test_a_damaged_directory_is_one_clear_error(saved, damage):
 
 def test_absent_fields_of_the_public_config_mean_vicuna_7b_and_clip(saved):
     """llava-hf/llava-1.5-7b-hf lists only what deviates from the defaults."""
-    config = {"model_type": "llava", "image_token_index": 32000, "pad_token_id": 32001, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
-              "text_config": {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-              "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-                                "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000}}
+    config = {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -2,
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 32064,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+    }
     (saved / "config.json").write_text(json.dumps(config))
     assert read_config(saved) == PRESETS["llava-1.5-7b"]
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
+# ---- writing --------
+
 
 def full_disk(*_):
     raise OSError(28, "No space left on device")
@@ -593,13 +838,20 @@ def test_a_file_limit_of_the_system_leaves_the_old_file_and_nothing_else(saved, 
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
 
     def save_in_little_space():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))            # Python ignores the signal that comes with it
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (20_000, 20_000)
+        )  # Python ignores the signal that comes with it
         VLM.from_pretrained(saved).save_pretrained(saved)
+
     child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run(save_in_little_space)))
     child.start()
     child.join()
     said = capfd.readouterr().err.splitlines()[-1]
-    assert child.exitcode == 1 and said.startswith("error: ") and "model.safetensors: could not be written" in said
+    assert (
+        child.exitcode == 1
+        and said.startswith("error: ")
+        and "model.safetensors: could not be written" in said
+    )
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
@@ -614,4 +866,7 @@ def test_a_place_where_no_folder_can_be_is_named(vlm, tmp_path):
 def test_fresh_weights_keep_the_scale_of_what_passes_through_them():
     torch.manual_seed(0)
     linear = init_weights(torch.nn.Sequential(torch.nn.Linear(256, 512)))[0]
-    assert F.linear(torch.randn(64, 256), linear.weight).std().item() == pytest.approx(1, abs=0.05) and not linear.bias.any()
+    assert (
+        F.linear(torch.randn(64, 256), linear.weight).std().item() == pytest.approx(1, abs=0.05)
+        and not linear.bias.any()
+    )

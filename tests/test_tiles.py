@@ -1,4 +1,5 @@
-"""Pictures of any size: which grid, which tiles in which order, which patches, and that every part of the program counts them alike."""
+"""Pictures of any size: which grid, which tiles in which order, which patches, and that every part of the
+program counts them alike."""
 
 import json
 import random
@@ -12,27 +13,43 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
-import data
+import conversation
 import sample
+import support.cli as support_cli
+import tools.show as tools_show
+import tools.weights as tools_weights
 import toyworld
 import train
 from conversation import encode_prompt
 from data import Examples, Records, collate, picture_paths
-from model import Connector, DecoderConfig, PRESETS, VLM, VLMConfig
+from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig
+from support.cli import UserError
 from support.export import save_processor
 from support.weights import read_config
-import tools.weights as tools_weights
-from support.cli import UserError
-from vision import MODES, TILINGS, VisionConfig, choose_grid, cut_tiles, find_tiling, grids_up_to, join_pictures, normalize_pixels
-import conversation
-import support.cli as support_cli
-import tools.show as tools_show
+from vision import (
+    MODES,
+    TILINGS,
+    VisionConfig,
+    choose_grid,
+    cut_tiles,
+    find_tiling,
+    grids_up_to,
+    normalize_pixels,
+)
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(train.__file__).parent
-HD, NEXT, INTERN = VisionConfig(image_size=224), VisionConfig(image_size=336), VisionConfig(image_size=448, merge=2)
-TINY = dict(image_size=28, patch_size=7, n_embd=32, n_layer=2, n_head=2, n_hidden=64)       # 4 x 4 patches
-TOWERS = {"hd": VisionConfig(**TINY), "anyres": VisionConfig(**TINY), "internvl": VisionConfig(**TINY, merge=2)}
+HD, NEXT, INTERN = (
+    VisionConfig(image_size=224),
+    VisionConfig(image_size=336),
+    VisionConfig(image_size=448, merge=2),
+)
+TINY = dict(image_size=28, patch_size=7, n_embd=32, n_layer=2, n_head=2, n_hidden=64)  # 4 x 4 patches
+TOWERS = {
+    "hd": VisionConfig(**TINY),
+    "anyres": VisionConfig(**TINY),
+    "internvl": VisionConfig(**TINY, merge=2),
+}
 
 
 def noise(w, h):
@@ -43,45 +60,94 @@ def sizes(n, seed=0, longest=4000):
     """Random widths and heights, as often tiny as large, and the extremes."""
     rng = random.Random(seed)
     some = [tuple(round(longest ** rng.random()) for _ in range(2)) for _ in range(n)]
-    return some + [(1, 1), (1, longest), (longest, 1), (longest, longest), (longest, longest // 2), (longest // 3, longest), (200, 200), (300, 10)]
+    return some + [
+        (1, 1),
+        (1, longest),
+        (longest, 1),
+        (longest, longest),
+        (longest, longest // 2),
+        (longest // 3, longest),
+        (200, 200),
+        (300, 10),
+    ]
 
 
-# ---- the published numbers --------------------------------------------------------------------------------------------
+# ---- the published numbers --------
+
 
 def test_hd_has_14_grids_of_up_to_six_tiles_and_internvl_35_of_up_to_twelve():
-    assert len(TILINGS["hd"].grids) == 14 and (3, 2) in TILINGS["hd"].grids and (2, 3) in TILINGS["hd"].grids and (1, 6) in TILINGS["hd"].grids
+    assert (
+        len(TILINGS["hd"].grids) == 14
+        and (3, 2) in TILINGS["hd"].grids
+        and (2, 3) in TILINGS["hd"].grids
+        and (1, 6) in TILINGS["hd"].grids
+    )
     assert len(TILINGS["internvl"].grids) == 35 and max(c * r for c, r in TILINGS["internvl"].grids) == 12
 
 
-@pytest.mark.parametrize("mode, cfg, size, grid, rows, columns, tokens", [
-    ("hd", HD, (640, 480), (3, 2), 32, 42, 42 * 32 + 32 + 256), ("hd", HD, (1000, 1000), (2, 2), 32, 32, 1024 + 32 + 256),
-    ("hd", HD, (672, 448), (3, 2), 32, 48, 1536 + 32 + 256), ("hd", HD, (448, 672), (2, 3), 48, 32, 1536 + 48 + 256),
-    ("anyres", NEXT, (640, 480), (2, 2), 36, 48, 576 + 1728 + 36), ("anyres", NEXT, (1000, 1000), (2, 2), 48, 48, 2928)])
-def test_grid_kept_rows_and_columns_and_tokens_are_the_published_ones(mode, cfg, size, grid, rows, columns, tokens):
+@pytest.mark.parametrize(
+    "mode, cfg, size, grid, rows, columns, tokens",
+    [
+        ("hd", HD, (640, 480), (3, 2), 32, 42, 42 * 32 + 32 + 256),
+        ("hd", HD, (1000, 1000), (2, 2), 32, 32, 1024 + 32 + 256),
+        ("hd", HD, (672, 448), (3, 2), 32, 48, 1536 + 32 + 256),
+        ("hd", HD, (448, 672), (2, 3), 48, 32, 1536 + 48 + 256),
+        ("anyres", NEXT, (640, 480), (2, 2), 36, 48, 576 + 1728 + 36),
+        ("anyres", NEXT, (1000, 1000), (2, 2), 48, 48, 2928),
+    ],
+)
+def test_grid_kept_rows_and_columns_and_tokens_are_the_published_ones(
+    mode, cfg, size, grid, rows, columns, tokens
+):
     tiles, layout = cut_tiles(Image.new("RGB", size), cfg, mode)
     assert choose_grid(size, cfg.image_size, TILINGS[mode]) == grid and len(tiles) == 1 + grid[0] * grid[1]
-    local = layout[cfg.n_token :]                                           # after the global view
-    assert (layout[: cfg.n_token] == torch.stack([torch.zeros(cfg.n_token), torch.arange(cfg.n_token)], dim=1)).all()
+    local = layout[cfg.n_token :]  # after the global view
+    assert (
+        layout[: cfg.n_token] == torch.stack([torch.zeros(cfg.n_token), torch.arange(cfg.n_token)], dim=1)
+    ).all()
     assert (local[:, 0] < 0).sum() == rows and len(layout) == tokens
     assert len(local) == rows * (columns + 1) and (local.view(rows, columns + 1, 2)[:, -1, 0] == -1).all()
 
 
 def test_a_224_px_picture_does_not_choose_448():
-    assert choose_grid((224, 224), 224, TILINGS["hd"]) == (1, 1) and choose_grid((225, 225), 224, TILINGS["hd"]) == (2, 2)
+    assert choose_grid((224, 224), 224, TILINGS["hd"]) == (1, 1) and choose_grid(
+        (225, 225), 224, TILINGS["hd"]
+    ) == (2, 2)
 
 
-@pytest.mark.parametrize("size, six, twelve", [
-    ((448, 448), (1, 1), (1, 1)), ((640, 640), (2, 2), (2, 2)), ((960, 960), (2, 2), (3, 3)), ((640, 480), (3, 2), (4, 3)), ((800, 600), (3, 2), (4, 3)),
-    ((1024, 768), (3, 2), (4, 3)), ((500, 375), (3, 2), (4, 3)), ((1280, 720), (2, 1), (4, 2)), ((1920, 1080), (2, 1), (4, 2)),
-    ((1200, 300), (4, 1), (4, 1)), ((300, 1200), (1, 4), (1, 4)), ((336, 448), (2, 3), (3, 4)), ((633, 633), (1, 1), (1, 1)), ((634, 634), (2, 2), (2, 2)),
-    ((950, 950), (2, 2), (2, 2)), ((951, 951), (2, 2), (3, 3))])
+@pytest.mark.parametrize(
+    "size, six, twelve",
+    [
+        ((448, 448), (1, 1), (1, 1)),
+        ((640, 640), (2, 2), (2, 2)),
+        ((960, 960), (2, 2), (3, 3)),
+        ((640, 480), (3, 2), (4, 3)),
+        ((800, 600), (3, 2), (4, 3)),
+        ((1024, 768), (3, 2), (4, 3)),
+        ((500, 375), (3, 2), (4, 3)),
+        ((1280, 720), (2, 1), (4, 2)),
+        ((1920, 1080), (2, 1), (4, 2)),
+        ((1200, 300), (4, 1), (4, 1)),
+        ((300, 1200), (1, 4), (1, 4)),
+        ((336, 448), (2, 3), (3, 4)),
+        ((633, 633), (1, 1), (1, 1)),
+        ((634, 634), (2, 2), (2, 2)),
+        ((950, 950), (2, 2), (2, 2)),
+        ((951, 951), (2, 2), (3, 3)),
+    ],
+)
 def test_internvl_cuts_the_published_grids_and_adds_a_thumbnail_last(size, six, twelve):
     for grid, n in (six, 6), (twelve, 12):
         cfg = replace(INTERN, tiling=replace(TILINGS["internvl"], grids=grids_up_to(n)))
         tiles, layout = cut_tiles(noise(*size), cfg, "internvl")
         n_tile = grid[0] * grid[1] + (grid != (1, 1))
-        assert choose_grid(size, 448, cfg.tiling) == grid and (len(tiles), len(layout)) == (n_tile, 256 * n_tile)
-        assert (tiles[-1].permute(1, 2, 0).numpy() == np.asarray(noise(*size).resize((448, 448), Image.BICUBIC))).all()
+        assert choose_grid(size, 448, cfg.tiling) == grid and (len(tiles), len(layout)) == (
+            n_tile,
+            256 * n_tile,
+        )
+        assert (
+            tiles[-1].permute(1, 2, 0).numpy() == np.asarray(noise(*size).resize((448, 448), Image.BICUBIC))
+        ).all()
 
 
 def test_tiles_go_row_by_row_and_tokens_in_hd_too_across_the_tiles_of_a_row():
@@ -91,33 +157,52 @@ def test_tiles_go_row_by_row_and_tokens_in_hd_too_across_the_tiles_of_a_row():
     for mode, at in ("hd", 1), ("anyres", 1), ("internvl", 0):
         cfg = replace(TOWERS[mode], tiling=replace(TILINGS[mode], grids=((2, 2),)))
         tiles, layout = cut_tiles(picture, cfg, mode)
-        assert [tuple(t[:, 14, 14].tolist()) for t in tiles[at : at + 4]] == [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 255)]
+        assert [tuple(t[:, 14, 14].tolist()) for t in tiles[at : at + 4]] == [
+            (255, 0, 0),
+            (0, 128, 0),
+            (0, 0, 255),
+            (255, 255, 255),
+        ]
     tiles, layout = cut_tiles(picture, TOWERS["hd"], "hd")
     assert layout[16:25].tolist() == [[1, 0], [1, 1], [1, 2], [1, 3], [2, 0], [2, 1], [2, 2], [2, 3], [-1, 0]]
-    assert layout[25].tolist() == [1, 4]                                    # the second row of patches
+    assert layout[25].tolist() == [1, 4]  # the second row of patches
 
 
-# ---- what holds for any picture ----------------------------------------------------------------------------------------
+# ---- what holds for any picture --------
+
 
 @pytest.mark.parametrize("mode", ["hd", "anyres", "internvl"])
 def test_every_pixel_is_in_a_tile_and_no_tile_is_of_padding_only(mode):
     cfg, t, S = TOWERS[mode], TILINGS[mode], 28
     for w, h in sizes(150):
         tiles, layout = cut_tiles(Image.new("RGB", (w, h), "red"), cfg, mode)
-        red = (tiles == torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)).all(1)               # (n, S, S)
-        some = (tiles != torch.tensor([0 if mode == "anyres" else int(255 * m) for m in cfg.mean], dtype=torch.uint8).view(3, 1, 1)).flatten(1)
-        assert some.any(dim=1).all(), (w, h)                                # of a thin picture the padded global view is no pure red
+        red = (tiles == torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)).all(1)  # (n, S, S)
+        some = (
+            tiles
+            != torch.tensor(
+                [0 if mode == "anyres" else int(255 * m) for m in cfg.mean], dtype=torch.uint8
+            ).view(3, 1, 1)
+        ).flatten(1)
+        assert some.any(dim=1).all(), (w, h)  # of a thin picture the padded global view is no pure red
         columns, rows = choose_grid((w, h), S, t)
         W, H = columns * S, rows * S
         n_map = len(tiles) - (t.global_view != "none" and (mode == "anyres" or columns * rows > 1))
-        if mode != "hd":                                                    # the whole picture, squashed
+        if mode != "hd":  # the whole picture, squashed
             assert red[0 if mode == "anyres" else -1].all()
         if mode == "hd" or n_map == columns * rows:
             local = red[-n_map:] if t.global_view == "first" else red[:n_map]
-            want = W * H if t.squash else W * min(H, -int(-h * (W / w) // 1)) if W / w < H / h else H * min(W, -int(-w * (H / h) // 1))
+            want = (
+                W * H
+                if t.squash
+                else W * min(H, -int(-h * (W / w) // 1))
+                if W / w < H / h
+                else H * min(W, -int(-w * (H / h) // 1))
+            )
             assert local.sum() == want, (w, h)
         used = layout[layout[:, 0] >= 0]
-        assert set(used[:, 0].tolist()) == set(range(len(tiles)))           # every tile that the tower runs is read, no other is named
+        assert set(used[:, 0].tolist()) == set(
+            range(len(tiles))
+        )  # every tile that the tower runs is read, no other is named
         assert len(used.unique(dim=0)) == len(used) and used[:, 1].max() < cfg.n_token
 
 
@@ -140,12 +225,16 @@ def test_grids_and_token_counts_equal_transformers_for_any_size():
 
     pinpoints = [[r * 28, c * 28] for c, r in TILINGS["anyres"].grids]
     for w, h in sizes(400, seed=2):
-        assert choose_grid((w, h), 28, TILINGS["internvl"]) == get_optimal_tiled_canvas((h, w), (28, 28), 1, 12)
+        assert choose_grid((w, h), 28, TILINGS["internvl"]) == get_optimal_tiled_canvas(
+            (h, w), (28, 28), 1, 12
+        )
         columns, rows = choose_grid((w, h), 28, TILINGS["anyres"])
         assert (rows * 28, columns * 28) == select_best_resolution((h, w), pinpoints)
         patches, ends = LlavaNextProcessor._get_unpadded_features(None, h, w, 4, 4, rows, columns)
         if w * h < 10**6:
-            assert len(cut_tiles(Image.new("RGB", (w, h)), TOWERS["anyres"], "anyres")[1]) == 16 + patches + ends, (w, h)
+            assert (
+                len(cut_tiles(Image.new("RGB", (w, h)), TOWERS["anyres"], "anyres")[1]) == 16 + patches + ends
+            ), (w, h)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (97, 64), (64, 97), (300, 40), (5, 7), (123, 456), (200, 200)])
@@ -155,15 +244,29 @@ def test_the_tiles_are_those_of_transformers_image_processors(size):
 
     picture = noise(*size)
     tiles, _ = cut_tiles(picture, TOWERS["anyres"], "anyres")
-    theirs = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28},
-                                        image_grid_pinpoints=[[r * 28, c * 28] for c, r in TILINGS["anyres"].grids])
-    assert_close(normalize_pixels(tiles, TOWERS["anyres"], torch.float32), theirs(picture, return_tensors="pt")["pixel_values"][0], rtol=0, atol=1e-5)
+    theirs = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=[[r * 28, c * 28] for c, r in TILINGS["anyres"].grids],
+    )
+    assert_close(
+        normalize_pixels(tiles, TOWERS["anyres"], torch.float32),
+        theirs(picture, return_tensors="pt")["pixel_values"][0],
+        rtol=0,
+        atol=1e-5,
+    )
     tiles, _ = cut_tiles(picture, TOWERS["internvl"], "internvl")
     theirs = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=True, max_patches=12)
-    assert_close(normalize_pixels(tiles, TOWERS["internvl"], torch.float32), theirs(picture, return_tensors="pt")["pixel_values"], rtol=0, atol=1e-5)
+    assert_close(
+        normalize_pixels(tiles, TOWERS["internvl"], torch.float32),
+        theirs(picture, return_tensors="pt")["pixel_values"],
+        rtol=0,
+        atol=1e-5,
+    )
 
 
-# ---- the model ---------------------------------------------------------------------------------------------------------
+# ---- the model --------
+
 
 def lively(module):
     torch.manual_seed(0)
@@ -173,8 +276,23 @@ def lively(module):
 
 
 def tiny(tok, mode, **changes):
-    cfg = VLMConfig(TOWERS.get(mode, TOWERS["hd"]), DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16,
-                    n_hidden=64, block_size=1024), "norm_gelu" if mode == "internvl" else "mlp2x_gelu", tok.image, tok.pad, image_mode=mode)
+    cfg = VLMConfig(
+        TOWERS.get(mode, TOWERS["hd"]),
+        DecoderConfig(
+            vocab_size=tok.vocab_size,
+            n_layer=2,
+            n_head=2,
+            n_kv_head=2,
+            n_embd=32,
+            head_dim=16,
+            n_hidden=64,
+            block_size=1024,
+        ),
+        "norm_gelu" if mode == "internvl" else "mlp2x_gelu",
+        tok.image,
+        tok.pad,
+        image_mode=mode,
+    )
     return lively(VLM(replace(cfg, **changes)))
 
 
@@ -187,9 +305,13 @@ def save(vlm, tok, directory):
 @torch.no_grad()
 @pytest.mark.parametrize("grids", [TILINGS["anyres"].grids, ((1, 1), (2, 1), (1, 2), (3, 2))])
 def test_an_anyres_model_opens_in_transformers_as_llava_next_and_says_the_same(tmp_path, tok, grids):
-    ours = tiny(tok, "anyres", vision=replace(TOWERS["anyres"], tiling=replace(TILINGS["anyres"], grids=grids)))
+    ours = tiny(
+        tok, "anyres", vision=replace(TOWERS["anyres"], tiling=replace(TILINGS["anyres"], grids=grids))
+    )
     save(ours, tok, tmp_path)
-    theirs, report = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, report = transformers.LlavaNextForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(report.values())
     processor, question = transformers.AutoProcessor.from_pretrained(tmp_path), "<image>\nWhat is this?"
     text = f"{conversation.VICUNA} USER: {question} ASSISTANT:"
@@ -198,9 +320,13 @@ def test_an_anyres_model_opens_in_transformers_as_llava_next_and_says_the_same(t
         tokens = torch.tensor([encode_prompt(tok, [("human", question)], "vicuna_v1", [len(layout)])])
         inputs = processor(images=noise(*size), text=text, return_tensors="pt")
         assert inputs["input_ids"].tolist() == tokens.tolist(), size
-        pictures = inputs["pixel_values"][0]                                # theirs are resized without Pillow: ours get the same, to compare the packing
+        pictures = inputs["pixel_values"][
+            0
+        ]  # theirs are resized without Pillow: ours get the same, to compare the packing
         if len(pictures) == len(pixels):
-            assert_close(ours(tokens, pictures, layout=layout), theirs.eval()(**inputs).logits, rtol=1e-4, atol=1e-4)
+            assert_close(
+                ours(tokens, pictures, layout=layout), theirs.eval()(**inputs).logits, rtol=1e-4, atol=1e-4
+            )
 
 
 @torch.no_grad()
@@ -208,20 +334,33 @@ def test_a_llava_next_of_transformers_opens_here_with_its_grids(tmp_path, tok):
     ours = tiny(tok, "anyres")
     save(ours, tok, tmp_path / "a")
     theirs = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "a")
-    theirs.config.image_grid_pinpoints = [[28, 56], [56, 28], [84, 84]]     # (height, width)
+    theirs.config.image_grid_pinpoints = [[28, 56], [56, 28], [84, 84]]  # (height, width)
     theirs.save_pretrained(tmp_path / "b")
     again = VLM.from_pretrained(tmp_path / "b")
-    assert again.cfg.image_mode == "anyres" and find_tiling(again.cfg.vision, "anyres").grids == ((2, 1), (1, 2), (3, 3))
+    assert again.cfg.image_mode == "anyres" and find_tiling(again.cfg.vision, "anyres").grids == (
+        (2, 1),
+        (1, 2),
+        (3, 3),
+    )
     assert_close(again.connector.row_end, ours.connector.row_end)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values()))
 
 
 def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
-    c = {"model_type": "llava_llama", "mm_hidden_size": 1024, "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad",
-         "mm_projector_type": "mlp2x_gelu", "image_grid_pinpoints": [[336, 672], [1008, 336]]}
+    c = {
+        "model_type": "llava_llama",
+        "mm_hidden_size": 1024,
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "image_grid_pinpoints": [[336, 672], [1008, 336]],
+    }
     (tmp_path / "config.json").write_text(json.dumps(c))
     assert find_tiling(read_config(tmp_path).vision, "anyres").grids == ((1, 2), (3, 1))
-    for wrong, says in (dict(image_grid_pinpoints=[[300, 336]]), "whole multiples"), (dict(mm_patch_merge_type="flat"), "not spatial_unpad"):
+    for wrong, says in (
+        (dict(image_grid_pinpoints=[[300, 336]]), "whole multiples"),
+        (dict(mm_patch_merge_type="flat"), "not spatial_unpad"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(c | wrong))
         with pytest.raises(UserError, match=f"config.json: .*{says}"):
             read_config(tmp_path)
@@ -237,7 +376,12 @@ def test_a_row_end_stands_where_the_layout_says_and_a_patch_everywhere_else():
         assert_close(row, connector.row_end if tile < 0 else translated[tile, patch])
 
 
-MIXED = [[(100, 60)], [], [(28, 28), (90, 300), (5, 5)], [(400, 30)]]       # sizes of the pictures of four records, one of text alone
+MIXED = [
+    [(100, 60)],
+    [],
+    [(28, 28), (90, 300), (5, 5)],
+    [(400, 30)],
+]  # sizes of the pictures of four records, one of text alone
 
 
 @pytest.fixture
@@ -246,8 +390,16 @@ def records(tmp_path):
     for i, some in enumerate(MIXED):
         for k, size in enumerate(some):
             noise(*size).save(tmp_path / f"{i}{k}.png")
-        rows.append({"id": str(i), "image": [f"{i}{k}.png" for k in range(len(some))],
-                     "conversations": [{"from": "human", "value": "<image>" * len(some) + "\nWhat?"}, {"from": "gpt", "value": "a cat " * (i + 1)}]})
+        rows.append(
+            {
+                "id": str(i),
+                "image": [f"{i}{k}.png" for k in range(len(some))],
+                "conversations": [
+                    {"from": "human", "value": "<image>" * len(some) + "\nWhat?"},
+                    {"from": "gpt", "value": "a cat " * (i + 1)},
+                ],
+            }
+        )
     (tmp_path / "data.json").write_text(json.dumps(rows))
     return Records(tmp_path / "data.json", tmp_path)
 
@@ -259,7 +411,9 @@ def test_pictures_of_many_sizes_and_text_alone_in_a_batch_equal_each_by_itself(r
     examples = [Examples(records, tok, "vicuna_v1", vlm.cfg.vision, mode, 1024)[i] for i in range(4)]
     batch = collate(examples, tok.pad)
     assert (batch["tokens"] == tok.image).sum() == len(batch["layout"])
-    assert [len(e["pixels"]) for e in examples][1] == 0 and len(batch["pixels"]) == sum(len(e["pixels"]) for e in examples)
+    assert [len(e["pixels"]) for e in examples][1] == 0 and len(batch["pixels"]) == sum(
+        len(e["pixels"]) for e in examples
+    )
     together = vlm(batch["tokens"], batch["pixels"], layout=batch["layout"])
     for row, e in enumerate(examples):
         alone = vlm(e["tokens"][None], e["pixels"], layout=e["layout"])[0]
@@ -286,9 +440,15 @@ def test_text_alone_teaches_a_connector_nothing_and_stops_nobody(records, tok):
 
 def test_llava_1_5_hd_takes_up_to_1824_visual_tokens_and_learns_its_connector_without_tiles():
     cfg = PRESETS["llava-1.5-hd-7b"]
-    counts = [len(cut_tiles(Image.new("RGB", size), cfg.vision, cfg.image_mode)[1]) for size in ((672, 448), (640, 480), (2000, 900))]
+    counts = [
+        len(cut_tiles(Image.new("RGB", size), cfg.vision, cfg.image_mode)[1])
+        for size in ((672, 448), (640, 480), (2000, 900))
+    ]
     assert (cfg.vision.n_token, counts[:2]) == (256, [1824, 1632]) and max(counts) == 1824
-    assert train.RECIPES["llava-1.5-hd-7b", "pretrain"]["image_mode"] == "crop" and "image_mode" not in train.RECIPES["llava-1.5-hd-7b", "finetune"]
+    assert (
+        train.RECIPES["llava-1.5-hd-7b", "pretrain"]["image_mode"] == "crop"
+        and "image_mode" not in train.RECIPES["llava-1.5-hd-7b", "finetune"]
+    )
 
 
 def test_training_and_sampling_count_the_same_tokens(records, tok):
@@ -296,11 +456,19 @@ def test_training_and_sampling_count_the_same_tokens(records, tok):
         vlm, examples = tiny(tok, mode), []
         examples = Examples(records, tok, "vicuna_v1", tiny(tok, mode).cfg.vision, mode, 1024)
         seen = []
-        vlm.generate = lambda tokens, pixels, n, **flags: seen.append((tokens, flags["layout"])) or torch.full((len(tokens), 1), tok.eos)
+        vlm.generate = lambda tokens, pixels, n, **flags: (
+            seen.append((tokens, flags["layout"])) or torch.full((len(tokens), 1), tok.eos)
+        )
         paths = picture_paths(records[2])
-        sample.answer(vlm, tok, [sample.encode_question(vlm, tok, "What?", [sample.open_picture(vlm, p) for p in paths])])
-        (tokens, layout), = seen
-        assert torch.equal(layout, examples[2]["layout"]) and (tokens == tok.image).sum() == (examples[2]["tokens"] == tok.image).sum() == len(layout)
+        sample.answer(
+            vlm,
+            tok,
+            [sample.encode_question(vlm, tok, "What?", [sample.open_picture(vlm, p) for p in paths])],
+        )
+        ((tokens, layout),) = seen
+        assert torch.equal(layout, examples[2]["layout"]) and (tokens == tok.image).sum() == (
+            examples[2]["tokens"] == tok.image
+        ).sum() == len(layout)
 
 
 def test_a_model_with_row_ends_does_not_take_pictures_without_a_layout_nor_the_reverse(tok):
@@ -310,16 +478,21 @@ def test_a_model_with_row_ends_does_not_take_pictures_without_a_layout_nor_the_r
         tiny(tok, "hd")(whole, pixels)
     with pytest.raises(ValueError, match="row ends and the model none"):
         tiny(tok, "pad")(ended, pixels, layout=layout)
-    with pytest.raises(ValueError, match=f"{len(layout) - 1} image tokens in the batch, {len(layout)} visual"):
+    with pytest.raises(
+        ValueError, match=f"{len(layout) - 1} image tokens in the batch, {len(layout)} visual"
+    ):
         tiny(tok, "hd")(ended[:, 1:], pixels, layout=layout)
 
 
-# ---- directories, training, programs -----------------------------------------------------------------------------------
+# ---- directories, training, programs --------
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["hd", "anyres", "internvl"])
 def test_a_saved_model_is_the_same_with_all_its_choices(tmp_path, tok, mode, capsys):
-    choices = dict(global_view="none") if mode == "anyres" else dict(grids=grids_up_to(3), global_view="first")
+    choices = (
+        dict(global_view="none") if mode == "anyres" else dict(grids=grids_up_to(3), global_view="first")
+    )
     vlm = tiny(tok, mode)
     vlm.set_image_mode(mode, **choices)
     again = VLM.from_pretrained(save(vlm, tok, tmp_path))
@@ -351,19 +524,47 @@ def go(tok, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(mode, *flags, out, model="start", steps=4):
-        base = ["--model", model, "--data", "world/train.json", "--batch-size", 4, "--max-steps", steps, "--save-every", 2, "--lr", "3e-3",
-                "--image-mode", mode, "--workers", 0, "--out", out, "--eval-every", 0, "--device", "cpu"]
+        base = [
+            "--model",
+            model,
+            "--data",
+            "world/train.json",
+            "--batch-size",
+            4,
+            "--max-steps",
+            steps,
+            "--save-every",
+            2,
+            "--lr",
+            "3e-3",
+            "--image-mode",
+            mode,
+            "--workers",
+            0,
+            "--out",
+            out,
+            "--eval-every",
+            0,
+            "--device",
+            "cpu",
+        ]
         return support_cli.run(lambda: train.main([str(x) for x in (*base, *flags)]))
+
     return run
 
 
 @pytest.mark.parametrize("mode", ["hd", "anyres", "internvl"])
-def test_a_run_with_tiles_saves_loads_and_resumes_bit_for_bit_and_answers_its_questions(go, tok, mode, capsys):
+def test_a_run_with_tiles_saves_loads_and_resumes_bit_for_bit_and_answers_its_questions(
+    go, tok, mode, capsys
+):
     train.PRESETS["tiny"] = replace(tiny(tok, "pad").cfg, vision=TOWERS["hd"])
     try:
         preset = ("--llm", "", "--tokenizer", tok.path, "--model", "tiny")
         assert go(mode, *preset, "--eval-limit", 6, out="whole") == 0
-        def stop(*_): raise KeyboardInterrupt
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
         step, n = torch.optim.AdamW.step, []
         torch.optim.AdamW.step = lambda self, *a: n.append(1) or (stop() if len(n) == 4 else step(self, *a))
         try:
@@ -376,13 +577,34 @@ def test_a_run_with_tiles_saves_loads_and_resumes_bit_for_bit_and_answers_its_qu
     a, b = (VLM.from_pretrained(name) for name in ("whole", "half"))
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
     assert a.cfg.image_mode == mode and json.loads(Path("whole/results.json").read_text())["table"]
-    assert (mode == "internvl") == (a.cfg.vision.merge == 2) and (mode == "internvl") == (a.connector.row_end is None)
-    assert sample.main(["--model", "whole", "--image", "world/images/val_00000.png", "--prompt", "What?", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert (mode == "internvl") == (a.cfg.vision.merge == 2) and (mode == "internvl") == (
+        a.connector.row_end is None
+    )
+    assert (
+        sample.main(
+            [
+                "--model",
+                "whole",
+                "--image",
+                "world/images/val_00000.png",
+                "--prompt",
+                "What?",
+                "--max-new-tokens",
+                "3",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
 
 
 def test_the_row_end_learns_with_the_connector_and_stands_still_without(go):
     assert go("hd", "--train", "connector", out="a") == 0 and go("hd", "--train", "llm", out="b") == 0
-    assert go("hd", "--train", "connector", "--lr", "1e-9", out="c") == 0 and go("hd", "--train", "llm", "--lr", "1e-9", "--seed", 0, out="d") == 0
+    assert (
+        go("hd", "--train", "connector", "--lr", "1e-9", out="c") == 0
+        and go("hd", "--train", "llm", "--lr", "1e-9", "--seed", 0, out="d") == 0
+    )
     a, b, c, d = (VLM.from_pretrained(x).connector.row_end for x in "abcd")
     assert not torch.allclose(a, c, atol=1e-4) and torch.equal(b, d)
 
@@ -391,15 +613,37 @@ def test_hd_starts_from_a_connector_that_never_saw_a_tile(go, capsys):
     assert go("pad", "--train", "connector", out="stage1", steps=2) == 0
     assert go("hd", "--projector", "stage1", "--lr", "1e-9", out="stage2", steps=1) == 0
     one, two = VLM.from_pretrained("stage1"), VLM.from_pretrained("stage2")
-    assert_close(one.connector.linear_1.weight, two.connector.linear_1.weight) and two.connector.row_end is not None
+    assert_close(
+        one.connector.linear_1.weight, two.connector.linear_1.weight
+    ) and two.connector.row_end is not None
 
 
 def test_a_choice_of_tiles_that_cannot_be_is_one_line(go, capfd):
-    for flags, says in ((("hd", "--global-view", "lsat"), "did you mean last"), (("pad", "--global-view", "none"), "cuts no tiles"),
-                        (("anyres", "--max-tiles", 3), "five grids"), (("hdd",), "did you mean hd")):
+    for flags, says in (
+        (("hd", "--global-view", "lsat"), "did you mean last"),
+        (("pad", "--global-view", "none"), "cuts no tiles"),
+        (("anyres", "--max-tiles", 3), "five grids"),
+        (("hdd",), "did you mean hd"),
+    ):
         assert go(*flags, out="x") == 1
         assert says in capfd.readouterr().err.splitlines()[-1]
-    assert support_cli.run(lambda: sample.main(["--model", "start", "--image", "world/images/val_00000.png", "--image-mode", "hd", "--prompt", "?"])) == 1
+    assert (
+        support_cli.run(
+            lambda: sample.main(
+                [
+                    "--model",
+                    "start",
+                    "--image",
+                    "world/images/val_00000.png",
+                    "--image-mode",
+                    "hd",
+                    "--prompt",
+                    "?",
+                ]
+            )
+        )
+        == 1
+    )
     assert "never learned how the rows of several tiles end" in capfd.readouterr().err
 
 
@@ -407,14 +651,19 @@ def test_a_choice_of_tiles_that_cannot_be_is_one_line(go, capfd):
 def test_show_draws_every_tile_with_its_positions_and_row_ends(tmp_path, records, tok, mode, capsys):
     save(tiny(tok, mode), tok, tmp_path / "m")
     flags = {"--image-root": tmp_path, "--model": tmp_path / "m", "--id": "2", "--out": tmp_path / "s.png"}
-    assert tools_show.main([str(records.files[0].path), *(str(x) for pair in flags.items() for x in pair)]) == 0
+    assert (
+        tools_show.main([str(records.files[0].path), *(str(x) for pair in flags.items() for x in pair)]) == 0
+    )
     text, cfg = capsys.readouterr().out, tiny(tok, mode).cfg.vision
     cut = [cut_tiles(noise(*size), cfg, mode) for size in MIXED[2]]
     for (tiles, layout), name in zip(cut, ("20.png", "21.png", "22.png")):
-        assert f"{name}: {len(tiles)} tiles, {len(layout)} visual tokens, {(layout[:, 0] < 0).sum()} of them row ends" in text
+        assert (
+            f"{name}: {len(tiles)} tiles, {len(layout)} visual tokens, {(layout[:, 0] < 0).sum()} of them row ends"
+            in text
+        )
     assert f"mode {mode}" in text and f"{sum(len(layout) for _, layout in cut)} of them visual" in text
     sheet = np.asarray(Image.open(tmp_path / "s.png"))
-    red = (sheet == (240, 48, 48)).all(-1).any(1)                           # a bar, 5 px high, for each row end
+    red = (sheet == (240, 48, 48)).all(-1).any(1)  # a bar, 5 px high, for each row end
     assert red.any() == (mode in ("hd", "anyres"))
 
 
@@ -422,14 +671,19 @@ def test_show_dims_what_is_dropped_and_draws_the_rest_as_it_is():
     cfg = VisionConfig(image_size=96, patch_size=12, n_embd=8, n_head=1)
     tiles, layout = cut_tiles(Image.new("RGB", (320, 240), "red"), cfg, "hd")
     sheet = np.asarray(tools_show.draw_picture(tiles, layout, list(range(len(layout))), cfg))
-    assert len(layout) == 64 + 16 * (22 + 1)                                # of 24 columns the outer two are padding
-    assert ((sheet == (255, 0, 0)).all(-1).sum() == ((tiles[:, 0] == 255) & (tiles[:, 1] == 0)).sum() > 256 * 192)
+    assert len(layout) == 64 + 16 * (22 + 1)  # of 24 columns the outer two are padding
+    assert (
+        (sheet == (255, 0, 0)).all(-1).sum() == ((tiles[:, 0] == 255) & (tiles[:, 1] == 0)).sum() > 256 * 192
+    )
     margin = np.asarray((122, 116, 104), dtype=np.uint8)
-    assert (sheet == margin // 4).all(-1).sum() == 2 * 12 * 192             # dropped
-    assert (sheet == margin).all(-1).sum() == 2 * 10 * 96 + 2 * 4 * 192     # of the global view (2 x 2 rows are blended), and of two columns
+    assert (sheet == margin // 4).all(-1).sum() == 2 * 12 * 192  # dropped
+    assert (sheet == margin).all(
+        -1
+    ).sum() == 2 * 10 * 96 + 2 * 4 * 192  # of the global view (2 x 2 rows are blended), and of two columns
 
 
-# ---- the experiment ----------------------------------------------------------------------------------------------------
+# ---- the experiment --------
+
 
 def test_small_words_are_drawn_small_and_nothing_else_changes(tmp_path):
     usual, small = tmp_path / "usual", tmp_path / "small"
@@ -444,7 +698,12 @@ def test_small_words_are_drawn_small_and_nothing_else_changes(tmp_path):
         assert bool(len(rows)) == bool(sign), name
         if sign:
             x1, y1, x2, y2 = (v * 96 for v in sign.box)
-            assert x1 - 2 <= columns.min() and columns.max() <= x2 + 2 and y1 - 2 <= rows.min() and rows.max() <= y2 + 2
+            assert (
+                x1 - 2 <= columns.min()
+                and columns.max() <= x2 + 2
+                and y1 - 2 <= rows.min()
+                and rows.max() <= y2 + 2
+            )
             n_changed += 1
     assert n_changed and (usual / "train.json").read_bytes() == (small / "train.json").read_bytes()
     assert "words" not in json.loads((usual / "world.json").read_text())

@@ -11,12 +11,12 @@ from torch.testing import assert_close
 import data
 import mpo
 import sample
+import support.cli as support_cli
 import toyworld
 import train
-from model import DecoderConfig, VLM, VLMConfig, init_weights
+from model import VLM, DecoderConfig, VLMConfig, init_weights
 from support.export import save_processor
 from vision import VisionConfig, cut_tiles
-import support.cli as support_cli
 
 ROOT = Path(train.__file__).parent
 
@@ -37,9 +37,23 @@ def world(tmp_path_factory):
 def start(tok, world, tmp_path, monkeypatch):
     """A tiny model of one tile of 28 px, saved in start/ beside a world of larger pictures."""
     torch.manual_seed(0)
-    vlm = VLM(VLMConfig(VisionConfig(image_size=28, patch_size=7, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
-                        DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, head_dim=16, n_hidden=64, block_size=1024),
-                        image_token=tok.image, pad_token=tok.pad))
+    vlm = VLM(
+        VLMConfig(
+            VisionConfig(image_size=28, patch_size=7, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
+            DecoderConfig(
+                vocab_size=tok.vocab_size,
+                n_layer=2,
+                n_head=2,
+                n_kv_head=2,
+                n_embd=32,
+                head_dim=16,
+                n_hidden=64,
+                block_size=1024,
+            ),
+            image_token=tok.image,
+            pad_token=tok.pad,
+        )
+    )
     init_weights(vlm.vision), init_weights(vlm.decoder)
     (tmp_path / "world").symlink_to(world)
     save_processor(tmp_path / "start", tok.path, vlm.cfg)
@@ -48,8 +62,31 @@ def start(tok, world, tmp_path, monkeypatch):
 
 
 def go(mode, *flags, out, model="start"):
-    base = ["--model", model, "--data", "world/train.json", "--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--lr", "3e-3", "--image-mode", mode,
-            "--workers", 0, "--out", out, "--eval-every", 0, "--no-final-eval", "--device", "cpu"]
+    base = [
+        "--model",
+        model,
+        "--data",
+        "world/train.json",
+        "--batch-size",
+        4,
+        "--max-steps",
+        4,
+        "--save-every",
+        2,
+        "--lr",
+        "3e-3",
+        "--image-mode",
+        mode,
+        "--workers",
+        0,
+        "--out",
+        out,
+        "--eval-every",
+        0,
+        "--no-final-eval",
+        "--device",
+        "cpu",
+    ]
     return support_cli.run(lambda: train.main([str(x) for x in (*base, *flags)]))
 
 
@@ -63,7 +100,10 @@ def losses(out):
 
 def test_a_lora_learned_on_tiles_opens_with_its_row_end_and_resumes(start, tok):
     flags = ["--lora-r", 4, "--micro-batch-size", 2]
-    assert go("hd", *flags, out="whole") == 0 and go("hd", *flags, "--max-steps", 2, "--warmup", 1, out="other") == 0
+    assert (
+        go("hd", *flags, out="whole") == 0
+        and go("hd", *flags, "--max-steps", 2, "--warmup", 1, out="other") == 0
+    )
     vlm, base = VLM.from_pretrained("whole"), VLM.from_pretrained("whole/base")
     assert vlm.cfg.image_mode == "hd" and not torch.equal(vlm.connector.row_end, base.connector.row_end)
     picture = cut_tiles(Image.open("world/images/train_00000.png").convert("RGB"), vlm.cfg.vision, "hd")
@@ -81,7 +121,7 @@ def test_a_dry_run_counts_the_tiles(start, capfd):
     assert "1.00 pictures in 1.00 tiles" in one and "1.00 pictures in 10" not in several
     vlm = VLM.from_pretrained("start")
     n = len(cut_tiles(Image.open("world/images/train_00000.png").convert("RGB"), vlm.cfg.vision, "hd")[1])
-    assert abs(tokens(several) - tokens(one) - (n - 16)) <= 1               # all pictures of the world are alike in size
+    assert abs(tokens(several) - tokens(one) - (n - 16)) <= 1  # all pictures of the world are alike in size
 
 
 def test_questions_about_one_picture_of_tiles_share_its_look(start, mode):
@@ -99,12 +139,51 @@ def test_questions_about_one_picture_of_tiles_share_its_look(start, mode):
 def test_preferences_are_learned_about_tiles_and_two_references_agree(start, mode):
     assert go(mode, out="tiled") == 0
     images = sorted(p.name for p in Path("world/images").glob("train*"))[:4]
-    Path("pairs.jsonl").write_text("".join(json.dumps({"image": f"images/{name}", "question": "<image>\nWhat?", "chosen": f"a cat {k}", "rejected": "a dog"}) + "\n"
-                                           for k, name in enumerate(images)))
+    Path("pairs.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "image": f"images/{name}",
+                    "question": "<image>\nWhat?",
+                    "chosen": f"a cat {k}",
+                    "rejected": "a dog",
+                }
+            )
+            + "\n"
+            for k, name in enumerate(images)
+        )
+    )
     logs = {}
     for kind in ("precomputed", "lora-off"):
-        flags = ["--model", "tiled", "--data", "pairs.jsonl", "--image-root", "world", "--batch-size", 4, "--max-steps", 3, "--lr", "3e-3", "--workers", 0,
-                 "--eval-every", 0, "--no-final-eval", "--lora-r", 4, "--train", "llm", "--reference", kind, "--out", kind, "--device", "cpu"]
+        flags = [
+            "--model",
+            "tiled",
+            "--data",
+            "pairs.jsonl",
+            "--image-root",
+            "world",
+            "--batch-size",
+            4,
+            "--max-steps",
+            3,
+            "--lr",
+            "3e-3",
+            "--workers",
+            0,
+            "--eval-every",
+            0,
+            "--no-final-eval",
+            "--lora-r",
+            4,
+            "--train",
+            "llm",
+            "--reference",
+            kind,
+            "--out",
+            kind,
+            "--device",
+            "cpu",
+        ]
         assert support_cli.run(lambda: mpo.main([str(x) for x in flags])) == 0
         logs[kind] = losses(kind)
     assert_close(torch.tensor(logs["precomputed"]), torch.tensor(logs["lora-off"]), rtol=1e-5, atol=1e-6)
@@ -112,8 +191,12 @@ def test_preferences_are_learned_about_tiles_and_two_references_agree(start, mod
 
 def test_recomputed_blocks_change_no_gradient_of_a_row_of_two_answers(start, tok):
     vlm = VLM.from_pretrained("start")
-    Path("pairs.jsonl").write_text(json.dumps({"question": "What?", "chosen": "a red cat", "rejected": "a dog and a ball"}) + "\n")
-    rows = mpo.PairExamples(data.Records("pairs.jsonl", "."), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, "stop")
+    Path("pairs.jsonl").write_text(
+        json.dumps({"question": "What?", "chosen": "a red cat", "rejected": "a dog and a ball"}) + "\n"
+    )
+    rows = mpo.PairExamples(
+        data.Records("pairs.jsonl", "."), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, "stop"
+    )
     batch, grads = mpo.collate_pairs([rows[0]], tok.pad), []
     for n in (0, 2):
         vlm.decoder.recompute = n

@@ -1,7 +1,5 @@
 """tools.bench: moved here; to be rewritten."""
 
-from dataclasses import replace
-from pathlib import Path
 import argparse
 import copy
 import json
@@ -12,21 +10,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from pathlib import Path
 
-from PIL import Image, ImageDraw
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 import mpo
 from conversation import Tokenizer, encode_conversation
 from data import Examples, Records, micro_batches, picture_paths
-from model import DecoderConfig, PRESETS, VLM, VLMConfig, init_weights
+from model import PRESETS, VLM, DecoderConfig, VLMConfig, init_weights
 from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
 from support.plan import matmul_rate
 from train import TOY
 from vision import VisionConfig, cut_tiles, open_image
-
-
 
 # Sizes, and a batch: records, words a record, of which supervised
 SIZES = {
