@@ -19,9 +19,11 @@ Where this departs from the originals:
 
 import io
 import json
+import math
 import os
 import re
 import sys
+import textwrap
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import sample
@@ -42,7 +45,7 @@ from conversation import as_text
 from data import Records, picture_paths
 from support.cli import UserError, arg, parse, pick_device, run
 from support.io import read_json, reading, write_json, write_whole
-from vision import MODES
+from vision import MODES, cut_tiles, to_rgb
 
 
 @dataclass
@@ -56,6 +59,7 @@ class EvalConfig:
     split: str = arg("", "val, test, testA, ...; empty: the one with public labels")
     limit: int = arg(0, "about this many questions, drawn at random but always the same; 0: all", at_least=0)
     out: str = arg("", "folder for results.json and the rest; of several one each; empty: out/eval/NAME")
+    show: int = arg(0, "draw this many wrong answers into wrong.png", at_least=0)
     resume: bool = arg(False, "leave out the questions that an interrupted run has answered")
     blind: str = arg("", "baseline column: no picture, or another record's", choices=("none", "other"))
     cot: bool = arg(False, "ask for a chain of thought, and directly beside it; also: read --predictions so")
@@ -127,6 +131,8 @@ def evaluate(name, cfg, vlm, tok, out):
             theirs = read_json(cfg.compare)["records"]
             result["compare"] = compare(bench, result["records"], theirs) | {"with": cfg.compare}
     files = write_results(result, items, out)
+    if cfg.show:
+        files.append(draw_wrong(items, result["records"], cfg, out / "wrong.png"))
     print(report(result, time.time() - began) + "\n  " + ", ".join(files), flush=True)
     return result
 
@@ -186,11 +192,13 @@ def find_picture(root, name):
     path = Path(os.path.normpath(root / name))
     if not path.is_relative_to(root):
         raise UserError(f"picture {name!r} lies outside --image-root {root}; move it there")
-    for place in (path, path.parent / "images" / path.name, root / path.name, root / "images" / path.name):
-        for ending in ("", ".jpg", ".png"):
-            for found in (place.with_name(place.name + ending), place.with_suffix(ending or place.suffix)):
-                if found.is_file():
-                    return found
+    names = [path.name]
+    for ending in (".jpg", ".png"):
+        names += [path.name + ending, path.stem + ending]
+    for folder in (path.parent, path.parent / "images", root, root / "images"):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
     raise UserError(f"{path}: no such picture; check the path and --image-root")
 
 
@@ -233,7 +241,7 @@ def ask_columns(vlm, tok, items, cfg, progress):
 
 
 def ask(vlm, tok, items, column, cfg, progress):
-    """-> {id: {"text", ...}}, without the questions that are too long for the model.
+    """-> {id: {"text", ...}}; {"missing"} of a question that is too long for the model.
 
     Batches are cut from all items, and --resume leaves out whole batches only: each answer comes from the
     same arithmetic as in an uninterrupted run.
@@ -253,7 +261,7 @@ def ask(vlm, tok, items, column, cfg, progress):
             rows = answer_items(vlm, tok, batch, prompts, column, cfg)
             progress.write(column.name, batch, rows)
             bar.update(len(batch))
-    return {item["id"]: done[item["id"]] for item in items if "too_long" not in done[item["id"]]}
+    return done
 
 
 def cut_batches(items, cot, size):
@@ -282,7 +290,9 @@ def one_ahead(work, jobs):
 
 
 def open_picture(vlm, picture):
-    return sample.open_picture(vlm, io.BytesIO(picture) if isinstance(picture, bytes) else picture)
+    if isinstance(picture, bytes):  # MMBench's stand in its table
+        return cut_tiles(to_rgb(Image.open(io.BytesIO(picture))), vlm.cfg.vision, vlm.cfg.image_mode)
+    return sample.open_picture(vlm, picture)
 
 
 def encode_item(vlm, tok, item, column, look):
@@ -319,13 +329,15 @@ def generate(vlm, tok, prompts, limit):
     """Greedy. A prompt near the model's length is asked alone: nobody's answer depends on its neighbours."""
     longest = vlm.cfg.decoder.block_size
     lengths = [len(ids) for ids, _ in prompts]
-    groups = [[k for k, n in enumerate(lengths) if n + limit <= longest]]
-    groups += [[k] for k, n in enumerate(lengths) if longest - limit < n < longest]
-    rows = [{"too_long": n} for n in lengths]
-    for group in filter(None, groups):
-        answers = sample.answer(vlm, tok, [prompts[k] for k in group], limit, len(group))
+    roomy = [k for k, n in enumerate(lengths) if n + limit <= longest]
+    tight = [k for k, n in enumerate(lengths) if longest - limit < n < longest]
+    rows = [{"missing": True} for _ in prompts]  # too long
+    for group, batch_size in ((roomy, len(prompts)), (tight, 1)):
+        if not group:
+            continue
+        answers = sample.answer(vlm, tok, [prompts[k] for k in group], limit, batch_size)
         for k, found in zip(group, answers):
-            rows[k] = {"text": found.text} if found.whole else {"text": found.text, "cut_off": True}
+            rows[k] = {"text": found.text, "cut_off": not found.whole}
     return rows
 
 
@@ -350,27 +362,21 @@ def likeliest(vlm, tok, prompts, candidates):
 class Progress:
     """progress.jsonl: the flags, then a line for each answer, from which --resume goes on."""
 
-    def __init__(self, path, head, resume=False):
+    def __init__(self, path=None, head=None, resume=False):
         self.path = path
         self.done = defaultdict(dict)  # {column: {question id: row}}
         if path is None:
             return
-        free = ("out", "resume", "device", "compare", "predictions")
-        head = json.loads(json.dumps({name: value for name, value in head.items() if name not in free}))
+        lines = [json.dumps(head) + "\n"]
         if resume and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            before, *rows = [json.loads(line) for line in lines if line.endswith("\n")] or [{}]
-            changed = [name for name in head if before.get(name) != head[name]]
-            if changed:
-                name = changed[0]
-                raise UserError(
-                    f"--resume: {path} was written with {name} {before.get(name)!r}, now it is "
-                    f"{head[name]!r}; give the same flags, or leave out --resume"
-                )
-            for row in rows:
-                self.done[row["column"]][row["id"]] = row
-        rows = [row for rows in self.done.values() for row in rows.values()]
-        write_whole(path, lambda tmp: tmp.write_text(json_lines([head, *rows]), encoding="utf-8"))
+            written = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in written if line.endswith("\n")]  # a kill may tear the last one
+            check_flags(path, json.loads(whole[0]) if whole else {}, json.loads(lines[0]))
+            lines += whole[1:]
+        for line in lines[1:]:
+            row = json.loads(line)
+            self.done[row["column"]][row["id"]] = row
+        write_whole(path, lambda tmp: tmp.write_text("".join(lines), encoding="utf-8"))
 
     def write(self, column, batch, rows):
         rows = [{"column": column, "id": item["id"]} | row for item, row in zip(batch, rows)]
@@ -378,6 +384,15 @@ class Progress:
         if self.path:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json_lines(rows))
+
+
+def check_flags(path, before, now):
+    for name in now:
+        if name not in ("out", "resume", "device", "compare", "show") and before.get(name) != now[name]:
+            raise UserError(
+                f"--resume: {path} was written with {name} {before.get(name)!r}, now it is {now[name]!r}; "
+                "give the same flags, or leave out --resume"
+            )
 
 
 def weights_stamp(directory):
@@ -442,7 +457,7 @@ def examine(vlm, tok, questions, out=None):
     for k, asked in enumerate(questions):
         item = own_question(k, asked["paths"], asked["text"], asked["answer"], asked["category"])
         items.append(item | {"benchmark": "own"})
-    columns = ask_columns(vlm, tok, items, cfg, Progress(None, {}))
+    columns = ask_columns(vlm, tok, items, cfg, Progress())
     result = score_columns("own", items, columns, cfg)
     print(f"\nheld-out accuracy\n{table([result])}")
     print(f"{result['cut_off']} of {len(items)} answers were cut off for being too long")
@@ -486,23 +501,15 @@ def score_columns(name, items, columns, cfg):
     graded = {}
     for column, answers in columns.items():
         graded[column] = grade(bench, items, answers, cot=cfg.cot and column != "direct")
-    main, *others = graded
-
-    # Of each question: what was asked, answered and judged, and what the other columns made of it
-    records = graded[main].pop("records")
-    for item, record in zip(items, records):
-        record["prompt"] = prompt_of(item, main == "chain of thought")
-        record["image"] = item["image"] if not isinstance(item["image"], bytes) else None
-    for column in others:
-        for record, other in zip(records, graded[column].pop("records")):
-            record[column] = {key: other[key] for key in ("answer", "parsed", "score")}
-
+    main = next(iter(graded))
     result = {"benchmark": name, "metric": bench.metric, "paper": bench.paper}
     result |= graded.pop(main) | {"columns": graded}
+    for item, record in zip(items, result["records"]):
+        record["prompt"] = prompt_of(item, main == "chain of thought")
+        record["image"] = item["image"] if not isinstance(item["image"], bytes) else None
     if cfg.model:
-        answers = "by likelihood" if cfg.likelihood == "yes" and "candidates" in items[0] else "generated"
-        result |= {"model": cfg.model, "prompts": f"{cfg.family}, {main}", "answers": answers}
-    return result | {"records": records}
+        result |= {"model": cfg.model, "prompts": f"{cfg.family}, {main}", "likelihood": cfg.likelihood}
+    return result
 
 
 def write_results(result, items, out):
@@ -535,7 +542,7 @@ def report(result, seconds):
     n = len(result["records"])
     said = [f"{result['benchmark']}: {n} questions on {len(pictures)} pictures in {seconds:.1f} s"]
     if "prompts" in result:
-        said.append(f"prompts {result['prompts']}, answers {result['answers']}")
+        said.append(f"prompts {result['prompts']}, by likelihood {result['likelihood']}")
     if result["missing"]:
         said.append(f"{result['missing']} without an answer, counted as wrong")
     if result["cut_off"]:
@@ -581,6 +588,33 @@ def table_row(name, figures, columns, unparsed="", last=""):
     interval = "{:.2f} to {:.2f}".format(*low_high) if low_high else "-"
     scores = [f"{f['score']:.2f}" if f and f["score"] is not None else "-" for f in (figures, *columns)]
     return [name, scores[0], interval, str(figures["n"]), unparsed, *scores[1:], last]
+
+
+def draw_wrong(items, records, cfg, path, columns=4, side=240):
+    """--show: wrong answers, spread over the file, each with picture, question, answer and truth."""
+    wrong = [pair for pair in zip(items, records) if pair[1]["score"] is not None and pair[1]["score"] < 0.5]
+    n = min(cfg.show, len(wrong))
+    chosen = [wrong[i * len(wrong) // n] for i in range(n)]
+    pictures = find_pictures([item for item, _ in chosen], cfg)
+
+    # A cell holds a picture and up to nine lines of text below it.
+    width, height = side + 16, side + 150
+    n_rows = max(1, math.ceil(n / columns))
+    sheet = Image.new("RGB", (columns * width, n_rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, (item, record) in enumerate(chosen):
+        x = k % columns * width
+        y = k // columns * height
+        for picture in pictures[item["id"]][:1]:
+            source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+            image = to_rgb(Image.open(source))
+            sheet.paste(ImageOps.pad(image, (side, side), color="white"), (x, y))
+        lines = textwrap.wrap(item["text"], 38)[:5]
+        lines += textwrap.wrap(f"said: {record['answer']}", 38)[:2]
+        lines += textwrap.wrap(f"truth: {record['truth']}", 38)[:2]
+        pen.text((x, y + side), "\n".join(lines), fill="black", font_size=12)
+    write_whole(path, lambda tmp: sheet.save(tmp, format="PNG"))
+    return str(path)
 
 
 if __name__ == "__main__":

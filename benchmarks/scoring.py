@@ -19,14 +19,14 @@ def grade(bench, items, answers, cot=False):
     records = []
     for item in items:
         with reading(f"question {item['id']!r}"):
-            records.append(judge_one(bench, item, answers.get(item["id"]), cot))
-    given = [record for record in records if "missing" not in record]
+            records.append(judge_one(bench, item, answers.get(item["id"], {}), cot))
+    given = [record for record in records if not record["missing"]]
     unparsed = [record for record in given if record["parsed"] in (None, "")]
     result = {
         "n": len(records),
         "missing": len(records) - len(given),
         "unparsed": len(unparsed) / max(1, len(given)),
-        "cut_off": sum("cut_off" in record for record in records),
+        "cut_off": sum(record.get("cut_off", False) for record in records),
         "score": None,
         "ci95": None,
         "categories": {},
@@ -46,8 +46,8 @@ def judge_one(bench, item, answer, cot):
     """-> record. Its score is None where the label is hidden, or GPT-4 has not reviewed the answer yet."""
     record = {"id": item["id"], "unit": item.get("unit", item["id"]), "category": item.get("category")}
     record |= {"truth": item["truth"], "answer": None, "parsed": None, "score": 0.0}
-    answer = answer or {"missing": True}
-    record |= {name: answer[name] for name in ("missing", "cut_off", "p", "first") if name in answer}
+    record |= {name: answer[name] for name in ("cut_off", "p", "first") if name in answer}
+    record["missing"] = "text" not in answer
     has_score = item["truth"] is not None and (bench.request is None or "is_review" in answer)
 
     if "text" in answer:

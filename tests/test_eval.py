@@ -895,6 +895,12 @@ def test_two_runs_and_one_killed_and_resumed_write_the_same_results(toy, tmp_pat
     assert len(calls) == n_batches + 1  # only the one that died came again
 
 
+def test_show_draws_wrong_answers_under_their_pictures(toy, tmp_path):
+    assert toy("--show", 3) == 0
+    with Image.open(tmp_path / "toy/wrong.png") as sheet:
+        assert sheet.size == (4 * 256, 390) and len(sheet.convert("RGB").getcolors(1 << 20)) > 10
+
+
 def test_resume_refuses_other_flags(toy, capfd):
     assert toy() == 0
     assert toy("--resume", "--cot") == 1 and "written with cot False, now it is True" in complaint(capfd)
