@@ -39,8 +39,16 @@ SECOND = {"s": [-118.0, -167.0], "s_ref": [-123.0, -160.0], "n": [60.0, 80.0]}
 def vlm(tok):
     torch.manual_seed(0)
     vision = VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64)
-    decoder = DecoderConfig(vocab_size=tok.vocab_size, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, head_dim=8,
-                            n_hidden=64, block_size=256)
+    decoder = DecoderConfig(
+        vocab_size=tok.vocab_size,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=2,
+        n_embd=32,
+        head_dim=8,
+        n_hidden=64,
+        block_size=256,
+    )
     return VLM(VLMConfig(vision, decoder, image_token=tok.image, pad_token=tok.pad)).eval()
 
 
@@ -134,15 +142,23 @@ def random_pairs(n_pair, dtype=torch.float32):
 
 
 def test_dpo_bco_and_sft_equal_their_vectors():
-    (r_c, r_r), = rewards(FIRST)
+    ((r_c, r_r),) = rewards(FIRST)
     near(mpo.dpo_loss(r_c, r_r), 0.513015)
     near(mpo.bco_loss(r_c, r_r, delta=0.0), 1.198752)
     near(mpo.sft_loss(torch.tensor([-120.0]), torch.tensor([60.0])), 2.0)
 
 
-@pytest.mark.parametrize("name, number", [
-    ("cdpo", 0.553015), ("robust-dpo", 0.463015), ("hinge", 0.6), ("sppo", 20.0), ("aot", 0.513015), ("ipo", 24.3789),
-])
+@pytest.mark.parametrize(
+    "name, number",
+    [
+        ("cdpo", 0.553015),
+        ("robust-dpo", 0.463015),
+        ("hinge", 0.6),
+        ("sppo", 20.0),
+        ("aot", 0.513015),
+        ("ipo", 24.3789),
+    ],
+)
 def test_a_loss_of_the_ablation_equals_its_vector(name, number):
     near(lab_loss(name, *rows(FIRST)), number, 1e-4)
 
@@ -152,7 +168,7 @@ def test_bco_with_the_cumulative_shift_over_two_steps():
     for case, shift, dpo, bco in ((FIRST, 0.1, 0.513015, 1.196278), (SECOND, 0.0, 0.263282, 0.877263)):
         delta, n_pair = mpo.update_delta(delta, n_pair, rewards(case))
         near(delta, shift)
-        (r_c, r_r), = rewards(case)
+        ((r_c, r_r),) = rewards(case)
         near(mpo.dpo_loss(r_c, r_r), dpo)
         near(mpo.bco_loss(r_c, r_r, delta), bco)
 
@@ -202,6 +218,7 @@ def test_a_batch_costs_the_mean_of_its_pairs():
         for name in set(lab_losses.NAMES) - {"aot"}:
             found[name] = lab_loss(name, s[part], s_ref[part], n[part])
         return found
+
     single = [costs(slice(i, i + 1)) for i in range(8)]
     for name, value in costs(slice(None)).items():
         torch.testing.assert_close(value, sum(costs_of_one[name] for costs_of_one in single) / 8)
@@ -242,12 +259,19 @@ def trl_loss():
     finally:
         utils._is_package_available = original
     cpu = Accelerator(cpu=True)
-    trainer = SimpleNamespace(accelerator=cpu, reference_free=False, f_divergence_type="reverse_kl", beta=0.1,
-                              label_smoothing=0.0, running=RunningMoments(cpu))
+    trainer = SimpleNamespace(
+        accelerator=cpu,
+        reference_free=False,
+        f_divergence_type="reverse_kl",
+        beta=0.1,
+        label_smoothing=0.0,
+        running=RunningMoments(cpu),
+    )
 
     def loss(name, s, s_ref, epsilon=0.0):
         trainer.label_smoothing = epsilon
         return DPOTrainer.dpo_loss(trainer, s[:, 0], s[:, 1], s_ref[:, 0], s_ref[:, 1], name)[0]
+
     return loss
 
 
@@ -257,10 +281,16 @@ def test_dpo_is_that_of_trl(trl_loss):
     near(mpo.dpo_loss(r_c, r_r), trl_loss("sigmoid", s, s_ref).mean())
 
 
-@pytest.mark.parametrize("name, theirs, epsilon", [
-    ("cdpo", "sigmoid", 0.1), ("robust-dpo", "robust", 0.1), ("hinge", "hinge", 0.0), ("sppo", "sppo_hard", 0.0),
-    ("aot", "aot", 0.0),
-])
+@pytest.mark.parametrize(
+    "name, theirs, epsilon",
+    [
+        ("cdpo", "sigmoid", 0.1),
+        ("robust-dpo", "robust", 0.1),
+        ("hinge", "hinge", 0.0),
+        ("sppo", "sppo_hard", 0.0),
+        ("aot", "aot", 0.0),
+    ],
+)
 def test_a_loss_of_the_ablation_is_that_of_trl(trl_loss, name, theirs, epsilon):
     s, s_ref, n = random_pairs(8)
     expected = trl_loss(theirs, s, s_ref, epsilon).mean()
@@ -327,6 +357,7 @@ def test_gradients_through_one_row_are_those_of_two(vlm, tok, folder):
         vlm.zero_grad()
         value.backward()
         return {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
+
     total = 0
     for i, record in enumerate(PAIRS):
         for k, (value, _) in enumerate(two_rows(vlm, tok, record, made[i]["pixels"])):
@@ -397,7 +428,7 @@ def test_the_reference_of_a_run_is_kept_in_its_folder(tiny, folder, vlm, tok):
     made = examples(folder, tok, vlm)
     expected, _ = mpo.pair_log_probs(vlm, mpo.collate_pairs([made[i] for i in range(4)], tok.pad))
     torch.testing.assert_close(kept, expected.detach(), atol=1e-4, rtol=0)
-    assert abs(log("run")[-1]["margin"]) > 0.1              # the policy has moved, tower included
+    assert abs(log("run")[-1]["margin"]) > 0.1  # the policy has moved, tower included
 
 
 def test_a_resumed_run_without_its_reference_says_so(tiny, folder, capfd):
@@ -422,6 +453,7 @@ def die_at(monkeypatch, owner, name, call):
         if len(calls) == call:
             os._exit(9)
         return original(*args, **flags)
+
     monkeypatch.setattr(owner, name, dying)
 
 
@@ -441,7 +473,7 @@ def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, monkeypa
     whole, resumed = log("whole"), log("run")
     for line in whole + resumed:
         del line["time"]
-    assert whole == resumed                                 # delta and rewards included
+    assert whole == resumed  # delta and rewards included
     assert Path("whole/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
 
 
@@ -491,12 +523,16 @@ def test_bad_pairs_are_counted_and_named_and_never_trained_on(tiny, folder, capf
 
     flags = ["--batch-size", 9, "--max-steps", 1]
     assert go(tiny, folder, *flags, data="mixed.jsonl") == 0
-    line, = log("run")
+    (line,) = log("run")
     assert line["pairs"] == 1
     assert len(line["skipped"]) == 8
     for number, word in enumerate(words, 2):
         place = f"mixed.jsonl, line {number}"
-        assert any(place in reason and word in reason for reason in line["skipped"]), (number, word, line["skipped"])
+        assert any(place in reason and word in reason for reason in line["skipped"]), (
+            number,
+            word,
+            line["skipped"],
+        )
     assert "8 of 9 records skipped" in capfd.readouterr().out
     assert go(tiny, folder, "--bad-records", "stop", out="b", data="mixed.jsonl") == 1
     assert "mixed.jsonl, line " in errors(capfd)[-1]
@@ -510,11 +546,18 @@ def test_the_same_row_costs_the_same_beside_a_bad_pair(tiny, folder):
     near(losses("one")[0], losses("two")[0])
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--data", "none.jsonl"], "no such file"), (["--beta", "0"], "above 0"), (["--reference", "none"], "--reference"),
-    (["--model", "toy"], "is a preset"), (["--stage", "finetune"], "--stage"), (["--w-p", "-1"], "at least 0"),
-    (["--split-questions"], "--split-questions"),
-])
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--data", "none.jsonl"], "no such file"),
+        (["--beta", "0"], "above 0"),
+        (["--reference", "none"], "--reference"),
+        (["--model", "toy"], "is a preset"),
+        (["--stage", "finetune"], "--stage"),
+        (["--w-p", "-1"], "at least 0"),
+        (["--split-questions"], "--split-questions"),
+    ],
+)
 def test_a_flag_that_cannot_be_is_one_clear_line(tiny, folder, capfd, flags, word):
     assert go(tiny, folder, *flags) == 1
     said = errors(capfd)
@@ -530,8 +573,14 @@ def meta(folder):
     write(folder / "red.jsonl", [PAIRS[0]] * 3)
     write(folder / "text.jsonl", [dict(PAIRS[3], chosen=f"{i} legs") for i in range(10)])
     meta = {
-        "red": {"root": "red", "annotation": "red.jsonl", "data_augment": True, "max_dynamic_patch": 12, "repeat_time": 2,
-                "length": 3},
+        "red": {
+            "root": "red",
+            "annotation": "red.jsonl",
+            "data_augment": True,
+            "max_dynamic_patch": 12,
+            "repeat_time": 2,
+            "length": 3,
+        },
         "text": {"root": ".", "annotation": "text.jsonl", "repeat_time": 0.3},
     }
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -556,29 +605,56 @@ def test_a_root_of_another_machine_in_meta_json_is_one_line(tiny, folder, meta, 
 # ---- building pairs: reading answers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, final", [
-    ("First.\nSecond.\nFinal answer: 4", "4"), ("Final answer: 3 at first.\nNo.\nFinal answer: 4", "4"),
-    ("一。\n二。\n答案: 四", "四"),
-])
+@pytest.mark.parametrize(
+    "text, final",
+    [
+        ("First.\nSecond.\nFinal answer: 4", "4"),
+        ("Final answer: 3 at first.\nNo.\nFinal answer: 4", "4"),
+        ("一。\n二。\n答案: 四", "四"),
+    ],
+)
 def test_the_final_answer_is_behind_the_last_trigger(text, final):
     assert pairs.parse_answer(text)[1] == final
 
 
-@pytest.mark.parametrize("text", [
-    "4", "Final answer: 4", "One line. Final answer: 4", "a\nFinal answer: 4", "a\nb\nFinal answer:",
-    "a\nb\nFinal answer: 4\nor 5", "\n\nFinal answer: 4", "a\nFinal answer: 1\nFinal answer: 2\nFinal answer: 3",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "4",
+        "Final answer: 4",
+        "One line. Final answer: 4",
+        "a\nFinal answer: 4",
+        "a\nb\nFinal answer:",
+        "a\nb\nFinal answer: 4\nor 5",
+        "\n\nFinal answer: 4",
+        "a\nFinal answer: 1\nFinal answer: 2\nFinal answer: 3",
+    ],
+)
 def test_other_forms_are_no_answer(text):
     assert pairs.parse_answer(text) is None
 
 
-@pytest.mark.parametrize("said, truth, right", [
-    ("Yes", "yes", True), ("the cat.", "cat", True), ("two", "2", True), ("1,000", "1000", True), ("12", "2", False),
-    ("3.1416", "3.14159", True), ("3.2", "3.14159", False), ("90 degrees", "90", True), ("nan", "4", False),
-    ("B. dog", "B", True), ("(B)", "B", True), ("C", "B", False), ("bird", "B", False), ("", "a", False),
-    ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.55]", True),
-    ("[0.60, 0.60, 0.90, 0.90]", "[0.10, 0.10, 0.50, 0.55]", False),
-])
+@pytest.mark.parametrize(
+    "said, truth, right",
+    [
+        ("Yes", "yes", True),
+        ("the cat.", "cat", True),
+        ("two", "2", True),
+        ("1,000", "1000", True),
+        ("12", "2", False),
+        ("3.1416", "3.14159", True),
+        ("3.2", "3.14159", False),
+        ("90 degrees", "90", True),
+        ("nan", "4", False),
+        ("B. dog", "B", True),
+        ("(B)", "B", True),
+        ("C", "B", False),
+        ("bird", "B", False),
+        ("", "a", False),
+        ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.55]", True),
+        ("[0.60, 0.60, 0.90, 0.90]", "[0.10, 0.10, 0.50, 0.55]", False),
+    ],
+)
 def test_the_judge(said, truth, right):
     assert pairs.judge_answer(said, truth) is right
 
@@ -614,11 +690,24 @@ def asked(folder):
 @pytest.fixture
 def described(folder):
     chosen = "A red cat and a big dog."
-    return write(folder / "questions.jsonl", [{"image": "a.png", "question": "<image>\nDescribe.", "chosen": chosen}])
+    return write(
+        folder / "questions.jsonl", [{"image": "a.png", "question": "<image>\nDescribe.", "chosen": chosen}]
+    )
 
 
 def build(tiny, folder, method, *flags, out="pairs/made.jsonl"):
-    base = ["--method", method, "--model", tiny, "--data", folder / "questions.jsonl", "--image-root", folder, "--out", out]
+    base = [
+        "--method",
+        method,
+        "--model",
+        tiny,
+        "--data",
+        folder / "questions.jsonl",
+        "--image-root",
+        folder,
+        "--out",
+        out,
+    ]
     base += ["--samples", 4, "--batch-size", 8, "--max-new-tokens", 12]
     return run(lambda: pairs.main([str(word) for word in [*base, *flags]]))
 
@@ -641,8 +730,10 @@ def talkative(monkeypatch):
                     ids.append(tok.eos)
                 answers.append(sample.read_answer(tok, "vicuna_v1", ids))
             return answers
+
         monkeypatch.setattr(pairs, "draw_answers", draw_answers)
         return calls
+
     return says
 
 
@@ -678,17 +769,21 @@ def test_right_answers_meet_wrong_ones_and_those_without_form(tiny, folder, aske
 
 
 def test_a_prediction_within_the_other_is_no_pair_and_pairs_are_capped(tiny, folder, asked, talkative):
-    talkative("One.\nTwo.\nFinal answer: 1", "One.\nTwo.\nFinal answer: 1 or 2", "I.\nJ.\nFinal answer: 5",
-              "K.\nL.\nFinal answer: 6")
+    talkative(
+        "One.\nTwo.\nFinal answer: 1",
+        "One.\nTwo.\nFinal answer: 1 or 2",
+        "I.\nJ.\nFinal answer: 5",
+        "K.\nL.\nFinal answer: 6",
+    )
     assert build(tiny, folder, "correctness", "--pairs-per-question", 1) == 0
-    counts = stats()["counts"]                              # two questions have the truth 1
+    counts = stats()["counts"]  # two questions have the truth 1
     assert counts["pairs"] == counts["pairs in doubt"] == counts["pairs beyond the cap"] == 2
 
 
 def test_dropout_keeps_words_and_completes_them_without_the_picture(tiny, folder, described, tok, talkative):
     calls = talkative("blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--ratio", 0.5) == 0
-    pair, = lines("pairs/made.jsonl")
+    (pair,) = lines("pairs/made.jsonl")
     assert pair["chosen"] == "A red cat and a big dog."
     assert pair["rejected"] == "A red cat blue bird."
     assert pair["image"] == "a.png"
@@ -698,7 +793,7 @@ def test_dropout_keeps_words_and_completes_them_without_the_picture(tiny, folder
     assert pictures == []
     turns = [("human", "Describe."), ("gpt", "A red cat")]
     whole, _ = encode_conversation(tok, turns, "vicuna_v1", [])
-    assert ids == whole[:-1]                                # exactly as training would write it, left open
+    assert ids == whole[:-1]  # exactly as training would write it, left open
 
 
 @pytest.mark.parametrize("ratio, begin", [(0.25, "A"), (0.75, "A red cat and a"), (0.0, "")])
@@ -726,7 +821,9 @@ def test_without_a_chosen_answer_the_model_gives_its_own_with_the_picture(tiny, 
 
 
 @pytest.mark.parametrize("method, size", [("correctness", 8), ("dropout-ntp", 2)])
-def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny, folder, asked, method, size, monkeypatch):
+def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(
+    tiny, folder, asked, method, size, monkeypatch
+):
     # A random model never answers: here anything is an answer, and a whole one.
     monkeypatch.setattr(pairs, "judge_answer", lambda said, truth: True)
     monkeypatch.setattr(pairs, "parse_answer", lambda text, n=2: (text, text[:3]) if len(text) % 2 else None)
@@ -742,17 +839,24 @@ def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(tiny,
         assert exit_code_of(lambda: build(tiny, folder, method, *flags, out="made.jsonl")) == 9
     assert not Path("made.jsonl").exists()
     with open("made.jsonl.part", "a") as file:
-        file.write('{"pairs": [')                           # the kill came while a line was written
-    assert build(tiny, folder, method, *flags, "--seed", 1, out="made.jsonl") == 1      # another flag: refused
+        file.write('{"pairs": [')  # the kill came while a line was written
+    assert build(tiny, folder, method, *flags, "--seed", 1, out="made.jsonl") == 1  # another flag: refused
     assert build(tiny, folder, method, *flags, out="made.jsonl") == 0
     assert Path("made.jsonl").read_text() == Path("whole.jsonl").read_text()
     assert not Path("made.jsonl.part").exists()
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--method", "corectness"], "did you mean correctness"), (["--ratio", "1"], "below 1"), (["--samples", "0"], "at least 1"),
-    (["--data", "none.jsonl"], "none.jsonl"), (["--sampels", "3"], "--samples"), (["--out", "a.png"], "is there already"),
-])
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--method", "corectness"], "did you mean correctness"),
+        (["--ratio", "1"], "below 1"),
+        (["--samples", "0"], "at least 1"),
+        (["--data", "none.jsonl"], "none.jsonl"),
+        (["--sampels", "3"], "--samples"),
+        (["--out", "a.png"], "is there already"),
+    ],
+)
 def test_a_wrong_flag_of_the_builder_is_one_clear_line(tiny, folder, asked, capfd, flags, word):
     assert build(tiny, folder, "correctness", *flags) == 1
     said = errors(capfd)

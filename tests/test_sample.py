@@ -36,17 +36,21 @@ def ask(tiny, world, tmp_path, monkeypatch):
 @pytest.fixture
 def chat(ask, monkeypatch):
     """chat([question, ...], *flags): the user types these on a terminal, then Ctrl-D."""
+
     def chat(typed, *flags):
         typed = iter(typed)
+
         def type_line(prompt):
             print(prompt, end="")
             line = next(typed, None)
             if line is None:
                 raise EOFError
             return line
+
         monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
         monkeypatch.setattr("builtins.input", type_line)
         return ask(*flags)
+
     return chat
 
 
@@ -63,12 +67,14 @@ def expected(model, tok, turns, pictures, n):
 def talkative(tiny, monkeypatch):
     """Every sequence ends after 6 tokens at most: the random model seldom ends by itself."""
     original = VLM.stream
+
     def stream(self, tokens, pixels, n, *rest, **flags):
         stream.seen.append((tokens, pixels, n))
         for step, new in enumerate(original(self, tokens, pixels, n, *rest, **flags)):
             yield new if step < 6 else torch.tensor([self.cfg.eos_token])
             if step == 6:
                 return
+
     stream.seen = []
     monkeypatch.setattr(VLM, "stream", stream)
     return stream.seen
@@ -76,7 +82,10 @@ def talkative(tiny, monkeypatch):
 
 def test_one_question_gets_the_greedy_answer_of_the_newest_run(ask, tiny, tok, capfd):
     assert ask("--image", "a.png", "--prompt", "What color?", "--max-new-tokens", 20) == 0
-    assert capfd.readouterr().out == expected(tiny, tok, [("human", "<image>\nWhat color?")], ["a.png"], 20) + "\n"
+    assert (
+        capfd.readouterr().out
+        == expected(tiny, tok, [("human", "<image>\nWhat color?")], ["a.png"], 20) + "\n"
+    )
 
 
 def test_several_pictures_are_given_in_their_order(ask, tiny, tok, capfd):
@@ -84,7 +93,9 @@ def test_several_pictures_are_given_in_their_order(ask, tiny, tok, capfd):
     for names in (["a.png", "b.png"], ["b.png", "a.png"]):
         assert ask("--image", *names, "--prompt", "What differs?", "--max-new-tokens", 20) == 0
         answers.append(capfd.readouterr().out)
-        assert answers[-1] == expected(tiny, tok, [("human", "<image><image>\nWhat differs?")], names, 20) + "\n"
+        assert (
+            answers[-1] == expected(tiny, tok, [("human", "<image><image>\nWhat differs?")], names, 20) + "\n"
+        )
     assert answers[0] != answers[1]
 
 
@@ -95,10 +106,12 @@ def test_a_question_needs_no_picture(ask, tiny, tok, capfd):
 
 def test_the_answer_is_printed_while_it_is_written(ask, monkeypatch, capfd):
     shown, original = [], VLM.stream
+
     def stream(*args, **flags):
         for new in original(*args, **flags):
             shown.append(capfd.readouterr().out)
             yield new
+
     monkeypatch.setattr(VLM, "stream", stream)
     assert ask("--prompt", "How many?", "--max-new-tokens", 10, "--temperature", 3) == 0
     assert sum(map(bool, shown)) > 3
@@ -106,7 +119,13 @@ def test_the_answer_is_printed_while_it_is_written(ask, monkeypatch, capfd):
 
 def test_temperature_draws_by_seed(ask, capfd):
     said = []
-    for flags in ([], ["--temperature", 2], ["--temperature", 2], ["--temperature", 2, "--seed", 1], ["--temperature", 2, "--top-k", 1]):
+    for flags in (
+        [],
+        ["--temperature", 2],
+        ["--temperature", 2],
+        ["--temperature", 2, "--seed", 1],
+        ["--temperature", 2, "--top-k", 1],
+    ):
         assert ask("--prompt", "How many?", "--max-new-tokens", 12, *flags) == 0
         said.append(capfd.readouterr().out)
     assert said[1] == said[2] and len({said[0], said[1], said[3]}) == 3 and said[4] == said[0]
@@ -124,7 +143,9 @@ def test_an_answer_that_fills_the_models_context_says_so(ask, capfd):
     assert "these are all 512 the model takes" in capfd.readouterr().err
 
 
-def test_without_a_prompt_and_a_terminal_the_picture_is_described_and_nothing_is_asked(ask, monkeypatch, capfd):
+def test_without_a_prompt_and_a_terminal_the_picture_is_described_and_nothing_is_asked(
+    ask, monkeypatch, capfd
+):
     with open(os.devnull) as nobody:
         monkeypatch.setattr(sys, "stdin", nobody)
         assert ask("--image", "a.png", "--max-new-tokens", 5) == 0
@@ -134,17 +155,24 @@ def test_without_a_prompt_and_a_terminal_the_picture_is_described_and_nothing_is
 
 def test_on_a_terminal_one_can_go_on_asking(ask):
     keyboard, terminal = pty.openpty()
-    child = subprocess.Popen([sys.executable, ROOT / "sample.py", "--image", "a.png", "--max-new-tokens", "5"], stdin=terminal, stdout=terminal, stderr=terminal)
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", "--image", "a.png", "--max-new-tokens", "5"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
     os.close(terminal)
     shown = b""
+
     def until(text, times):
         nonlocal shown
         while shown.count(text) < times:
             shown += os.read(keyboard, 4096)
-    until(b"\n> ", 1)                            # after the description
+
+    until(b"\n> ", 1)  # after the description
     os.write(keyboard, b"What color is it?\n")
     until(b"\n> ", 2)
-    os.write(keyboard, b"\x04")                  # Ctrl-D
+    os.write(keyboard, b"\x04")  # Ctrl-D
     with contextlib.suppress(OSError):
         until(b"never", 1)
     assert child.wait() == 0 and b"Traceback" not in shown and b"> Provide" in shown
@@ -155,7 +183,11 @@ def test_a_chat_asks_with_all_earlier_turns_and_one_picture(chat, talkative, tok
     (first, pixels, _), (second, again, _) = talkative
     said = capfd.readouterr().out.splitlines()[1]
     turns = [("human", f"<image>\n{sample.DESCRIBE}"), ("gpt", said), ("human", "What color?")]
-    assert second[0].tolist() == encode_prompt(tok, turns, "vicuna_v1", [16]) and torch.equal(pixels, again) and len(pixels) == 1
+    assert (
+        second[0].tolist() == encode_prompt(tok, turns, "vicuna_v1", [16])
+        and torch.equal(pixels, again)
+        and len(pixels) == 1
+    )
     assert first[0].tolist() == encode_prompt(tok, turns[:1], "vicuna_v1", [16])
 
 
@@ -166,24 +198,34 @@ def test_a_chat_without_a_picture_begins_with_a_question(chat, talkative):
 
 def test_an_image_marker_that_is_typed_or_answered_stays_text(chat, tok, monkeypatch):
     prompts = []
+
     def stream(self, tokens, *rest, **flags):
         prompts.append(tokens[0].tolist())
         yield from (torch.tensor([i]) for i in [*tok.encode("An <image>."), tok.eos])
+
     monkeypatch.setattr(VLM, "stream", stream)
     assert chat(["Is <image> a word?", "<image>"], "--image", "a.png", "--prompt", "") == 0
     begin = encode_prompt(tok, [("human", f"<image>\n{sample.DESCRIBE}")], "vicuna_v1", [16])
     # the picture's place counts as one, and what follows goes as in a conversation where <image> is no marker: one without pictures
-    later = lambda *turns: encode_prompt(tok, [("human", "Q"), *turns], "vicuna_v1", [])[len(encode_prompt(tok, [("human", "Q")], "vicuna_v1", [])) :]
+    later = lambda *turns: encode_prompt(tok, [("human", "Q"), *turns], "vicuna_v1", [])[
+        len(encode_prompt(tok, [("human", "Q")], "vicuna_v1", [])) :
+    ]
     first, second = ("gpt", "An <image>."), ("human", "Is <image> a word?")
-    assert prompts == [begin, begin + later(first, second), begin + later(first, second, first, ("human", "<image>"))]
+    assert prompts == [
+        begin,
+        begin + later(first, second),
+        begin + later(first, second, first, ("human", "<image>")),
+    ]
     assert all(ids.count(tok.image) == 16 for ids in prompts)
 
 
 def test_a_chat_survives_an_empty_answer(chat, tok, monkeypatch, capfd):
     prompts = []
+
     def stream(self, tokens, *rest, **flags):
         prompts.append(tokens[0].tolist())
         yield torch.tensor([tok.eos])
+
     monkeypatch.setattr(VLM, "stream", stream)
     assert chat(["One?", "Two?"]) == 0
     assert "empty answer" in capfd.readouterr().err
@@ -195,13 +237,27 @@ def test_a_chat_that_grows_too_long_ends_with_one_line(chat, talkative, capfd):
     assert "the model takes 512 with its answer" in errors(capfd)[-1] and len(talkative) >= 1
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--temperature", -1], "--temperature -1.0: must be at least 0"), (["--temperature", "nan"], "--temperature nan: must be at least 0"),
-    (["--top-p", 0], "--top-p 0.0: must be above 0"), (["--top-p", 1.5], "--top-p 1.5: must be at most 1"), (["--top-k", -1], "--top-k -1: must be at least 0"),
-    (["--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"), (["--image", "none.png"], "none.png: no such picture"),
-    (["--image", "text.png"], "text.png: cannot be read"), (["--model", "none"], "none/config.json: not found"), (["--device", "foo"], "--device foo: choose"),
-    (["--image-mode", "padd"], "did you mean pad?"), (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
-    (["--prompt", "many words " * 400], "the model takes 512"), (["--prompt", ""], NO_IMAGE), (["--top-p", "high"], "argument --top-p: invalid float"), (["--imgae", "a.png"], "did you mean --image?")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--temperature", -1], "--temperature -1.0: must be at least 0"),
+        (["--temperature", "nan"], "--temperature nan: must be at least 0"),
+        (["--top-p", 0], "--top-p 0.0: must be above 0"),
+        (["--top-p", 1.5], "--top-p 1.5: must be at most 1"),
+        (["--top-k", -1], "--top-k -1: must be at least 0"),
+        (["--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"),
+        (["--image", "none.png"], "none.png: no such picture"),
+        (["--image", "text.png"], "text.png: cannot be read"),
+        (["--model", "none"], "none/config.json: not found"),
+        (["--device", "foo"], "--device foo: choose"),
+        (["--image-mode", "padd"], "did you mean pad?"),
+        (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
+        (["--prompt", "many words " * 400], "the model takes 512"),
+        (["--prompt", ""], NO_IMAGE),
+        (["--top-p", "high"], "argument --top-p: invalid float"),
+        (["--imgae", "a.png"], "did you mean --image?"),
+    ],
+)
 def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeypatch, flags, words):
     Path("text.png").write_text("no picture")
     monkeypatch.setattr(sys, "stdin", None)
@@ -215,8 +271,12 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeyp
 
 def make_prompts(vlm, tok, world):
     a, b = (sample.open_picture(vlm, world / f"images/val_{i:05d}.png") for i in (0, 1))
-    asked = [([a], "What is in the image, on the left or on the right of it?"), ([], "How many?"),
-             ([a, b], "Which?"), ([b], "What?")]
+    asked = [
+        ([a], "What is in the image, on the left or on the right of it?"),
+        ([], "How many?"),
+        ([a, b], "Which?"),
+        ([b], "What?"),
+    ]
     return [sample.encode_question(vlm, tok, text, pictures) for pictures, text in asked]
 
 
@@ -236,7 +296,7 @@ def test_the_tower_looks_once_at_a_picture_that_prompts_share(tiny, tok, world):
     looked_at = []
     vlm.vision.register_forward_hook(lambda tower, pixels, features: looked_at.append(len(pixels[0])))
     sample.answer(vlm, tok, prompts, max_new_tokens=2)
-    assert looked_at == [2]                      # of four runs of visual tokens
+    assert looked_at == [2]  # of four runs of visual tokens
 
 
 def test_draws_follow_the_seed(tiny, tok, world):
@@ -249,7 +309,11 @@ def test_draws_follow_the_seed(tiny, tok, world):
 def test_an_answer_ends_at_its_stop_be_it_a_token_or_a_string(tok):
     hello = tok.encode("Hello.")
     assert sample.read_answer(tok, "vicuna_v1", hello) == ("Hello.", False, hello)
-    assert sample.read_answer(tok, "vicuna_v1", hello + [tok.eos, tok.pad]) == ("Hello.", True, hello + [tok.eos])
+    assert sample.read_answer(tok, "vicuna_v1", hello + [tok.eos, tok.pad]) == (
+        "Hello.",
+        True,
+        hello + [tok.eos],
+    )
     marked = tok.encode("Hello.###Human")
     assert sample.read_answer(tok, "llava_v0", marked) == ("Hello.", True, marked)
 
@@ -264,7 +328,11 @@ def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
 
 
 def test_the_newest_finished_run_answers_and_an_unfinished_one_is_pointed_to(tmp_path):
-    make = lambda name, age: [(tmp_path / name).mkdir(parents=True), (tmp_path / name / "config.json").write_text("{}"), os.utime(tmp_path / name / "config.json", (age, age))]
+    make = lambda name, age: [
+        (tmp_path / name).mkdir(parents=True),
+        (tmp_path / name / "config.json").write_text("{}"),
+        os.utime(tmp_path / name / "config.json", (age, age)),
+    ]
     with pytest.raises(ValueError, match="no finished run under .*train one") as error:
         sample.newest_run(tmp_path)
     assert "unfinished" not in str(error.value)
