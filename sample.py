@@ -1,17 +1,20 @@
 """Ask a trained model about pictures.
 
-    python sample.py --image cat.jpg                                  # says what it sees; on a terminal you can go on asking
+    python sample.py --image cat.jpg                  # what it sees; on a terminal you can go on asking
     python sample.py --image cat.jpg --prompt "What color is the cat?"
-    python sample.py --image a.png b.png --prompt "What differs?"     # several pictures, in this order
+    python sample.py --image a.png b.png --prompt "What differs?"       # several pictures, in this order
 
-Without --model the newest finished run under out/ answers. The answer is printed while it is written. In the chat every
-question is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy unless --temperature is above 0.
-Pictures stand before the first question; an <image> or </s> in what is typed is text.
+Without --model the newest finished run under out/ answers. The answer is printed while it is written. In the
+chat every question is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy
+unless --temperature is above 0. Pictures stand before the first question; an <image> or </s> in what is typed
+is text.
 
-A *prompt* is what a model continues: (token ids, [(tiles, layout) of each picture, in their order]). encode_question makes
-one; answer() completes any number of them, and everything here that asks a model many questions does so through it.
+A *prompt* is what a model continues: (token ids, [(tiles, layout) of each picture, in their order]).
+encode_question makes one; answer() completes any number of them, and everything here that asks a model many
+questions does so through it.
 """
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,30 +33,43 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
-class SampleConfig:
-    image: tuple = arg((), "picture files, in the order the question speaks of them")
-    prompt: str = arg("", "one question; empty: describe the picture, then chat if this is a terminal")
+class AskConfig:
+    """Which model answers, and how; pairs.py has these flags, too."""
+
     model: str = arg("", "model directory; empty: the newest finished run under out/")
     vision: str = arg("", "tower of a model that was published without, DIR or DIR,DIR")
     llm: str = arg("", "directory of the base of a LoRA")
-    temperature: float = arg(0.0, "0 takes the likeliest word, more draws at random", at_least=0, below=float("inf"))
-    top_p: float = arg(1.0, "draw from the smallest set of words that holds this probability", above=0, at_most=1)
-    top_k: int = arg(0, "draw from this many likeliest words; 0: all", at_least=0)
-    max_new_tokens: int = arg(256, "longest answer in tokens", at_least=1)
     template: str = arg("", "conversation template; empty: the model's own")
     image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=MODES)
-    seed: int = arg(0, "of the draws", at_least=0)
+    temperature: float = arg(
+        0.0, "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf
+    )
+    top_p: float = arg(
+        1.0, "draw from the smallest set of words that holds this probability", above=0, at_most=1
+    )
+    top_k: int = arg(0, "draw from this many likeliest words; 0: all", at_least=0)
+    max_new_tokens: int = arg(256, "longest answer in tokens", at_least=1)
+    seed: int = arg(0, "of the draws", at_least=0, below=2**30)
     device: str = arg("auto", "cpu, cuda, cuda:N or auto")
-    dtype: str = arg("auto", "of the weights; auto: as stored, but bfloat16 for float16 on a CPU", choices=DTYPES)
+    dtype: str = arg(
+        "auto", "of the weights; auto: as stored, but bfloat16 for float16 on a CPU", choices=DTYPES
+    )
 
 
-class Answer(NamedTuple):
-    text: str       # without the stop and the spaces around
-    whole: bool     # the stop came; else the tokens ran out
-    ids: list       # every token it cost, the stop among them
+@dataclass
+class SampleConfig(AskConfig):
+    image: tuple = arg((), "picture files, in the order the question speaks of them")
+    prompt: str = arg("", "one question; empty: describe the picture, then chat if this is a terminal")
 
 
-# ---- open a model ----------------------------------------------------------------------------------------------------
+# ---- open a model ----
+
+
+def open_asked(cfg):
+    """The model of an AskConfig, whose name it then holds."""
+    cfg.model = cfg.model or str(newest_run())
+    device = pick_device(cfg.device)
+    return open_model(cfg.model, device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
 
 
 def open_model(directory, device="cpu", dtype="auto", vision=None, llm=None, template="", image_mode=""):
@@ -74,23 +90,23 @@ def open_model(directory, device="cpu", dtype="auto", vision=None, llm=None, tem
 
 def newest_run(root="out"):
     """The model directory under out/ that was finished last: config.json is the last file a run writes."""
-    finished = find_configs(root, "*/config.json")
-    if finished:
-        return finished[-1].parent
-    hint = ""
-    unfinished = find_configs(root, "*/checkpoint-*/config.json")
-    if unfinished:
-        hint = f". From an unfinished one there is --model {unfinished[-1].parent}"
-    train_one = "train one (python train.py --stage finetune) or give --model DIR"
-    raise UserError(f"no finished run under {root}/; {train_one}{hint}")
+    finished = Path(root).glob("*/config.json")
+    newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError(
+            f"no finished run under {root}/; train one (python train.py --stage finetune), or give "
+            "--model DIR, such as the checkpoint-N of an unfinished one"
+        )
+    return newest.parent
 
 
-def find_configs(root, pattern):
-    """The files of this pattern, the newest last."""
-    return sorted(Path(root).glob(pattern), key=lambda path: path.stat().st_mtime)
+# ---- prompts and answers ----
 
 
-# ---- prompts and answers ---------------------------------------------------------------------------------------------
+class Answer(NamedTuple):
+    text: str  # without the stop and the spaces around
+    whole: bool  # the stop came; else the tokens ran out
+    ids: list  # every token it cost, the stop among them
 
 
 def open_picture(vlm, path):
@@ -99,7 +115,7 @@ def open_picture(vlm, path):
 
 
 def encode_question(vlm, tok, text, pictures=(), earlier=()):
-    """A question, after the turns that came `earlier`, -> a prompt. Pictures stand where <image> does, else in front."""
+    """A question after the turns `earlier` -> a prompt. Pictures stand where <image> does, else in front."""
     turns = [*earlier, ("human", text)]
     if pictures and not any("<image>" in words for _, words in turns):
         role, first = turns[0]
@@ -109,58 +125,65 @@ def encode_question(vlm, tok, text, pictures=(), earlier=()):
 
 
 @torch.no_grad()
-def answer(vlm, tok, prompts, max_new_tokens=96, batch_size=48, seed=None, **choices):
-    """Prompts of any number -> [Answer, ...] in their order. Greedy, unless `choices` say temperature, top_p or top_k."""
+def answer(vlm, tok, prompts, max_new_tokens=96, batch_size=48, seed=0, **choices):
+    """Prompts of any number -> [Answer, ...] in their order.
+
+    Greedy, unless `choices` say temperature, top_p or top_k.
+    """
     # Prompts of about one length go together, so that little is padded. In a batch they keep their order.
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
     answers = [None] * len(prompts)
     for start in range(0, len(prompts), batch_size):
-        batch = sorted(by_length[start : start + batch_size])
-        if seed is not None:
-            choices["seed"] = seed + start
-        found = answer_batch(vlm, tok, [prompts[i] for i in batch], max_new_tokens, choices)
-        for i, one in zip(batch, found):
-            answers[i] = one
+        rows = sorted(by_length[start : start + batch_size])
+        batch = make_batch(vlm, tok, [prompts[i] for i in rows], max_new_tokens)
+        new = vlm.generate(**batch, seed=seed + start, **choices)
+        for i, ids in zip(rows, new.tolist()):
+            answers[i] = read_answer(tok, vlm.cfg.template, ids)
     return answers
 
 
-def answer_batch(vlm, tok, prompts, max_new_tokens, choices):
+def make_batch(vlm, tok, prompts, max_new_tokens):
+    """What vlm.generate and vlm.stream need of prompts. An answer ends where the model's context does."""
     lengths = [len(ids) for ids, _ in prompts]
-    room = min(max_new_tokens, room_for_answer(vlm, max(lengths)))
+    T, block_size = max(lengths), vlm.cfg.decoder.block_size
+    if T >= block_size:
+        raise UserError(
+            f"a prompt of {T} tokens leaves no room for an answer: the model takes {block_size} "
+            "with its answer; ask less, or begin a new chat"
+        )
     device = vlm.decoder.lm_head.weight.device
-    padded = [ids + [tok.pad] * (max(lengths) - len(ids)) for ids, _ in prompts]
-    tokens = torch.tensor(padded, device=device)  # (B, T)
+    padded = [ids + [tok.pad] * (T - len(ids)) for ids, _ in prompts]
     pixels, layout = gather_pictures(prompts, device)
-    stops = stop_ids(tok, vlm.cfg.template)
-    new = vlm.generate(tokens, pixels, room, lengths=lengths, stop=stops, layout=layout, **choices)
-    return [read_answer(tok, vlm.cfg.template, ids) for ids in new.tolist()]
-
-
-def room_for_answer(vlm, n_prompt):
-    longest = vlm.cfg.decoder.block_size
-    if n_prompt >= longest:
-        raise UserError(f"a prompt of {n_prompt} tokens leaves no room for an answer: the model takes {longest} "
-                        "with its answer; ask less, or begin a new chat")
-    return longest - n_prompt
+    return {
+        "tokens": torch.tensor(padded, device=device),  # (B, T)
+        "lengths": lengths,
+        "pixels": pixels,
+        "layout": layout,
+        "max_new_tokens": min(max_new_tokens, block_size - T),
+        "stop": stop_ids(tok, vlm.cfg.template),
+    }
 
 
 def gather_pictures(prompts, device):
-    """All tiles (n, 3, S, S) and the layout (M, 2) of a batch. The tower looks once at a picture that prompts share."""
-    tiles, layouts = [], []
-    n_tiles = 0
+    """All tiles (n, 3, S, S) and the layout (M, 2) of a batch, or two None without pictures.
+
+    The tower looks once at a picture that prompts share.
+    """
+    all_tiles, layouts = [], []
+    n_tile = 0
     first_tile = {}  # id of a picture's tiles: where they begin
     for _, pictures in prompts:
-        for picture, layout in pictures:
-            if id(picture) not in first_tile:
-                first_tile[id(picture)] = n_tiles
-                n_tiles += len(picture)
-                tiles.append(picture)
+        for tiles, layout in pictures:
+            if id(tiles) not in first_tile:
+                first_tile[id(tiles)] = n_tile
+                n_tile += len(tiles)
+                all_tiles.append(tiles)
             is_row_end = layout[:, :1] < 0
-            offset = torch.tensor([first_tile[id(picture)], 0])
-            layouts.append(torch.where(is_row_end, layout, layout + offset))
-    if not tiles:
+            moved = layout + torch.tensor([first_tile[id(tiles)], 0])
+            layouts.append(torch.where(is_row_end, layout, moved))
+    if not all_tiles:
         return None, None
-    return torch.cat(tiles).to(device), torch.cat(layouts).to(device)
+    return torch.cat(all_tiles).to(device), torch.cat(layouts).to(device)
 
 
 def read_answer(tok, template, ids):
@@ -175,22 +198,16 @@ def read_answer(tok, template, ids):
     return Answer(before_stop.strip(), whole, ids)
 
 
-# ---- stream and chat -------------------------------------------------------------------------------------------------
+# ---- stream and chat ----
 
 
-@torch.no_grad()
 def stream_answer(vlm, tok, prompt, cfg):
     """Print the answer word by word -> Answer."""
-    prompt_ids, _ = prompt
     template = vlm.cfg.template
-    room = min(cfg.max_new_tokens, room_for_answer(vlm, len(prompt_ids)))
-    device = vlm.decoder.lm_head.weight.device
-    pixels, layout = gather_pictures([prompt], device)
+    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
     choices = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k, "seed": cfg.seed}
-    stream = vlm.stream(torch.tensor([prompt_ids], device=device), pixels, room,
-                        stop=stop_ids(tok, template), layout=layout, **choices)
     ids, shown = [], ""
-    for new in stream:
+    for new in vlm.stream(**batch, **choices):
         ids.append(int(new))
         said = read_answer(tok, template, ids)
         if said.whole:
@@ -203,10 +220,10 @@ def stream_answer(vlm, tok, prompt, cfg):
     print(said.text[len(shown) :], flush=True)
 
     if not said.whole:
-        why = f"with the prompt's {len(prompt_ids)} these are all {vlm.cfg.decoder.block_size} the model takes"
+        limit = f"with the prompt these are all {vlm.cfg.decoder.block_size} the model takes"
         if len(ids) == cfg.max_new_tokens:
-            why = "raise --max-new-tokens"
-        print(f"[cut off after {len(ids)} tokens; {why}]", file=sys.stderr)
+            limit = "raise --max-new-tokens"
+        print(f"[cut off after {len(ids)} tokens; {limit}]", file=sys.stderr)
     elif not said.text:
         print("[the model gave an empty answer]", file=sys.stderr)
     return said
@@ -223,14 +240,12 @@ def read_question():
 
 def main(argv=None):
     cfg = parse(SampleConfig, argv, description=__doc__)
-    device = pick_device(cfg.device)
-    images = [open_image(path) for path in cfg.image]  # what is wrong with them is said before a model is read
+    images = [open_image(path) for path in cfg.image]  # before a model is read: they may not be there
     on_terminal = sys.stdin is not None and sys.stdin.isatty()
     chat = on_terminal and not cfg.prompt
     if not (cfg.prompt or images or chat):
         raise UserError("nothing to answer: give --image, --prompt or both")
-    directory = cfg.model or newest_run()
-    vlm, tok = open_model(directory, device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
+    vlm, tok = open_asked(cfg)
     pictures = [cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode) for image in images]
 
     # The first question: the user's, else for a caption, else the first that is typed.

@@ -1,4 +1,4 @@
-"""What sample.py says, to whom and how it ends. Every name is a claim; the model is tiny and random, and talks accordingly."""
+"""What sample.py says, to whom and how it ends. Every name is a claim; the model is tiny and random."""
 
 import contextlib
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 
 import sample
 from conversation import encode_prompt
-from support.cli import UserError, run
 from model import VLM
-from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
+from support.cli import UserError, run
 from vision import cut_tiles, open_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,9 +68,9 @@ def talkative(tiny, monkeypatch):
     """Every sequence ends after 6 tokens at most: the random model seldom ends by itself."""
     original = VLM.stream
 
-    def stream(self, tokens, pixels, n, *rest, **flags):
-        stream.seen.append((tokens, pixels, n))
-        for step, new in enumerate(original(self, tokens, pixels, n, *rest, **flags)):
+    def stream(self, **given):
+        stream.seen.append((given["tokens"], given["pixels"]))
+        for step, new in enumerate(original(self, **given)):
             yield new if step < 6 else torch.tensor([self.cfg.eos_token])
             if step == 6:
                 return
@@ -180,14 +180,12 @@ def test_on_a_terminal_one_can_go_on_asking(ask):
 
 def test_a_chat_asks_with_all_earlier_turns_and_one_picture(chat, talkative, tok, capfd):
     assert chat(["What color?", ""], "--image", "a.png") == 0
-    (first, pixels, _), (second, again, _) = talkative
+    (first, pixels), (second, again) = talkative
     said = capfd.readouterr().out.splitlines()[1]
     turns = [("human", f"<image>\n{sample.DESCRIBE}"), ("gpt", said), ("human", "What color?")]
-    assert (
-        second[0].tolist() == encode_prompt(tok, turns, "vicuna_v1", [16])
-        and torch.equal(pixels, again)
-        and len(pixels) == 1
-    )
+    assert second[0].tolist() == encode_prompt(tok, turns, "vicuna_v1", [16])
+    assert torch.equal(pixels, again)
+    assert len(pixels) == 1
     assert first[0].tolist() == encode_prompt(tok, turns[:1], "vicuna_v1", [16])
 
 
@@ -199,17 +197,20 @@ def test_a_chat_without_a_picture_begins_with_a_question(chat, talkative):
 def test_an_image_marker_that_is_typed_or_answered_stays_text(chat, tok, monkeypatch):
     prompts = []
 
-    def stream(self, tokens, *rest, **flags):
+    def stream(self, tokens, **flags):
         prompts.append(tokens[0].tolist())
         yield from (torch.tensor([i]) for i in [*tok.encode("An <image>."), tok.eos])
 
     monkeypatch.setattr(VLM, "stream", stream)
     assert chat(["Is <image> a word?", "<image>"], "--image", "a.png", "--prompt", "") == 0
     begin = encode_prompt(tok, [("human", f"<image>\n{sample.DESCRIBE}")], "vicuna_v1", [16])
-    # the picture's place counts as one, and what follows goes as in a conversation where <image> is no marker: one without pictures
-    later = lambda *turns: encode_prompt(tok, [("human", "Q"), *turns], "vicuna_v1", [])[
-        len(encode_prompt(tok, [("human", "Q")], "vicuna_v1", [])) :
-    ]
+
+    def later(*turns):
+        """Ids of later turns where <image> is a word: in a conversation without pictures."""
+        opening = [("human", "Q")]
+        n_opening = len(encode_prompt(tok, opening, "vicuna_v1", []))
+        return encode_prompt(tok, [*opening, *turns], "vicuna_v1", [])[n_opening:]
+
     first, second = ("gpt", "An <image>."), ("human", "Is <image> a word?")
     assert prompts == [
         begin,
@@ -222,7 +223,7 @@ def test_an_image_marker_that_is_typed_or_answered_stays_text(chat, tok, monkeyp
 def test_a_chat_survives_an_empty_answer(chat, tok, monkeypatch, capfd):
     prompts = []
 
-    def stream(self, tokens, *rest, **flags):
+    def stream(self, tokens, **flags):
         prompts.append(tokens[0].tolist())
         yield torch.tensor([tok.eos])
 
@@ -266,7 +267,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeyp
     assert len(error) == 1 and error[0].startswith("error: ") and words in error[0], error
 
 
-# ---- many prompts at once ------------------------------------------------------------------------------------------
+# ---- many prompts at once ----
 
 
 def make_prompts(vlm, tok, world):
@@ -327,19 +328,18 @@ def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
         sample.answer(vlm, tok, [prompt])
 
 
-def test_the_newest_finished_run_answers_and_an_unfinished_one_is_pointed_to(tmp_path):
-    make = lambda name, age: [
-        (tmp_path / name).mkdir(parents=True),
-        (tmp_path / name / "config.json").write_text("{}"),
-        os.utime(tmp_path / name / "config.json", (age, age)),
-    ]
-    with pytest.raises(ValueError, match="no finished run under .*train one") as error:
+def test_the_newest_finished_run_answers_and_no_unfinished_one(tmp_path):
+    def finish(name, time):
+        config = tmp_path / name / "config.json"
+        config.parent.mkdir(parents=True)
+        config.write_text("{}")
+        os.utime(config, (time, time))
+
+    finish("b/checkpoint-000100", 5)
+    with pytest.raises(UserError, match="no finished run under .*train one"):
         sample.newest_run(tmp_path)
-    assert "unfinished" not in str(error.value)
-    make("b/checkpoint-000100", 5)
-    with pytest.raises(ValueError, match="From an unfinished one there is --model .*b/checkpoint-000100"):
-        sample.newest_run(tmp_path)
-    make("old", 1), make("new", 2)
+    finish("old", 1)
+    finish("new", 2)
     assert sample.newest_run(tmp_path) == tmp_path / "new"
 
 

@@ -456,7 +456,7 @@ def test_training_and_sampling_count_the_same_tokens(records, tok):
         vlm, examples = tiny(tok, mode), []
         examples = Examples(records, tok, "vicuna_v1", tiny(tok, mode).cfg.vision, mode, 1024)
         seen = []
-        vlm.generate = lambda tokens, pixels, n, **flags: (
+        vlm.generate = lambda tokens, **flags: (
             seen.append((tokens, flags["layout"])) or torch.full((len(tokens), 1), tok.eos)
         )
         paths = picture_paths(records[2])
