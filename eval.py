@@ -24,7 +24,6 @@ import os
 import re
 import sys
 import textwrap
-import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -44,8 +43,8 @@ from benchmarks.scoring import compare, grade
 from conversation import as_text
 from data import Records, picture_paths
 from support.cli import UserError, arg, parse, pick_device, run
-from support.io import read_json, reading, write_json, write_whole
-from vision import MODES, cut_tiles, to_rgb
+from support.io import json_lines, read_json, reading, write_json, write_whole
+from vision import MODES, cut_tiles, open_image, to_rgb
 
 
 @dataclass
@@ -113,7 +112,6 @@ def open_asked(cfg):
 
 def evaluate(name, cfg, vlm, tok, out):
     """One benchmark from its files to results.json, which is returned."""
-    began = time.time()
     bench = SUITE[name]
     items = read_items(name, bench, cfg)
     if cfg.predictions:
@@ -133,7 +131,7 @@ def evaluate(name, cfg, vlm, tok, out):
     files = write_results(result, items, out)
     if cfg.show:
         files.append(draw_wrong(items, result["records"], cfg, out / "wrong.png"))
-    print(report(result, time.time() - began) + "\n  " + ", ".join(files), flush=True)
+    print(report(result) + "\n  " + ", ".join(files), flush=True)
     return result
 
 
@@ -253,7 +251,11 @@ def ask(vlm, tok, items, column, cfg, progress):
 
     def encode_batch(batch):
         look = cache(lambda picture: open_picture(vlm, picture))  # once for all of its questions
-        return [encode_item(vlm, tok, item, column, look) for item in batch]
+        prompts = []
+        for item in batch:
+            pictures = [look(picture) for picture in column.pictures[item["id"]]]
+            prompts.append(sample.encode_question(vlm, tok, typed_prompt(item, column.cot), pictures))
+        return prompts
 
     quiet = not sys.stderr.isatty()
     with tqdm(total=len(items), initial=n_done, unit="question", desc=column.name, disable=quiet) as bar:
@@ -289,15 +291,13 @@ def one_ahead(work, jobs):
             yield job, coming.pop(0).result()
 
 
+def read_image(picture):
+    """MMBench's pictures are bytes that stand in its table; all others are files."""
+    return to_rgb(Image.open(io.BytesIO(picture))) if isinstance(picture, bytes) else open_image(picture)
+
+
 def open_picture(vlm, picture):
-    if isinstance(picture, bytes):  # MMBench's stand in its table
-        return cut_tiles(to_rgb(Image.open(io.BytesIO(picture))), vlm.cfg.vision, vlm.cfg.image_mode)
-    return sample.open_picture(vlm, picture)
-
-
-def encode_item(vlm, tok, item, column, look):
-    pictures = [look(picture) for picture in column.pictures[item["id"]]]
-    return sample.encode_question(vlm, tok, typed_prompt(item, column.cot), pictures)
+    return cut_tiles(read_image(picture), vlm.cfg.vision, vlm.cfg.image_mode)
 
 
 def typed_prompt(item, cot):
@@ -479,7 +479,7 @@ def shares(result):
 
 def answer_questions(vlm, tok, questions):
     """[{"text", "paths"}, ...] -> [sample.Answer, ...]"""
-    look = cache(lambda path: sample.open_picture(vlm, path))
+    look = cache(lambda path: open_picture(vlm, path))
     prompts = []
     for asked in questions:
         pictures = [look(path) for path in asked["paths"]]
@@ -522,8 +522,6 @@ def write_results(result, items, out):
     ]
     files = {"results.json": json.dumps(result, indent=1, ensure_ascii=False)}
     files["answers.jsonl"] = json_lines(answers)
-    if bench.request:
-        files["judge_requests.jsonl"] = json_lines(map(bench.request, items, records))
     if bench.submit:
         name, text = bench.submit(items, records)
         files[name] = text
@@ -532,15 +530,9 @@ def write_results(result, items, out):
     return [str(out / name) for name in files]
 
 
-def json_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def report(result, seconds):
+def report(result):
     """What else must be known of one benchmark."""
-    pictures = {str(record["image"]) for record in result["records"] if record["image"]}
-    n = len(result["records"])
-    said = [f"{result['benchmark']}: {n} questions on {len(pictures)} pictures in {seconds:.1f} s"]
+    said = [f"{result['benchmark']}: {result['n']} questions"]
     if "prompts" in result:
         said.append(f"prompts {result['prompts']}, by likelihood {result['likelihood']}")
     if result["missing"]:
@@ -606,9 +598,7 @@ def draw_wrong(items, records, cfg, path, columns=4, side=240):
         x = k % columns * width
         y = k // columns * height
         for picture in pictures[item["id"]][:1]:
-            source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-            image = to_rgb(Image.open(source))
-            sheet.paste(ImageOps.pad(image, (side, side), color="white"), (x, y))
+            sheet.paste(ImageOps.pad(read_image(picture), (side, side), color="white"), (x, y))
         lines = textwrap.wrap(item["text"], 38)[:5]
         lines += textwrap.wrap(f"said: {record['answer']}", 38)[:2]
         lines += textwrap.wrap(f"truth: {record['truth']}", 38)[:2]

@@ -51,8 +51,8 @@ class Benchmark:
     score: Callable = percent_right  # units -> the headline figure
     parts: Callable | None = None  # units -> {name: {figure: number}}, where the authors publish more
     extract: Callable | None = None  # (item, what the model said) -> what is judged
-    submit: Callable | None = None  # (items, records) -> file name, content: what the official server takes
-    request: Callable | None = None  # (item, record) -> one request to the GPT that judges this benchmark
+    submit: Callable | None = None  # (items, records) -> file name, content: what is handed in
+    by_gpt: bool = False  # GPT-4 judges: `submit` makes its requests, --predictions brings its reviews
     paper: dict = field(default_factory=dict)
     metric: str = "accuracy %"
     max_new_tokens: int = 16

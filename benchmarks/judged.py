@@ -8,7 +8,10 @@ it, ready to send. What comes back is read by --predictions, rows with an id and
 reviews) or `score` (MM-Vet's grades), and scored as the authors score it.
 """
 
+from functools import partial
+
 from benchmarks.common import Benchmark, find_file, load_records, main_file, paper, question, read_each
+from support.io import json_lines
 
 RULE = (
     "We would like to request your feedback on the performance of two AI assistants in response to the user "
@@ -141,12 +144,18 @@ def request_mm_vet(item, record):
     }
 
 
+def submit_requests(request, items, records):
+    requests = [request(item, record) for item, record in zip(items, records)]
+    return "judge_requests.jsonl", json_lines(requests)
+
+
 BENCHMARKS = {
     "llava-bench": Benchmark(
         read_llava_bench,
         judge_llava_bench,
         score_llava_bench,
-        request=request_llava_bench,
+        submit=partial(submit_requests, request_llava_bench),
+        by_gpt=True,
         max_new_tokens=1024,
         metric="relative score by GPT-4",
         paper=paper(65.4, 72.5),
@@ -155,7 +164,8 @@ BENCHMARKS = {
         read_mm_vet,
         judge_mm_vet,
         score_mm_vet,
-        request=request_mm_vet,
+        submit=partial(submit_requests, request_mm_vet),
+        by_gpt=True,
         max_new_tokens=1024,
         metric="score by GPT-4, of 100",
         paper=paper(31.1, 36.1, **{"InternVL2.5-8B-MPO": 66.9}),

@@ -73,7 +73,7 @@ def find_questions(where, row, known):
 def read_prediction(where, row, bench):
     if isinstance(row.get("messages"), list):  # a conversation: its last turn
         return {"text": str((row["messages"] or [""])[-1])}
-    for name in ("content", "score") if bench.request else ():
+    for name in ("content", "score") if bench.by_gpt else ():
         if name in row:
             return {"text": str(row[name]), "is_review": True}
     if bench.extract and "extraction" in row:

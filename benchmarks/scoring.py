@@ -48,7 +48,7 @@ def judge_one(bench, item, answer, cot):
     record |= {"truth": item["truth"], "answer": None, "parsed": None, "score": 0.0}
     record |= {name: answer[name] for name in ("cut_off", "p", "first") if name in answer}
     record["missing"] = "text" not in answer
-    has_score = item["truth"] is not None and (bench.request is None or "is_review" in answer)
+    has_score = item["truth"] is not None and (not bench.by_gpt or "is_review" in answer)
 
     if "text" in answer:
         record["answer"] = record["parsed"] = text = answer["text"]
@@ -56,7 +56,7 @@ def judge_one(bench, item, answer, cot):
             text = final_answer(text)
         if bench.extract and "is_extracted" not in answer:
             text = bench.extract(item, text)
-        if bench.request is None or has_score:
+        if has_score or not bench.by_gpt:
             record |= bench.judge(item, text)
     return record if has_score else record | {"score": None}
 

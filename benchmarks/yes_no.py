@@ -14,7 +14,6 @@ from pathlib import Path
 from benchmarks.common import (
     SHORT,
     Benchmark,
-    data_folder,
     find_file,
     find_split,
     paper,
@@ -27,30 +26,27 @@ from support.cli import UserError, one_of
 from support.io import reading
 
 POPE_SPLITS = ("random", "popular", "adversarial")
-POPE_OFFSET = {
-    "adversarial": 0,
-    "random": 10_000_000,
-    "popular": 20_000_000,
-}  # of the ids in LLaVA's one file of all splits
+POPE_SOURCES = ("coco", "gqa", "aokvqa", "gqa_pope_seem", "aokvqa_pope_seem")
+# What LLaVA's one file of all splits adds to the ids
+POPE_OFFSET = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 
 
 def read_pope(cfg):
     """Each split numbers from 1; where several are asked, LLaVA's offsets tell them apart."""
     one_of("--split", cfg.split, POPE_SPLITS)
+    splits = [cfg.split] if cfg.split else POPE_SPLITS
+    files = {}
     if Path(cfg.data).is_file():
-        files = {
-            next((split for split in POPE_SPLITS if split in Path(cfg.data).name), "random"): Path(cfg.data)
-        }
+        named = [split for split in POPE_SPLITS if split in Path(cfg.data).name]
+        files[(named or ["random"])[0]] = Path(cfg.data)
     else:
-        sources = ("coco", "gqa", "aokvqa", "gqa_pope_seem", "aokvqa_pope_seem")
-        splits = [cfg.split] if cfg.split else POPE_SPLITS
-        names = {split: [f"{source}_pope_{split}.json" for source in sources] for split in splits}
-        found = {split: find_file(cfg, *names[split], optional=True) for split in splits}
-        files = {split: path for split, path in found.items() if path}
-        if not files:
-            raise UserError(
-                f"{cfg.data}: no {names[splits[0]][0]} in it; --data is the folder with the official files"
-            )
+        for split in splits:
+            names = [f"{source}_pope_{split}.json" for source in POPE_SOURCES]
+            path = find_file(cfg, *names, optional=True)
+            if path:
+                files[split] = path
+    if not files:
+        find_file(cfg, f"coco_pope_{splits[0]}.json")  # says that it is missing
 
     for split, path in files.items():
         yield from read_each(path, lambda _, row, split=split: pope_question(row, split, len(files) > 1))
@@ -130,17 +126,8 @@ def read_mme(cfg):
     """The release's folders (one text per picture), or the official tool's Your_Results/ (one text per
     subtask).
     """
-    release = "MME_Benchmark_release_version"
-    folder = data_folder(cfg)
-    roots = [folder / a / b for a in (".", release) for b in (".", "Your_Results", release)]
     tasks = PERCEPTION + COGNITION
-    root = next(
-        (r for r in roots if any((r / f"{t}.txt").is_file() or (r / t).is_dir() for t in tasks)), None
-    )
-    if root is None:
-        raise UserError(
-            f"{cfg.data}: neither Your_Results/<subtask>.txt nor {release}/<subtask>/ in it, as existence.txt"
-        )
+    root = find_file(cfg, "existence.txt", "code_reasoning.txt", "existence", "code_reasoning").parent
     asked = Counter()
     for task in tasks:
         for image, text, label in mme_lines(root, task):

@@ -14,6 +14,10 @@ def write_json(path, content, indent=2):
     write_whole(path, lambda tmp: tmp.write_text(json.dumps(content, indent=indent)))
 
 
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_whole(path, write):
     """Call write(temporary path beside `path`), bring it to the disk, then rename.
 
