@@ -1,7 +1,7 @@
 """Records of a file to batches for the model.
 
 The way of a record:
-    FILE  --Records-->     {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", "Cat.")]}
+    FILE  --Records-->       {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", ...)]}
       --vision.py-->         tiles (n, 3, S, S) uint8; layout (M, 2) of the M visual tokens they will become
       --conversation.py-->   tokens (T,), labels (T,); a picture is a run of that many image-token ids
       --collate-->           tokens (B, T), labels (B, T), padded on the right;
