@@ -50,7 +50,7 @@ def make_connector(out, n_steps, seed, batch_size=32, lr=4e-3):
 
     def loss_at(step):
         i = torch.randint(len(targets), (batch_size,))
-        error = vlm.connector(features[i]) - targets[i]
+        error = vlm.connector(features[i]).view_as(targets[i]) - targets[i]
         error = torch.where(nameless[i][..., None], error @ colorless, error)
         return error.square().mean() / variance
 
@@ -59,7 +59,8 @@ def make_connector(out, n_steps, seed, batch_size=32, lr=4e-3):
         public_name, config = public_layout(vlm)
         connector = {name: p for name, p in vlm.state_dict().items() if name.startswith("connector.")}
         write_model(out / "toy-connector", {public_name(name): p for name, p in connector.items()}, config)
-        error = (vlm.connector(val_features) - val_targets).square().mean(-1) / variance
+        found = vlm.connector(val_features).view_as(val_targets)
+        error = (found - val_targets).square().mean(-1) / variance
         return (f"error on held-out pictures {error.mean():.1%} of the variance, "
                 f"on their unseen pairs {error[unseen].mean():.1%}")
 
