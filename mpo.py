@@ -2,24 +2,25 @@
 
 For a prompt x (picture and question), a chosen answer y_c and a rejected one y_r:
 
-    s(y) = sum over the tokens of y of log pi(token | x, tokens before)     a sum, not a mean: beta 0.1 is made for sums
-    r(y) = beta (s(y) - s_ref(y))                       the reward; the reference is the model before training
-    L    = w_p L_p + w_q L_q + w_g L_g                  L_p  which of the two is better (DPO)
-                                                        L_q  is each one good by itself (BCO, rewards shifted by delta)
-                                                        L_g  keep writing good answers (SFT on y_c, mean over its tokens)
+    s(y) = sum over the tokens of y of log pi(token | x, tokens before)   beta 0.1 is made for sums, not means
+    r(y) = beta (s(y) - s_ref(y))                 the reward; the reference is the model before training
+    L    = w_p L_p + w_q L_q + w_g L_g            L_p  which of the two is better (DPO)
+                                                  L_q  is each one good by itself (BCO, rewards minus delta)
+                                                  L_g  keep writing good answers (SFT on y_c)
 
     python mpo.py --model out/finetune --data PAIRS.jsonl --image-root DIR      # pairs.py makes pairs
-    python mpo.py --w-p 1 --w-q 0 --w-g 0 ...                                   # DPO; other losses: python -m lab.losses
+    python mpo.py --w-p 1 --w-q 0 --w-g 0 ...                    # DPO; other losses: python -m lab.losses
 
-It is train.py's loop, with its checkpoints, logs and --resume, and another task: Preferring. A pair is one row of a batch
-(below: a pair as one row). A frozen tower looks once for policy and reference.
+It is train.py's loop, with its checkpoints, logs and --resume, and another task: Preferring. A pair is one
+row of a batch (below: a pair as one row). A frozen tower looks once for policy and reference.
 
 Deviations from the authors' code, all of them:
-  - delta, the running mean of all rewards, is saved in the checkpoint (the original restarts it at 0). As there it grows with
-    every micro-batch, but each pair counts the same: --micro-batch-size changes nothing but delta within a step;
-  - L_g is the mean over the pairs of each one's mean over its tokens, as the paper has it (the code: one mean over the
-    tokens of a batch);
-  - a pair that does not fit is skipped, counted and named in log.jsonl (the original cuts it and trains on the rest).
+  - delta, the running mean of all rewards, is saved in the checkpoint (the original restarts it at 0). As
+    there it grows with every micro-batch, but each pair counts the same: --micro-batch-size changes nothing
+    but delta within a step;
+  - L_g is the mean over the pairs of each one's mean over its tokens, as the paper has it (the code: one mean
+    over the tokens of a batch);
+  - a pair that does not fit is skipped, counted and named in log.jsonl (the original cuts it).
 """
 
 import io
@@ -49,20 +50,33 @@ from train import Answering, TrainConfig, find_files, teach
 
 @dataclass
 class MPOConfig(TrainConfig):
-    model: str = arg("", "model directory to go on from, and the reference; empty: the newest finished run under out/")
-    data: str = arg(REQUIRED, "pairs: JSONL of {image, question, chosen, rejected} (MMPR), FILE,FILE, or a meta.json that "
-                              "mixes such files")
+    model: str = arg(
+        "", "model directory to go on from, and the reference; empty: the newest finished run under out/"
+    )
+    data: str = arg(
+        REQUIRED,
+        "pairs: JSONL of {image, question, chosen, rejected} (MMPR), FILE,FILE, or a meta.json that "
+        "mixes such files",
+    )
     out: str = arg("out/mpo", "folder for the run. An earlier run that is there is moved aside")
     beta: float = arg(0.1, "scale of the rewards", above=0)
     w_p: float = arg(0.8, "weight of the preference term, DPO", at_least=0)
     w_q: float = arg(0.2, "weight of the quality term, BCO", at_least=0)
     w_g: float = arg(1.0, "weight of the generation term, SFT", at_least=0)
-    reference: str = arg("precomputed", "its log-probabilities: computed once, or by the policy without its LoRA in each step",
-                         choices=("precomputed", "lora-off"))
-    lr: float = arg(1e-4, "peak learning rate, after warmup; the toy's. Published: 5e-6 (8B) and 1e-6", at_least=0)
+    reference: str = arg(
+        "precomputed",
+        "its log-probabilities: computed once, or by the policy without its LoRA in each step",
+        choices=("precomputed", "lora-off"),
+    )
+    lr: float = arg(
+        1e-4, "peak learning rate, after warmup; the toy's. Published: 5e-6 (8B) and 1e-6", at_least=0
+    )
     weight_decay: float = arg(0.05, "AdamW's, on matrices only", at_least=0)
-    bad_records: str = arg("skip", "what to do with a pair that cannot be used: stop; or skip, count and log it",
-                           choices=("stop", "skip"))
+    bad_records: str = arg(
+        "skip",
+        "what to do with a pair that cannot be used: stop; or skip, count and log it",
+        choices=("stop", "skip"),
+    )
     # Without a help text: no flag.
     stage: str = arg("finetune", "")
     from_scratch: bool = arg(False, "")
@@ -75,7 +89,7 @@ class MPOConfig(TrainConfig):
     dry_run: bool = arg(False, "")
 
 
-# ---- the losses ------------------------------------------------------------------------------------------------------
+# ---- the losses ----
 
 
 def dpo_loss(r_c, r_r):
@@ -84,17 +98,17 @@ def dpo_loss(r_c, r_r):
 
 
 def bco_loss(r_c, r_r, delta):
-    """L_q = -log sigma(r_c - delta) - log sigma(-(r_r - delta))     arXiv:2404.04656; a sum of two, not their mean"""
+    """L_q = -log sigma(r_c - delta) - log sigma(-(r_r - delta))     arXiv:2404.04656; a sum, not a mean"""
     return -(F.logsigmoid(r_c - delta) + F.logsigmoid(delta - r_r)).mean()
 
 
 def sft_loss(s_c, n_c):
-    """L_g = -log pi(y_c | x) / |y_c|                            arXiv:2411.10442v2, Eq. 5: a mean over tokens"""
+    """L_g = -log pi(y_c | x) / |y_c|                       arXiv:2411.10442v2, Eq. 5; a mean over tokens"""
     return -(s_c / n_c).mean()
 
 
 def mpo_terms(s, s_ref, n_token, delta, cfg):
-    """The terms of L: {name: (weight, term)}. s, s_ref, n_token are (B, 2): the chosen answer, the rejected one."""
+    """The terms of L: {name: (weight, term)}. s, s_ref, n_token are (B, 2): chosen, rejected."""
     r_c, r_r = (cfg.beta * (s - s_ref)).unbind(1)
     return {
         "dpo": (cfg.w_p, dpo_loss(r_c, r_r)),
@@ -104,22 +118,22 @@ def mpo_terms(s, s_ref, n_token, delta, cfg):
 
 
 def update_delta(delta, n_pair, rewards):
-    """The mean of all rewards so far: that of n_pair pairs, and those of a batch (B, 2) -> the new two. No gradient."""
+    """The mean of all rewards so far: delta of n_pair pairs, and those of a batch (B, 2) -> the new two."""
     n_new = len(rewards)
     mean = rewards.detach().mean().item()
     return delta + (mean - delta) * n_new / (n_pair + n_new), n_pair + n_new
 
 
-# ---- a pair as one row -----------------------------------------------------------------------------------------------
+# ---- a pair as one row ----
 #
-#                  prompt, with its pictures |  chosen     | rejected             an example of 4 + 2 + 3 tokens
+#                  prompt, with its pictures |  chosen     | rejected           4 + 2 + 3 tokens
 #     tokens       <s>   <image>  Color  ?   |  red   </s> | sky   blue  </s>
-#     part         0     0        0      0   |  1     1    | 2     2     2        what a token may see: part 0 and its own,
-#     positions    0     1        2      3   |  4     5    | 4     5     6        of both what stands before it
-#     predictor    -     -        -      -   |  3     4    | 3     6     7        the column whose output predicts it
+#     part         0     0        0      0   |  1     1    | 2     2     2      it sees part 0 and its own,
+#     positions    0     1        2      3   |  4     5    | 4     5     6      of both what stands before it
+#     predictor    -     -        -      -   |  3     4    | 3     6     7      whose output predicts it
 #
-# Neither answer sees the other, and the rejected one stands where the chosen one does: the sums are those of two rows, and
-# prompt and pictures, most of the tokens, are computed once.
+# Neither answer sees the other, and the rejected one stands where the chosen one does: the sums are those of
+# two rows, and prompt and pictures, most of the tokens, are computed once.
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 
@@ -148,21 +162,21 @@ def collate_pairs(examples, pad):
 
 
 def pair_log_probs(vlm, batch, features=None):
-    """-> s (B, 2) float32 and the number of tokens (B, 2) of chosen and rejected answers. features: those of the pictures."""
-    part = batch["part"]                                                    # (B, T)
+    """-> s (B, 2) float32 and the number of tokens (B, 2). features: those of the pictures, if known."""
+    part = batch["part"]  # (B, T)
     B, T = part.shape
     column = torch.arange(T, device=part.device)
-    is_before = column[:, None] >= column                                   # (T, T), itself included
-    same_part = part[:, :, None] == part[:, None, :]                        # (B, T, T)
+    is_before = column[:, None] >= column  # (T, T), itself included
+    same_part = part[:, :, None] == part[:, None, :]  # (B, T, T)
     mask = is_before & (same_part | (part == PROMPT)[:, None, :])
 
     # Only the outputs that predict a token of an answer go through the head.
-    is_answer = batch["labels"] != IGNORE                                   # (B, T)
-    row, _ = is_answer.nonzero(as_tuple=True)                               # (n,)
+    is_answer = batch["labels"] != IGNORE  # (B, T)
+    row, _ = is_answer.nonzero(as_tuple=True)  # (n,)
     predictors = row * T + batch["predictor"][is_answer]
     if features is None:
         features = vlm.features(batch["pixels"])
-    x = vlm.embed(batch["tokens"], features, batch["layout"])               # (B, T, D)
+    x = vlm.embed(batch["tokens"], features, batch["layout"])  # (B, T, D)
     h = vlm.decoder(x, positions=batch["positions"], mask=mask[:, None], rows=predictors)  # (n, D)
     log_probs = token_log_probs(h, vlm.decoder.lm_head.weight, batch["labels"][is_answer])  # (n,)
 
@@ -174,7 +188,7 @@ def pair_log_probs(vlm, batch, features=None):
     return s.view(B, 2), n_token.view(B, 2)
 
 
-# ---- the task of preferring ------------------------------------------------------------------------------------------
+# ---- the task of preferring ----
 
 
 class Preferring:
@@ -182,12 +196,18 @@ class Preferring:
 
     unit = "pairs"
     shown = ("margin", "accuracy")
-    plots = Answering.plots | {"mpo.png": {
-        "rewards, beta (s - s_ref)": {"chosen": "reward_chosen", "rejected": "reward_rejected", "margin": "margin"},
-        "share of pairs with the chosen answer ahead": {"accuracy": "accuracy"},
-        "delta, the mean of all rewards so far": {"delta": "delta"},
-        "NLL of the chosen answer per token": {"nll": "nll"},
-    }}
+    plots = Answering.plots | {
+        "mpo.png": {
+            "rewards, beta (s - s_ref)": {
+                "chosen": "reward_chosen",
+                "rejected": "reward_rejected",
+                "margin": "margin",
+            },
+            "share of pairs with the chosen answer ahead": {"accuracy": "accuracy"},
+            "delta, the mean of all rewards so far": {"delta": "delta"},
+            "NLL of the chosen answer per token": {"nll": "nll"},
+        }
+    }
     collate = staticmethod(collate_pairs)
     terms = staticmethod(mpo_terms)
 
@@ -197,7 +217,9 @@ class Preferring:
         self.device = next(vlm.parameters()).device
         template = cfg.template or vlm.cfg.template
         max_length = cfg.max_length or vlm.cfg.decoder.block_size
-        self.examples = PairExamples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records)
+        self.examples = PairExamples(
+            records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records
+        )
         self.delta, self.n_delta = 0.0, 0  # the running mean of rewards, and of how many pairs
 
         trained = [name for name, p in vlm.named_parameters() if p.requires_grad]
@@ -205,12 +227,13 @@ class Preferring:
         beside_lora = [name for name in trained if ".lora_" not in name]
         if cfg.reference == "lora-off" and beside_lora:
             raise UserError(
-                f"--reference lora-off: {len(beside_lora)} tensors train that are no LoRA, such as {beside_lora[0]}, so the "
-                "policy without its LoRA is not what it began as; give --lora-r N --train llm, or --reference precomputed"
+                f"--reference lora-off: {len(beside_lora)} tensors train that are no LoRA, such as "
+                f"{beside_lora[0]}, so the policy without its LoRA is not what it began as; "
+                "give --lora-r N --train llm, or --reference precomputed"
             )
 
     def prepare(self, vlm, out):
-        """Before the first step vlm is the reference: what it says of every pair is kept in the run's folder."""
+        """Before the first step vlm is the reference: s_ref of every pair is kept in the run's folder."""
         if self.cfg.reference == "lora-off":
             return
         file = out / "reference.pt"
@@ -218,7 +241,7 @@ class Preferring:
             s_ref = self.precompute(vlm)
             write_whole(file, lambda tmp: torch.save(s_ref, tmp))
         with reading(file, "start the run anew, without --resume"):
-            self.s_ref = torch.load(file, weights_only=True)                # (pairs, 2)
+            self.s_ref = torch.load(file, weights_only=True)  # (pairs, 2)
 
     @torch.no_grad()
     def precompute(self, vlm):
@@ -229,7 +252,10 @@ class Preferring:
         size = self.cfg.micro_batch_size or self.cfg.batch_size
         loader = DataLoader(self.examples, batch_size=size, num_workers=self.cfg.workers, collate_fn=cut)
         vlm.eval()  # no dropout in a reference
-        with precision(self.cfg, self.device), tqdm(total=n_pair, desc="reference", unit="pair", disable=None) as bar:
+        with (
+            precision(self.cfg, self.device),
+            tqdm(total=n_pair, desc="reference", unit="pair", disable=None) as bar,
+        ):
             for batch in loader:
                 if batch["ids"]:
                     s_ref[batch["index"]] = pair_log_probs(vlm, to_device(batch, self.device))[0].cpu()
@@ -314,7 +340,9 @@ class PairExamples(Examples):
         supervised = [i for i, label in enumerate(labels) if label != IGNORE]
         first, end = supervised[0], supervised[-1] + 1
         if len(supervised) != end - first:
-            raise UserError(f"template {self.template} supervises an answer in pieces; use another --template")
+            raise UserError(
+                f"template {self.template} supervises an answer in pieces; use another --template"
+            )
         return tokens[:first], tokens[first:end]
 
 
@@ -338,8 +366,10 @@ def main(argv=None, Config=MPOConfig, Task=Preferring):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("mpo.py runs in one process: start it without torchrun")
     if cfg.model in PRESETS:
-        raise UserError(f"--model {cfg.model} is a preset: preferences are for a model that can answer; give its directory, "
-                        "such as out/finetune")
+        raise UserError(
+            f"--model {cfg.model} is a preset: preferences are for a model that can answer; give its "
+            "directory, such as out/finetune"
+        )
     cfg.model = cfg.model or str(newest_run())
     return teach(find_files(cfg), Task)
 

@@ -1,9 +1,10 @@
-"""The other preference losses that MPO was compared with (arXiv:2411.10442v2, Table 6), those without a state of their own.
+"""The other preference losses that MPO was compared with (arXiv:2411.10442v2, Table 6), but for TR-DPO.
 
-    python -m lab.losses --loss ipo --w-g 0 --model out/finetune --data PAIRS.jsonl --image-root DIR      # else as mpo.py
-    python -m lab.losses --loss ipo --w-g 1 ...                                                           # the paper's IPO+
+    python -m lab.losses --loss ipo --w-g 0 --data PAIRS.jsonl --image-root DIR     # else as mpo.py
+    python -m lab.losses --loss ipo --w-g 1 ...                                     # the paper's IPO+
 
-The loss stands in the place of w_p L_p + w_q L_q. d = s - s_ref, r = beta d, gap = s_c - s_r, |y| the number of tokens of y.
+The loss stands in the place of w_p L_p + w_q L_q. d = s - s_ref, r = beta d, gap = s_c - s_r, |y| is the
+number of tokens of y.
 """
 
 import sys
@@ -17,14 +18,14 @@ from support.cli import REQUIRED, arg, run
 
 
 def cdpo_loss(r_c, r_r, epsilon):
-    """-(1 - e) log sigma(r_c - r_r) - e log sigma(r_r - r_c)        ericmitchell.ai/cdpo.pdf: labels wrong with probability e"""
+    """-(1 - e) log sigma(r_c - r_r) - e log sigma(r_r - r_c)    ericmitchell.ai/cdpo.pdf"""
     right = F.logsigmoid(r_c - r_r)
     wrong = F.logsigmoid(r_r - r_c)
     return -((1 - epsilon) * right + epsilon * wrong).mean()
 
 
 def robust_dpo_loss(r_c, r_r, epsilon):
-    """(-(1 - e) log sigma(r_c - r_r) + e log sigma(r_r - r_c)) / (1 - 2e)       arXiv:2403.00409, Eq. 12: unbiased"""
+    """(-(1 - e) log sigma(r_c - r_r) + e log sigma(r_r - r_c)) / (1 - 2e)       arXiv:2403.00409, Eq. 12"""
     right = F.logsigmoid(r_c - r_r)
     wrong = F.logsigmoid(r_r - r_c)
     return (epsilon * wrong - (1 - epsilon) * right).mean() / (1 - 2 * epsilon)
@@ -36,22 +37,22 @@ def hinge_loss(r_c, r_r):
 
 
 def ipo_loss(d_c, d_r, n_c, n_r, beta):
-    """(d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2                    arXiv:2310.12036, Eq. 17; means over tokens, as in the paper"""
+    """(d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2           arXiv:2310.12036, Eq. 17; means over tokens"""
     return (d_c / n_c - d_r / n_r - 1 / (2 * beta)).square().mean()
 
 
 def sppo_loss(d_c, d_r, beta):
-    """(d_c - 1 / 2 beta)^2 + (d_r + 1 / 2 beta)^2                   arXiv:2405.00675, Eq. 4.7, the winner winning surely"""
+    """(d_c - 1 / 2 beta)^2 + (d_r + 1 / 2 beta)^2        arXiv:2405.00675, Eq. 4.7, the winner surely wins"""
     return ((d_c - 0.5 / beta).square() + (d_r + 0.5 / beta).square()).mean()
 
 
 def aot_loss(gap, gap_ref, beta):
-    """-log sigma(beta (sort(gap) - sort(gap_ref)))                  arXiv:2406.05882, paired; of one pair it is DPO"""
+    """-log sigma(beta (sort(gap) - sort(gap_ref)))         arXiv:2406.05882, paired; of one pair it is DPO"""
     return -F.logsigmoid(beta * (gap.sort().values - gap_ref.sort().values)).mean()
 
 
 def orpo_loss(s_c, s_r, n_c, n_r):
-    """-log sigma(log odds_c - log odds_r), odds = p / (1 - p), p = exp(s / |y|)     arXiv:2403.07691, Eq. 7; no reference"""
+    """-log sigma(log odds_c - log odds_r), odds = p / (1 - p), p = exp(s / |y|)   arXiv:2403.07691, Eq. 7"""
     return -F.logsigmoid(log_odds(s_c / n_c) - log_odds(s_r / n_r)).mean()
 
 

@@ -1,4 +1,4 @@
-"""What preference learning promises. Every name is a claim; models are tiny and random, pictures 32 pixels wide."""
+"""What preference learning promises. Every name is a claim; models are tiny and random."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ ROOT = Path(mpo.__file__).parent
 fork = multiprocessing.get_context("fork").Process
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Two steps of one pair: log pi of the chosen and the rejected answer under policy and reference, and their tokens.
+# Two steps of one pair: log pi of chosen and rejected answer under policy and reference, and their tokens.
 FIRST = {"s": [-120.0, -161.0], "s_ref": [-123.0, -160.0], "n": [60.0, 80.0]}
 SECOND = {"s": [-118.0, -167.0], "s_ref": [-123.0, -160.0], "n": [60.0, 80.0]}
 
@@ -116,7 +116,7 @@ def near(value, number, tolerance=1e-5):
     assert abs(float(value) - number) < tolerance, (float(value), number)
 
 
-# ---- each loss is a number ---------------------------------------------------------------------------------------------
+# ---- each loss is a number ----
 
 
 def rows(case):
@@ -233,7 +233,7 @@ def test_delta_is_the_mean_of_all_rewards_however_they_are_cut():
     assert n_pair == 12
 
 
-# ---- TRL ---------------------------------------------------------------------------------------------------------------
+# ---- TRL ----
 
 
 @pytest.fixture(scope="session")
@@ -312,7 +312,7 @@ def test_delta_runs_as_in_trl_028_over_batches_of_equal_size(trl_loss):
         near(mpo.bco_loss(r[:, 0], r[:, 1], delta), trl_loss("bco_pair", s, s_ref).mean())
 
 
-# ---- log-probabilities: a pair as one row ------------------------------------------------------------------------------
+# ---- log-probabilities: a pair as one row ----
 
 
 def test_the_row_in_the_drawing():
@@ -389,7 +389,7 @@ def test_every_template_has_one_row_for_two(vlm, tok, folder, template):
         near(s[0, k], value.item(), 1e-4)
 
 
-# ---- training ----------------------------------------------------------------------------------------------------------
+# ---- training ----
 
 
 def test_the_first_step_costs_its_coin_flips_and_the_nll(tiny, folder, vlm, tok):
@@ -501,7 +501,7 @@ def test_four_pairs_are_told_apart_in_forty_steps(tiny, folder):
     assert last["nll"] < 0.5 * first["nll"]
 
 
-# ---- bad pairs ---------------------------------------------------------------------------------------------------------
+# ---- bad pairs ----
 
 
 def test_bad_pairs_are_counted_and_named_and_never_trained_on(tiny, folder, capfd):
@@ -602,7 +602,7 @@ def test_a_root_of_another_machine_in_meta_json_is_one_line(tiny, folder, meta, 
     assert "Write your own paths" in errors(capfd)[-1]
 
 
-# ---- building pairs: reading answers -----------------------------------------------------------------------------------
+# ---- building pairs: reading answers ----
 
 
 @pytest.mark.parametrize(
@@ -662,7 +662,8 @@ def test_the_judge(said, truth, right):
 def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_ending():
     asked = "How many?\n<image>\nAnswer the question using a single word or phrase."
     assert pairs.ask_step_by_step(asked, 1) == (
-        "<image>\nYour task is to answer the question below. Give step by step reasoning before you answer, and when "
+        "<image>\nYour task is to answer the question below. Give step by step reasoning before you answer, "
+        "and when "
         'you\'re ready to answer, please use the format "Final answer: .."\n\nQuestion:\n\nHow many?'
     )
     asked = "Is it?\nAnswer the question using a single word or phrase."
@@ -674,7 +675,7 @@ def test_a_right_answer_is_written_as_the_truth_is():
         assert pairs.write_as_truth(text, "red", 2) == "a\nb\nFinal answer: red"
 
 
-# ---- building pairs: the program ---------------------------------------------------------------------------------------
+# ---- building pairs: the program ----
 
 
 @pytest.fixture
@@ -714,7 +715,10 @@ def build(tiny, folder, method, *flags, out="pairs/made.jsonl"):
 
 @pytest.fixture
 def talkative(monkeypatch):
-    """says(text, ...): the model answers from this list in turn; what ends with ... is cut off. -> the prompts of each call"""
+    """says(text, ...) -> the prompts of each call. The model answers from this list in turn.
+
+    What ends with ... is cut off.
+    """
     tok = Tokenizer(ROOT / "assets/toy-vicuna")
 
     def says(*texts):
