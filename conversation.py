@@ -195,7 +195,7 @@ class Template:
     first: str                       # the first question and all that stands around it
     human: str | None                # each later question; None: there can be no later one
     answer: str
-    stop: str = "</s>"               # what ends an answer: a control token, or a text (cut_at_stop)
+    stop: str = "</s>"               # what ends an answer: a token in < >, or a text (cut_at_stop)
     turn: str = "front"              # "front": <image> goes there; "strip": no spaces around; "": as it is
     around: tuple = ()               # control tokens before and after each picture
     keep_question: bool = True       # False: of a question only its pictures stay
@@ -258,9 +258,10 @@ def find_template(name):
 
 
 def stop_ids(tok, template):
-    """Ids that end an answer: </s>, and the template's own."""
+    """Ids that end an answer: </s>, and the template's own if that is a token."""
     stop = find_template(template).stop
-    return [tok.eos, tok.place(stop)] if stop.startswith("<|") else [tok.eos]
+    is_token = stop.startswith("<") and stop != "</s>"
+    return [tok.eos, tok.place(stop)] if is_token else [tok.eos]
 
 
 def cut_at_stop(text, template, partial=False):
