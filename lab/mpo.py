@@ -31,8 +31,8 @@ from support.io import write_json
 
 RATIOS = (0.25, 0.5, 0.75)           # how much of an answer DropoutNTP keeps
 UNDISTURBED = ["--eval-every", 0, "--save-every", 0, "--no-final-eval"]
-MPO = (0.8, 0.2, 1)
-VARIANTS = {                         # row -> w_p, w_q, w_g; pairs by correctness, too?; ratio of those by DropoutNTP
+MPO = (0.8, 0.2, 1)                  # w_p, w_q, w_g
+VARIANTS = {                         # row -> weights; are there pairs by correctness; ratio of DropoutNTP's
     "SFT on chosen": ((0, 0, 1), True, 0.5),
     "DPO": ((1, 0, 0), True, 0.5),
     "DPO+sft": ((1, 0, 1), True, 0.5),

@@ -24,7 +24,6 @@ import model
 import support.export as support_export
 import support.optim as support_optim
 import support.plan as support_plan
-import tools.bench as tools_bench
 import tools.weights as tools_weights
 import train
 from data import IGNORE, Records, picture_paths
@@ -714,52 +713,3 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(
     assert run(lambda: train.main(flags[1:])) == 0
     said = capfd.readouterr().out
     assert re.search(r"llm +6,[0-9]{3}", said) and "frozen" in said and "GB" in said
-
-
-# ---- bench.py ----
-
-
-@pytest.mark.parametrize("program", ["train", "sample"])
-def test_the_bench_runs_both_sides_on_the_same_weights_and_they_agree(program, tmp_path, capsys):
-    pytest.importorskip("transformers")
-    flags = [
-        program,
-        "--peer",
-        "transformers",
-        "--rows",
-        "1",
-        "--words",
-        "12",
-        "--layers",
-        "1",
-        "--repeats",
-        "1",
-        "--new-tokens",
-        "4",
-        "--no-memory",
-    ]
-    assert run(lambda: tools_bench.main([*flags, "--out", str(tmp_path / "b")])) == 0
-    result = json.loads((tmp_path / "b.json").read_text())
-    assert set(result["sides"]) == {"plainvlm", "transformers"} and result["ratio"] > 0
-    assert result["agreement"] < 1e-3 if program == "train" else result["agreement"] == 1
-
-
-def test_the_bench_draws_how_a_step_grows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(tools_bench.GROW, "batch", ("rows", (1, 2, 3)))
-    flags = [
-        "train",
-        "--grow",
-        "batch",
-        "--layers",
-        "1",
-        "--repeats",
-        "1",
-        "--no-memory",
-        "--out",
-        str(tmp_path / "g"),
-    ]
-    assert run(lambda: tools_bench.main(flags)) == 0
-    assert len(json.loads((tmp_path / "g.json").read_text())) == 3 and Image.open(
-        tmp_path / "g.png"
-    ).size == (640, 400)
-    assert "grows with batch to the power" in capsys.readouterr().out

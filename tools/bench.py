@@ -1,475 +1,480 @@
-"""tools.bench: moved here; to be rewritten."""
+"""How fast, beside a peer: the same model and weights, here and in transformers, doing the same work.
 
-import argparse
+    python -m tools.bench train --peer transformers      # a step of LLaVA's second stage, 10M parameters
+    python -m tools.bench train --preset 100m --dtype bfloat16 --peer transformers --compile
+    python -m tools.bench mpo --peer transformers        # a step of preference learning
+    python -m tools.bench sample --peer transformers     # greedy decoding
+
+Two runs on a busy machine cannot be compared. So both sides run step by step in turn in one process, each
+ratio is of two neighbouring steps, and the median of the ratios counts. On a CPU time is the process's own,
+on one thread: what others do on the machine is not in it. Memory is the highest a process of its own ever
+held, with and without what it held before its first step.
+
+Model FLOPs of a step of train, with n_t tokens through the decoder's blocks (P weights), n_s supervised ones
+through the head and what follows the last block's attention (Q of the P weights), n_v patch rows through the
+frozen tower (W weights) and n_c through the connector (C weights), attention causal:
+    6 ((P - Q) n_t + (Q + V D) n_s) + 12 L D T n_t / 2 + 2 W n_v + 4 S D_v L_v n_v + 6 C n_c
+The peer runs head and last block on every token; that is work nobody asked for and is not counted. MFU is
+against a square matrix product in the same run.
+
+A step of mpo: pairs with 256 visual tokens and 60 tokens an answer, and the three losses of mpo.py on both
+sides. Here a pair is one row, its picture is looked at once, and what the reference says is known
+(--no-precomputed: asked in every step). The peer does it the usual way: two rows a pair, the picture encoded
+for each, the reference asked in every step, a log-softmax of all logits.
+"""
+
 import copy
-import json
-import math
+import multiprocessing
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 import mpo
-from conversation import Tokenizer, encode_conversation
-from data import Examples, Records, micro_batches, picture_paths
-from model import PRESETS, VLM, DecoderConfig, VLMConfig, init_weights
-from support.cli import Flags, UserError, one_of, parse_args, pick_device, run
+from model import IGNORE, PRESETS, VLM, DecoderConfig, VLMConfig, init_weights
+from support.cli import REQUIRED, UserError, arg, parse, pick_device, run
+from support.io import write_json
 from support.plan import matmul_rate
-from train import TOY
-from vision import VisionConfig, cut_tiles, open_image
+from vision import VisionConfig
 
-# Sizes, and a batch: records, words a record, of which supervised
-SIZES = {
-    "10m": (VLMConfig(VisionConfig(112, 14, 192, 4, 3, 768), DecoderConfig(2048, 6, 4, 4, 256, 64, 704, 1024), image_token=2046, pad_token=2047), 32, 48, 32),
-    "100m": (VLMConfig(VisionConfig(168, 14, 384, 8, 6, 1536), DecoderConfig(32000, 10, 10, 10, 640, 64, 1728, 1024), image_token=31998, pad_token=31999), 8, 112, 64),
+
+class Work(NamedTuple):
+    """What both sides do in a step."""
+    cfg: VLMConfig
+    rows: int                        # records, or pairs
+    n_token: int                     # of each, with its picture, and of a pair with both answers
+    n_answer: int                    # supervised tokens of a record, or tokens of each of a pair's answers
+
+
+SIZES = {                            # preset -> model, rows, words a row, of which supervised
+    "10m": (
+        VLMConfig(
+            VisionConfig(image_size=112, patch_size=14, n_embd=192, n_layer=4, n_head=3, n_hidden=768),
+            DecoderConfig(2048, n_layer=6, n_head=4, n_kv_head=4, n_embd=256, head_dim=64, n_hidden=704),
+            image_token=2046,
+            pad_token=2047,
+        ),
+        32, 48, 32,
+    ),
+    "100m": (
+        VLMConfig(
+            VisionConfig(image_size=168, patch_size=14, n_embd=384, n_layer=8, n_head=6, n_hidden=1536),
+            DecoderConfig(32000, n_layer=10, n_head=10, n_kv_head=10, n_embd=640, head_dim=64, n_hidden=1728),
+            image_token=31998,
+            pad_token=31999,
+        ),
+        8, 112, 64,
+    ),
     "llava-1.5-7b": (PRESETS["llava-1.5-7b"], 10, 240, 160),
 }
-GROW = {"length": ("words", (32, 64, 128, 256, 512)), "pictures": ("pictures", (0, 1, 2, 4, 8)), "vocab": ("vocab", (2048, 8192, 32000, 92553)),
-        "batch": ("rows", (4, 8, 16, 32, 64))}
-WHAT = {"train": "one optimizer step", "mpo": "one step of preference learning", "sample": "greedy decoding",
-        "data": "records a second that one core prepares, and that a step takes"}
 
+
+@dataclass
+class BenchConfig:
+    program: str = arg(REQUIRED, "what a step is", choices=("train", "mpo", "sample"), positional=True)
+    preset: str = arg("10m", "the model's size", choices=tuple(SIZES))
+    peer: str = arg("", "LlavaForConditionalGeneration beside it; empty: none", choices=("transformers",))
+    dtype: str = arg("float32", "bfloat16 is autocast, on both sides", choices=("float32", "bfloat16"))
+    vocab: int = arg(0, "words in the vocabulary; 0: as the preset says", at_least=0)
+    layers: int = arg(0, "decoder blocks; 0: as the preset says", at_least=0)
+    rows: int = arg(0, "records or pairs in the batch; 0: as the preset says, one for sample", at_least=0)
+    words: int = arg(0, "text tokens a record, of a pair before its answers; 0: as above", at_least=0)
+    supervised: int = arg(0, "supervised tokens of a record, or tokens of an answer; 0: as above", at_least=0)
+    new_tokens: int = arg(64, "sample: tokens to generate", at_least=1)
+    precomputed: bool = arg(True, "mpo: here the reference is not asked again in every step")
+    compile: bool = arg(False, "torch.compile: here the blocks, there the model")
+    compile_peer: bool = arg(True, "--no-compile-peer: --compile leaves the peer as it is")
+    repeats: int = arg(7, "steps of each side that count, after two that do not", at_least=1)
+    memory: bool = arg(True, "measure peak memory, in processes of their own")
+    threads: int = arg(1, "CPU threads; above 1 the time is the clock's", at_least=1)
+    device: str = arg("cpu", "cpu, cuda or cuda:N")
+    out: str = arg("bench", "name of the .json file")
 
 
 def main(argv=None):
-    args = read(sys.argv[1:] if argv is None else argv)
-    torch.set_num_threads(args.threads)
-    if args.side != "both":
-        return alone(args)
-    if args.grow:
-        one_of("--grow", args.grow, list(GROW))
-        return grow(args)
-    result = data_path(args) if args.program == "data" else compare(args)
-    if args.program != "data":
-        report(result)
-    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1))
+    cfg = parse(BenchConfig, argv, description=__doc__)
+    torch.set_num_threads(cfg.threads)
+    result = compare(cfg)
+    words = sys.argv[1:] if argv is None else argv
+    result["command"] = shlex.join(["python", "-m", "tools.bench", *words])
+    print_result(result)
+    write_json(f"{cfg.out}.json", result)
     return 0
 
 
+def compare(cfg):
+    """Run the sides in turn -> all that was found, with the flags."""
+    device = pick_device(cfg.device)
+    work = plan_work(cfg)
+    models = make_models(cfg, work)
+    steps = {name: make_step(name, model, cfg, work, device) for name, model in models.items()}
+    clock = time.process_time if device.type == "cpu" and cfg.threads == 1 else time.perf_counter
 
-def read(argv):
-    """Flags -> their values, checked."""
-    cli = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    programs = cli.add_subparsers(required=True, dest="program", metavar=f"{{{','.join(WHAT)}}}")
-    for name in WHAT:
-        sub = programs.add_parser(name, help=WHAT[name], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--preset", default="10m", help=f"the model's size: {', '.join(SIZES)}")
-        sub.add_argument("--peer", default="", help="transformers: LlavaForConditionalGeneration (sdpa); empty: none")
-        sub.add_argument("--rows", type=int, default=0, help="records or pairs in the batch; 0: as the preset says, one for sample")
-        sub.add_argument("--words", type=int, default=0, help="text tokens a record, for mpo without the answers; 0: as the preset says")
-        sub.add_argument("--supervised", type=int, default=0, help="of them supervised, for mpo the length of an answer; 0: as the preset says")
-        sub.add_argument("--pictures", type=int, default=1, help="pictures a record")
-        sub.add_argument("--vocab", type=int, default=0, help="words in the vocabulary; 0: as the preset says")
-        sub.add_argument("--layers", type=int, default=0, help="decoder blocks; 0: as the preset says")
-        sub.add_argument("--dtype", default="float32", help="float32, or bfloat16 (autocast, on both sides)")
-        sub.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile: here the blocks, there the model")
-        sub.add_argument("--compile-peer", action=argparse.BooleanOptionalAction, default=True, help="--no-compile-peer: --compile leaves the peer as it is")
-        sub.add_argument("--precomputed", action=argparse.BooleanOptionalAction, default=True, help="mpo: here the reference is not asked again in every step")
-        sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory in processes of their own")
-        sub.add_argument("--repeats", type=int, default=7, help="steps of each side that count, after two that do not")
-        sub.add_argument("--new-tokens", type=int, default=64, help="sample: tokens to generate")
-        sub.add_argument("--threads", type=int, default=1, help="CPU threads; above 1 the time is the clock's, and a busy machine is in it")
-        sub.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-        sub.add_argument("--grow", default="", help=f"train: step through sizes of one of {', '.join(GROW)}, alone or beside the peer")
-        sub.add_argument("--records", type=int, default=3_000_000, help="data: lines of the JSONL file that is opened")
-        sub.add_argument("--side", default="both", help=argparse.SUPPRESS)      # for the processes that measure memory
-        sub.add_argument("--out", default="bench", help="name of the files .json and, of --grow, .png")
-    args = parse_args(cli, argv)
-    args.command = shlex.join(["python", "bench.py", *argv])
-    one_of("--preset", args.preset, list(SIZES))
-    one_of("--peer", args.peer, ["", "transformers"])
-    one_of("--dtype", args.dtype, ["float32", "bfloat16"])
-    return args
+    # The first step is compiled and warms up, the second makes nothing new: neither counts.
+    seconds = {name: [] for name in steps}
+    outputs = {name: [] for name in steps}
+    for i in range(cfg.repeats + 2):
+        for name, step in steps.items():
+            wait_for(device)
+            began = clock()
+            output = step()
+            wait_for(device)
+            if i >= 2:
+                seconds[name].append(clock() - began)
+            outputs[name].append(output.tolist())
 
-
-
-def setting(args):
-    """-> VLMConfig, (rows, words, supervised) with the flags put in; for mpo (pairs, words of the question, words of an answer)."""
-    cfg, rows, words, supervised = SIZES[args.preset]
-    if args.program == "mpo":
-        cfg, rows, words, supervised = replace(cfg, vision=replace(cfg.vision, image_size=16 * cfg.vision.patch_size)), 8, 32, 60
-    words, supervised, V = args.words or words, args.supervised or supervised, args.vocab or cfg.decoder.vocab_size
-    length = cfg.vision.n_token * args.pictures + words + {"sample": args.new_tokens, "mpo": 2 * supervised}.get(args.program, 0)
-    decoder = replace(cfg.decoder, vocab_size=V, n_layer=args.layers or cfg.decoder.n_layer, block_size=max(cfg.decoder.block_size, length))
-    cfg = replace(cfg, decoder=decoder, image_token=V - 2, pad_token=V - 1)
-    return cfg, (args.rows or (1 if args.program == "sample" else rows), words, supervised if args.program == "mpo" else min(supervised, words - 1))
+    result = asdict(cfg) | {
+        "torch": torch.__version__,
+        "parameters": n_weight(models["plainvlm"]),
+        "rows": work.rows,
+        "tokens": work.n_token,
+        "supervised": work.n_answer,
+        "vocab": work.cfg.decoder.vocab_size,
+        "matmul": matmul_rate(device, getattr(torch, cfg.dtype), clock=clock),
+        "flops": count_flops(work),
+    }
+    result["sides"] = {name: sum_up(name, times, cfg, work) for name, times in seconds.items()}
+    if cfg.program == "train":
+        for side in result["sides"].values():
+            side["mfu"] = result["flops"] / side["seconds"] / result["matmul"]
+    if cfg.peer:
+        result["agreement"] = check_agreement(cfg, *outputs.values())
+        ratios = [theirs / ours for ours, theirs in zip(*seconds.values())]
+        result["ratio"] = statistics.median(ratios)
+        result["ratio_spread"] = [min(ratios), max(ratios)]
+    return result
 
 
+def sum_up(name, times, cfg, work):
+    n_token = tokens_computed(name, cfg, work)
+    middle = statistics.median(times)
+    side = {"seconds": middle, "least": min(times), "most": max(times)}
+    side |= {"tokens": n_token, "tokens_per_second": n_token / middle}
+    if cfg.memory and cfg.device == "cpu":
+        side |= measure_memory(cfg, name)
+    return side
 
-def batch_of(cfg, args, rows, words, supervised, device):
-    """Random ids and pixels: tokens and labels (B, T), pixels (n, 3, S, S), normalised as the peer wants them."""
-    draw = torch.Generator().manual_seed(0)
-    n_visual, S = cfg.vision.n_token * args.pictures, cfg.vision.image_size
-    tokens = torch.randint(3, cfg.image_token, (rows, n_visual + words), generator=draw)
-    tokens[:, 1 : 1 + n_visual] = cfg.image_token
-    labels = torch.where(torch.arange(n_visual + words) >= n_visual + words - supervised, tokens, -100)
-    pixels = torch.randn(rows * args.pictures, 3, S, S, generator=draw)
+
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def check_agreement(cfg, ours, theirs):
+    """-> the largest relative difference of the losses; of answers, the share of tokens that are the same."""
+    if cfg.program == "sample":
+        pairs = [pair for rows in zip(ours[0], theirs[0]) for pair in zip(*rows)]
+        return statistics.mean(a == b for a, b in pairs)
+    worst = max(abs(a - b) / b for a, b in zip(ours, theirs))
+    if worst > (1e-3 if cfg.dtype == "float32" else 3e-2):
+        raise UserError(
+            f"the losses differ by {worst:.1e}: {ours[:3]} here, {theirs[:3]} there; "
+            "this would compare two different things"
+        )
+    return worst
+
+
+# ---- the work ----
+
+
+def plan_work(cfg):
+    vlm_cfg, rows, words, n_answer = SIZES[cfg.preset]
+    vision = vlm_cfg.vision
+    if cfg.program == "mpo":
+        vision = replace(vision, image_size=16 * vision.patch_size)
+        rows, words, n_answer = 8, 32, 60
+    elif cfg.program == "sample":
+        rows = 1
+    rows = cfg.rows or rows
+    words = cfg.words or words
+    n_answer = cfg.supervised or n_answer
+
+    n_token = vision.n_token + words
+    if cfg.program == "mpo":
+        n_token += 2 * n_answer
+    else:
+        n_answer = min(n_answer, words - 1)
+    V = cfg.vocab or vlm_cfg.decoder.vocab_size
+    decoder = replace(
+        vlm_cfg.decoder,
+        vocab_size=V,
+        n_layer=cfg.layers or vlm_cfg.decoder.n_layer,
+        block_size=max(vlm_cfg.decoder.block_size, n_token + cfg.new_tokens),
+    )
+    vlm_cfg = replace(vlm_cfg, vision=vision, decoder=decoder, image_token=V - 2, pad_token=V - 1)
+    return Work(vlm_cfg, rows, n_token, n_answer)
+
+
+def random_batch(work, device):
+    """-> tokens and labels (B, T), pixels (B, 3, S, S), normalised as the peer wants them."""
+    generator = torch.Generator().manual_seed(0)
+    vision = work.cfg.vision
+    tokens = torch.randint(3, work.cfg.image_token, (work.rows, work.n_token), generator=generator)
+    tokens[:, 1 : 1 + vision.n_token] = work.cfg.image_token
+    labels = tokens.clone()
+    labels[:, : -work.n_answer] = IGNORE
+    pixels = torch.randn(work.rows, 3, vision.image_size, vision.image_size, generator=generator)
     return tokens.to(device), labels.to(device), pixels.to(device)
 
 
-
-def sides(args, cfg, device):
-    """{name: (model, step)}; both models have the same weights. A step returns its loss, or the ids (sample)."""
-    rows, words, supervised = setting(args)[1]
-    tokens, labels, pixels = batch_of(cfg, args, rows, words + 2 * supervised * (args.program == "mpo"), supervised, device)
+def make_models(cfg, work):
+    """{name: model}, with the same weights."""
     torch.manual_seed(0)
-    vlm = init_weights(VLM(cfg))
-    models = {"plainvlm": vlm}
-    if args.peer:
-        try:
-            from transformers import LlavaForConditionalGeneration
-        except ImportError:
-            raise UserError("--peer transformers: it is not installed here (pip install transformers), or leave out --peer") from None
-        with tempfile.TemporaryDirectory() as directory:
-            vlm.save_pretrained(directory)
-            models["transformers"] = LlavaForConditionalGeneration.from_pretrained(directory, attn_implementation="sdpa", dtype=torch.float32)
-    if args.side != "both":
-        models = {args.side: models[args.side]}
-    made = {}
-    for name, model in models.items():
-        model.to(device)
-        tower = model.vision if name == "plainvlm" else model.model.vision_tower
-        tower.requires_grad_(False)                                         # as in LLaVA's second stage
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-        if name == "plainvlm" and args.compile:
-            for block in [*model.decoder.layers, *model.vision.blocks]:
-                block.compile(dynamic=None)
-        call = torch.compile(model) if name != "plainvlm" and args.compile and args.compile_peer else model
-        if args.program == "sample":
-            made[name] = model, decoding(name, model.eval(), tokens, pixels, args)
-            continue
-        if args.program == "mpo":
-            loss_of = (pairs_here if name == "plainvlm" else pairs_there)(model, call, tokens, pixels, supervised, args)
-        elif name == "plainvlm":
-            loss_of = lambda call=call: call(tokens, pixels, labels)
+    vlm = init_weights(VLM(work.cfg))
+    if not cfg.peer:
+        return {"plainvlm": vlm}
+    try:
+        from transformers import LlavaForConditionalGeneration
+    except ImportError:
+        raise UserError("--peer transformers: pip install transformers, or leave out --peer") from None
+    with tempfile.TemporaryDirectory() as directory:
+        vlm.save_pretrained(directory)
+        peer = LlavaForConditionalGeneration.from_pretrained(
+            directory, attn_implementation="sdpa", dtype=torch.float32
+        )
+    return {"plainvlm": vlm, "transformers": peer}
+
+
+def make_step(name, model, cfg, work, device):
+    """-> a function that does the work once, and returns the loss or the new ids."""
+    is_ours = name == "plainvlm"
+    model.to(device)
+    tower = model.vision if is_ours else model.model.vision_tower
+    tower.requires_grad_(False)                          # as in LLaVA's second stage
+    batch = random_batch(work, device)
+    if cfg.program == "sample":
+        model.eval().to(getattr(torch, cfg.dtype))
+        return make_decoding(model, is_ours, cfg, batch)
+
+    call = model
+    if cfg.compile and is_ours:
+        for block in [*model.decoder.layers, *model.vision.blocks]:
+            block.compile(dynamic=None)
+    elif cfg.compile and cfg.compile_peer:
+        call = torch.compile(model)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    with autocast:
+        if cfg.program == "train":
+            loss_of = answer_loss(call, is_ours, batch)
+        elif is_ours:
+            loss_of = pairs_in_a_row(model, call, batch, work, cfg)
         else:
-            mask = torch.ones_like(tokens)
-            loss_of = lambda call=call: call(input_ids=tokens, attention_mask=mask, pixel_values=pixels if len(pixels) else None, labels=labels).loss
-        made[name] = model, lambda loss_of=loss_of, optimizer=optimizer: step_of(loss_of, optimizer, args, device)
-    return made
+            loss_of = pairs_in_two_rows(model, call, batch, work)
+
+    def step():
+        with autocast:
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
 
 
+# ---- one step of each program and side ----
 
-def pairs_here(model, call, tokens, pixels, n, args):
-    """tokens (B, prefix + 2n) hold a pair as one row, and are collated as mpo.py does it."""
-    p, N = tokens.shape[1] - 2 * n, model.cfg.vision.n_token
-    layout = torch.cartesian_prod(torch.arange(args.pictures), torch.arange(N))
-    examples = [mpo.pair_row(row[:p], row[p:-n], row[-n:]) | {"pixels": some, "layout": layout, "id": "", "index": 0, "pictures_of": k}
-                for k, (row, some) in enumerate(zip(tokens.tolist(), pixels.split(args.pictures)))]
-    batch = mpo.to_device(mpo.collate_pairs(examples, model.cfg.pad_token), tokens.device)
-    ref = None
-    if args.precomputed:
-        with torch.no_grad(), half(args, tokens.device):
-            known = mpo.pair_log_probs(model, batch)[0]
+
+def answer_loss(call, is_ours, batch):
+    tokens, labels, pixels = batch
+    if is_ours:
+        return lambda: call(tokens, pixels, labels)
+    mask = torch.ones_like(tokens)
+    return lambda: call(input_ids=tokens, attention_mask=mask, pixel_values=pixels, labels=labels).loss
+
+
+def pairs_in_a_row(model, call, batch, work, cfg):
+    """A pair is one row, as mpo.py has it: prompt, chosen, rejected."""
+    tokens, _, pixels = batch
+    n = work.n_answer
+    layout = torch.tensor([(0, i) for i in range(model.cfg.vision.n_token)])
+    examples = []
+    for i, ids in enumerate(tokens.tolist()):
+        example = mpo.pair_row(ids[: -2 * n], ids[-2 * n : -n], ids[-n:])
+        example |= {"pixels": pixels[i : i + 1], "layout": layout, "id": "", "index": i, "pictures_of": i}
+        examples.append(example)
+    pairs = mpo.to_device(mpo.collate_pairs(examples, model.cfg.pad_token), tokens.device)
+
+    reference = None
+    if cfg.precomputed:
+        with torch.no_grad():
+            known, _ = mpo.pair_log_probs(model, pairs)
     else:
-        ref = copy.deepcopy(model).requires_grad_(False)
-        ref.vision = model.vision                                           # frozen: one is enough
+        reference = copy.deepcopy(model).requires_grad_(False)
+        reference.vision = model.vision                  # frozen: one is enough
 
     def loss_of():
         with torch.no_grad():
-            seen = model.features(batch["pixels"])
-            s_ref = known if ref is None else mpo.pair_log_probs(ref, batch, seen)[0]
-        return pair_loss(mpo.pair_log_probs(call, batch, seen)[0], s_ref, n)
+            features = model.features(pairs["pixels"])
+            s_ref = mpo.pair_log_probs(reference, pairs, features)[0] if reference else known
+        s, _ = mpo.pair_log_probs(call, pairs, features)
+        return pair_loss(s, s_ref, n)
+
     return loss_of
 
 
-
-def pairs_there(model, call, tokens, pixels, n, args):
+def pairs_in_two_rows(model, call, batch, work):
     """The same pairs as 2 B rows, the chosen answers first."""
-    two = torch.cat([tokens[:, :-n], torch.cat([tokens[:, : -2 * n], tokens[:, -n:]], dim=1)])              # (2B, prefix + n)
-    both, mask, ref = torch.cat([pixels, pixels]), torch.ones_like(two), copy.deepcopy(model).requires_grad_(False)
-    answer = torch.arange(1, two.shape[1], device=two.device) >= two.shape[1] - n
+    tokens, _, pixels = batch
+    n = work.n_answer
+    chosen = tokens[:, :-n]
+    rejected = torch.cat([tokens[:, : -2 * n], tokens[:, -n:]], dim=1)
+    rows = torch.cat([chosen, rejected])                 # (2 B, T - n)
+    both_pixels = torch.cat([pixels, pixels])
+    mask = torch.ones_like(rows)
+    reference = copy.deepcopy(model).requires_grad_(False)
 
-    def sums(model):
-        logits = model(input_ids=two, attention_mask=mask, pixel_values=both).logits[:, :-1].float()
-        return (logits.log_softmax(-1).gather(-1, two[:, 1:, None])[:, :, 0] * answer).sum(1).view(2, -1).T              # (B, 2)
+    def sums(net):
+        logits = net(input_ids=rows, attention_mask=mask, pixel_values=both_pixels).logits[:, :-1].float()
+        log_probs = logits.log_softmax(-1).gather(-1, rows[:, 1:, None])[:, :, 0]
+        return log_probs[:, -n:].sum(1).view(2, -1).T    # (B, 2)
 
     def loss_of():
         with torch.no_grad():
-            s_ref = sums(ref)
+            s_ref = sums(reference)
         return pair_loss(sums(call), s_ref, n)
+
     return loss_of
 
 
-
-def pair_loss(s, s_ref, n, cfg=mpo.MPOConfig()):
+def pair_loss(s, s_ref, n):
+    cfg = mpo.MPOConfig()
     delta, _ = mpo.update_delta(0.0, 0, cfg.beta * (s - s_ref))
     terms = mpo.mpo_terms(s, s_ref, torch.full_like(s, n), delta, cfg)
     return sum(weight * term for weight, term in terms.values())
 
 
-
-def half(args, device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-
-
-
-def step_of(loss_of, optimizer, args, device):
-    with half(args, device):
-        loss = loss_of()
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
-
-
-
-def decoding(name, model, tokens, pixels, args):
+def make_decoding(model, is_ours, cfg, batch):
     """Greedy, and past any end token: both sides make as many tokens."""
-    n, dtype = args.new_tokens, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    model.to(dtype)
+    tokens, _, pixels = batch
+    n = cfg.new_tokens
+    pixels = pixels.to(getattr(torch, cfg.dtype))
+    if is_ours:
+        return lambda: model.generate(tokens, pixels, n, stop=[model.cfg.pad_token])
+    image_token = model.config.image_token_id
+    options = {
+        "max_new_tokens": n,
+        "min_new_tokens": n,
+        "do_sample": False,
+        "suppress_tokens": [image_token, image_token + 1],       # as here, where nothing says them
+        "pad_token_id": 0,
+    }
+    mask = torch.ones_like(tokens)
+
+    def step():
+        ids = model.generate(input_ids=tokens, attention_mask=mask, pixel_values=pixels, **options)
+        return ids[:, tokens.shape[1] :]
+
+    return step
+
+
+# ---- what it costs ----
+
+
+def n_weight(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def tokens_computed(name, cfg, work):
+    """How many tokens a side sends through a decoder in a step."""
+    if cfg.program == "train":
+        return work.rows * work.n_token
+    if cfg.program == "sample":
+        return work.rows * cfg.new_tokens
     if name == "plainvlm":
-        return lambda: model.generate(tokens, pixels.to(dtype), n, stop=[model.cfg.pad_token])
-    unsaid = [model.config.image_token_id, model.config.image_token_id + 1]
-    return lambda: model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels.to(dtype), max_new_tokens=n, min_new_tokens=n,
-                                  do_sample=False, suppress_tokens=unsaid, pad_token_id=0)[:, tokens.shape[1] :]
+        return work.rows * work.n_token * (1 if cfg.precomputed else 2)
+    return 2 * 2 * work.rows * (work.n_token - work.n_answer)
 
 
-
-def seconds(step, args, device):
-    """One step -> its time, what it returned."""
-    clock = clock_of(args, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = clock()
-    said = step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - began, said
-
-
-
-def clock_of(args, device):
-    return time.process_time if device.type == "cpu" and args.threads == 1 else time.perf_counter
-
-
-
-def compare(args):
-    """Run the sides in turn; -> a dict of what report() prints."""
-    device = pick_device(args.device)
-    cfg, (rows, words, supervised) = setting(args)
-    made = sides(args, cfg, device)
-    times, said = {name: [] for name in made}, {name: [] for name in made}
-    for i in range(args.repeats + 2):                                       # the first is compiled and warms up, the second makes nothing new
-        for name, (_, step) in made.items():
-            took, value = seconds(step, args, device)
-            times[name] += [took] * (i >= 2)
-            said[name].append(value.tolist() if args.program == "sample" else value.item())
-    if args.peer and args.program != "sample":
-        ours, theirs = said["plainvlm"], said["transformers"]
-        worst = max(abs(a - b) / b for a, b in zip(ours, theirs))
-        if worst > (1e-3 if args.dtype == "float32" else 3e-2):
-            raise UserError(f"the losses differ by {worst:.1e}: {ours[:3]} here, {theirs[:3]} there; this would compare two different things")
-    same = None if not args.peer else worst if args.program != "sample" else sum(a == b for a, b in zip(
-        sum(said["plainvlm"][0], []), sum(said["transformers"][0], []))) / (rows * args.new_tokens)
-    T = words + cfg.vision.n_token * args.pictures + (2 * supervised if args.program == "mpo" else 0)
-    flops, matmul = flops_of(cfg, rows, T, supervised, args.pictures), matmul_rate(
-        device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32, clock=clock_of(args, device))
-    result = {"command": args.command, "program": args.program, "preset": args.preset, "parameters": size(made["plainvlm"][0].parameters()), "dtype": args.dtype,
-              "compile": args.compile, "compile_peer": args.compile and args.compile_peer, "rows": rows, "tokens": T,
-              "supervised": supervised, "vocab": cfg.decoder.vocab_size, "pictures": args.pictures, "device": str(device), "threads": args.threads, "torch": torch.__version__,
-              "matmul": matmul, "flops": flops, "agreement": same, "sides": {}}
-    # How many tokens each side sends through a decoder in a step
-    computed = {"train": dict.fromkeys(made, rows * T), "sample": dict.fromkeys(made, rows * args.new_tokens),
-                "mpo": {"plainvlm": rows * T * (1 if args.precomputed else 2), "transformers": 2 * 2 * rows * (T - supervised)}}[args.program]
-    for name in made:
-        middle = statistics.median(times[name])
-        result["sides"][name] = {"seconds": middle, "least": min(times[name]), "most": max(times[name]),
-                                 "tokens": computed[name], "tokens_per_second": computed[name] / middle, "rows_per_second": rows / middle}
-        if args.program == "train":
-            result["sides"][name]["mfu"] = flops / middle / matmul
-    if args.peer:
-        ratios = sorted(b / a for a, b in zip(times["plainvlm"], times["transformers"]))
-        result["ratio"], result["ratio_spread"] = statistics.median(ratios), [ratios[0], ratios[-1]]
-    if args.memory and device.type == "cpu":
-        for name in made:
-            result["sides"][name] |= memory_of(args, name)
-    return result
-
-
-
-def size(parameters):
-    return sum(p.numel() for p in parameters)
-
-
-
-def flops_of(cfg, rows, T, supervised, pictures):
-    """Of a training step, as the docstring above counts them."""
-    d, v = cfg.decoder, cfg.vision
+def count_flops(work):
+    """Of a step of train, as the docstring above counts them."""
+    decoder, vision = work.cfg.decoder, work.cfg.vision
     with torch.device("meta"):
-        vlm = VLM(cfg)
-    n_t, n_s, n_v, end = rows * T, rows * supervised, rows * pictures * (v.grid**2 + v.n_prefix), vlm.decoder.layers[-1]
-    late = size([*end.mlp.parameters(), *end.self_attn.o_proj.parameters()])
-    return (6 * ((size(vlm.decoder.layers.parameters()) - late) * n_t + (late + d.vocab_size * d.n_embd) * n_s) + 6 * d.n_layer * d.n_head * d.head_dim * T * n_t
-            + 2 * size(vlm.vision.blocks[: v.depth].parameters()) * n_v + 4 * (v.grid**2 + v.n_prefix) * v.n_embd * v.depth * n_v
-            + 6 * size(vlm.connector.parameters()) * rows * pictures * v.n_token)
+        vlm = VLM(work.cfg)
+    n_patch = vision.grid**2 + vision.n_prefix
+    n_t = work.rows * work.n_token
+    n_s = work.rows * work.n_answer
+    n_v = work.rows * n_patch
+    n_c = work.rows * vision.n_token
+
+    last = vlm.decoder.layers[-1]
+    P = n_weight(vlm.decoder.layers)
+    Q = n_weight(last.mlp) + n_weight(last.self_attn.o_proj)
+    W = n_weight(vlm.vision.blocks[: vision.depth])
+    C = n_weight(vlm.connector)
+    weights = 6 * ((P - Q) * n_t + (Q + n_weight(vlm.decoder.lm_head)) * n_s)
+    attention = 6 * decoder.n_layer * decoder.n_head * decoder.head_dim * work.n_token * n_t
+    tower = 2 * W * n_v + 4 * n_patch * vision.n_embd * vision.depth * n_v
+    return weights + attention + tower + 6 * C * n_c
 
 
-
-def memory_of(args, name):
+def measure_memory(cfg, name):
     """Peak memory of a process that does nothing but two steps of one side."""
-    flags = [x for key in ("preset", "peer", "rows", "words", "supervised", "pictures", "vocab", "layers", "dtype", "new_tokens", "threads", "device")
-             for x in (f"--{key.replace('_', '-')}", str(getattr(args, key)))] + ["--precomputed" if args.precomputed else "--no-precomputed"]
-    said = subprocess.run([sys.executable, __file__, args.program, *flags, "--side", name], capture_output=True, text=True)
-    if said.returncode:
-        raise UserError(f"the process that measures the memory of {name} failed: {said.stderr.strip().splitlines()[-1]}")
-    return json.loads(said.stdout.strip().splitlines()[-1])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(memory_of_two_steps, replace(cfg, compile=False), name).result()
 
 
-
-def alone(args):
-    device = pick_device(args.device)
-    (_, step), = sides(args, setting(args)[0], device).values()
-    before, peak = held_while(lambda: (step(), step()))
-    print(json.dumps({"peak_bytes": peak, "step_bytes": peak - before}))
-    return 0
-
-
-
-def held_while(work):
-    """Bytes that this process held before, and at most during work()."""
-    status = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
-    before = status("VmRSS")
+def memory_of_two_steps(cfg, name):
+    torch.set_num_threads(cfg.threads)
+    work = plan_work(cfg)
+    model = make_models(cfg, work)[name]
+    step = make_step(name, model, cfg, work, torch.device("cpu"))
+    before = process_bytes("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                                     # what was held for a moment earlier does not count
-    work()
-    return before, status("VmHWM")
+        file.write("5")                                  # what was held for a moment earlier does not count
+    step()
+    step()
+    peak = process_bytes("VmHWM")
+    return {"peak_bytes": peak, "step_bytes": peak - before}
 
 
+def process_bytes(key):
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(key))
+    return int(line.split()[1]) * 1024
 
-def report(r):
-    what = f"{r['rows']} records of {r['tokens']} tokens" + (f", {r['supervised']} supervised" if r["program"] == "train" else "")
-    if r["program"] == "mpo":
-        what = f"{r['rows']} pairs of {r['tokens'] - 2 * r['supervised']} tokens and {r['supervised']} each answer"
+
+def print_result(r):
     print(f"$ {r['command']}")
-    print(f"{r['program']}: {r['preset']}, {r['parameters'] / 1e6:.1f}M parameters, vocabulary {r['vocab']:,}, {what}, {r['dtype']}{', compiled' if r['compile'] else ''}{' here alone' if r['compile'] > r['compile_peer'] else ''}, "
-          f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] > 1)}, torch {r['torch']}")
-    if r["program"] == "mpo":
-        print("tokens through a decoder: " + ", ".join(f"{s['tokens']:,} {name}" for name, s in r["sides"].items()))
-    print(f"{'':14}{'ms':>9}{'least':>9}{'most':>9}{'tokens/s':>11}{'MFU':>7}{'peak MB':>9}{'step MB':>9}")
-    for name, s in r["sides"].items():
-        print(f"{name:14}{1e3 * s['seconds']:9.1f}{1e3 * s['least']:9.1f}{1e3 * s['most']:9.1f}{s['tokens_per_second']:11,.0f}"
-              + (f"{s['mfu']:7.1%}" if "mfu" in s else f"{'':7}") + (f"{s['peak_bytes'] / 1e6:9,.0f}{s['step_bytes'] / 1e6:9,.0f}" if "peak_bytes" in s else ""))
-    if "ratio" in r:
-        a, b = r["sides"]["plainvlm"], r["sides"]["transformers"]
-        print(f"{r['ratio']:.2f} times as fast ({r['ratio_spread'][0]:.2f} to {r['ratio_spread'][1]:.2f})"
-              + (f"; peak memory {a['peak_bytes'] / b['peak_bytes']:.2f}, of the step alone {a['step_bytes'] / b['step_bytes']:.2f} times" if "peak_bytes" in a else "")
-              + (f"; losses agree to {r['agreement']:.0e}" if r["program"] != "sample" else f"; {r['agreement']:.0%} of the tokens are the same"))
-    print(f"a square matrix product: {r['matmul'] / 1e9:,.0f} GFLOP/s" + (f"; a step: {r['flops'] / 1e9:,.1f} GFLOP" if r["program"] == "train" else "")
-          + ("; on a GPU: not measured" if r["device"] == "cpu" else ""))
+    compiled = ", compiled" if r["compile"] else ""
+    if compiled and not r["compile_peer"]:
+        compiled += " here alone"
+    print(f"{r['program']}: {r['preset']}, {r['parameters'] / 1e6:.1f}M parameters, {r['vocab']:,} words, "
+          f"{r['rows']} rows of {r['tokens']} tokens, {r['supervised']} of an answer, "
+          f"{r['dtype']}{compiled}, {r['device']}, {r['threads']} threads, torch {r['torch']}")
 
+    print(" " * 14 + "       ms    least     most   tokens   tokens/s    MFU  peak MB  step MB")
+    for name, side in r["sides"].items():
+        line = f"{name:14}"
+        for key in ("seconds", "least", "most"):
+            line += f"{1e3 * side[key]:9.1f}"
+        line += f"{side['tokens']:9,}{side['tokens_per_second']:11,.0f}"
+        line += f"{side['mfu']:7.1%}" if "mfu" in side else " " * 7
+        if "peak_bytes" in side:
+            line += f"{side['peak_bytes'] / 1e6:9,.0f}{side['step_bytes'] / 1e6:9,.0f}"
+        print(line)
 
-
-def grow(args):
-    """A table and a plot of time and memory against one size. The power says how they grow over the last two sizes: 1 is linear."""
-    flag, values = GROW[args.grow]
-    results = []
-    print(f"$ {args.command}\n{args.grow:>10}{'ms':>10}{'step MB':>10}{'tokens/s':>11}" + f"{'times the peer':>16}" * bool(args.peer), flush=True)
-    for value in values:
-        results.append(compare(argparse.Namespace(**vars(args) | {flag: value, "supervised": args.supervised or 16})))
-        s = results[-1]["sides"]["plainvlm"]
-        print(f"{results[-1]['tokens'] if args.grow == 'length' else value:10,}{1e3 * s['seconds']:10.1f}{s.get('step_bytes', 0) / 1e6:10,.0f}{s['tokens_per_second']:11,.0f}"
-              + (f"{results[-1]['ratio']:16.2f}" if args.peer else ""), flush=True)
-    if args.grow == "length":                                               # of a whole record, its picture included
-        values = [r["tokens"] for r in results]
-    lines = {}
-    for name, what, unit, scale in ("time", "seconds", "ms", 1e3), ("memory", "step_bytes", "MB", 1e-6):
-        ys = [r["sides"]["plainvlm"].get(what) for r in results]
-        if all(ys):
-            lines[unit] = {side: [scale * r["sides"][side][what] for r in results] for side in results[0]["sides"]}
-            if values[-2]:
-                print(f"{name} grows with {args.grow} to the power {math.log(ys[-1] / ys[-2]) / math.log(values[-1] / values[-2]):.2f} (last two)")
-    Path(f"{args.out}.json").write_text(json.dumps(results, indent=1))
-    plot(f"{args.out}.png", args.grow, values, lines)
-    return 0
-
-
-
-def plot(path, name, values, panels, width=640, height=400):
-    """Time, and memory if it was measured, of a step against a size, all from 0: what is linear looks it."""
-    image = Image.new("RGB", (width * len(panels), height), "white")
-    draw = ImageDraw.Draw(image)
-    for left, (unit, lines) in zip(range(0, width * len(panels), width), panels.items()):
-        most = max(map(max, lines.values()))
-        x, y = lambda v: left + 64 + (width - 96) * v / values[-1], lambda s: height - 44 - (height - 84) * s / most
-        draw.line([(x(0), y(most)), (x(0), y(0)), (x(values[-1]), y(0))], fill="#999999")
-        for v in values:
-            draw.text((x(v), height - 36), f"{v:,}", fill="#555555", anchor="mt", font_size=13)
-        for part in (0.25, 0.5, 0.75, 1.0):
-            draw.text((x(0) - 6, y(part * most)), f"{part * most:.0f}", fill="#555555", anchor="rm", font_size=13)
-        for (side, ys), color in zip(lines.items(), ("#1f6fb5", "#d6502b")):
-            draw.line([(x(v), y(s)) for v, s in zip(values, ys)], fill=color, width=2)
-            draw.text((x(values[-1]), y(ys[-1]) - 6), side, fill=color, anchor="rb", font_size=13)
-        draw.text((x(0), 14), f"{unit} a step against {name}", fill="#222222", font_size=14)
-    image.save(path)
-
-
-
-def data_path(args, pictures=16, some=96):
-    """One core: a long file is opened; `some` of its records are prepared, piece by piece, then as train.py's loader does; beside what a step takes."""
-    cfg, (rows, *_) = setting(args)
-    clock, took, tok, template = clock_of(args, torch.device("cpu")), {}, Tokenizer(TOY["llm"]), "vicuna_v1"
-
-    def timed(name, work, *given):
-        began = clock()
-        made = work(*given)
-        took[name] = took.get(name, 0.0) + clock() - began
-        return made
-
-    print(f"$ {args.command}")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "long.jsonl"
-        draw_photos(folder, pictures)
-        said = [("human", "<image>\nWhat can be seen in this picture?"), ("gpt", "A dog lies on a lawn, and behind it stands a house. ")]
-        lines = "".join(json.dumps({"id": str(i), "image": f"{i % pictures}.jpg", "conversations": [
-            {"from": who, "value": text * (1 + i % 8 * (who == "gpt"))} for who, text in said]}) + "\n" for i in range(min(args.records, 1000)))
-        with open(file, "w") as f:
-            for _ in range(max(1, args.records // 1000)):
-                f.write(lines)
-        kept = []
-        before, most = held_while(lambda: kept.append(timed("open", Records, file, folder)))
-        records, opened, n_bytes = kept[0], took.pop("open"), file.stat().st_size
-        examples = Examples(records, tok, template, cfg.vision, cfg.image_mode, 10**6)
-        picked = [int(i) for i in np.linspace(0, len(records) - 1, some)]
-        for i in picked:
-            record = timed("find and parse the record", records.__getitem__, i)
-            image = timed("decode the JPEG", open_image, picture_paths(record)[0])
-            _, layout = timed("pad and resize", cut_tiles, image, cfg.vision, cfg.image_mode)
-            tokens, _ = timed("tokenise", encode_conversation, tok, record["turns"], template, [len(layout)])
-        each = [timed("prepare", examples.__getitem__, i) for i in picked]
-        timed("batch", micro_batches, each, rows, tok.pad)
-    prepare = took.pop("prepare")
-    print(f"{len(records):,} records, {n_bytes / 1e6:,.0f} MB of JSONL: opened in {opened:.1f} s, {(most - before) / 1e6:,.0f} MB more held")
-    for name, seconds in took.items():
-        print(f"{name:28}{1e3 * seconds / some:9.3f} ms a record")
-    rate = some / (prepare + took["batch"])
-    print(f"{'all, as in training':28}{1e3 / rate:9.3f} ms a record: {rate:,.0f} records a second and core ({image.width}x{image.height} JPEG to {cfg.vision.image_size} px)")
-    result = {"command": args.command, "records": len(records), "open_seconds": opened, "open_bytes": most - before, "rate": rate,
-              "milliseconds": {name: 1e3 * seconds / some for name, seconds in took.items()}}
-    if args.preset in PRESETS:                                              # too large to be run here
-        flops = flops_of(cfg, *setting(args)[1][:1], cfg.vision.n_token + setting(args)[1][1], setting(args)[1][2], 1) / rows
-        print(f"a record of {args.preset} is {flops / 1e12:.1f} TFLOP: one core keeps up with a GPU that does {rate * flops / 1e12:,.0f} TFLOP/s of them (computed); its step: not measured")
-        return result | {"flops": flops}
-    step = compare(argparse.Namespace(**vars(args) | {"program": "train", "peer": "", "memory": False}))["sides"]["plainvlm"]
-    print(f"a training step of {args.preset} takes {step['rows_per_second']:,.1f} records a second and core: {rate / step['rows_per_second']:.1f} times that is ready. On a GPU: not measured")
-    return result | {"step_rate": step["rows_per_second"], "times": rate / step["rows_per_second"]}
-
-
-
-def draw_photos(folder, n, w=640, h=480):
-    """JPEGs as large as COCO's, soft shapes with grain: flat drawings would be decoded faster than photos are."""
-    draw = np.random.default_rng(0)
-    for i in range(n):
-        soft = Image.fromarray(draw.integers(0, 256, (h // 32, w // 32, 3), dtype=np.uint8)).resize((w, h), Image.BICUBIC)
-        Image.fromarray((np.asarray(soft) + draw.normal(0, 8, (h, w, 1))).clip(0, 255).astype(np.uint8)).save(Path(folder) / f"{i}.jpg", quality=90)
+    if r["peer"]:
+        low, high = r["ratio_spread"]
+        print(f"{r['ratio']:.2f} times as fast ({low:.2f} to {high:.2f})")
+        if r["program"] == "sample":
+            print(f"{r['agreement']:.0%} of the tokens are the same")
+        else:
+            print(f"the losses agree to {r['agreement']:.0e}")
+        ours, theirs = r["sides"].values()
+        if "peak_bytes" in ours:
+            print(f"peak memory {ours['peak_bytes'] / theirs['peak_bytes']:.2f} times, "
+                  f"of the step alone {ours['step_bytes'] / theirs['step_bytes']:.2f} times")
+    print(f"a square matrix product: {r['matmul'] / 1e9:,.0f} GFLOP/s")
+    if r["program"] == "train":
+        print(f"a step: {r['flops'] / 1e9:,.1f} GFLOP")
 
 
 if __name__ == "__main__":
