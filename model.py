@@ -176,13 +176,16 @@ class VLM(nn.Module):
         h = self.decoder(x, rows=rows)                                      # (n, D)
         return -token_log_probs(h, self.decoder.lm_head.weight, targets[rows]).mean()
 
+    @property
+    def towers(self):
+        return [self.vision, self.vision2] if self.cfg.vision2 else [self.vision]
+
     def features(self, pixels):
         """What the towers see: (n, 3, S, S) -> (n, N, D_vision). None where there is no picture."""
         if pixels is None or len(pixels) == 0:
             return None
-        if self.cfg.vision2 is None:
-            return self.vision(pixels)
-        return torch.cat([self.vision(pixels), self.vision2(pixels)], dim=-1)
+        seen = [tower(pixels) for tower in self.towers]
+        return torch.cat(seen, dim=-1) if len(seen) > 1 else seen[0]
 
     def embed(self, tokens, features=None, layout=None):
         """Word embeddings, with the visual tokens in the place of the image tokens: (B, T) -> (B, T, D)."""

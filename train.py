@@ -23,10 +23,9 @@ CPU); at the end the model itself, and results.json where there were held-out qu
 checkpoint first; a second one ends the run at once.
 """
 
-import contextlib
-import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -48,13 +47,12 @@ from support.distributed import (
     precision,
     processes,
     rank,
-    unwrap,
     world_size,
 )
 from support.heldout import HeldOut
 from support.lora import LORA_TARGETS, add_lora
 from support.optim import PARTS, make_optimizer, part_of
-from support.plan import dry_run
+from support.plan import dry_run, print_parameters
 from support.start import ASSETS, TOY, build, lora_base, plan_model
 from support.weights import load_adapter
 from vision import MODES
@@ -63,8 +61,7 @@ from vision import MODES
 @dataclass
 class TrainConfig:
     # What is taught to what
-    stage: str = arg("finetune",
-        "captions to the connector; conversations to it and the decoder", ("pretrain", "finetune"))
+    stage: str = arg("finetune", "what is taught; see above", ("pretrain", "finetune"))
     model: str = arg("toy", f"a preset ({', '.join(PRESETS)}) or a model directory to go on from")
     data: str = arg("",
         "LLaVA-format JSON or JSONL file; FILE,FILE: several as one; a meta.json as MMPR's; empty: the toy "
@@ -74,12 +71,10 @@ class TrainConfig:
     data_fraction: float = arg(1.0,
         "share of the records to train on; a smaller one is part of a larger one of the same --seed",
         above=0, at_most=1)
-    split_questions: bool = arg(False,
-        "each question of a conversation and its answer as a record of its own")
+    split_questions: bool = arg(False, "each question of a conversation with its answer as its own record")
     image_root: str = arg("", "folder that the records' image paths start from; empty: the folder of --data")
     val: str = arg("",
-        "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if it is "
-        "there")
+        "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if any")
     out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")
 
     # Where the weights come from
@@ -105,11 +100,9 @@ class TrainConfig:
     lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", LORA_TARGETS)
 
     # How a record becomes tokens
-    template: str = arg("",
-        "conversation template; empty: plain in stage pretrain, the model's own otherwise")
+    template: str = arg("", "conversation template; empty: plain in stage pretrain, else the model's own")
     image_size: int = arg(0,
-        "pixels a side of the tile that a preset's --vision looks at; 0: the tower's own, of two the second "
-        "one's")
+        "pixels a side of the tile of a preset's --vision; 0: the tower's own, of two the second's")
     image_mode: str = arg("",
         "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
         "internvl: several; empty: the model's own", tuple(MODES))
@@ -139,14 +132,12 @@ class TrainConfig:
     seed: int = arg(0, "for weights and the order of the records", at_least=0, below=2**63)
 
     # Now and then
-    eval_every: int = arg(100,
-        "steps between looks at held-out loss and sample answers; 0: never", at_least=0)
+    eval_every: int = arg(100, "steps between looks at held-out loss and answers; 0: never", at_least=0)
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end", at_least=0)
     log_every: int = arg(10, "steps between printed lines", at_least=1)
     final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
     eval_limit: int = arg(0, "answer only this many of them, evenly spread over the file; 0: all", at_least=0)
-    resume: bool = arg(False,
-        "go on from the newest checkpoint in --out; all flags that matter must be as they were")
+    resume: bool = arg(False, "go on from the newest checkpoint in --out, with the same flags")
 
     # The machine
     workers: int = arg(1, "processes that prepare records; 0: none", at_least=0)
@@ -160,9 +151,7 @@ class TrainConfig:
         "blocks of the decoder, from the first, that keep no activations but compute them twice: less "
         "memory, more time", at_least=0)
     compile: bool = arg(False, "torch.compile the blocks: a minute or two first, then faster")
-    shard: bool = arg(False,
-        "under torchrun: FSDP2, weights and optimizer in shards; --no-shard: DDP, each process has all of "
-        "them")
+    shard: bool = arg(False, "under torchrun: FSDP2, weights and optimizer in shards; --no-shard: DDP")
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
 
 
@@ -208,10 +197,7 @@ def find_files(cfg):
     if not data:
         import toyworld
 
-        try:
-            toyworld.write_world("toyworld")
-        except OSError as error:
-            raise UserError(f"the toy world could not be drawn ({error}); give your own --data") from None
+        toyworld.write_world("toyworld")
         data = "toyworld/pretrain.json" if cfg.stage == "pretrain" else "toyworld/train.json"
     folder = Path(data).parent
     val = cfg.val
@@ -228,8 +214,7 @@ def find_files(cfg):
 def teach(cfg, Task):
     """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
     with processes(cfg) as device:
-        given = {name: value for name, value in asdict(cfg).items() if value not in ("", False)}
-        print(f"config: {json.dumps(given)}", flush=True)
+        print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
         records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
         if cfg.split_questions:
             records.split_questions()
@@ -237,7 +222,8 @@ def teach(cfg, Task):
         if cfg.dry_run:
             vlm, tok = plan_model(cfg)  # without weights
             freeze(vlm, cfg)
-            return dry_run(cfg, records, n_step, vlm, tok, device)
+            cfg.bad_records = "skip"
+            return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
 
         # The model, as --resume left it or from its ingredients; and which of its parameters train.
         run = Run(cfg, n_step)
@@ -252,10 +238,8 @@ def teach(cfg, Task):
         held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
         task = Task(cfg, records, vlm, tok)
         run.open(vlm, tok, task)
-        n_train = sum(p.numel() for p in vlm.parameters() if p.requires_grad) / 1e6
-        n_all = sum(p.numel() for p in vlm.parameters()) / 1e6
-        print(f"{n_train:.2f}M of {n_all:.2f}M parameters train, on {len(records):,} records, "
-              f"{n_step:,} steps of {cfg.batch_size}", flush=True)
+        print_parameters(cfg, vlm)
+        print(f"{n_step:,} steps of {cfg.batch_size}, from {len(records):,} records", flush=True)
         task.prepare(vlm, run.out)
         return fit(cfg, task, run, held_out)
 
@@ -283,7 +267,10 @@ def fit(cfg, task, run, held_out=None):
             # One step: the gradient of all its micro-batches, clipped, then AdamW.
             loss, metrics = backward(net, task, batches, autocast)
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
-            check_finite(step, loss, grad_norm, batches)
+            if not math.isfinite((loss or 0.0) + grad_norm):
+                ids = ", ".join(record_id for batch in batches for record_id in batch["ids"])
+                raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
+                                f"lower --lr, or look at the records {ids}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics |= {"lr": lr, "grad_norm": grad_norm, **task.state_dict()}
@@ -298,7 +285,7 @@ def fit(cfg, task, run, held_out=None):
                 run.say(f"interrupted: step {step} is saved; go on with the same command and --resume")
                 return 130
 
-    run.finish(optimizer)
+    run.finish()
     if held_out and cfg.final_eval:
         held_out.examine(run.out)
     print(f"the model is in {run.out}; ask it: python sample.py --model {run.out} --image FILE --prompt TEXT")
@@ -313,15 +300,11 @@ def lr_at(step, n_step, cfg):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (n_step - warmup)))
 
 
-NO_AUTOCAST = contextlib.nullcontext()
+NO_AUTOCAST = nullcontext()
 
 
 def backward(net, task, batches, autocast=NO_AUTOCAST):
-    """Add the gradient of a step's L -> L, or None where no record could be used; what else to log.
-
-    Micro-batches hold unequal numbers of supervised tokens. So L is a sum over all of them, in all processes,
-    divided once by their number in the whole step.
-    """
+    """Add the gradient of a step's L -> L, or None where no record could be used; what else to log."""
     batches = [batch for batch in batches if task.weight(batch)]  # of the others all records were skipped
     n_picture = sum(len(batch["pixels"]) for batch in batches)
     counts = gather_numbers([sum(task.weight(batch) for batch in batches), len(batches), n_picture])
@@ -347,8 +330,8 @@ def backward(net, task, batches, autocast=NO_AUTOCAST):
 
     # If no process had a picture, tower and connector have a gradient of 0. One process would give them none.
     if world_size() > 1 and n_picture == 0:
-        for name, p in unwrap(net).named_parameters():
-            if part_of(name) in ("vision", "connector"):
+        for name, p in net.named_parameters():
+            if part_of(name.removeprefix("module.")) in ("vision", "connector"):  # DDP adds the prefix
                 p.grad = None
     return gather_numbers([loss]).sum().item(), metrics
 
@@ -416,7 +399,7 @@ def freeze(vlm, cfg):
             chosen += [part for part in from_random if from_random[part]]
     for name, p in vlm.named_parameters():
         p.requires_grad = part_of(name) in chosen
-    for tower in [vlm.vision, vlm.vision2] if vlm.cfg.vision2 else [vlm.vision]:
+    for tower in vlm.towers:
         tower.blocks[tower.cfg.depth :].requires_grad_(False)  # these never run
         tower.norm.requires_grad_(False)
 
@@ -434,13 +417,6 @@ def freeze(vlm, cfg):
 
 def is_due(step, every, n_step):
     return every > 0 and (step % every == 0 or step == n_step)
-
-
-def check_finite(step, loss, grad_norm, batches):
-    if not math.isfinite((loss or 0.0) + grad_norm):
-        ids = [record_id for batch in batches for record_id in batch["ids"]]
-        raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
-                        f"lower --lr, or look at the records {', '.join(ids)}")
 
 
 def print_coverage(batches):

@@ -3,8 +3,8 @@
     log.jsonl  *.png                  a line for each step and each look at held-out questions; plots
     tokenizer.model ...               and what transformers' AutoProcessor wants beside it
     base/                             of a LoRA over a preset: the model under it
-    checkpoint-000100/                a whole model directory; trainer.pt: step, flags, moments, task's state
-        optimizer-0-of-8.pt ...       under --shard each process writes its own moments
+    checkpoint-000100/                a whole model directory; trainer.pt: step, flags, the task's state
+        optimizer-0-of-8.pt ...       AdamW's moments; under --shard each process writes its own
     model.safetensors config.json     the model; config.json comes last, so a directory that has one is whole
 
 A checkpoint is built under a hidden name and renamed when it is on the disk. Only then does the older one go,
@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.distributed import barrier, full_tensor, gather_numbers, local_shard, rank, world_size
+from support.distributed import barrier, full_tensor, gather_numbers, rank, world_size
 from support.export import save_adapter, save_processor
 from support.io import reading, write_whole
-from support.plots import add_points, plot
+from support.plots import plot
 
 # What --resume may change; any other flag would make it another run.
 FREE_TO_CHANGE = {
@@ -47,35 +47,34 @@ class Run:
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.first_step = self.state.get("step", 0) + 1
         self.skipped = self.state.get("skipped", 0)  # records, since the run began
-        self.n_token = self.n_padded = 0  # tokens since this program began; those with padding
-        self.curves = {}  # name of a logged value -> (steps, values), for the plots
+        self.n_token = 0  # since this program began
+        self.lines = []  # of log.jsonl
         self.pressed = self.interrupted = False
 
     def open(self, vlm, tok, task):
         """Make the folder: that of the checkpoint is rewound to it, an earlier run's is moved aside."""
         self.vlm, self.tok, self.task = vlm, tok, task
         if rank() == 0:
+            base = self.out / "base"
             if self.checkpoint:
                 self.rewind()
             else:
                 move_aside(self.out, self.cfg)
+                if vlm.lora and Path(vlm.lora["base"]) == base.absolute():
+                    save_processor(base, tok.path, vlm.cfg)
+                    vlm.save_pretrained(base)  # B is still 0
             save_processor(self.out, tok.path, vlm.cfg)
-            base = self.out / "base"
-            if vlm.lora and not self.checkpoint and Path(vlm.lora["base"]) == base.absolute():
-                save_processor(base, tok.path, vlm.cfg)
-                vlm.save_pretrained(base)  # B is still 0
         barrier()
         tok.path = self.out / "tokenizer.model"  # the checkpoint that it may have come from will be deleted
 
     def rewind(self):
         """Drop log lines after the checkpoint, a torn last one, and what a kill left half-written."""
         log = self.out / "log.jsonl"
-        log.touch()
         kept = []
         for text in log.read_text().splitlines(keepends=True):
             if text.endswith("\n") and json.loads(text)["step"] < self.first_step:
                 kept.append(text)
-                add_points(self.curves, json.loads(text))
+        self.lines = [json.loads(text) for text in kept]
         write_whole(log, lambda tmp: tmp.write_text("".join(kept)))
         for left in self.out.glob(".*.tmp"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -85,8 +84,9 @@ class Run:
         if not self.checkpoint:
             return
         self.task.load_state_dict(self.state["task"])
-        moments = self.state.get("optimizer")
-        shards = [moments] if moments is not None else read_shards(self.checkpoint)
+        n_shard = self.state["n_shard"]
+        files = [moments_file(self.checkpoint, k, n_shard) for k in range(n_shard)]
+        shards = [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
         for name, p in self.vlm.named_parameters():
             for key in shards[0].get(name, ()):
                 optimizer.state[p][key] = place_moment([shard[name][key] for shard in shards], p)
@@ -95,10 +95,8 @@ class Run:
 
     def __enter__(self):
         self.began = time.time()
-        self.mark = self.began  # when the last step, look or save ended
-        self.seconds = 0.0  # spent on steps alone
         self.file = open(self.out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
-        hide = not sys.stderr.isatty() or rank() > 0
+        hide = True if rank() > 0 else None  # None: where there is no terminal
         n_done = self.first_step - 1
         self.bar = tqdm(total=self.n_step, initial=n_done, unit="step", dynamic_ncols=True, disable=hide)
         self.old_handler = signal.signal(signal.SIGINT, self.on_ctrl_c)
@@ -119,20 +117,16 @@ class Run:
     def log_step(self, step, batches, loss, metrics):
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
         skipped = [reason for batch in batches for reason in batch["skipped"]]
-        for k, reason in enumerate(skipped, self.skipped + 1):
-            if k <= 5:
-                self.say(f"skipped: {reason}" + ("; from here on they are only counted" if k == 5 else ""))
+        for reason in skipped[: max(0, 5 - self.skipped)]:  # later ones are only counted
+            self.say(f"skipped: {reason}")
 
         # What all processes saw, and whether any of them was interrupted.
         n_token = sum(int(batch["lengths"].sum()) for batch in batches)
-        n_padded = sum(batch["tokens"].numel() for batch in batches)
-        counts = gather_numbers([n_token, n_padded, len(skipped), self.pressed]).sum(0).tolist()
-        self.n_token += int(counts[0])
-        self.n_padded += int(counts[1])
-        self.skipped += int(counts[2])
-        self.interrupted = counts[3] > 0
+        n_token, n_skipped, n_pressed = gather_numbers([n_token, len(skipped), self.pressed]).sum(0).tolist()
+        self.n_token += n_token
+        self.skipped += int(n_skipped)
+        self.interrupted = n_pressed > 0
 
-        self.seconds += time.time() - self.mark
         elapsed = time.time() - self.began
         more = {"skipped": skipped} if skipped else {}
         self.log(step, loss=loss, **metrics, time=round(elapsed, 2), **more)
@@ -141,32 +135,23 @@ class Run:
         for name in self.task.shown:
             if name in metrics:
                 text += f"  {name} {metrics[name]:.3f}"
-        rate = f"{self.n_token / self.seconds:,.0f} tokens/s"
-        self.bar.set_postfix_str(f"{text}, {rate}")
+        text += f"  {self.n_token / elapsed:,.0f} tokens/s"
+        self.bar.set_postfix_str(text)
         self.bar.update()
         if step % self.cfg.log_every == 0 or step in (self.first_step, self.n_step):
             left = tqdm.format_interval(elapsed / (step - self.first_step + 1) * (self.n_step - step))
-            self.say(f"step {step:5d}/{self.n_step}  {text}  lr {metrics['lr']:.2e}  {rate}  {left} left")
-        if rank() == 0 and (step % 50 == 0 or step == self.n_step or self.interrupted):
-            self.draw()
+            self.say(f"step {step:5d}/{self.n_step}  {text}  lr {metrics['lr']:.2e}  {left} left")
+        if rank() == 0 and (step % 50 == 0 or step == self.n_step):
+            for file, panels in self.task.plots.items():
+                plot(self.out / file, panels, self.lines)
 
     def log(self, step, **values):
-        line = {"step": step, **values}
-        self.file.write(json.dumps(line) + "\n")
-        add_points(self.curves, line)
-        self.mark = time.time()
+        self.lines.append({"step": step, **values})
+        self.file.write(json.dumps(self.lines[-1]) + "\n")
 
     def say(self, text):
         self.bar.write(text)
         sys.stdout.flush()
-
-    def draw(self):
-        """The task's plots, {file: {title: {label: name in the log}}}."""
-        for file, panels in self.task.plots.items():
-            drawn = {}
-            for title, names in panels.items():
-                drawn[title] = {label: self.curves.get(name, ([], [])) for label, name in names.items()}
-            plot(self.out / file, drawn)
 
     def save(self, step, optimizer):
         """Write checkpoint-N, then remove the one before it."""
@@ -174,40 +159,35 @@ class Run:
         hidden = self.out / f".{final.name}.tmp"
         try:
             save_model(hidden, self.vlm, self.tok)
-            barrier()  # rank 0 has made the folder
             self.save_state(hidden, step, optimizer)
-            barrier()
+            barrier()  # all of it is on the disk
             if rank() == 0:
                 os.replace(hidden, final)
                 for old in checkpoints(self.out)[:-1]:
                     os.replace(old, hidden)
                     shutil.rmtree(hidden)
-        except (UserError, OSError) as error:
-            raise UserError(f"the checkpoint of step {step} could not be saved: {error}; "
-                            "--resume goes on from the one before it") from None
+        except UserError as error:
+            raise UserError(f"{error}. --resume goes on from the checkpoint before") from None
         finally:
             if rank() == 0:
                 shutil.rmtree(hidden, ignore_errors=True)
-        barrier()
-        self.mark = time.time()
 
     def save_state(self, directory, step, optimizer):
         """All that a step depends on besides the weights."""
-        names = {p: name for name, p in self.vlm.named_parameters()}
-        moments = {}
-        for p, state in optimizer.state.items():
-            moments[names[p]] = {key: local_shard(t) for key, t in state.items()}
-        state = {"step": step, "skipped": self.skipped}
-        state |= {"config": asdict(self.cfg), "task": self.task.state_dict()}
-        if self.cfg.shard and world_size() > 1:
-            own = directory / f"optimizer-{rank()}-of-{world_size()}.pt"
-            write_whole(own, lambda tmp: torch.save(moments, tmp))
-        else:
-            state["optimizer"] = moments
+        n_shard = world_size() if self.cfg.shard else 1
+        if rank() < n_shard:
+            names = {p: name for name, p in self.vlm.named_parameters()}
+            moments = {}
+            for p, state in optimizer.state.items():
+                own = {key: t.to_local() if isinstance(t, DTensor) else t for key, t in state.items()}
+                moments[names[p]] = own
+            write_whole(moments_file(directory, rank(), n_shard), lambda tmp: torch.save(moments, tmp))
         if rank() == 0:
+            state = {"step": step, "skipped": self.skipped, "n_shard": n_shard}
+            state |= {"config": asdict(self.cfg), "task": self.task.state_dict()}
             write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))
 
-    def finish(self, optimizer):
+    def finish(self):
         """Say what was learnt from, and write the model."""
         cfg = self.cfg
         shown = self.n_step * cfg.batch_size
@@ -216,19 +196,18 @@ class Run:
                             f"python -m tools.show check {cfg.data} --image-root {cfg.image_root}")
         n_done = self.n_step - self.first_step + 1
         seconds = time.time() - self.began
-        padding = 1 - self.n_token / max(self.n_padded, 1)
-        print(f"trained {n_done} steps in {seconds:.0f} s; {self.skipped} of {shown} records skipped; "
-              f"{padding:.1%} of the tokens were padding")
-        trains = [name for name, p in self.vlm.named_parameters() if p.requires_grad]
-        idle = [name for name in trains if self.vlm.get_parameter(name) not in optimizer.state]
-        if idle:
-            print(f"{len(idle)} trainable tensors never got a gradient, such as {idle[0]}")
+        print(f"trained {n_done} steps in {seconds:.0f} s; {self.skipped} of {shown} records skipped")
         save_model(self.out, self.vlm, self.tok)
 
 
 def save_model(directory, vlm, tok):
-    """A model directory that needs nothing else; of a LoRA its adapter, which names its base."""
-    tensors = tensors_to_save(vlm)
+    """A model directory that needs nothing else; of a LoRA what trains, and the name of its base."""
+    tensors = {}
+    for name, p in vlm.named_parameters():
+        if p.requires_grad or not vlm.lora:
+            full = full_tensor(p.detach())  # one by one: every process takes part, rank 0 keeps it
+            if rank() == 0:
+                tensors[name] = full.cpu() if isinstance(p, DTensor) else full
     if rank() > 0:
         return
     save_processor(directory, tok.path, vlm.cfg)
@@ -238,23 +217,8 @@ def save_model(directory, vlm, tok):
         vlm.save_pretrained(directory, tensors)
 
 
-def tensors_to_save(vlm):
-    """{our name: tensor}: all weights, or of a LoRA what trains. Rank 0 gathers the shards, one by one."""
-    tensors = {}
-    for name, p in vlm.named_parameters():
-        if p.requires_grad or not vlm.lora:
-            full = full_tensor(p.detach())  # every process takes part
-            if rank() == 0:
-                tensors[name] = full.cpu() if isinstance(p, DTensor) else full
-    return tensors
-
-
-def read_shards(checkpoint):
-    """The moments that each process of a sharded run wrote, in the order of the processes."""
-    files = sorted(checkpoint.glob("optimizer-*-of-*.pt"), key=lambda file: int(file.name.split("-")[1]))
-    if not files or len(files) != int(files[0].stem.split("-")[-1]):
-        raise UserError(f"{checkpoint}: has {len(files)} of its optimizer-*.pt; copy all of them")
-    return [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
+def moments_file(checkpoint, k, n_shard):
+    return checkpoint / f"optimizer-{k}-of-{n_shard}.pt"
 
 
 def place_moment(parts, p):
@@ -296,19 +260,15 @@ def find_checkpoint(out, cfg):
 
 def move_aside(out, cfg):
     """A new run never overwrites an old one: out/finetune becomes out/finetune.1, .2, ..."""
-    old = [out / name for name in ("log.jsonl", "config.json", "tokenizer.model")]
-    if any(out.glob("checkpoint-*")) or any(path.exists() for path in old):
-        for name in ("model", "data", "image_root", "val", "vision", "llm", "tokenizer", "projector"):
-            value = getattr(cfg, name)
-            if value and Path(value).resolve().is_relative_to(out.resolve()):
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} {value} is in --out {out}, which would be moved aside")
-        k = 1
-        while (free := out.with_name(f"{out.name}.{k}")).exists():
-            k += 1
-        out.rename(free)
-        print(f"{out} held an earlier run; it is now {free}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be made a folder ({error.strerror}); choose another") from None
+    if not any((out / name).exists() for name in ("tokenizer.model", "config.json")):
+        return
+    for name in ("model", "data", "image_root", "val", "vision", "llm", "tokenizer", "projector"):
+        value = getattr(cfg, name)
+        if value and Path(value).resolve().is_relative_to(out.resolve()):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value} is in --out {out}, which would be moved aside")
+    k = 1
+    while (free := out.with_name(f"{out.name}.{k}")).exists():
+        k += 1
+    out.rename(free)
+    print(f"{out} held an earlier run; it is now {free}")

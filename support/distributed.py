@@ -41,14 +41,14 @@ def processes(cfg):
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]  # a loader process sends its whole traceback
         if isinstance(error, torch.OutOfMemoryError):
-            advice = "lower --token-budget or --micro-batch-size, or raise --recompute"
+            todo = "lower --token-budget or --micro-batch-size, or raise --recompute"
         elif reason.startswith("DataLoader worker"):
-            advice = "most often memory is short: try --workers 0"
+            todo = "most often memory is short: try --workers 0"
         elif isinstance(error, OSError):
-            advice = "what was saved before is untouched: put it right"
+            todo = "what was saved before is untouched: put it right"
         else:
             raise
-        raise UserError(f"{reason}; {advice}, and go on with --resume") from None
+        raise UserError(f"{reason}; {todo}, and go on with --resume") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -60,12 +60,11 @@ def join_processes(cfg):
         return pick_device(cfg.device)
     if cfg.shard and cfg.weights == "bfloat16":
         raise UserError("--shard --weights bfloat16: shards are kept in float32 already; leave out --weights")
-    on_gpu = cfg.device != "cpu" and torch.cuda.is_available()
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else cfg.device)
-    if on_gpu:
+    device = pick_device(cfg.device)
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return device
@@ -88,15 +87,12 @@ def uses_autocast(cfg, device):
 
 
 def precision(cfg, device):
-    if uses_autocast(cfg, device):
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_autocast(cfg, device))
 
 
 def parallelize(vlm, cfg, device):
     """-> the model as training calls it: compiled if --compile asks, wrapped if processes are several."""
-    towers = [vlm.vision, vlm.vision2] if vlm.cfg.vision2 else [vlm.vision]
-    blocks = [block for tower in towers for block in tower.blocks] + list(vlm.decoder.layers)
+    blocks = [block for tower in vlm.towers for block in tower.blocks] + list(vlm.decoder.layers)
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, up to a second
     if cfg.compile:
@@ -116,13 +112,10 @@ def parallelize(vlm, cfg, device):
     return vlm
 
 
-def unwrap(net):
-    return net.module if isinstance(net, DistributedDataParallel) else net
-
-
 def only_at_last(net, is_last):
     """DDP averages gradients after the last micro-batch of a step; FSDP2 always does."""
-    return contextlib.nullcontext() if is_last or net is unwrap(net) else net.no_sync()
+    is_ddp = isinstance(net, DistributedDataParallel)
+    return net.no_sync() if is_ddp and not is_last else contextlib.nullcontext()
 
 
 def filler_batch():
@@ -136,8 +129,3 @@ def filler_batch():
 def full_tensor(t):
     """A tensor of which each process may hold a shard -> all of it. Every process must take part."""
     return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def local_shard(t):
-    """The part of it that this process holds."""
-    return t.to_local() if isinstance(t, DTensor) else t

@@ -19,26 +19,20 @@ def lr_of(part, cfg):
 
 def make_optimizer(vlm, cfg):
     """AdamW over what trains; weight decay on matrices only. `share`: a group's learning rate over --lr."""
-    groups = {}
-    for name, p in vlm.named_parameters():
-        if p.requires_grad:
-            is_vector = p.ndim < 2
-            groups.setdefault((is_vector, part_of(name)), []).append(p)
-    groups = [
-        {
-            "params": groups[is_vector, part],
-            "weight_decay": 0.0 if is_vector else cfg.weight_decay,
-            "share": lr_of(part, cfg) / cfg.lr,
-        }
-        for is_vector, part in sorted(groups)
-    ]
+    groups = []
+    for part in PARTS:
+        trained = [p for name, p in vlm.named_parameters() if part_of(name) == part and p.requires_grad]
+        matrices = [p for p in trained if p.ndim >= 2]
+        vectors = [p for p in trained if p.ndim < 2]
+        share = lr_of(part, cfg) / cfg.lr
+        groups.append({"params": matrices, "weight_decay": cfg.weight_decay, "share": share})
+        groups.append({"params": vectors, "weight_decay": 0.0, "share": share})
     if cfg.weights == "float32":
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.999), fused=True)
+        return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
-    # Many small gradients are added up in float32. PyTorch before 2.10 lacks grad_dtype and adds in bfloat16.
-    if cfg.token_budget or cfg.micro_batch_size:
+    if cfg.token_budget or cfg.micro_batch_size:  # many small gradients are added up in float32
         for p in vlm.parameters():
-            if p.requires_grad and p.dtype == torch.bfloat16 and hasattr(p, "grad_dtype"):
+            if p.requires_grad and p.dtype == torch.bfloat16:
                 p.grad_dtype = torch.float32
     return SplitAdamW(groups, lr=cfg.lr)
 
@@ -52,8 +46,8 @@ class SplitAdamW(torch.optim.Optimizer):
     float32, such as a LoRA's, are stepped as ever.
     """
 
-    def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+    def __init__(self, groups, lr):
+        super().__init__(groups, dict(lr=lr, weight_decay=0.0))
 
     @torch.no_grad()
     def step(self):
@@ -76,10 +70,9 @@ class SplitAdamW(torch.optim.Optimizer):
         if is_split:
             upper = p.view(torch.int16).int()
             weight = ((upper << 16) + state["lower"]).view(torch.float32)
-        beta1, beta2 = group["betas"]
         adamw([weight], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-              fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-              weight_decay=group["weight_decay"], eps=group["eps"])
+              lr=group["lr"], weight_decay=group["weight_decay"], beta1=0.9, beta2=0.999, eps=1e-8,
+              fused=True, amsgrad=False, maximize=False)
         if is_split:
             bits = weight.view(torch.int32)
             upper = (bits + 2**15) >> 16  # to the nearest: the lower half is from -2^15 to 2^15 - 1

@@ -1,41 +1,36 @@
 """The curves of a run, drawn as a PNG with Pillow.
 
-    plot("loss.png", {"loss per supervised token": {"training": (steps, losses), "held-out": (steps, losses)}})
+    plot("loss.png", {"loss per supervised token": {"training": "loss", "held-out": "val_loss"}}, lines)
 
-Each title is a panel, each label a line in it: pale as it was measured, strong as the mean of the points around.
-A vertical axis is logarithmic where all its values are positive and differ by a factor of ten.
-A run keeps its curves in memory (`add_points`), so that nothing reads its whole log again to draw them.
+Each title is a panel, each label a curve: the values of that name in the lines of log.jsonl, pale as they were
+measured, strong as the mean of those around. A vertical axis is logarithmic where all its values are positive
+and differ by a factor of ten.
 """
 
-from PIL import Image, ImageDraw
 import numpy as np
+from PIL import Image, ImageDraw
 
 from support.io import write_whole
 
 COLORS = ("#1f6fb5", "#d6502b", "#3a9a4a")
 GREY, PALE_GREY, BLACK = "#555555", "#e6e6e6", "#222222"
+WIDTH = 800
 
 
-def add_points(curves, line):
-    """Add the numbers in one line of the log to curves, {name: (steps, values)}."""
-    for name, value in line.items():
-        if isinstance(value, (int, float)):
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(line["step"])
-            values.append(value)
-
-
-def plot(path, panels, width=800):
-    """panels: {title: {label: (xs, ys)}}, drawn one below the other. A curve without points is left out."""
-    height = max(460, 190 * len(panels))
-    panel_height = height // len(panels)
-    image = Image.new("RGB", (width, height), "white")
+def plot(path, panels, lines):
+    """panels: {title: {label: name}}, drawn one below the other. A curve without points is left out."""
+    panel_height = max(460 // len(panels), 190)
+    image = Image.new("RGB", (WIDTH, len(panels) * panel_height), "white")
     pen = ImageDraw.Draw(image, "RGBA")  # with alpha: a pale line lets the one below it through
-    for k, (title, curves) in enumerate(panels.items()):
-        frame = (70, k * panel_height + 34, width - 24, (k + 1) * panel_height - 32)
-        drawn = {label: np.array(points) for label, points in curves.items() if points[0]}
-        if drawn:
-            draw_panel(pen, frame, title, drawn)
+    for k, (title, names) in enumerate(panels.items()):
+        curves = {}
+        for label, name in names.items():
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                curves[label] = np.array(points, dtype=float).T  # (2, n)
+        if curves:
+            top = k * panel_height
+            draw_panel(pen, (70, top + 34, WIDTH - 24, top + panel_height - 32), title, curves)
     write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
 
 
@@ -51,15 +46,13 @@ def draw_panel(pen, frame, title, curves):
     def to_pixels(x, y):
         across = left + (right - left) * (x - xs.min()) / max(np.ptp(xs), 1)
         down = bottom - (bottom - top) * (bend(y) - low) / (high - low)
-        return list(zip(np.atleast_1d(across), np.atleast_1d(down)))
+        return list(zip(across, down))
 
-    # At most five numbers on either axis.
-    for y in unbend(np.linspace(low, high, 5)):
-        (_, down), = to_pixels(xs.min(), y)
+    # Five numbers on either axis.
+    for y, down in zip(unbend(np.linspace(low, high, 5)), np.linspace(bottom, top, 5)):
         pen.line([(left, down), (right, down)], fill=PALE_GREY)
         pen.text((left - 8, down), f"{y:.3g}", fill=GREY, anchor="rm", font_size=13)
-    for x in np.unique(np.linspace(xs.min(), xs.max(), 5).round()):
-        (across, _), = to_pixels(x, ys.min())
+    for x, across in zip(np.linspace(xs.min(), xs.max(), 5), np.linspace(left, right, 5)):
         pen.text((across, bottom + 6), f"{x:,.0f}", fill=GREY, anchor="mt", font_size=13)
 
     # The curves, and beside the title what each is called and where it ends.
@@ -70,8 +63,8 @@ def draw_panel(pen, frame, title, curves):
         pen.line(to_pixels(x, y), fill=color + "50")
         pen.line(to_pixels(x, mean), fill=color, width=2)
         if len(x) <= 30:
-            for across, down in to_pixels(x, y):
-                pen.circle((across, down), 3, fill=color)
+            for point in to_pixels(x, y):
+                pen.circle(point, 3, fill=color)
         words = f"{label} {mean[-1]:.3f}"
         pen.text((words_left + 24, top - 24), words, fill=color, anchor="lt", font_size=14)
         words_left += 24 + pen.textlength(words, font_size=14)
@@ -79,8 +72,7 @@ def draw_panel(pen, frame, title, curves):
 
 def mean_around(values):
     """The mean of each value and its neighbours, a fiftieth of all on either side."""
-    n, reach = len(values), len(values) // 50
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    first = np.maximum(np.arange(n) - reach, 0)
-    end = np.minimum(np.arange(n) + reach + 1, n)
-    return (sums[end] - sums[first]) / (end - first)
+    reach = len(values) // 50
+    window = np.ones(2 * reach + 1)
+    n_around = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / n_around

@@ -60,9 +60,8 @@ def open_directory(directory, vision="", llm=""):
 def build_preset(cfg):
     plan, tok = preset_plan(cfg)
     vlm = VLM(plan)
-    towers = [vlm.vision, vlm.vision2] if plan.vision2 else [vlm.vision]
     if cfg.vision:
-        for tower, path in zip(towers, cfg.vision.split(","), strict=True):
+        for tower, path in zip(vlm.towers, cfg.vision.split(","), strict=True):
             load_vision(tower, path)
     else:
         init_weights(vlm.vision)

@@ -528,7 +528,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(go, at_step, cap
     assert in_child(full) == 1
     error = errors(capfd)
     assert (
-        len(error) == 1 and "checkpoint of step 4 could not be saved" in error[0] and "--resume" in error[0]
+        len(error) == 1 and "could not be written" in error[0] and "--resume" in error[0]
     )
     assert [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-000002"] and leftovers(
         "run"
@@ -574,9 +574,9 @@ def test_a_full_disk_while_logging_is_one_line_too(go, at_step, capfd):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--out", "file"], "--out file: cannot be made a folder"),
-        (["--out", "file/run"], "--out file/run: cannot be made a folder"),
-        (["--out", "/proc/no/run"], "--out /proc/no/run: cannot be made a folder"),
+        (["--out", "file"], "file: this folder cannot be made"),
+        (["--out", "file/run"], "file/run: this folder cannot be made"),
+        (["--out", "/proc/no/run"], "/proc/no/run: this folder cannot be made"),
         (["--data", "none.json"], "--data none.json: no such file"),
         (["--val", "none.jsonl"], "--val none.jsonl: no such file"),
         (["--image-root", "none"], "--image-root none: no such folder"),
@@ -872,11 +872,10 @@ def test_what_counts_as_right(said, truth, right):
 
 @pytest.mark.parametrize("values", [[2.0], [None, 3.0, 1.0], [7.0, 0.0, 1e4], [1.0] * 60])
 def test_the_curve_is_drawn_whatever_the_values(tmp_path, values):
-    curves = {}
-    for step, loss in enumerate(values, 1):
-        support_plots.add_points(curves, {"step": step, "loss": loss})
-    panels = {"loss": {"training": curves["loss"], "held-out": ([1], [2.5]), "never measured": ([], [])}}
-    support_plots.plot(tmp_path / "loss.png", panels)
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate(values, 1)]
+    lines.append({"step": 1, "val_loss": 2.5})
+    panels = {"loss": {"training": "loss", "held-out": "val_loss", "never measured": "margin"}}
+    support_plots.plot(tmp_path / "loss.png", panels, lines)
     image = Image.open(tmp_path / "loss.png")
     assert image.size == (800, 460) and len(image.getcolors(10_000)) > 3
 
