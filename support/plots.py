@@ -2,9 +2,9 @@
 
     plot("loss.png", {"loss per supervised token": {"training": "loss", "held-out": "val_loss"}}, lines)
 
-Each title is a panel, each label a curve: the values of that name in the lines of log.jsonl, pale as they were
-measured, strong as the mean of those around. A vertical axis is logarithmic where all its values are positive
-and differ by a factor of ten.
+Each title is a panel, each label a curve: the values of that name in the lines of log.jsonl, pale as they
+were measured, strong as the mean of those around. A vertical axis is logarithmic where
+all its values are positive and differ by a factor of ten.
 """
 
 import numpy as np
