@@ -1,20 +1,23 @@
 """Make preference pairs from a model's own answers, as MMPR was made (arXiv:2411.10442v2, "Data Engine").
 
     python pairs.py --method correctness --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
-        Questions with one true answer. The model reasons step by step, --samples times a question; each answer is judged by
-        its last line. Right answers are chosen; wrong ones, and those that kept no format, are rejected.
+        Questions with one true answer. The model reasons step by step, --samples times a question; each
+        answer is judged by its last line. Right answers are chosen; wrong ones, and those without a format,
+        are rejected.
 
     python pairs.py --method dropout-ntp --model DIR --data QUESTIONS.jsonl --image-root DIR --out PAIRS.jsonl
-        Questions without one true answer (Dropout Next Token Prediction). Chosen is the model's answer, or the file's; rejected
-        is its first half, by words, completed by the model without the picture: what then comes is made up.
+        Questions without one true answer (Dropout Next Token Prediction). Chosen is the model's answer, or
+        the file's; rejected is its first half, by words, completed by the model without the picture: what
+        then comes is made up.
 
-QUESTIONS: JSON lines of {"image", "question", "answer"}, or LLaVA's JSON. PAIRS: JSON lines of {"image", "question", "chosen",
-"rejected"}, which mpo.py trains on, and beside them PAIRS.jsonl.stats.json: what was dropped, and why.
-A killed run goes on where it was: PAIRS.jsonl.part holds what is done. With the same seed it ends as if nothing had happened.
+QUESTIONS: JSON lines of {"image", "question", "answer"}, or LLaVA's JSON. PAIRS: JSON lines of {"image",
+"question", "chosen", "rejected"}, which mpo.py trains on, and beside them PAIRS.jsonl.stats.json: what was
+dropped, and why. A killed run goes on where it was: PAIRS.jsonl.part holds what is done. With the same seed
+it ends as if nothing had happened.
 
-Deviations from the authors' code, all of them: an answer that ran out of tokens makes no pair (theirs takes it for a wrong one,
-or for a whole one), nor does a completion that equals the answer; an answer is judged by normalised words, numbers, option
-letters and boxes, and not by math-verify (formulas must be written alike).
+Deviations from the authors' code, all of them: an answer that ran out of tokens makes no pair (theirs takes
+it for a wrong one, or for a whole one), nor does a completion that equals the answer; an answer is judged by
+normalised words, numbers, option letters and boxes, and not by math-verify (formulas must be written alike).
 """
 
 import json
@@ -22,7 +25,6 @@ import math
 import random
 import re
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -34,16 +36,15 @@ from benchmarks.common import COT, DIGITS, LETTER, SHORT
 from conversation import find_template
 from data import Records, picture_paths
 from eval import is_right
-from sample import DTYPES, Answer, answer, encode_question, newest_run, open_model, open_picture, read_answer
-from support.cli import REQUIRED, UserError, arg, parse, pick_device, run
+from sample import DTYPES, Answer, AskConfig, answer, encode_question, open_asked, open_picture, read_answer
+from support.cli import REQUIRED, UserError, arg, parse, run
 from support.io import write_json, write_whole
-from vision import MODES
 
-# The step-by-step prompts, exactly the authors' (MMPR v1, v1.1 and their evaluation).
+# What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
 PROMPTS = {
-    "en": COT + "{question}",
+    "en": COT,
     "zh": "你的任务是回答以下问题。在回答之前，请逐步推理说明您的思路。当你准备好给出答案时，请使用以下格式："
-          '"答案: ..."\n\n问题:\n\n{question}',
+          '"答案: ..."\n\n问题:\n\n',
 }
 TRIGGERS = ("Final answer:", "Final Answer:", "答案:")
 SHORT_ENDINGS = (  # what a question may end with; a step-by-step prompt asks for something else
@@ -55,31 +56,31 @@ SHORT_ENDINGS = (  # what a question may end with; a step-by-step prompt asks fo
 
 
 @dataclass
-class PairsConfig:
+class PairsConfig(AskConfig):
     method: str = arg(REQUIRED, "how pairs are made", choices=("correctness", "dropout-ntp"))
-    data: str = arg(REQUIRED, "questions; for dropout-ntp \"chosen\" in a record is taken for the answer, else the model gives it")
+    data: str = arg(REQUIRED, 'questions; dropout-ntp takes "chosen" for the answer where a record has it')
     out: str = arg(REQUIRED, "JSONL for the pairs")
-    model: str = arg("", "model directory; empty: the newest finished run under out/")
-    vision: str = arg("", "tower of a model that was published without, DIR or DIR,DIR")
-    llm: str = arg("", "directory of the base of a LoRA")
     image_root: str = arg("", "folder that the pictures' names start from; empty: that of --data")
-    samples: int = arg(32, "correctness: answers to each question", at_least=1)
-    pairs_per_question: int = arg(15, "correctness: at most so many, drawn at random", at_least=1)
-    min_newlines: int = arg(2, "correctness: an answer with fewer has not reasoned in lines", at_least=0)
-    prompt: str = arg("en", "correctness: language of the step-by-step prompt", choices=tuple(PROMPTS))
-    ratio: float = arg(0.5, "dropout-ntp: share of an answer's words that is kept", at_least=0, below=1)
-    load_image: bool = arg(False, "dropout-ntp: complete with the picture after all")
-    temperature: float = arg(1.0, "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf)
-    top_k: int = arg(50, "draw from so many likeliest words; 0: all", at_least=0)
-    top_p: float = arg(1.0, "draw from the smallest set of words holding this probability", above=0, at_most=1)
-    max_new_tokens: int = arg(1024, "longest answer in tokens; one that reaches it makes no pair", at_least=1)
-    batch_size: int = arg(64, "answers generated at once", at_least=1)
     limit: int = arg(0, "questions, evenly spread over the file; 0: all", at_least=0)
-    template: str = arg("", "conversation template; empty: the model's own")
-    image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=MODES)
-    seed: int = arg(0, "of the draws", at_least=0, below=2**30)
-    device: str = arg("auto", "cpu, cuda, cuda:N or auto")
-    dtype: str = arg("float32", "of the weights; auto: as stored, but bfloat16 for float16 on a CPU", choices=DTYPES)
+    batch_size: int = arg(64, "answers generated at once", at_least=1)
+
+    # correctness
+    samples: int = arg(32, "answers to each question", at_least=1)
+    pairs_per_question: int = arg(15, "at most so many, drawn at random", at_least=1)
+    min_newlines: int = arg(2, "an answer with fewer has not reasoned in lines", at_least=0)
+    prompt: str = arg("en", "language of the step-by-step prompt", choices=tuple(PROMPTS))
+
+    # dropout-ntp
+    ratio: float = arg(0.5, "share of an answer's words that is kept", at_least=0, below=1)
+    load_image: bool = arg(False, "complete with the picture after all")
+
+    # As sample.py's, but these
+    temperature: float = arg(
+        1.0, "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf
+    )
+    top_k: int = arg(50, "draw from so many likeliest words; 0: all", at_least=0)
+    max_new_tokens: int = arg(1024, "longest answer in tokens; one that reaches it makes no pair", at_least=1)
+    dtype: str = arg("float32", "of the weights", choices=DTYPES)
 
 
 def main(argv=None):
@@ -87,11 +88,9 @@ def main(argv=None):
     out = Path(cfg.out)
     if out.exists():
         raise UserError(f"--out {out} is there already; remove it, or give another")
-    cfg.model = cfg.model or str(newest_run())
     cfg.image_root = cfg.image_root or str(Path(cfg.data).parent)
     records = Records(cfg.data, cfg.image_root)
-    device = pick_device(cfg.device)
-    vlm, tok = open_model(cfg.model, device, cfg.dtype, cfg.vision, cfg.llm, cfg.template, cfg.image_mode)
+    vlm, tok = open_asked(cfg)
 
     questions, unreadable = read_questions(records, cfg)
     if cfg.limit:
@@ -101,14 +100,14 @@ def main(argv=None):
     if not questions:
         raise UserError(f"{cfg.data}: no question that could be used")
 
-    rows = ask_all(vlm, tok, questions, cfg)
-    print_skipped([row["why"] for row in rows if "why" in row])
-    counts = sum_counts(rows)
+    groups = ask_all(vlm, tok, questions, cfg)
+    print_skipped([reason for group in groups for reason in group["skipped"]])
+    counts = sum_counts(groups)
     counts["unreadable"] = len(unreadable)
-    pairs = [pair for row in rows for pair in row["pairs"]]
-    report(pairs, counts, tok, out)
+    pairs = [pair for group in groups for pair in group["pairs"]]
+    report(pairs, counts, out)
     if not pairs:
-        raise UserError(f"not one pair could be made; the counts are above, {part_file(cfg)} holds what there is")
+        raise UserError("not one pair could be made; the counts are above")
     write_whole(out, lambda tmp: tmp.write_text(to_json_lines(pairs), encoding="utf-8"))
     part_file(cfg).unlink()
     command = f"python mpo.py --model {cfg.model} --data {out} --image-root {cfg.image_root}"
@@ -116,7 +115,7 @@ def main(argv=None):
     return 0
 
 
-# ---- questions -------------------------------------------------------------------------------------------------------
+# ---- questions ----
 
 
 @dataclass
@@ -154,7 +153,7 @@ def read_questions(records, cfg):
                 text = ask_step_by_step(text, len(paths), cfg.prompt)
             question = Question(where, record.get("image"), paths, text, truth)
             if record.get("chosen") is not None:
-                question.answer = Answer(record["chosen"].strip(), True, [])  # it cost no tokens
+                question.answer = Answer(record["chosen"].strip(), True, [])  # which cost no tokens
             if cfg.method == "correctness" and not truth:
                 unreadable.append(f"{where}: no answer to judge by")
             elif not turns[k][1].replace("<image>", "").strip():
@@ -165,17 +164,17 @@ def read_questions(records, cfg):
 
 
 def ask_step_by_step(text, n_image, language="en"):
-    """The question in the step-by-step prompt: without its request for a short answer, its one picture in front."""
+    """The question in the step-by-step prompt, without its request for a short answer, the picture first."""
     if n_image <= 1:
         text = text.replace("<image>", "")
     text = text.strip()
     for ending in SHORT_ENDINGS:
         text = text.removesuffix(ending).strip()
     front = "<image>\n" if n_image == 1 else ""
-    return front + PROMPTS[language].replace("{question}", text)
+    return front + PROMPTS[language] + text
 
 
-# ---- by correctness --------------------------------------------------------------------------------------------------
+# ---- by correctness ----
 
 
 def pairs_by_correctness(vlm, tok, questions, cfg, seed):
@@ -190,7 +189,7 @@ def pairs_by_correctness(vlm, tok, questions, cfg, seed):
 
 
 def pair_answers(question, answers, cfg):
-    """Every right answer with every wrong one and every one without form; some of them, if these are too many."""
+    """Every right answer with every wrong one and every one without format; some, if these are too many."""
     counts = Counter()
     right, wrong = {}, {}  # {text of an answer: its last line, or None where it kept no format}
     for said in answers:
@@ -209,8 +208,8 @@ def pair_answers(question, answers, cfg):
             counts["pairs in doubt"] += 1
             continue
         rule = "format" if bad is None else "answer"
-        pairs.append({"image": question.image, "question": question.text, "chosen": chosen, "rejected": rejected,
-                      "answer_gt": question.truth, "rule": rule})
+        pair = {"image": question.image, "question": question.text, "chosen": chosen, "rejected": rejected}
+        pairs.append(pair | {"answer_gt": question.truth, "rule": rule})
 
     n_kept = min(len(pairs), cfg.pairs_per_question)
     kept = random.Random(f"{cfg.seed} {question.where}").sample(pairs, n_kept)
@@ -233,8 +232,8 @@ def sort_answer(said, final, truth):
 def parse_answer(text, min_newlines=2):
     """A worked answer -> (reasoning with its trigger, final answer), or None where the format was not kept.
 
-    The format: a trigger once or twice, of which the last counts; something before it; newlines, because reasoning
-    has lines; one line after it.
+    The format: a trigger once or twice, of which the last counts; something before it; newlines, because
+    reasoning has lines; one line after it.
     """
     trigger = next((t for t in TRIGGERS if t in text), None)
     if trigger is None or text.count(trigger) > 2 or text.count("\n") < min_newlines:
@@ -247,8 +246,10 @@ def parse_answer(text, min_newlines=2):
 
 
 def judge_answer(said, truth):
-    """Is this the answer? Case, articles and punctuation do not matter, "two" is 2, letters stand for themselves,
-    numbers agree to 1 part in 1000, boxes by IoU."""
+    """Is this the answer? Case, articles and punctuation do not matter, "two" is 2.
+
+    Option letters stand for themselves, numbers agree to 1 part in 1000, boxes by IoU.
+    """
     if len(truth.strip()) == 1 and option_letter(truth):
         return option_letter(said) == option_letter(truth)
     words, true_words = plain_words(said), plain_words(truth)
@@ -280,7 +281,7 @@ def read_number(words):
 
 
 def write_as_truth(text, truth, min_newlines):
-    """A right answer with its last line as the truth is written, and without bold: the model is to learn that form."""
+    """A right answer with its last line as the truth is written, without bold: a form to learn."""
     reasoning, final = parse_answer(text, min_newlines)
     final = final.strip("*").strip()
     if truth.lower() in final.lower().replace(",", "").strip("."):
@@ -289,7 +290,7 @@ def write_as_truth(text, truth, min_newlines):
     return "\n".join([*lines, last.replace("**Final", "Final")])
 
 
-# ---- by dropout ------------------------------------------------------------------------------------------------------
+# ---- by dropout ----
 
 
 def pairs_by_dropout(vlm, tok, questions, cfg, seed):
@@ -322,7 +323,8 @@ def first_words(vlm, tok, text, ratio):
     begin = " ".join(words[: int(len(words) * ratio)]).strip()
     if not begin:
         return []
-    opening = find_template(vlm.cfg.template).answer.split("{}")[0].replace("«", "")  # a space, in LLaVA's templates
+    # What opens an answer: a space, in LLaVA's templates
+    opening = find_template(vlm.cfg.template).answer.split("{}")[0].replace("«", "")
     return tok.encode(opening + begin, dummy_prefix=False)
 
 
@@ -350,64 +352,49 @@ def pair_completion(question):
     return [pair], counts
 
 
-# ---- group by group, so that a killed run can go on ------------------------------------------------------------------
+# ---- group by group, so that a killed run can go on ----
 
 
 def ask_all(vlm, tok, questions, cfg):
-    """-> a row {"pairs", "counts"} for each question; with "why" where it could not be used.
+    """-> {"pairs", "counts", "skipped"} of each group of questions.
 
-    After each group of questions its rows go to the .part file. The draws of a group depend on --seed and its place alone.
+    Each is a line of the .part file, once it is done. Its draws depend on --seed and its place alone.
     """
     size = cfg.batch_size
     if cfg.method == "correctness":
         size = max(1, cfg.batch_size // cfg.samples)
-    rows = resume(cfg, len(questions), size)
-    known = f"; {len(rows):,} were answered before" if rows else ""
-    print(f"{len(questions):,} questions in groups of {size}{known}", flush=True)
+    done = resume(cfg)
+    n_done = min(len(done) * size, len(questions))
+    print(f"{len(questions):,} questions, {n_done:,} of them answered before", flush=True)
 
-    began, n_before = time.time(), sum_counts(rows)["tokens"]
-    on_terminal = sys.stderr.isatty()
-    bar = tqdm(total=len(questions), initial=len(rows), desc=cfg.method, unit="question", disable=not on_terminal)
+    quiet = not sys.stderr.isatty()
+    bar = tqdm(total=len(questions), initial=n_done, desc=cfg.method, unit="question", disable=quiet)
     with open(part_file(cfg), "a", encoding="utf-8") as file, bar:
-        for first in range(len(rows), len(questions), size):
-            group = [replace(question) for question in questions[first : first + size]]  # their pictures go with them
-            made = ask_group(vlm, tok, group, cfg, seed=cfg.seed * 2**32 + first * 2**12)
-            rows += made
-            file.write(to_json_lines(made))
+        for first in range(n_done, len(questions), size):
+            group = questions[first : first + size]
+            done.append(ask_group(vlm, tok, group, cfg, seed=cfg.seed * 2**32 + first * 2**12))
+            file.write(to_json_lines(done[-1:]))
             file.flush()
-
-            counts = sum_counts(rows)
-            speed = (counts["tokens"] - n_before) / (time.time() - began)
-            progress = f"{counts['pairs']:,} pairs, {speed:,.0f} tokens/s"
-            bar.update(len(made))
-            bar.set_postfix_str(progress)
-            is_tenth = len(rows) * 10 // len(questions) > first * 10 // len(questions)
-            if is_tenth and not on_terminal:
-                print(f"{len(rows):,} of {len(questions):,} questions, {progress}", flush=True)
-    return rows
+            bar.update(len(group))
+            bar.set_postfix_str(f"{sum_counts(done)['pairs']:,} pairs")
+    return done
 
 
 def ask_group(vlm, tok, group, cfg, seed):
-    rows = []
-    usable = []
+    usable, skipped = [], []
     for question in group:
-        row = {"pairs": [], "counts": {"questions": 1}}
         try:
-            question.prompt = make_prompt(vlm, tok, question)
-            usable.append((question, row))
+            usable.append(replace(question, prompt=make_prompt(vlm, tok, question)))
         except UserError as error:
-            row["counts"]["unusable"] = 1
-            row["why"] = f"{question.where}: {error}"
-        rows.append(row)
+            skipped.append(f"{question.where}: {error}")
 
     method = {"correctness": pairs_by_correctness, "dropout-ntp": pairs_by_dropout}[cfg.method]
-    results = method(vlm, tok, [question for question, _ in usable], cfg, seed)
-    for (_, row), (pairs, counts) in zip(usable, results):
-        row["pairs"] = pairs
-        row["counts"] |= +counts
-        if pairs:
-            row["counts"]["pairs"] = len(pairs)
-    return rows
+    made = method(vlm, tok, usable, cfg, seed)
+    pairs = [pair for of_question, _ in made for pair in of_question]
+    counts = Counter({"questions": len(group), "unusable": len(skipped), "pairs": len(pairs)})
+    for _, of_question in made:
+        counts.update(of_question)
+    return {"pairs": pairs, "counts": counts, "skipped": skipped}
 
 
 def make_prompt(vlm, tok, question):
@@ -424,27 +411,18 @@ def draw_answers(vlm, tok, prompts, cfg, seed):
     return answer(vlm, tok, prompts, cfg.max_new_tokens, cfg.batch_size, seed, **choices)
 
 
-def resume(cfg, n_question, size):
-    """The rows of the .part file that were done before, in whole groups. A new one begins with the flags in a line."""
+def resume(cfg):
+    """The groups in the .part file of a killed run. Its first line are the flags."""
     part = part_file(cfg)
-    head = {"made by": "pairs.py"} | asdict(cfg)
+    head = asdict(cfg)
     del head["out"], head["device"]
-    before = read_whole_lines(part) or [head]
+    text = part.read_text(encoding="utf-8", errors="replace") if part.exists() else ""
+    whole_lines = text.split("\n")[:-1]  # a kill may have left half a line behind them
+    before = [json.loads(line) for line in whole_lines] or [head]
     if before[0] != head:
-        raise UserError(f"{part} was begun with another model, data or flags; give the same ones, or remove it")
-    rows = before[1:]
-    if len(rows) < n_question:
-        rows = rows[: len(rows) // size * size]  # a half-written group is made again
-    write_whole(part, lambda tmp: tmp.write_text(to_json_lines([head, *rows]), encoding="utf-8"))
-    return rows
-
-
-def read_whole_lines(path):
-    """The rows of a JSONL file, without the half line that a kill may have left at its end."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+        raise UserError(f"{part} was begun with another model, data or flags; give the same, or remove it")
+    write_whole(part, lambda tmp: tmp.write_text(to_json_lines(before), encoding="utf-8"))
+    return before[1:]
 
 
 def part_file(cfg):
@@ -455,13 +433,13 @@ def to_json_lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+# ---- the report ----
 
 
-def sum_counts(rows):
+def sum_counts(groups):
     total = Counter()
-    for row in rows:
-        total.update(row["counts"])
+    for group in groups:
+        total.update(group["counts"])
     return total
 
 
@@ -472,21 +450,15 @@ def print_skipped(reasons, n_shown=5):
         print(f"skipped: {len(reasons) - n_shown:,} more")
 
 
-def report(pairs, counts, tok, out):
-    """Print what was kept, what was dropped and why, and how long the answers are; the same as JSON beside the pairs."""
+def report(pairs, counts, out):
+    """Print what was kept, what was dropped and why; the same as JSON beside the pairs."""
     counts = {name: n for name, n in sorted(counts.items()) if n}
-    summary = {"counts": counts}
     for name, n in counts.items():
         print(f"{name:26s}{n:10,}")
+    summary = {"counts": counts}
     if pairs:
-        summary["tokens_generated_per_pair"] = counts.get("tokens", 0) / len(pairs)
+        summary["tokens_generated_per_pair"] = counts["tokens"] / len(pairs) if "tokens" in counts else 0
         print(f"{'tokens generated per pair':26s}{summary['tokens_generated_per_pair']:10.1f}")
-        summary["tokens"] = {}
-        for name in ("question", "chosen", "rejected"):
-            lengths = [len(tok.encode(pair[name])) for pair in pairs]
-            mean = sum(lengths) / len(lengths)
-            summary["tokens"][name] = {"mean": mean, "min": min(lengths), "max": max(lengths)}
-            print(f"{'tokens of the ' + name:26s}{mean:10.1f}   {min(lengths)} to {max(lengths)}")
     write_json(out.with_name(out.name + ".stats.json"), summary, indent=1)
 
 
