@@ -158,27 +158,3 @@ def run(program):
     except BrokenPipeError:          # `python -m tools.show ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-# ---- what follows is of the old parsers; it goes with the last program that still uses it ----
-
-
-Flags = Parser
-
-
-def parse_args(parser, argv):
-    """argparse, but --image_root is --image-root, and an unknown flag is told which known one it resembles."""
-    argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        subs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-        known = [flag for p in (parser, *(p for a in subs for p in a.choices.values())) for flag in p._option_string_actions]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-        parser.error(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    return args
-
-
-def must(cfg, names, fits, rule):
-    for name in names.split():
-        if not fits(getattr(cfg, name)):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be {rule}")
