@@ -83,10 +83,11 @@ class Run:
         """Bring back the task's state, and the moments as whatever number of processes left them."""
         if not self.checkpoint:
             return
-        self.task.load_state_dict(self.state["task"])
-        n_shard = self.state["n_shard"]
-        files = [moments_file(self.checkpoint, k, n_shard) for k in range(n_shard)]
-        shards = [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
+        with reading(self.checkpoint, "files of it are missing, or of another version; start anew"):
+            self.task.load_state_dict(self.state["task"])
+            n_shard = self.state["n_shard"]
+            files = [moments_file(self.checkpoint, k, n_shard) for k in range(n_shard)]
+            shards = [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
         for name, p in self.vlm.named_parameters():
             for key in shards[0].get(name, ()):
                 optimizer.state[p][key] = place_moment([shard[name][key] for shard in shards], p)
