@@ -361,7 +361,7 @@ class Decoder(nn.Module):
         """Embeddings (B, T, D) -> hidden states (B, T, D), ready for lm_head.
 
         positions (B, T): None, and they are 0 to T - 1.
-        mask (B, 1, T, T), True where a token may look: None, and each sees itself and those before it.
+        mask (B, 1, T, keys), True where a token may look: None, and each sees itself and those before it.
         rows (n,): those of the B T rows that are wanted, -> (n, D). The last block's MLP runs on no others.
         cache: keys and values are written into it.
         """

@@ -1,8 +1,9 @@
 """The toy's own CLIP, Vicuna and connector, from nothing: what LLaVA's second stage starts from, laptop-size.
 
-    python -m lab.ingredients                    # assets/toy-clip, assets/toy-vicuna, assets/toy-
-    connector; two and a half hours python -m lab.ingredients --only connector   # one of them, over what
-    is there
+    python -m lab.ingredients --out made                    # all three; two and a half hours
+    python -m lab.ingredients --out made --only connector   # one of them, over what is there
+
+Without --out they are written over those in assets/.
 
 lab/clip.py, lab/vicuna.py and lab/connector.py say what each is taught. No (kind, color) pair of
 toyworld.UNSEEN is ever drawn. toy-vicuna has read of them; toy-clip, toy-connector and the finetune have
