@@ -42,7 +42,7 @@ from benchmarks.predictions import match_predictions
 from benchmarks.scoring import compare, grade
 from conversation import as_text
 from data import Records, picture_paths
-from support.cli import UserError, arg, parse, pick_device, run
+from support.cli import UserError, arg, parse, run
 from support.io import json_lines, read_json, reading, write_json, write_whole
 from vision import MODES, cut_tiles, open_image, to_rgb
 
@@ -84,7 +84,7 @@ def main(argv=None):
     cfg = parse(EvalConfig, argv, __doc__)
     if cfg.predictions and (len(cfg.benchmark) > 1 or cfg.blind or cfg.resume):
         raise UserError("--predictions goes with one --benchmark, without --blind or --resume")
-    vlm, tok = (None, None) if cfg.predictions else open_asked(cfg)
+    vlm, tok = (None, None) if cfg.predictions else sample.open_asked(cfg)
 
     # Whose prompts the model knows, and how its authors take an answer
     template = vlm.cfg.template if vlm else ""
@@ -101,13 +101,6 @@ def main(argv=None):
         results.append(evaluate(name, cfg, vlm, tok, out))
     print("\n" + table(results))
     return 0
-
-
-def open_asked(cfg):
-    cfg.model = str(cfg.model or sample.newest_run())
-    choices = {"vision": cfg.vision or None, "llm": cfg.llm or None}
-    choices |= {"template": cfg.template, "image_mode": cfg.image_mode}
-    return sample.open_model(cfg.model, pick_device(cfg.device), cfg.dtype, **choices)
 
 
 def evaluate(name, cfg, vlm, tok, out):

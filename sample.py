@@ -26,7 +26,7 @@ from conversation import Tokenizer, as_text, cut_at_stop, encode_prompt, find_te
 from model import VLM
 from support.cli import UserError, arg, parse, pick_device, run
 from support.weights import check_image_mode, check_tokenizer, tokenizer_home
-from vision import MODES, cut_tiles, open_image
+from vision import MODES, cut_tiles, join_pictures, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -165,25 +165,12 @@ def make_batch(vlm, tok, prompts, max_new_tokens):
 
 
 def gather_pictures(prompts, device):
-    """All tiles (n, 3, S, S) and the layout (M, 2) of a batch, or two None without pictures.
-
-    The tower looks once at a picture that prompts share.
-    """
-    all_tiles, layouts = [], []
-    n_tile = 0
-    first_tile = {}  # id of a picture's tiles: where they begin
-    for _, pictures in prompts:
-        for tiles, layout in pictures:
-            if id(tiles) not in first_tile:
-                first_tile[id(tiles)] = n_tile
-                n_tile += len(tiles)
-                all_tiles.append(tiles)
-            is_row_end = layout[:, :1] < 0
-            moved = layout + torch.tensor([first_tile[id(tiles)], 0])
-            layouts.append(torch.where(is_row_end, layout, moved))
-    if not all_tiles:
+    """All tiles (n, 3, S, S) and the layout (M, 2) of a batch, or two None without pictures."""
+    pictures = [picture for _, its_pictures in prompts for picture in its_pictures]
+    if not pictures:
         return None, None
-    return torch.cat(all_tiles).to(device), torch.cat(layouts).to(device)
+    tiles, layout = join_pictures(pictures)
+    return tiles.to(device), layout.to(device)
 
 
 def read_answer(tok, template, ids):

@@ -394,14 +394,22 @@ def row_by_row(image, columns, rows, cfg, tiling):
 
 
 def join_pictures(pictures):
-    """[(tiles, layout), ...] of several pictures -> the same of them all, their tiles counted through."""
-    layouts, n_before = [], 0
+    """[(tiles, layout), ...] of pictures, or of views of one -> the same of them all, tiles counted through.
+
+    The same tiles given again are taken once: the tower looks once at a picture that questions share.
+    """
+    all_tiles, layouts = [], []
+    n_tile = 0
+    first_tile = {}  # id of a picture's tiles: where they begin
     for tiles, layout in pictures:
-        is_end = layout[:, :1] < 0
-        moved = layout + torch.tensor([n_before, 0])
-        layouts.append(torch.where(is_end, layout, moved))
-        n_before += len(tiles)
-    return torch.cat([tiles for tiles, _ in pictures]), torch.cat(layouts)
+        if id(tiles) not in first_tile:
+            first_tile[id(tiles)] = n_tile
+            n_tile += len(tiles)
+            all_tiles.append(tiles)
+        is_row_end = layout[:, :1] < 0
+        moved = layout + torch.tensor([first_tile[id(tiles)], 0])
+        layouts.append(torch.where(is_row_end, layout, moved))
+    return torch.cat(all_tiles), torch.cat(layouts)
 
 
 def patch_layout(columns, rows, g, kept=None, row_end=False):
