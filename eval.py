@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 import sample
 from benchmarks import BENCHMARKS
-from benchmarks.common import COT, LETTER, SHORT, Benchmark, iou, question, read_box
+from benchmarks.common import COT, LETTER, SHORT, Benchmark, final_part, is_right, question
 from benchmarks.predictions import match_predictions
 from benchmarks.scoring import compare, grade
 from conversation import as_text
@@ -416,18 +415,6 @@ def own_question(id, paths, text, answer, category):
 
 def judge_own(item, text):
     return {"parsed": final_part(text), "score": float(is_right(text, item["truth"]))}
-
-
-def is_right(said, truth):
-    """But for case and a final dot the same; of a worked answer its end; of a box, IoU >= 0.5."""
-    if re.fullmatch(r"\[\d\.\d+(, \d\.\d+){3}\]", truth):
-        box = read_box(said)
-        return box is not None and iou(box, read_box(truth)) >= 0.5
-    return ("Final answer:" in said) == ("Final answer:" in truth) and final_part(said) == final_part(truth)
-
-
-def final_part(text):
-    return text.rsplit("Final answer:", 1)[-1].strip().rstrip(".").lower()
 
 
 def most_frequent(items):

@@ -23,7 +23,6 @@ normalised words, numbers, option letters and boxes, and not by math-verify (for
 import json
 import math
 import random
-import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -32,10 +31,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.common import COT, DIGITS, LETTER, SHORT
+from benchmarks.common import COT, LETTER, SHORT, is_right
 from conversation import find_template
 from data import Records, picture_paths
-from eval import is_right
 from sample import DTYPES, Answer, AskConfig, answer, encode_question, open_asked, open_picture, read_answer
 from support.cli import REQUIRED, UserError, arg, parse, run
 from support.io import write_json, write_whole
@@ -226,7 +224,7 @@ def sort_answer(said, final, truth):
         return "empty"
     if final is None:
         return "no format"
-    return "right" if judge_answer(final, truth) else "wrong"
+    return "right" if is_right(final, truth) else "wrong"
 
 
 def parse_answer(text, min_newlines=2):
@@ -243,41 +241,6 @@ def parse_answer(text, min_newlines=2):
     if not reasoning.strip() or not final or "\n" in final:
         return None
     return reasoning + trigger, final
-
-
-def judge_answer(said, truth):
-    """Is this the answer? Case, articles and punctuation do not matter, "two" is 2.
-
-    Option letters stand for themselves, numbers agree to 1 part in 1000, boxes by IoU.
-    """
-    if len(truth.strip()) == 1 and option_letter(truth):
-        return option_letter(said) == option_letter(truth)
-    words, true_words = plain_words(said), plain_words(truth)
-    if words == true_words:
-        return bool(words)
-    number, true_number = read_number(words), read_number(true_words)
-    if number is not None and true_number is not None:
-        return abs(number - true_number) <= 1e-3 * abs(true_number)
-    return is_right(said, truth)
-
-
-def option_letter(text):
-    """B of "B", "B. cat", "(B)"; else None."""
-    found = re.match(r"\(?([A-N])\)?(?:[.:)\s]|$)", text.strip().strip("*"))
-    return found and found[1]
-
-
-def plain_words(text):
-    """Lower case; no punctuation but that of numbers; no articles; number words as digits."""
-    words = re.sub(r"[^\w\s.%/+-]|\.(?!\d)|(?<=\d),(?=\d{3})", "", text.lower()).split()
-    return " ".join(DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
-
-
-def read_number(words):
-    try:
-        return float(re.sub(r"(degrees?|cm|%)$", "", words))
-    except ValueError:
-        return None
 
 
 def write_as_truth(text, truth, min_newlines):

@@ -22,10 +22,11 @@ import mpo
 import pairs
 import toyworld
 import train
+from benchmarks.common import is_right
 from conversation import Tokenizer
 from eval import answer_questions
 from model import VLM
-from pairs import ask_step_by_step, judge_answer, parse_answer
+from pairs import ask_step_by_step, parse_answer
 from support.cli import arg, parse, run
 from support.io import write_json
 
@@ -200,10 +201,10 @@ def take_exam(model, exam):
 
     marks = Counter()
     for (_, _, truth, scene), short, long, caption in zip(exam, direct, by_steps, captions):
-        marks["direct"] += judge_answer(short, truth)
+        marks["direct"] += is_right(short, truth)
         final = parse_answer(long, 1)
         marks["no_format"] += final is None
-        marks["cot"] += final is not None and judge_answer(final[1], truth)
+        marks["cot"] += final is not None and is_right(final[1], truth)
         n_made_up, n_named = count_made_up(caption, scene)
         marks["captions"] += n_made_up > 0
         marks["made up"] += n_made_up

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import toyworld
+from benchmarks.common import is_right
 from conversation import Tokenizer, encode_conversation
-from eval import is_right
 from lab.common import fit_part, shares_line, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder, init_weights
 from support.export import llama_json, llama_name, write_model

@@ -19,6 +19,7 @@ import mpo
 import pairs
 import sample
 import toyworld
+from benchmarks.common import is_right
 from conversation import Tokenizer, encode_conversation
 from data import Records
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
@@ -653,10 +654,31 @@ def test_other_forms_are_no_answer(text):
         ("", "a", False),
         ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.55]", True),
         ("[0.60, 0.60, 0.90, 0.90]", "[0.10, 0.10, 0.50, 0.55]", False),
+        ("-5", "5", False),
+        ("3-5", "35", False),
+        ("1,2", "12", False),
+        # a letter is an option, and one alone
+        ("c", "C", True),
+        ("(c)", "C", True),
+        ("C.", "C", True),
+        ("(C) cat", "C", True),
+        ("**C**", "C", True),
+        ("A dog", "A", False),
+        ("A red car at the top", "A", False),
+        ("A or C", "A", False),
+        ("(A) or (C)", "A", False),
+        ("B and C", "B", False),
+        ("I think B", "I", False),
+        # a mark between words is a space, or nothing
+        ("black-and-white", "black and white", True),
+        ("red/blue", "red blue", True),
+        ("x-ray", "x ray", True),
+        ("xray", "x-ray", True),
+        ("It's a dog?", "it's dog", True),
     ],
 )
 def test_the_judge(said, truth, right):
-    assert pairs.judge_answer(said, truth) is right
+    assert is_right(said, truth) is right
 
 
 def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_ending():
@@ -828,7 +850,7 @@ def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(
     tiny, folder, asked, method, size, monkeypatch
 ):
     # A random model never answers: here anything is an answer, and a whole one.
-    monkeypatch.setattr(pairs, "judge_answer", lambda said, truth: True)
+    monkeypatch.setattr(pairs, "is_right", lambda said, truth: True)
     monkeypatch.setattr(pairs, "parse_answer", lambda text, n=2: (text, text[:3]) if len(text) % 2 else None)
     monkeypatch.setattr(pairs, "write_as_truth", lambda text, *_: text)
     whole = lambda tok, template, ids: sample.Answer(tok.decode(ids).strip(), True, ids)
