@@ -413,8 +413,12 @@ def own_question(id, paths, text, answer, category):
     return item | {"image": [str(path) for path in paths]}
 
 
-def judge_own(item, text):
-    return {"parsed": final_part(text), "score": float(is_right(text, item["truth"]))}
+def own_answer(text, item):
+    return text
+
+
+def own_right(answer, item):
+    return float(is_right(answer, item["truth"]))
 
 
 def most_frequent(items):
@@ -467,7 +471,7 @@ def answer_questions(vlm, tok, questions):
     return sample.answer(vlm, tok, prompts)
 
 
-SUITE = BENCHMARKS | {"own": Benchmark(read_own, judge_own, max_new_tokens=96)}
+SUITE = BENCHMARKS | {"own": Benchmark(read_own, own_answer, own_right, max_new_tokens=96)}
 
 
 # ---- results ----
@@ -523,8 +527,6 @@ def report(result):
         said.append("no score without labels or grades: hand it in, or send judge_requests.jsonl to GPT-4")
     if "compare" in result:
         said.append(f"against {result['compare']['with']}: {describe_comparison(result['compare'])}")
-    for part, figures in result["parts"].items():
-        said.append(f"\n  {part}: " + ", ".join(f"{name} {figure:.4g}" for name, figure in figures.items()))
     return "; ".join(said)
 
 
@@ -545,7 +547,8 @@ def table(results):
         rows.append(table_row(result["benchmark"], result, columns, f"{result['unparsed']:.1%}", last))
         for category, figures in result["categories"].items():
             beside = [column and column["categories"].get(category) for column in columns]
-            rows.append(table_row(f"  {category}", figures, beside))
+            more = ", ".join(f"{name} {figure:.4g}" for name, figure in figures["more"].items())
+            rows.append(table_row(f"  {category}", figures, beside, last=more))
 
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = []

@@ -32,7 +32,6 @@ from benchmarks.common import (
     question,
     read_each,
     split_files,
-    verdict,
 )
 from support.cli import UserError, one_of
 from support.io import reading
@@ -73,7 +72,7 @@ def scienceqa_question(id, row, split, family):
     )
 
 
-def scienceqa_letter(text):
+def scienceqa_letter(text, item):
     """LLaVA's: the letter alone, `B. ...`, or exactly one `The answer is B` with a character behind it."""
     if text in list("ABCDE"):
         return text
@@ -81,10 +80,6 @@ def scienceqa_letter(text):
         return text[0]
     found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 else None
-
-
-def judge_scienceqa(item, text):
-    return verdict(scienceqa_letter(text), item["truth"])
 
 
 # ---- MMBench ----
@@ -140,10 +135,11 @@ def mmbench_question(row, pictures, chinese):
     )
 
 
-def mmbench_letter(text, options):
+def mmbench_letter(text, item):
     """VLMEvalKit's exact matching -> a letter, Z (says that none fits), or None (there a judge would be
     asked).
     """
+    options = item["choices"]
     if any(refusal in text for refusal in REFUSALS):
         return "Z"
 
@@ -167,19 +163,15 @@ def mmbench_letter(text, options):
     return None
 
 
-def judge_mmbench(item, text):
-    return verdict(mmbench_letter(text, item["choices"]), item["truth"])
-
-
 def score_mmbench(units):
     """Circular: a question counts if all of its rows, the options rotated, are answered right."""
     return 100 * sum(all(record["score"] for record in unit) for unit in units) / len(units)
 
 
-def mmbench_parts(units):
+def mmbench_more(units):
     """The first rotation alone; it is 8 to 20 points higher, and no official figure."""
     first = [[min(unit, key=lambda record: record["id"])] for unit in units]
-    return {"first pass only": {"accuracy": percent_right(first)}}
+    return {"first pass only": percent_right(first)}
 
 
 def submit_mmbench(items, records):
@@ -226,10 +218,10 @@ def read_seed(cfg):
     return read_each(path, make, under="questions")
 
 
-def judge_seed(item, text):
+def seed_letter(text, item):
     """LLaVA compares the whole text, InternVL its first character."""
-    label = text[:1] if item["family"] == "internvl" else text
-    return verdict(label if label in list("ABCD") else None, item["truth"])
+    letter = text[:1] if item["family"] == "internvl" else text
+    return letter if letter in list("ABCD") else None
 
 
 # ---- AI2D ----
@@ -273,14 +265,10 @@ def ai2d_question(image, text, row):
     )
 
 
-def option_letter(text, n_choices):
+def option_letter(text, item):
     """The letter alone, or `B.`, `(B)`, `B. leaf`, `B) leaf`, `B: leaf` -> letter or None."""
     found = re.match(r"\(?([A-Z])(?:$|[.):](?:\s|$))", text.strip())
-    return found[1] if found and found[1] in LETTERS[:n_choices] else None
-
-
-def judge_ai2d(item, text):
-    return verdict(option_letter(text, item["n_choices"]), item["truth"])
+    return found[1] if found and found[1] in LETTERS[: item["n_choices"]] else None
 
 
 # ---- TallyQA ----
@@ -307,31 +295,31 @@ def read_tallyqa(cfg):
     return read_each(path, make)
 
 
-def judge_tallyqa(item, text):
+def tallyqa_count(text, item):
     is_letter = re.fullmatch("[A-P]", text)
-    return verdict(LETTERS.index(text) if is_letter else count_in(text), item["truth"])
+    return LETTERS.index(text) if is_letter else count_in(text)
 
 
 MMBENCH = {
-    "judge": judge_mmbench,
+    "parse": mmbench_letter,
     "score": score_mmbench,
-    "parts": mmbench_parts,
+    "more": mmbench_more,
     "submit": submit_mmbench,
     "metric": "circular accuracy %",
 }
 BENCHMARKS = {
     "scienceqa": Benchmark(
         read_scienceqa,
-        judge_scienceqa,
+        scienceqa_letter,
         paper=paper(llava13=74.39, **{"LLaVA-1.5-7B, IMG": 66.8, "LLaVA-1.5-13B, IMG": 71.6}),
     ),
     "mmbench": Benchmark(
         partial(read_mmbench, False), paper=paper(64.3, 67.7, **{"InternVL2.5-8B-MPO, v1.1": 82.4}), **MMBENCH
     ),
     "mmbench-cn": Benchmark(partial(read_mmbench, True), paper=paper(58.3, 63.6), **MMBENCH),
-    "seed-bench": Benchmark(read_seed, judge_seed, paper=paper(58.6, 61.6)),
+    "seed-bench": Benchmark(read_seed, seed_letter, paper=paper(58.6, 61.6)),
     "ai2d": Benchmark(
-        read_ai2d, judge_ai2d, paper=paper(54.10, 57.13, 55.65, 57.96, **{"InternVL2.5-8B-MPO": 84.5})
+        read_ai2d, option_letter, paper=paper(54.10, 57.13, 55.65, 57.96, **{"InternVL2.5-8B-MPO": 84.5})
     ),
-    "tallyqa": Benchmark(read_tallyqa, judge_tallyqa, paper=paper(62.06, 64.83, 66.70, 70.41)),
+    "tallyqa": Benchmark(read_tallyqa, tallyqa_count, paper=paper(62.06, 64.83, 66.70, 70.41)),
 }

@@ -1,9 +1,10 @@
 """What all benchmarks share: their form, reading official files, and what is read out of answers.
 
-A benchmark is three functions. `read(cfg)` turns its official files into questions, dicts made by `question`
-below. `judge(item, text)` turns the text of one answer into {"parsed": ..., "score": 0 to 1}. `score(units)`
-turns judged records into the figure that its authors publish. A unit is what they count together, a list of
-records: mostly one, but both questions about a picture of MME, or the rotations of a question of MMBench.
+A benchmark is four functions. `read(cfg)` turns its official files into questions, dicts made by `question`
+below. `parse(text, item)` finds the answer in what was said, `right(answer, item)` says how right it is, 0 to
+1. `score(units)` turns judged records into the figure that its authors publish. A unit is what they count
+together, a list of records: mostly one, but both questions about a picture of MME, or the rotations of a
+question of MMBench.
 
 Nothing here knows a model, and nothing imports torch.
 """
@@ -44,12 +45,18 @@ def rounded_percent(units):
     return round(100 * sum(scores) / len(scores), 2)
 
 
+def is_truth(answer, item):
+    return float(answer == item["truth"])
+
+
 @dataclass(frozen=True)
 class Benchmark:
     read: Callable  # cfg -> questions
-    judge: Callable  # (item, text) -> {"parsed", "score", ...}
+    parse: Callable  # (text, item) -> the answer in it; None: it cannot be read, which is wrong
+    right: Callable = is_truth  # (answer, item) -> 0 to 1
     score: Callable = percent_right  # units -> the headline figure
-    parts: Callable | None = None  # units -> {name: {figure: number}}, where the authors publish more
+    more: Callable | None = None  # units -> {figure: number}, what the authors publish beside it
+    splits: str = ""  # names that --split may have
     extract: Callable | None = None  # (item, what the model said) -> what is judged
     submit: Callable | None = None  # (items, records) -> file name, content: what is handed in
     by_gpt: bool = False  # GPT-4 judges: `submit` makes its requests, --predictions brings its reviews
@@ -81,11 +88,6 @@ def question(id, image, text, suffix, truth, **more):
     if not isinstance(image, (str, bytes, type(None))):
         raise ValueError("the picture must be a name")
     return {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth} | more
-
-
-def verdict(label, truth):
-    """The judgement of a label that is right or wrong; None is an answer that could not be read."""
-    return {"parsed": label, "score": float(label is not None and label == truth)}
 
 
 # ---- official files ----

@@ -30,10 +30,12 @@ def region_question(cfg, id, image, sentence, box, size, least, **more):
     return question(id, image, text, "", truth, least=least, **more)
 
 
-def judge_region(item, text):
-    box = read_box(text)
-    overlap = iou(box, item["truth"]) if box else 0.0
-    return {"parsed": box, "score": float(overlap >= item["least"]), "iou": overlap}
+def region_box(text, item):
+    return read_box(text)
+
+
+def overlaps(box, item):
+    return float(iou(box, item["truth"]) >= item["least"])
 
 
 def read_refcoco(name, cfg):
@@ -67,7 +69,8 @@ def read_ocid(cfg):
 def refcoco(name, *figures):
     return Benchmark(
         partial(read_refcoco, name),
-        judge_region,
+        region_box,
+        overlaps,
         max_new_tokens=100,
         metric="accuracy % at IoU 0.5",
         paper=paper(*figures),
@@ -80,7 +83,8 @@ BENCHMARKS = {
     "refcocog": refcoco("refcocog", 50.92, 60.85, 71.04, 72.73),
     "ocid-ref": Benchmark(
         read_ocid,
-        judge_region,
+        region_box,
+        overlaps,
         max_new_tokens=100,
         metric="accuracy % at IoU 0.25",
         paper=paper(35.07, 45.56, 54.12, 54.62),

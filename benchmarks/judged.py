@@ -45,19 +45,23 @@ def read_llava_bench(cfg):
     return read_each(main_file(cfg, "questions.jsonl"), make)
 
 
-def judge_llava_bench(item, review):
-    """The two scores on the first line of a review: of the reference and of the model. Where they cannot be
-    read, both are -1, which the official mean does not drop."""
+def review_scores(review, item):
+    """The two scores on the first line of a review: of the reference and of the model."""
     try:
         reference, model = [float(number) for number in review.split("\n")[0].replace(",", " ").split(" ")]
     except ValueError:
-        return {"parsed": None, "score": -0.1, "pair": [-1.0, -1.0]}
-    return {"parsed": [reference, model], "score": model / 10, "pair": [reference, model]}
+        return None
+    return [reference, model]
+
+
+def model_score(scores, item):
+    return scores[1] / 10
 
 
 def score_llava_bench(units):
-    """100 model / reference of the mean scores, each rounded as the official summary does."""
-    pairs = [unit[0]["pair"] for unit in units]
+    """100 model / reference of the mean scores, each rounded as the official summary does. A review that
+    cannot be read counts as -1 and -1, as there."""
+    pairs = [unit[0]["parsed"] or [-1.0, -1.0] for unit in units]
     reference, model = (round(sum(scores) / len(pairs), 3) for scores in zip(*pairs))
     return round(model / reference * 100, 1) if reference > 0 else float("nan")
 
@@ -121,10 +125,14 @@ def read_mm_vet(cfg):
     return read_each(main_file(cfg, "mm-vet.json"), make)
 
 
-def judge_mm_vet(item, grade):
+def mean_grade(grade, item):
     """The mean of the judge's runs, numbers from 0 to 1."""
     grades = [float(number) for number in grade.strip("[]").split(",")]
-    return {"parsed": grade, "score": sum(grades) / len(grades)}
+    return sum(grades) / len(grades)
+
+
+def as_graded(grade, item):
+    return grade
 
 
 def score_mm_vet(units):
@@ -152,7 +160,8 @@ def submit_requests(request, items, records):
 BENCHMARKS = {
     "llava-bench": Benchmark(
         read_llava_bench,
-        judge_llava_bench,
+        review_scores,
+        model_score,
         score_llava_bench,
         submit=partial(submit_requests, request_llava_bench),
         by_gpt=True,
@@ -162,7 +171,8 @@ BENCHMARKS = {
     ),
     "mm-vet": Benchmark(
         read_mm_vet,
-        judge_mm_vet,
+        mean_grade,
+        as_graded,
         score_mm_vet,
         submit=partial(submit_requests, request_mm_vet),
         by_gpt=True,

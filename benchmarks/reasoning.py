@@ -27,7 +27,6 @@ from benchmarks.common import (
     question,
     read_each,
     split_files,
-    verdict,
 )
 
 bracketed = partial(lettered, form="\n({}) {}")
@@ -126,10 +125,6 @@ def is_number(text, kind):
     return True
 
 
-def judge_mathvista(item, text):
-    return verdict(mathvista_normal(text, item), item["truth"])
-
-
 def mathvista_normal(text, item):
     """The official normalisation: the option's text, or a number rounded as asked. None: it failed."""
     if item["kind"] == "multi_choice":
@@ -204,7 +199,11 @@ def m3cot_question(row, family):
     return question(row["id"], image, text, "", row.get("answer"), **more)
 
 
-def m3cot_letter(text, choices):
+def m3cot_letter(text, item):
+    return (internvl_letter if item["family"] == "internvl" else official_letter)(text, item["choices"])
+
+
+def official_letter(text, choices):
     """The official judge of the last reply. Late matches win; even the article "a" may become option A."""
     if "[Answer]" in text:
         text = text.rsplit("[Answer]", 1)[1].split("[Rationale]")[0].split("[Context]")[0]
@@ -238,19 +237,14 @@ def internvl_letter(text, choices):
     return None
 
 
-def judge_m3cot(item, text):
-    read_letter = internvl_letter if item["family"] == "internvl" else m3cot_letter
-    return verdict(read_letter(text, item["choices"]), item["truth"])
-
-
 BENCHMARKS = {
     "mathvista": Benchmark(
         read_mathvista,
-        judge_mathvista,
+        mathvista_normal,
         extract=mathvista_extract,
         max_new_tokens=128,
         metric="accuracy %, extracted by rule where no extraction was given",
         paper={"InternVL2.5-8B-MPO": 68.9},
     ),
-    "m3cot": Benchmark(read_m3cot, judge_m3cot, max_new_tokens=128, paper={"InternVL2-8B-MPO": 79.2}),
+    "m3cot": Benchmark(read_m3cot, m3cot_letter, max_new_tokens=128, paper={"InternVL2-8B-MPO": 79.2}),
 }

@@ -2,7 +2,7 @@
 
 record  {"id", "unit", "category", "answer", "parsed", "truth", "score"}    one judged answer
 unit    [record, ...]                                                       what is counted together
-figures {"n", "score", "ci95"}                                              of all units, or of a category
+figures {"n", "score", "ci95", "more"}                                      of all units, or of a category
 """
 
 from collections import defaultdict
@@ -29,13 +29,12 @@ def grade(bench, items, answers, cot=False):
         "cut_off": sum(record.get("cut_off", False) for record in records),
         "score": None,
         "ci95": None,
+        "more": {},
         "categories": {},
-        "parts": {},
     }
     units = units_of(records)
     if units:
         result |= figures_of(bench, units)
-        result["parts"] = bench.parts(units) if bench.parts else {}
     for category in dict.fromkeys(name for unit in units for name in categories_of(unit)):
         of_it = [unit for unit in units if category in categories_of(unit)]
         result["categories"][category] = figures_of(bench, of_it)
@@ -57,7 +56,9 @@ def judge_one(bench, item, answer, cot):
         if bench.extract and "is_extracted" not in answer:
             text = bench.extract(item, text)
         if has_score or not bench.by_gpt:
-            record |= bench.judge(item, text)
+            record["parsed"] = answer = bench.parse(text, item)
+            if has_score and answer is not None:
+                record["score"] = bench.right(answer, item)
     return record if has_score else record | {"score": None}
 
 
@@ -78,7 +79,8 @@ def categories_of(unit):
 
 
 def figures_of(bench, units):
-    return {"n": sum(map(len, units)), "score": bench.score(units), "ci95": bootstrap(units, bench.score)}
+    figures = {"n": sum(map(len, units)), "score": bench.score(units), "ci95": bootstrap(units, bench.score)}
+    return figures | {"more": bench.more(units) if bench.more else {}}
 
 
 def bootstrap(units, score):

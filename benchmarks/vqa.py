@@ -28,7 +28,6 @@ from benchmarks.common import (
     read_each,
     rounded_percent,
     split_files,
-    verdict,
 )
 from support.cli import UserError
 
@@ -50,27 +49,31 @@ def agreement(said, answers):
     return sum(min(1, (n - (answer == said)) / 3) for answer in answers) / len(answers)
 
 
-def judge_vqav2(item, text):
-    """Normalises both sides, unless all ten answers are identical: then they are compared verbatim."""
-    text = one_line(text)
-    answers = [one_line(answer) for answer in item["truth"] or []]
-    if len(set(answers)) > 1:
-        text = normalise(text)
-        answers = [normalise(answer) for answer in answers]
-    return agreement_with(text, answers)
+def vqav2_normal(text, item):
+    """Both sides are normalised, unless all ten answers are identical: then they are compared verbatim."""
+    answers = {one_line(answer) for answer in item["truth"] or []}
+    return normalise(one_line(text)) if len(answers) > 1 else one_line(text)
 
 
-def judge_textvqa(item, text):
-    return agreement_with(evalai(text), [evalai(answer) for answer in item["truth"] or []])
+def vqav2_agreement(said, item):
+    return agreement(said, [vqav2_normal(answer, item) for answer in item["truth"]])
 
 
-def judge_vizwiz(item, text):
-    """Normalises the model's side alone."""
-    return agreement_with(normalise(one_line(text), BACKTICKS), item["truth"] or [])
+def textvqa_normal(text, item):
+    return evalai(text)
 
 
-def agreement_with(text, answers):
-    return {"parsed": text, "score": agreement(text, answers) if answers else 0.0}
+def textvqa_agreement(said, item):
+    return agreement(said, [evalai(answer) for answer in item["truth"]])
+
+
+def vizwiz_normal(text, item):
+    return normalise(one_line(text), BACKTICKS)
+
+
+def vizwiz_agreement(said, item):
+    """The model's side alone is normalised."""
+    return agreement(said, item["truth"])
 
 
 def vqav2_label(_, row):
@@ -179,9 +182,9 @@ def read_gqa(cfg):
     return read_each(path, make)
 
 
-def judge_gqa(item, text):
+def gqa_normal(text, item):
     """LLaVA's conversion of what a model says; the scorer then compares strings."""
-    return verdict(text.rstrip(".").lower(), item["truth"])
+    return text.rstrip(".").lower()
 
 
 def score_gqa(units):
@@ -192,17 +195,25 @@ def score_gqa(units):
 BENCHMARKS = {
     "vqav2": Benchmark(
         read_vqav2,
-        judge_vqav2,
+        vqav2_normal,
+        vqav2_agreement,
         rounded_percent,
         submit=submit_vqav2,
         metric="VQA accuracy %",
         all_needed=True,
         paper=paper(78.5, 80.0, 80.97, 81.66),
     ),
-    "gqa": Benchmark(read_gqa, judge_gqa, score_gqa, all_needed=True, paper=paper(62.0, 63.3, 65.27, 66.13)),
+    "gqa": Benchmark(
+        read_gqa,
+        gqa_normal,
+        score=score_gqa,
+        all_needed=True,
+        paper=paper(62.0, 63.3, 65.27, 66.13),
+    ),
     "vizwiz": Benchmark(
         read_vizwiz,
-        judge_vizwiz,
+        vizwiz_normal,
+        vizwiz_agreement,
         rounded_percent,
         submit=submit_vizwiz,
         metric="VQA accuracy %",
@@ -210,13 +221,15 @@ BENCHMARKS = {
     ),
     "textvqa": Benchmark(
         partial(read_textvqa, False),
-        judge_textvqa,
+        textvqa_normal,
+        textvqa_agreement,
         metric="VQA accuracy %, without OCR tokens",
         paper=paper(46.13, 48.99, 55.64, 57.08),
     ),
     "textvqa-ocr": Benchmark(
         partial(read_textvqa, True),
-        judge_textvqa,
+        textvqa_normal,
+        textvqa_agreement,
         metric="VQA accuracy %, with OCR tokens",
         paper=paper(58.2, 61.3, 59.71, 62.89),
     ),

@@ -20,7 +20,6 @@ from benchmarks.common import (
     question,
     read_each,
     split_files,
-    verdict,
 )
 from support.cli import UserError, one_of
 from support.io import reading
@@ -72,18 +71,15 @@ def pope_question(row, split, with_offset):
     )
 
 
-def pope_label(text):
+def pope_label(text, item):
     """One of the words No, no, not before the first period -> no; all else, nothing too -> yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def judge_pope(item, text):
-    return verdict(pope_label(text), item["truth"])
-
-
-def pope_figures(records):
+def pope_figures(units):
     """Yes is the positive class. A missing answer is wrong: a false no, or a false yes."""
+    records = [record for (record,) in units]
     count = Counter((record["truth"], record["score"] == 1) for record in records)
     tp, fn = count["yes", True], count["yes", False]
     tn, fp = count["no", True], count["no", False]
@@ -103,18 +99,14 @@ def pope_figures(records):
 def units_by_category(units):
     found = defaultdict(list)
     for unit in units:
-        found[unit[0]["category"]].append(unit)
+        category = unit[0]["category"]
+        found[category if isinstance(category, str) else category[0]].append(unit)
     return found
-
-
-def pope_parts(units):
-    splits = units_by_category(units)
-    return {split: pope_figures([record for (record,) in splits[split]]) for split in splits}
 
 
 def score_pope(units):
     """The mean F1 of the splits."""
-    parts = pope_parts(units).values()
+    parts = [pope_figures(split) for split in units_by_category(units).values()]
     return 100 * sum(figures["f1"] for figures in parts) / len(parts)
 
 
@@ -135,8 +127,9 @@ def read_mme(cfg):
             asked[unit] += 1
             # LLaVA puts its own format prompt in the place of this sentence.
             text = re.sub(r"\s*Please answer yes or no\.\s*$", "", text)
+            category = [task, "perception" if task in PERCEPTION else "cognition"]
             yield question(
-                f"{unit}#{asked[unit]}", unit, text, SHORT, label, unit=unit, category=task, asked=text
+                f"{unit}#{asked[unit]}", unit, text, SHORT, label, unit=unit, category=category, asked=text
             )
     odd = [unit for unit, n in asked.items() if n != 2]
     if odd:
@@ -168,36 +161,24 @@ def mme_picture(folder, text):
     return (there or names)[0]
 
 
-def mme_label(text):
+def mme_label(text, item):
     head = text.lower()[:4]
-    if "yes" in head:
-        return "yes"
-    return "no" if "no" in head else "other"
+    return next((label for label in ("yes", "no") if label in head), None)
 
 
-def judge_mme(item, text):
-    label = mme_label(text.replace("\t", " ").replace("\n", " "))
-    return verdict(None if label == "other" else label, item["truth"])
-
-
-def mme_parts(units):
-    """acc: the share of right questions; acc+: of pictures with both right; and the sums of both."""
-    parts = {}
-    for task, pictures in units_by_category(units).items():
-        n_right = [sum(record["score"] for record in pair) for pair in pictures]
-        acc = sum(n_right) / (2 * len(pictures))
-        acc_plus = n_right.count(2) / len(pictures)
-        parts[task] = {"acc": acc, "acc_plus": acc_plus, "score": 100 * acc + 100 * acc_plus}
-    for name, tasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        parts[name] = {"score": sum(parts[task]["score"] for task in tasks if task in parts)}
-    return parts
+def mme_figures(units):
+    """acc: the share of right questions; acc+: of pictures with both right."""
+    n_right = [sum(record["score"] for record in pair) for pair in units]
+    return {"acc": sum(n_right) / (2 * len(units)), "acc_plus": n_right.count(2) / len(units)}
 
 
 def score_mme(units):
-    """Perception, of 2000; where nothing of it was asked, Cognition, of 800."""
-    parts = mme_parts(units)
-    has_perception = any(task in parts for task in PERCEPTION)
-    return parts["perception" if has_perception else "cognition"]["score"]
+    """acc and acc+ in percent, summed over the subtasks of perception (2000 at most); where nothing of it was
+    asked, over those of cognition (800)."""
+    tasks = units_by_category(units)
+    perception = [task for task in tasks if task in PERCEPTION]
+    figures = [mme_figures(tasks[task]) for task in perception or tasks]
+    return sum(100 * of_task["acc"] + 100 * of_task["acc_plus"] for of_task in figures)
 
 
 def read_vsr(cfg):
@@ -224,17 +205,17 @@ def read_vsr(cfg):
     return read_each(path, make)
 
 
-def judge_vsr(item, text):
+def vsr_label(text, item):
     found = re.search(r"\b(true|false)\b", text, re.IGNORECASE)
-    return verdict(found[1].capitalize() if found else None, item["truth"])
+    return found[1].capitalize() if found else None
 
 
 BENCHMARKS = {
     "pope": Benchmark(
         read_pope,
-        judge_pope,
-        score_pope,
-        parts=pope_parts,
+        pope_label,
+        score=score_pope,
+        more=pope_figures,
         metric="mean F1 % of the splits",
         paper=paper(
             85.9,
@@ -244,11 +225,11 @@ BENCHMARKS = {
     ),
     "mme": Benchmark(
         read_mme,
-        judge_mme,
-        score_mme,
-        parts=mme_parts,
+        mme_label,
+        score=score_mme,
+        more=mme_figures,
         metric="perception, of 2000",
         paper=paper(1510.7, 1531.3),
     ),
-    "vsr": Benchmark(read_vsr, judge_vsr, paper=paper(51.47, 69.07, 59.57, 72.18)),
+    "vsr": Benchmark(read_vsr, vsr_label, paper=paper(51.47, 69.07, 59.57, 72.18)),
 }
