@@ -21,7 +21,6 @@ Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2
 """
 
 import difflib
-import io
 import re
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -400,24 +399,3 @@ class Tokenizer:
 INTERNLM2_CONTROL = (
     "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
 INTERNVL_CONTROL = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
-
-
-def train_tokenizer(path, lines, vocab_size, required=""):
-    """Write Llama's kind of sentencepiece model: byte pairs, no piece for a newline or two spaces.
-
-    `required`: characters that become pieces however rare they are. The same lines give the same file.
-    """
-    if vocab_size < 260:
-        raise UserError(f"no tokenizer of {vocab_size} tokens: bytes and marks alone are 259; give more")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line.strip() for line in lines), model_writer=model, vocab_size=vocab_size,
-            model_type="bpe", byte_fallback=True, character_coverage=1.0, required_chars=required,
-            normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
-            split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
-    except (RuntimeError, TypeError, ValueError) as error:  # also where a text holds half a surrogate pair
-        why = str(error).rpartition("] ")[2].split(" or decrease character_coverage")[0]
-        why = why or "they hold no words"
-        raise UserError(f"no tokenizer of {vocab_size} tokens can be made of these texts: {why}") from None
-    Path(path).write_bytes(model.getvalue())

@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversation import train_tokenizer
 from lab.clip import make_clip
 from lab.connector import make_connector
 from lab.vicuna import make_vicuna, sayings
 from support.cli import arg, parse, run
+from tools.tokenizer import train_tokenizer
 
 
 @dataclass

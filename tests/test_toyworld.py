@@ -16,9 +16,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import toyworld
-from conversation import train_tokenizer
 from lab.vicuna import sayings
 from support.cli import UserError
+from tools.tokenizer import train_tokenizer
 from toyworld import (
     COLORS,
     KINDS,

@@ -5,7 +5,6 @@
     python -m tools.show tokenizer FILE --out DIR       # the records' own words as tokens
 """
 
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -18,12 +17,13 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from conversation import TEMPLATES, Tokenizer, train_tokenizer
+from conversation import TEMPLATES, Tokenizer
 from data import Examples, Records
 from model import IGNORE
 from support.cli import REQUIRED, UserError, arg, parse, run
 from support.io import read_json
 from support.weights import default_template, picture_mode
+from tools import tokenizer
 from vision import MODES, VisionConfig
 
 TOY = str(Path(__file__).parent.parent / "assets" / "toy-vicuna")
@@ -53,19 +53,12 @@ class CheckConfig(DataConfig):
     workers: int = arg(0, "processes that open pictures beside this one", at_least=0)
 
 
-@dataclass
-class TokenizerConfig:
-    file: str = arg(REQUIRED, "JSON list or JSON lines of records", positional=True)
-    out: str = arg(REQUIRED, "folder for tokenizer.model")
-    vocab_size: int = arg(512, "tokens in all: 259 bytes and marks, then characters, parts of words, words")
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["check"]:
         return check_records(parse(CheckConfig, argv[1:], __doc__))
     if argv[:1] == ["tokenizer"]:
-        return make_tokenizer(parse(TokenizerConfig, argv[1:], __doc__))
+        return tokenizer.main(argv[1:])
     return show_record(parse(ShowConfig, argv, __doc__))
 
 
@@ -286,37 +279,6 @@ def check_records(cfg):
     if len(problems) > 20:
         print(f"... and {len(problems) - 20} more")
     return 1 if problems else 0
-
-
-# ---- a tokenizer ----
-
-
-def make_tokenizer(cfg):
-    """Learn a tokenizer from the words of the records, for a decoder that starts from random weights."""
-    path = Path(cfg.out) / "tokenizer.model"
-    if (path.parent / "config.json").exists():
-        raise UserError(f"--out {cfg.out}: a model is there, with its tokenizer; give another folder")
-    records = Records(cfg.file)
-    words = []
-    for i in range(len(records)):
-        for _, text in records[i]["turns"]:
-            words += text.replace("<image>", " ").split()
-
-    # sentencepiece drops long lines.
-    pieces = (word[k : k + 1000] for word in words for k in range(0, len(word), 1000))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(path, pieces, cfg.vocab_size)
-    except OSError as error:
-        raise UserError(f"--out {cfg.out}: cannot be written ({error.strerror})") from None
-
-    tok = Tokenizer(path)
-    counts = Counter(word for text in words for word in re.findall(r"\w+", text))
-    n = counts.total()
-    n_whole = sum(count for word, count in counts.items() if len(tok.encode(word)) == 1)
-    share = f"of {n:,} words in {len(records):,} records {n_whole / max(1, n):.1%} are one token"
-    print(f"{path}: {cfg.vocab_size} tokens; {share}")
-    return 0
 
 
 if __name__ == "__main__":
