@@ -12,7 +12,12 @@ For a prompt x (picture and question), a chosen answer y_c and a rejected one y_
     python mpo.py --w-p 1 --w-q 0 --w-g 0 ...                    # DPO; other losses: python -m lab.losses
 
 It is train.py's loop, with its checkpoints, logs and --resume, and another task: Preferring. A pair is one
-row of a batch (below: a pair as one row). A frozen tower looks once for policy and reference.
+row of a batch (below: a pair as one row). The default rate is the toy's; published are 5e-6 for
+InternVL2-8B-MPO and 1e-6 for InternVL2.5-MPO.
+
+s_ref of every pair is computed before the first step, in the batches of training, so that rewards begin at
+exactly 0. It is kept in the run's folder with a checksum of the pair. A pair that is not what it was then, or
+whose picture was missing, is skipped like any that cannot be used.
 
 Deviations from the authors' code, all of them:
   - delta, the running mean of all rewards, is saved in the checkpoint (the original restarts it at 0). As
@@ -24,17 +29,17 @@ Deviations from the authors' code, all of them:
 """
 
 import io
+import math
 import os
 import random
 import sys
-import time
+import zlib
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from conversation import encode_conversation
@@ -45,7 +50,7 @@ from support.cli import REQUIRED, UserError, arg, parse, run
 from support.distributed import precision
 from support.io import reading, write_whole
 from support.lora import lora_off
-from train import Answering, TrainConfig, find_files, teach
+from train import Answering, TrainConfig, find_files, make_loader, teach
 
 
 @dataclass
@@ -58,7 +63,6 @@ class MPOConfig(TrainConfig):
         "pairs: JSONL of {image, question, chosen, rejected} (MMPR), FILE,FILE, or a meta.json that "
         "mixes such files",
     )
-    out: str = arg("out/mpo", "folder for the run. An earlier run that is there is moved aside")
     beta: float = arg(0.1, "scale of the rewards", above=0)
     w_p: float = arg(0.8, "weight of the preference term, DPO", at_least=0)
     w_q: float = arg(0.2, "weight of the quality term, BCO", at_least=0)
@@ -68,25 +72,18 @@ class MPOConfig(TrainConfig):
         "its log-probabilities: computed once, or by the policy without its LoRA in each step",
         choices=("precomputed", "lora-off"),
     )
-    lr: float = arg(
-        1e-4, "peak learning rate, after warmup; the toy's. Published: 5e-6 (8B) and 1e-6", at_least=0
-    )
-    weight_decay: float = arg(0.05, "AdamW's, on matrices only", at_least=0)
-    bad_records: str = arg(
-        "skip",
-        "what to do with a pair that cannot be used: stop; or skip, count and log it",
-        choices=("stop", "skip"),
-    )
-    # Without a help text: no flag.
-    stage: str = arg("finetune", "")
-    from_scratch: bool = arg(False, "")
-    projector: str = arg("", "")
-    tokenizer: str = arg("", "")
-    image_size: int = arg(0, "")
-    token_budget: int = arg(0, "")
-    shard: bool = arg(False, "")
-    split_questions: bool = arg(False, "")
-    dry_run: bool = arg(False, "")
+
+    # Fields of TrainConfig that are no flags here, being without arg().
+    stage: str = "finetune"
+    from_scratch: bool = False
+    projector: str = ""
+    tokenizer: str = ""
+    image_size: int = 0
+    shard: bool = False
+    split_questions: bool = False
+
+
+DEFAULTS = dict(out="out/mpo", lr=1e-4, weight_decay=0.05, bad_records="skip")
 
 
 # ---- the losses ----
@@ -107,9 +104,9 @@ def sft_loss(s_c, n_c):
     return -(s_c / n_c).mean()
 
 
-def mpo_terms(s, s_ref, n_token, delta, cfg):
-    """The terms of L: {name: (weight, term)}. s, s_ref, n_token are (B, 2): chosen, rejected."""
-    r_c, r_r = (cfg.beta * (s - s_ref)).unbind(1)
+def mpo_terms(rewards, s, n_token, delta, cfg):
+    """The terms of L: {name: (weight, term)}. rewards, s, n_token are (B, 2): chosen, rejected."""
+    r_c, r_r = rewards.unbind(1)
     return {
         "dpo": (cfg.w_p, dpo_loss(r_c, r_r)),
         "bco": (cfg.w_q, bco_loss(r_c, r_r, delta)),
@@ -154,10 +151,12 @@ def pair_row(prompt, chosen, rejected):
     }
 
 
-def collate_pairs(examples, pad):
-    """data.collate, with all that a pair's row has, and which pairs they are."""
-    batch = collate(examples, pad, more={"part": PADDING, "positions": 0, "predictor": 0})
-    batch["index"] = [example["index"] for example in examples if "skipped" not in example]
+def collate_pairs(examples, pad, multiple=1):
+    """data.collate, with all that a pair's row has, which pairs they are, and what is known of them."""
+    batch = collate(examples, pad, multiple, {"part": PADDING, "positions": 0, "predictor": 0})
+    used = [example for example in examples if "skipped" not in example]
+    for name in "index", "checksum", "s_ref":
+        batch[name] = torch.tensor([example[name] for example in used if name in example])
     return batch
 
 
@@ -222,47 +221,35 @@ class Preferring:
         )
         self.delta, self.n_delta = 0.0, 0  # the running mean of rewards, and of how many pairs
 
-        trained = [name for name, p in vlm.named_parameters() if p.requires_grad]
-        self.tower_is_frozen = not any(name.startswith("vision") for name in trained)
-        beside_lora = [name for name in trained if ".lora_" not in name]
-        if cfg.reference == "lora-off" and beside_lora:
-            raise UserError(
-                f"--reference lora-off: {len(beside_lora)} tensors train that are no LoRA, such as "
-                f"{beside_lora[0]}, so the policy without its LoRA is not what it began as; "
-                "give --lora-r N --train llm, or --reference precomputed"
-            )
-
-    def prepare(self, vlm, out):
-        """Before the first step vlm is the reference: s_ref of every pair is kept in the run's folder."""
+    def prepare(self, run):
+        """Before the first step the policy is the reference."""
         if self.cfg.reference == "lora-off":
             return
-        file = out / "reference.pt"
+        file = run.out / "reference.pt"
         if not self.cfg.resume:
-            s_ref = self.precompute(vlm)
-            write_whole(file, lambda tmp: torch.save(s_ref, tmp))
+            found = self.precompute(run)
+            write_whole(file, lambda tmp: torch.save(found, tmp))
         with reading(file, "start the run anew, without --resume"):
-            self.s_ref = torch.load(file, weights_only=True)  # (pairs, 2)
+            self.examples.known = torch.load(file, weights_only=True)
 
     @torch.no_grad()
-    def precompute(self, vlm):
-        began = time.time()
+    def precompute(self, run):
+        """s_ref of every pair of the first epoch, and a checksum of the pair; NaN and -1 of a skipped one."""
         n_pair = len(self.examples)
-        s_ref = torch.zeros(n_pair, 2)  # of a skipped pair nobody will ask
-        cut = partial(collate_pairs, pad=self.pad)
-        size = self.cfg.micro_batch_size or self.cfg.batch_size
-        loader = DataLoader(self.examples, batch_size=size, num_workers=self.cfg.workers, collate_fn=cut)
-        vlm.eval()  # no dropout in a reference
-        with (
-            precision(self.cfg, self.device),
-            tqdm(total=n_pair, desc="reference", unit="pair", disable=None) as bar,
-        ):
-            for batch in loader:
-                if batch["ids"]:
-                    s_ref[batch["index"]] = pair_log_probs(vlm, to_device(batch, self.device))[0].cpu()
-                bar.update(len(batch["ids"]) + len(batch["skipped"]))
-        vlm.train()
-        print(f"reference log-probabilities of {n_pair:,} pairs in {time.time() - began:.0f} s")
-        return s_ref
+        s_ref = torch.full((n_pair, 2), math.nan)
+        checksum = torch.full((n_pair,), -1)
+        n_step = min(run.n_step, math.ceil(n_pair / self.cfg.batch_size))  # one epoch at most
+        steps = islice(make_loader(self.cfg, self, run), n_step)
+        run.vlm.eval()  # no dropout in a reference
+        with precision(self.cfg, self.device):
+            for batches in tqdm(steps, "reference", n_step, unit="step", disable=None):
+                for batch in batches:
+                    i = batch["index"]
+                    if len(i):
+                        checksum[i] = batch["checksum"]
+                        s_ref[i] = pair_log_probs(run.vlm, to_device(batch, self.device))[0].cpu()
+        run.vlm.train()
+        return {"s_ref": s_ref, "checksum": checksum}
 
     @staticmethod
     def weight(batch):
@@ -270,35 +257,36 @@ class Preferring:
 
     def loss(self, net, batch):
         """-> the sum of L over the pairs of a batch; sums of what the log holds the mean of."""
-        n_pair = len(batch["ids"])
-        batch = to_device(batch, self.device)
-        features = self.shared_features(net, batch)
-        s, n_token = pair_log_probs(net, batch, features)
-        s_ref = self.reference(net, batch, features)
+        s, s_ref, n_token = self.log_probs(net, to_device(batch, self.device))
         rewards = self.cfg.beta * (s - s_ref)
         self.delta, self.n_delta = update_delta(self.delta, self.n_delta, rewards)
-        terms = self.terms(s, s_ref, n_token, self.delta, self.cfg)
+        terms = self.terms(rewards, s, n_token, self.delta, self.cfg)
         loss = sum(weight * term for weight, term in terms.values())
 
-        metrics = {name: term for name, (_, term) in terms.items()}
-        metrics |= {"reward_chosen": rewards[:, 0], "reward_rejected": rewards[:, 1]}
-        metrics |= {"logp_chosen": s[:, 0], "logp_rejected": s[:, 1], "nll": sft_loss(s[:, 0], n_token[:, 0])}
-        metrics["margin"] = rewards[:, 0] - rewards[:, 1]
-        metrics["accuracy"] = (metrics["margin"] > 0).float()
+        n_pair = len(s)
+        margin = rewards[:, 0] - rewards[:, 1]
+        metrics = {name: term for name, (_, term) in terms.items()} | {
+            "reward_chosen": rewards[:, 0],
+            "reward_rejected": rewards[:, 1],
+            "margin": margin,
+            "accuracy": (margin > 0).float(),
+            "logp_chosen": s[:, 0],
+            "logp_rejected": s[:, 1],
+            "nll": terms["sft"][1],
+        }
         return loss * n_pair, {name: value.detach().mean().item() * n_pair for name, value in metrics.items()}
 
-    @torch.no_grad()
-    def shared_features(self, vlm, batch):
-        """A frozen tower looks once for policy and reference; None: each looks by itself."""
-        return vlm.features(batch["pixels"]) if self.tower_is_frozen else None
-
-    @torch.no_grad()
-    def reference(self, vlm, batch, features):
-        """s_ref (B, 2)."""
+    def log_probs(self, vlm, batch):
+        """s and s_ref of policy and reference, and the number of tokens; (B, 2) each."""
         if self.cfg.reference == "precomputed":
-            return self.s_ref[batch["index"]].to(self.device)
-        with lora_off(vlm):
-            return pair_log_probs(vlm, batch, features)[0]
+            s, n_token = pair_log_probs(vlm, batch)
+            return s, batch["s_ref"], n_token
+        with torch.no_grad():
+            features = vlm.features(batch["pixels"])  # of a frozen tower: one look for both
+            with lora_off(vlm):
+                s_ref, _ = pair_log_probs(vlm, batch, features)
+        s, n_token = pair_log_probs(vlm, batch, features)
+        return s, s_ref, n_token
 
     def state_dict(self):
         return {"delta": self.delta, "n_delta": self.n_delta}
@@ -310,40 +298,46 @@ class Preferring:
 class PairExamples(Examples):
     """Pairs as rows: what data.Examples is for conversations."""
 
+    known = None  # what reference.pt holds
+
+    def make_example(self, record):
+        example = super().make_example(record)
+        content = example["tokens"].numpy().tobytes() + example["pixels"].numpy().tobytes()
+        example["checksum"] = zlib.crc32(content)
+        if self.known:
+            i = example["index"]
+            if example["checksum"] != self.known["checksum"][i]:
+                raise UserError(
+                    f"{record['where']}: not the pair that the reference was asked about before step 1, "
+                    "or its picture is another; start the run anew"
+                )
+            example["s_ref"] = self.known["s_ref"][i].tolist()
+        return example
+
     def open_picture(self, path, record):
         image = super().open_picture(path, record)
         return recompress(image, record["row"]) if record["file"].recompress else image
 
     def encode(self, record, n_visual):
-        for name in "question", "chosen", "rejected":
-            if not isinstance(record.get(name), str):
-                wanted = '{"image", "question", "chosen", "rejected"}'
-                raise UserError(f'"{name}" is {record.get(name)!r}; a pair is {wanted}')
-        question, chosen, rejected = record["question"], record["chosen"], record["rejected"]
-        if chosen.strip() == rejected.strip():
+        texts = [record.get(name) for name in ("question", "chosen", "rejected")]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f'"question", "chosen", "rejected" are {texts}; a pair has all three as text')
+        question, *answers = texts
+        prompt, chosen = self.encode_answer(question, answers[0], n_visual)
+        _, rejected = self.encode_answer(question, answers[1], n_visual)
+        if chosen == rejected or answers[0].strip() == answers[1].strip():
             raise UserError("chosen and rejected are the same answer; drop the pair")
-        prompt, chosen = self.encode_answer("chosen", question, chosen, n_visual)
-        same_prompt, rejected = self.encode_answer("rejected", question, rejected, n_visual)
-        assert prompt == same_prompt, "the prompt of a pair depends on its answer"
-        if chosen == rejected:
-            raise UserError("chosen and rejected are the same tokens; drop the pair")
         self.check_length(len(prompt) + max(len(chosen), len(rejected)), n_visual)
-        return pair_row(prompt, chosen, rejected)
+        return pair_row(prompt, chosen, rejected) | {"n_visual": n_visual}
 
-    def encode_answer(self, name, question, answer, n_visual):
+    def encode_answer(self, question, answer, n_visual):
         """-> ids of the prompt, ids of the answer with its stop."""
         turns = [("human", question), ("gpt", answer)]
-        try:
-            tokens, labels = encode_conversation(self.tok, turns, self.template, n_visual)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-        supervised = [i for i, label in enumerate(labels) if label != IGNORE]
-        first, end = supervised[0], supervised[-1] + 1
-        if len(supervised) != end - first:
-            raise UserError(
-                f"template {self.template} supervises an answer in pieces; use another --template"
-            )
-        return tokens[:first], tokens[first:end]
+        tokens, labels = encode_conversation(self.tok, turns, self.template, n_visual)
+        while labels[-1] == IGNORE:
+            labels.pop()
+        n_prompt = len(labels) - labels[::-1].index(IGNORE)
+        return tokens[:n_prompt], labels[n_prompt:]
 
 
 def recompress(image, seed):
@@ -362,13 +356,18 @@ def to_device(batch, device):
 
 
 def main(argv=None, Config=MPOConfig, Task=Preferring):
-    cfg = parse(Config, argv, description=__doc__)
+    cfg = parse(Config, argv, __doc__, DEFAULTS)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("mpo.py runs in one process: start it without torchrun")
     if cfg.model in PRESETS:
         raise UserError(
             f"--model {cfg.model} is a preset: preferences are for a model that can answer; give its "
             "directory, such as out/finetune"
+        )
+    if cfg.reference == "lora-off" and not (cfg.lora_r and cfg.train == "llm"):
+        raise UserError(
+            "--reference lora-off: the policy without its LoRA must stay what it began as; give "
+            "--lora-r N --train llm, or --reference precomputed"
         )
     cfg.model = cfg.model or str(newest_run())
     return teach(find_files(cfg), Task)

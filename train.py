@@ -240,7 +240,7 @@ def teach(cfg, Task):
         run.open(vlm, tok, task)
         print_parameters(cfg, vlm)
         print(f"{n_step:,} steps of {cfg.batch_size}, from {len(records):,} records", flush=True)
-        task.prepare(vlm, run.out)
+        task.prepare(run)
         return fit(cfg, task, run, held_out)
 
 
@@ -363,8 +363,8 @@ class Answering:
         mean = net(*[batch[name].to(device, non_blocking=True) for name in names])
         return mean * Answering.weight(batch), {}
 
-    def prepare(self, vlm, out):
-        """The run's folder is there, and in a new run vlm is as it was before training."""
+    def prepare(self, run):
+        """The run's folder is there, and in a new run its model is as it was before training."""
 
     @staticmethod
     def state_dict():

@@ -69,19 +69,20 @@ class LossConfig(mpo.MPOConfig):
     epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume", at_least=0, below=0.5)
 
 
-def loss_terms(s, s_ref, n_token, delta, cfg):
+def loss_terms(rewards, s, n_token, delta, cfg):
     """As mpo.mpo_terms. ORPO's weight is its paper's 0.1."""
-    (s_c, s_r), (n_c, n_r) = s.unbind(1), n_token.unbind(1)
-    d_c, d_r = (s - s_ref).unbind(1)
-    r_c, r_r = cfg.beta * d_c, cfg.beta * d_r
-    gap_ref = s_ref[:, 0] - s_ref[:, 1]
+    r_c, r_r = rewards.unbind(1)
+    s_c, s_r = s.unbind(1)
+    n_c, n_r = n_token.unbind(1)
+    d_c, d_r = (rewards / cfg.beta).unbind(1)
+    gap = s_c - s_r
     losses = {
         "cdpo": lambda: cdpo_loss(r_c, r_r, cfg.epsilon),
         "robust-dpo": lambda: robust_dpo_loss(r_c, r_r, cfg.epsilon),
         "hinge": lambda: hinge_loss(r_c, r_r),
         "ipo": lambda: ipo_loss(d_c, d_r, n_c, n_r, cfg.beta),
         "sppo": lambda: sppo_loss(d_c, d_r, cfg.beta),
-        "aot": lambda: aot_loss(s_c - s_r, gap_ref, cfg.beta),
+        "aot": lambda: aot_loss(gap, gap - (d_c - d_r), cfg.beta),
         "orpo": lambda: orpo_loss(s_c, s_r, n_c, n_r),
     }
     weight = 0.1 if cfg.loss == "orpo" else 1.0

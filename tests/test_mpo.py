@@ -132,7 +132,7 @@ def rewards(case, beta=0.1):
 
 def lab_loss(name, s, s_ref, n):
     cfg = SimpleNamespace(beta=0.1, epsilon=0.1, loss=name, w_g=0)
-    return lab_losses.loss_terms(s, s_ref, n, 0.0, cfg)[name][1]
+    return lab_losses.loss_terms(cfg.beta * (s - s_ref), s, n, 0.0, cfg)[name][1]
 
 
 def random_pairs(n_pair, dtype=torch.float32):
@@ -176,7 +176,8 @@ def test_bco_with_the_cumulative_shift_over_two_steps():
 
 def test_the_three_terms_have_the_weights_of_the_flags():
     cfg = mpo.MPOConfig(w_p=0.5, w_q=0.3, w_g=2.0)
-    terms = mpo.mpo_terms(*rows(FIRST), 0.1, cfg)
+    s, _, n = rows(FIRST)
+    terms = mpo.mpo_terms(rewards(FIRST), s, n, 0.1, cfg)
     assert {name: weight for name, (weight, _) in terms.items()} == {"dpo": 0.5, "bco": 0.3, "sft": 2.0}
     near(terms["dpo"][1], 0.513015)
     near(terms["bco"][1], 1.196278)
@@ -214,7 +215,8 @@ def test_a_batch_costs_the_mean_of_its_pairs():
     cfg = mpo.MPOConfig()
 
     def costs(part):
-        terms = mpo.mpo_terms(s[part], s_ref[part], n[part], 0.2, cfg)
+        r = 0.1 * (s[part] - s_ref[part])
+        terms = mpo.mpo_terms(r, s[part], n[part], 0.2, cfg)
         found = {name: term for name, (_, term) in terms.items()}
         for name in set(lab_losses.NAMES) - {"aot"}:
             found[name] = lab_loss(name, s[part], s_ref[part], n[part])
@@ -420,16 +422,63 @@ def test_the_policy_without_its_lora_is_the_reference(tiny, folder):
 
 def test_lora_off_without_a_lora_is_refused(tiny, folder, capfd):
     assert go(tiny, folder, "--reference", "lora-off") == 1
-    assert "no LoRA, such as" in errors(capfd)[-1]
+    assert "give --lora-r N --train llm" in errors(capfd)[-1]
 
 
 def test_the_reference_of_a_run_is_kept_in_its_folder(tiny, folder, vlm, tok):
     assert go(tiny, folder, "--train", "connector,llm,vision") == 0
-    kept = torch.load("run/reference.pt", weights_only=True)
+    kept = torch.load("run/reference.pt", weights_only=True)["s_ref"]
     made = examples(folder, tok, vlm)
     expected, _ = mpo.pair_log_probs(vlm, mpo.collate_pairs([made[i] for i in range(4)], tok.pad))
     torch.testing.assert_close(kept, expected.detach(), atol=1e-4, rtol=0)
     assert abs(log("run")[-1]["margin"]) > 0.1  # the policy has moved, tower included
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--micro-batch-size", 1],
+        ["--token-budget", 300],
+        ["--weights", "bfloat16"],
+        ["--dtype", "bfloat16"],
+        ["--lora-r", 4, "--train", "llm", "--reference", "lora-off"],
+    ],
+)
+def test_before_the_first_step_every_reward_is_exactly_zero(tiny, folder, flags):
+    assert go(tiny, folder, *flags) == 0
+    first, *_, last = log("run")
+    assert first["reward_chosen"] == first["reward_rejected"] == first["delta"] == 0
+    assert last["reward_chosen"] != 0
+
+
+@pytest.mark.parametrize("at_first", ["missing", "another"])
+def test_a_pair_that_the_reference_has_not_seen_so_is_never_trained_on(tiny, folder, monkeypatch, at_first):
+    os.rename("b.png", "away.png")
+    if at_first == "another":
+        Image.new("RGB", (20, 40), "green").save("b.png")
+    with monkeypatch.context() as patch:
+        die_at(patch, mpo.Preferring, "loss", call=4)
+        assert exit_code_of(lambda: go(tiny, folder)) == 9
+    os.replace("away.png", "b.png")
+    assert go(tiny, folder, "--resume") == 0
+    before, *_, after = log("run")
+    assert before["pairs"] == (2 if at_first == "missing" else 4)
+    assert after["pairs"] == 2
+    assert all("the reference was asked about" in reason for reason in after["skipped"])
+
+
+def test_a_reference_is_asked_about_no_more_pairs_than_the_steps_will_show(tiny, folder):
+    assert go(tiny, folder, "--batch-size", 1, "--max-steps", 3) == 0
+    known = torch.load("run/reference.pt", weights_only=True)
+    assert known["s_ref"].isnan().any(1).sum() == 1
+    assert (known["checksum"] == -1).sum() == 1
+
+
+def test_a_dry_run_of_preferences_says_their_length_and_reads_no_weights(tiny, folder, capfd):
+    assert go(tiny, folder, "--dry-run") == 0
+    assert "in 4 of them" in capfd.readouterr().out
+    assert not Path("run").exists()
 
 
 def test_a_resumed_run_without_its_reference_says_so(tiny, folder, capfd):

@@ -236,8 +236,9 @@ def pair_loss(model, call, is_ours, n, batch, cfg):
 
     def loss_of():
         s, s_ref = sums(nets) + known
-        delta, _ = mpo.update_delta(0.0, 0, loss_cfg.beta * (s - s_ref))
-        terms = mpo.mpo_terms(s, s_ref, torch.full_like(s, n), delta, loss_cfg)
+        rewards = loss_cfg.beta * (s - s_ref)
+        delta, _ = mpo.update_delta(0.0, 0, rewards)
+        terms = mpo.mpo_terms(rewards, s, torch.full_like(s, n), delta, loss_cfg)
         return sum(weight * term for weight, term in terms.values())
 
     return loss_of
