@@ -346,7 +346,7 @@ def likeliest(vlm, tok, prompts, candidates):
     pixels, layout = sample.gather_pictures(prompts, device)
     x = vlm.embed(torch.tensor(rows, device=device), vlm.features(pixels), layout)  # (B, T, D)
     ends = torch.arange(len(prompts), device=device) * x.shape[1] + lengths - 1  # (B,) each prompt's last row
-    logits = vlm.decoder.lm_head(vlm.decoder(x, rows=ends)).float()  # (B, V)
+    logits = vlm.decoder.lm_head(vlm.decoder(x, wanted=ends)).float()  # (B, V)
     p = logits[:, [id for (id,) in choices]].softmax(-1).cpu()  # (B, candidates)
     return [{"text": candidates[int(row.argmax())], "p": [round(x, 6) for x in row.tolist()]} for row in p]
 

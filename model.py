@@ -1,7 +1,7 @@
 """The vision-language model: a ViT looks, a connector translates, a Llama-style decoder reads and writes
 (arXiv:2310.03744).
 
-    pixels --ViT--> features of patches --connector--> visual tokens, as wide as word embeddings
+    pixels --ViT--> features of patches --connector--> visual tokens, as wide as the embeddings of text
     tokens --embedding--> rows; over those of the image tokens the visual tokens are written
     rows   --decoder--> hidden states --lm_head--> logits of the next token
 
@@ -14,8 +14,9 @@
     ids    = vlm.generate(tokens, pixels, max_new_tokens=64)
     vlm.save_pretrained(DIR)                # transformers opens it, if its tower is a CLIP
 
-Letters: B rows of a batch, T tokens of a row, n tiles of all pictures, S pixels a side of a tile, N visual
-tokens of a tile, M visual tokens of all pictures, D channels, H heads, d channels of a head, V words.
+Letters: B rows of a batch, T tokens of a row, n tiles of all pictures, S pixels a side of a tile, N features
+of a tile, M visual tokens of all pictures, K rows that are wanted of all B T, D channels, H heads, d channels
+of a head, V tokens of the vocabulary.
 
 Rows are padded on the right, in training and in generation alike: under a causal mask no token ever sees the
 padding behind it, so no mask is needed for it. Deviations from the originals:
@@ -26,8 +27,8 @@ padding behind it, so no mask is needed for it. Deviations from the originals:
 """
 
 import math
-import re
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -35,18 +36,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from support.cli import UserError
-from vision import TILINGS, VisionConfig, ViT, find_tiling, random_normal
+from vision import VisionConfig, ViT, find_tiling, random_normal
 
 IGNORE = -100                        # the label of a token that is not supervised
-CONNECTORS = {                       # name -> its linear layers; between two stands a GELU
-    "linear": 1,                     # LLaVA v1
-    "mlp2x_gelu": 2,                 # LLaVA-1.5
-    "norm_gelu": 2,                  # InternVL, a LayerNorm before them
-    "fused_gelu": 3,                 # Prismatic, whose first is four times as wide as its input
-}
-
-
-# ---- configs ---------------------------------------------------------------------------------------------
+# ---- configs ----
 
 
 @dataclass
@@ -68,6 +61,20 @@ class DecoderConfig:
             raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads")
         if self.head_dim % 2:
             raise UserError(f"rotary positions turn channels in pairs; {self.head_dim} in a head is odd")
+
+
+class ConnectorKind(NamedTuple):
+    n_linear: int                    # linear layers; between two stands a GELU
+    norm: bool = False               # a LayerNorm before them
+    widening: int = 0                # the first is so many times as wide as its input; 0: D wide, as the rest
+
+
+CONNECTORS = {
+    "linear": ConnectorKind(1),                                             # LLaVA v1
+    "mlp2x_gelu": ConnectorKind(2),                                         # LLaVA-1.5
+    "norm_gelu": ConnectorKind(2, norm=True),                               # InternVL
+    "fused_gelu": ConnectorKind(3, widening=4),                             # Prismatic
+}
 
 
 @dataclass
@@ -102,7 +109,7 @@ class VLMConfig:
 
     @property
     def n_feature(self):
-        """Channels of a visual token before the connector."""
+        """Channels of a feature, of both towers together."""
         return self.vision.n_feature + (self.vision2.n_feature if self.vision2 else 0)
 
     @property
@@ -111,19 +118,20 @@ class VLMConfig:
         return self.tiling is not None and self.tiling.row_end
 
     @property
-    def no_words(self):
-        """The ids that are never generated: <image>, <pad> and what else lies behind the words."""
-        if self.pad_token == self.eos_token:  # InternVL, whose words go on behind <image>
+    def never_generated(self):
+        """The ids of <image>, <pad> and what else lies behind the text."""
+        if self.pad_token == self.eos_token:  # InternVL, whose text tokens go on behind <image>
             return slice(self.image_token, self.image_token + 1)
         return slice(min(self.image_token, self.pad_token), None)
 
 
-# The toy: its tower and decoder are in assets/, made by lab/. 64 visual tokens a picture.
+# Sizes only: vocab_size and the ids become those of the tokenizer that a run is given.
+# toy: its tower and decoder are in assets/, made by lab/. 64 visual tokens a picture.
 TOY_TOWER = VisionConfig(image_size=96, patch_size=12, n_embd=128, n_layer=5, n_head=4, n_hidden=512)
 TOY_DECODER = DecoderConfig(
     vocab_size=960, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024
 )
-# For 64 px pictures of four small real photos, from random weights: 2 x 2 patches become one visual token.
+# photo: for 64 px pictures of four 32 px photos, from random weights. A photo becomes one visual token.
 PHOTO_TOWER = replace(TOY_TOWER, image_size=64, patch_size=16, n_layer=4, feature_layer=-1, merge=2)
 TOWER_224 = VisionConfig(image_size=224)
 VICUNA_7B = DecoderConfig(vocab_size=32064)
@@ -139,11 +147,10 @@ PRESETS = {
 }
 
 
-# ---- the model -------------------------------------------------------------------------------------------
+# ---- the model ----
 
 
 class VLM(nn.Module):
-    always_look = False              # support.distributed sets it where several processes train together
     lora = None                      # what support.lora.add_lora was asked for
 
     def __init__(self, cfg):
@@ -162,19 +169,20 @@ class VLM(nn.Module):
         layout (M, 2) says which tile and which patch of it each visual token is (vision.cut_tiles), so that
         several runs can show one picture; None: each patch of each tile, in order.
         labels stand under their own token, not shifted; IGNORE where it is not supervised. The loss is the
-        mean over the others of - log p(token | tokens before it), Eq. 3 of arXiv:2304.08485v2.
+        mean over the others of - log p(token | tokens before it), Eq. 3 of the first LLaVA paper
+        (arXiv:2304.08485v2).
         """
         x = self.embed(tokens, self.features(pixels), layout)               # (B, T, D)
         if labels is None:
             return self.decoder.lm_head(self.decoder(x))                    # (B, T, V)
 
-        # Position t predicts token t + 1, and only the rows that predict a supervised one go on to the head.
+        # Position t predicts token t + 1, and only those that predict a supervised one go on to the head.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()      # (B T,)
-        rows = (targets != IGNORE).nonzero()[:, 0]                          # (n,)
-        if len(rows) == 0:
+        wanted = (targets != IGNORE).nonzero()[:, 0]                        # (K,)
+        if len(wanted) == 0:
             raise ValueError("no supervised token in the batch, so no loss; see python -m tools.show check")
-        h = self.decoder(x, rows=rows)                                      # (n, D)
-        return -token_log_probs(h, self.decoder.lm_head.weight, targets[rows]).mean()
+        h = self.decoder(x, wanted=wanted)                                  # (K, D)
+        return -token_log_probs(h, self.decoder.lm_head.weight, targets[wanted]).mean()
 
     @property
     def towers(self):
@@ -184,11 +192,11 @@ class VLM(nn.Module):
         """What the towers see: (n, 3, S, S) -> (n, N, D_vision). None where there is no picture."""
         if pixels is None or len(pixels) == 0:
             return None
-        seen = [tower(pixels) for tower in self.towers]
-        return torch.cat(seen, dim=-1) if len(seen) > 1 else seen[0]
+        return torch.cat([tower(pixels) for tower in self.towers], dim=-1)
 
     def embed(self, tokens, features=None, layout=None):
-        """Word embeddings, with the visual tokens in the place of the image tokens: (B, T) -> (B, T, D)."""
+        """Tokens (B, T) -> their embeddings (B, T, D). Over those of the image tokens the visual tokens are
+        written, into which the connector turns the features (n, N, D_vision)."""
         # <image> and <pad> may lie beyond the table (LLaVA's own has 32,000 rows); any row will do for them.
         is_image = tokens == self.cfg.image_token                           # (B, T)
         no_row = is_image
@@ -196,23 +204,16 @@ class VLM(nn.Module):
             no_row = no_row | (tokens == self.cfg.pad_token)
         x = self.decoder.embed_tokens(tokens.masked_fill(no_row, 0))        # (B, T, D)
 
+        visual = x.new_empty(0, x.shape[-1])                                # (M, D)
+        if features is not None:
+            visual = self.connector(features, layout)
         n_image = int(is_image.sum())
-        visual = [] if features is None else self.connector(features, layout)                   # (M, D)
         if n_image != len(visual):
             raise ValueError(
                 f"{n_image} image tokens in the batch, {len(visual)} visual tokens from the pictures: each "
                 "picture needs as many image tokens as its layout has rows (encode_conversation makes them)"
             )
-        if n_image:
-            return x.masked_scatter(is_image[:, :, None], visual.to(x.dtype))
-        if self.always_look and torch.is_grad_enabled():
-            # Other processes have pictures, and wait for this one's share of the towers and the connector.
-            S = self.cfg.vision.image_size
-            blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=x.device)
-            places = [[0, 0]] if self.connector.row_end is None else [[0, 0], [-1, 0]]
-            visual = self.connector(self.features(blank), torch.tensor(places, device=x.device))
-            x = x + 0 * visual.sum().to(x.dtype)
-        return x
+        return x.masked_scatter(is_image[:, :, None], visual.to(x.dtype))
 
     def generate(self, tokens, pixels=None, max_new_tokens=128, **options):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), <pad> after a row's end.
@@ -222,16 +223,16 @@ class VLM(nn.Module):
         return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, **options)), dim=1)
 
     @torch.no_grad()
-    def stream(self, tokens, pixels=None, max_new_tokens=128, layout=None, lengths=None, stop=None, **choice):
+    def stream(self, tokens, pixels, max_new_tokens, layout=None, lengths=None, stop=None, **sampling):
         """The same, a token of each row at a time: yields ids (B,) until every row has ended.
 
         lengths (B,): how many tokens of each row are prompt, where rows are padded on the right.
         stop: the ids that end an answer, if not </s> alone.
-        choice: temperature, top_p, top_k and seed, the fields of Sampling; greedy without them.
+        sampling: temperature, top_p, top_k and seed, the fields of Sampling; greedy without them.
         """
         B, T = tokens.shape
         device = tokens.device
-        sampling = Sampling(**choice)
+        sampling = Sampling(**sampling)
         generator = None
         if sampling.seed is not None:
             generator = torch.Generator(device).manual_seed(sampling.seed)
@@ -244,14 +245,14 @@ class VLM(nn.Module):
         # Read the prompts. What padding leaves in the cache is overwritten before anything sees it.
         cache = self.decoder.new_cache(B, T + max_new_tokens)
         x = self.embed(tokens, self.features(pixels), layout)               # (B, T, D)
-        last_rows = torch.arange(B, device=device) * T + lengths - 1
-        h = self.decoder(x, rows=last_rows, cache=cache)                    # (B, D)
+        last = torch.arange(B, device=device) * T + lengths - 1             # (B,)
+        h = self.decoder(x, wanted=last, cache=cache)                       # (B, D)
 
         # Write, one token a row and step.
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             logits = self.decoder.lm_head(h).float()                        # (B, V)
-            logits[:, self.cfg.no_words] = -math.inf
+            logits[:, self.cfg.never_generated] = -math.inf
             new = pick_token(logits, sampling, generator).masked_fill(ended, self.cfg.pad_token)
             yield new
             ended = ended | torch.isin(new, stop)
@@ -259,18 +260,6 @@ class VLM(nn.Module):
                 return
             x = self.decoder.embed_tokens(new.masked_fill(ended, 0))        # (B, D)
             h = self.decoder.step(x, lengths + step, T + step + 1, cache)   # (B, D)
-
-    def set_image_mode(self, mode, **choices):
-        """How pictures become tiles from now on; choices are fields of vision.Tiling."""
-        tiling = find_tiling(self.cfg.vision, mode)
-        if choices and tiling is None:
-            raise UserError(f"image mode {mode} cuts no tiles, so it has no {' or '.join(choices)} to choose")
-        if tiling is not None:
-            tiling = replace(tiling, **choices)
-            if tiling == TILINGS[mode]:
-                tiling = None  # nothing differs
-        self.cfg = replace(self.cfg, image_mode=mode, vision=replace(self.cfg.vision, tiling=tiling))
-        self.connector.set_row_end(self.cfg.row_end)
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
@@ -294,20 +283,21 @@ class VLM(nn.Module):
 
 
 class Connector(nn.Module):
-    """Visual features -> word-embedding space: (M, D_vision) -> (M, D), Eq. 1 of arXiv:2304.08485v2.
+    """Features (n, N, D_vision) -> visual tokens (M, D), which the decoder reads like embeddings of text.
 
-    LLaVA-1.5's two linear layers with a GELU between them, or what the other systems have in their place.
+    One linear layer is Eq. 1 of the first LLaVA paper (arXiv:2304.08485v2); LLaVA-1.5 has two.
     """
 
     def __init__(self, cfg):
         super().__init__()
+        kind = CONNECTORS[cfg.connector]
         n_in, D = cfg.n_feature, cfg.decoder.n_embd
         self.D = D
-        self.n_linear = CONNECTORS[cfg.connector]
-        self.norm = nn.LayerNorm(n_in) if cfg.connector == "norm_gelu" else nn.Identity()
-        widths = [D] * self.n_linear
-        if cfg.connector == "fused_gelu":
-            widths[0] = 4 * n_in
+        self.n_linear = kind.n_linear
+        self.norm = nn.LayerNorm(n_in) if kind.norm else nn.Identity()
+        widths = [D] * kind.n_linear
+        if kind.widening:
+            widths[0] = kind.widening * n_in
         for i, width in enumerate(widths, 1):
             self.add_module(f"linear_{i}", nn.Linear(n_in, width))  # fresh weights are PyTorch's own
             n_in = width
@@ -342,7 +332,7 @@ class Connector(nn.Module):
         return x
 
 
-# ---- the decoder -----------------------------------------------------------------------------------------
+# ---- the decoder ----
 
 
 class Decoder(nn.Module):
@@ -351,19 +341,21 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        # nn.Embedding would draw a table of its own, on the meta device as well: see random_normal.
         table = random_normal(cfg.vocab_size, cfg.n_embd)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
-    def forward(self, x, positions=None, mask=None, rows=None, cache=None):
+    def forward(self, x, positions=None, mask=None, wanted=None, cache=None):
         """Embeddings (B, T, D) -> hidden states (B, T, D), ready for lm_head.
 
-        positions (B, T): None, and they are 0 to T - 1.
-        mask (B, 1, T, keys), True where a token may look: None, and each sees itself and those before it.
-        rows (n,): those of the B T rows that are wanted, -> (n, D). The last block's MLP runs on no others.
-        cache: keys and values are written into it.
+        positions (1 or B, T): 0 to T - 1 without.
+        mask (1 or B, 1, T, keys), True where a token may look: itself and those before it without.
+        wanted (K,): those of the B T rows that are wanted, -> (K, D). The last block's MLP runs on no others.
+        cache: keys and values are written into it, at the positions. With a mask the first `keys` of its
+        places are what a token may look at; without one only these T tokens are.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]     # (1, T)
@@ -372,7 +364,7 @@ class Decoder(nn.Module):
         rope = rotary_angles(positions, self.cfg)
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
-            inputs = x, rope, mask, rows if is_last else None, cache[i], positions
+            inputs = x, rope, positions, mask, wanted if is_last else None, cache[i]
             if i < self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -400,10 +392,10 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = SwiGLU(cfg)
 
-    def forward(self, x, rope, mask=None, rows=None, cache=None, positions=None):
-        y = self.self_attn(self.input_layernorm(x), rope, mask, rows, cache, positions)
-        if rows is not None:
-            x = x.flatten(0, 1).index_select(0, rows)                       # (n, D)
+    def forward(self, x, rope, positions=None, mask=None, wanted=None, cache=None):
+        y = self.self_attn(self.input_layernorm(x), rope, positions, mask, wanted, cache)
+        if wanted is not None:
+            x = x.flatten(0, 1).index_select(0, wanted)                     # (K, D)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -421,7 +413,7 @@ class CausalAttention(nn.Module):
         self.v_proj = nn.Linear(D, cfg.n_kv_head * d, bias=False)
         self.o_proj = nn.Linear(cfg.n_head * d, D, bias=False)
 
-    def forward(self, x, rope, mask=None, rows=None, cache=None, positions=None):
+    def forward(self, x, rope, positions=None, mask=None, wanted=None, cache=None):
         B, T, _ = x.shape                                                   # (B, T, D)
         heads = B, T, -1, self.head_dim
         q = self.q_proj(x).view(heads).transpose(1, 2)                      # (B, H, T, d)
@@ -430,15 +422,13 @@ class CausalAttention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             each_row = torch.arange(B, device=x.device)[:, None]
-            cache[0, each_row, :, positions] = k.transpose(1, 2)
-            cache[1, each_row, :, positions] = v.transpose(1, 2)
-            if mask is not None:  # a step, which sees what was written before
-                end = mask.shape[-1]
-                k, v = cache[:, :, :, :end]
+            cache.transpose(2, 3)[:, each_row, positions] = torch.stack([k, v]).transpose(2, 3)
+            if mask is not None:  # these tokens see what was written before them, too
+                k, v = cache[:, :, :, : mask.shape[-1]]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.is_grouped)
         y = y.transpose(1, 2).reshape(B, T, -1)                             # (B, T, H d)
-        if rows is not None:
-            y = y.flatten(0, 1).index_select(0, rows)                       # (n, H d)
+        if wanted is not None:
+            y = y.flatten(0, 1).index_select(0, wanted)                     # (K, H d)
         return self.o_proj(y)
 
 
@@ -477,19 +467,20 @@ def rotary_angles(positions, cfg):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of channels by its angle (Eq. 34 there). Channels i and i + d/2 are a pair, as in the
-    public Llama weights; in the paper neighbours are."""
+    """Turn each pair of channels by its angle, Eq. 34 of arXiv:2104.09864v5. Channels i and i + d/2 are a
+    pair, as in the public Llama weights; in the paper neighbours are."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
-# ---- the loss over a vocabulary, in pieces ---------------------------------------------------------------
+# ---- the loss over a vocabulary, in pieces ----
 
 
 def token_log_probs(h, W, targets):
-    """log softmax(h W^T)[target] of each row: (n, D), (V, D), (n,) -> (n,) float32.
+    """log softmax(h W^T)[target] of each row: (K, D), (V, D), (K,) -> (K,) float32.
 
-    SFT takes minus their mean, DPO their sum over each answer.
+    Equal to -F.cross_entropy(h @ W.T, targets, reduction="none"), in less memory. SFT takes minus their mean,
+    DPO their sum over each answer.
     """
     device = h.device.type
     if torch.is_autocast_enabled(device):
@@ -499,7 +490,7 @@ def token_log_probs(h, W, targets):
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """A slice of rows at a time, so that the logits of all rows, (n, V) in float32, never exist.
+    """A slice of rows at a time, so that the logits of all rows, (K, V) in float32, never exist.
 
     The gradient of a target's log-probability by its logits is onehot(target) - p. The first slices keep it
     for the way back, where their logits were. For more there may be no room: they compute it once more.
@@ -546,21 +537,21 @@ def log_prob_and_grad(x, W, target):
     target = target[:, None]                                                # (r, 1)
     logits = (x @ W.T).float()                                              # (r, V)
     top = logits.amax(-1, keepdim=True)
-    said = logits.gather(1, target)
+    of_target = logits.gather(1, target)
     p = logits.sub_(top).exp_()
     total = p.sum(-1, keepdim=True)
-    grad = p.div_(-total).scatter_add_(1, target, torch.ones_like(said))    # onehot(target) - p
-    return (said - top - total.log())[:, 0], grad.to(x.dtype)
+    grad = p.div_(-total).scatter_add_(1, target, torch.ones_like(of_target))  # onehot(target) - p
+    return (of_target - top - total.log())[:, 0], grad.to(x.dtype)
 
 
-# ---- the choice of a token -------------------------------------------------------------------------------
+# ---- the choice of a token ----
 
 
 @dataclass
 class Sampling:
-    temperature: float = 0.0         # 0: the likeliest word
-    top_p: float = 1.0               # draw from the smallest set of words that holds this probability
-    top_k: int = 0                   # draw from this many likeliest words; 0: from all
+    temperature: float = 0.0         # 0: the likeliest token
+    top_p: float = 1.0               # draw from the smallest set of tokens that holds this probability
+    top_k: int = 0                   # draw from this many likeliest tokens; 0: from all
     seed: int | None = None
 
     def __post_init__(self):
@@ -578,30 +569,8 @@ def pick_token(logits, sampling, generator=None):
         p[:, sampling.top_k :] = 0
     p = p / p.sum(-1, keepdim=True)
 
-    # A word goes when those above it already hold top_p.
+    # A token goes when those above it already hold top_p.
     above = p.cumsum(-1) - p
     p[above >= sampling.top_p] = 0
     drawn = torch.multinomial(p, 1, generator=generator)                    # (B, 1)
     return ids.gather(-1, drawn)[:, 0]
-
-
-# ---- weights from nothing --------------------------------------------------------------------------------
-
-
-def init_weights(module):
-    """For towers and decoders that start from nothing: N(0, 1/fan_in). The usual 0.02 is right at width 2,500
-    and too small at the toy's 128."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            fan_in = part.weight[0].numel()
-            nn.init.normal_(part.weight, std=fan_in**-0.5)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, std=part.embedding_dim**-0.5)
-
-    # What is added to the residual stream starts quiet.
-    for name, p in module.named_parameters():
-        if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name):
-            p.data *= 0.3
-    return module

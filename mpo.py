@@ -176,7 +176,7 @@ def pair_log_probs(vlm, batch, features=None):
     if features is None:
         features = vlm.features(batch["pixels"])
     x = vlm.embed(batch["tokens"], features, batch["layout"])  # (B, T, D)
-    h = vlm.decoder(x, positions=batch["positions"], mask=mask[:, None], rows=predictors)  # (n, D)
+    h = vlm.decoder(x, positions=batch["positions"], mask=mask[:, None], wanted=predictors)  # (n, D)
     log_probs = token_log_probs(h, vlm.decoder.lm_head.weight, batch["labels"][is_answer])  # (n,)
 
     # Sum them by answer: two a row.

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 import toyworld
 from conversation import Tokenizer
 from lab.common import NOTHING, draw_pixels, fit_part, patch_owners, repaint_some, shares_line
-from model import PRESETS, Decoder, init_weights
+from model import PRESETS, Decoder
 from support.export import clip_json, clip_name, write_model
+from support.start import init_weights
 from vision import ViT
 
 FALSE, TRUE, UNTOLD = 0, 1, 2    # of a phrase and a thing

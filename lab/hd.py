@@ -29,6 +29,7 @@ from lab.common import patch_owners
 from model import IGNORE, PRESETS, VLM
 from support.cli import arg, parse, run
 from support.io import read_json, write_json
+from support.start import set_image_mode
 from vision import TILINGS, cut_tiles, join_pictures
 
 SIZE = 192                           # side of the pictures, in pixels: 2 x 2 tiles
@@ -175,7 +176,7 @@ def measure_speed(B=8, rounds=15):
     seconds = {"pad": [], "hd": [], "tower": []}
     for _ in range(rounds):
         for mode, (pixels, layout) in visual.items():
-            vlm.set_image_mode(mode)
+            set_image_mode(vlm, mode)
             tokens = torch.full((B, T), 5)
             tokens[:, 1 : 1 + len(layout) // B] = vlm.cfg.image_token
             labels = torch.where(tokens == 5, tokens, IGNORE)

@@ -22,8 +22,9 @@ import toyworld
 from benchmarks.common import is_right
 from conversation import Tokenizer, encode_conversation
 from lab.common import fit_part, shares_line, spell, sum_of_words
-from model import IGNORE, PRESETS, Decoder, init_weights
+from model import IGNORE, PRESETS, Decoder
 from support.export import llama_json, llama_name, write_model
+from support.start import init_weights
 
 HARD = ("choice", "count", "box")                # categories that are asked about more often
 

@@ -101,7 +101,7 @@ def parallelize(vlm, cfg, device):
     if world_size() == 1:
         return vlm
 
-    vlm.always_look = True
+    vlm.register_forward_pre_hook(add_blank_tile)
     if not cfg.shard:
         return DistributedDataParallel(vlm, broadcast_buffers=False)
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -110,6 +110,19 @@ def parallelize(vlm, cfg, device):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(vlm, "generate")
     return vlm
+
+
+def add_blank_tile(vlm, batch):
+    """Before each forward pass: a batch without pictures gets a blank tile, which no image token shows.
+
+    Other processes have pictures, and wait for this one's share of the towers and the connector: zeros.
+    """
+    tokens, pixels, labels, layout = batch
+    if len(pixels):
+        return batch
+    S = vlm.cfg.vision.image_size
+    blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=tokens.device)
+    return tokens, blank, labels, layout
 
 
 def only_at_last(net, is_last):

@@ -4,13 +4,15 @@ A preset names sizes only. Its ingredients are --vision (one tower or two), --ll
 what is not given starts from random weights.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from conversation import Tokenizer
-from model import PRESETS, VLM, init_weights
+from model import PRESETS, VLM
 from support.cli import UserError, one_of
 from support.weights import (
     check_tokenizer,
@@ -23,7 +25,7 @@ from support.weights import (
     read_tower,
     tokenizer_home,
 )
-from vision import TILINGS, grids_up_to
+from vision import TILINGS, find_tiling, grids_up_to
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TOY = {"vision": str(ASSETS / "toy-clip"), "llm": str(ASSETS / "toy-vicuna")}
@@ -70,6 +72,25 @@ def build_preset(cfg):
     else:
         init_weights(vlm.decoder)
     return vlm, tok
+
+
+def init_weights(module):
+    """For towers and decoders that start from nothing: N(0, 1/fan_in). The usual 0.02 is right at width 2,500
+    and too small at the toy's 128."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            fan_in = part.weight[0].numel()
+            nn.init.normal_(part.weight, std=fan_in**-0.5)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=part.embedding_dim**-0.5)
+
+    # What is added to the residual stream starts quiet.
+    for name, p in module.named_parameters():
+        if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name):
+            p.data *= 0.3
+    return module
 
 
 def preset_plan(cfg):
@@ -120,7 +141,20 @@ def set_tiles(vlm, cfg):
         choices["global_view"] = cfg.global_view
     if cfg.max_tiles:
         choices["grids"] = grids_up_to(cfg.max_tiles)
-    vlm.set_image_mode(mode, **choices)
+    set_image_mode(vlm, mode, **choices)
+
+
+def set_image_mode(vlm, mode, **choices):
+    """How pictures become tiles from now on; choices are fields of vision.Tiling."""
+    tiling = find_tiling(vlm.cfg.vision, mode)
+    if choices and tiling is None:
+        raise UserError(f"image mode {mode} cuts no tiles, so it has no {' or '.join(choices)} to choose")
+    if tiling is not None:
+        tiling = replace(tiling, **choices)
+        if tiling == TILINGS[mode]:
+            tiling = None  # nothing differs
+    vlm.cfg = replace(vlm.cfg, image_mode=mode, vision=replace(vlm.cfg.vision, tiling=tiling))
+    vlm.connector.set_row_end(vlm.cfg.row_end)
 
 
 def lora_base(cfg):

@@ -8,9 +8,10 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import IGNORE, VLM, init_weights
+from model import IGNORE, VLM
 from support.cli import UserError, parse
 from support.plan import count_flops
+from support.start import init_weights
 from tools import bench
 from train import TrainConfig
 
@@ -37,7 +38,7 @@ def test_the_last_block_gives_the_rows_asked_for_as_if_all_were_computed(vlm):
     x = torch.randn(3, 9, 256, requires_grad=True)
     rows = torch.tensor([0, 4, 13, 26, 26])              # of 27; one of them twice
     of_all = vlm.decoder(x).flatten(0, 1)[rows]
-    of_some = vlm.decoder(x, rows=rows)
+    of_some = vlm.decoder(x, wanted=rows)
     assert_close(of_some, of_all, rtol=1e-5, atol=1e-5)
     expected, = torch.autograd.grad(of_all.sin().sum(), x)
     grad, = torch.autograd.grad(of_some.sin().sum(), x)

@@ -33,15 +33,16 @@ from model import (
     Sampling,
     TokenLogProbs,
     VLMConfig,
-    init_weights,
     pick_token,
     rotary_angles,
     rotate,
     token_log_probs,
 )
 from support.cli import UserError, run
+from support.distributed import add_blank_tile
 from support.export import clip_json, llama_json, llama_name, llava_config, llava_name, save_processor
 from support.io import read_json, write_whole
+from support.start import init_weights
 from support.weights import decoder_config, load_decoder, load_vision, read_config, vision_config
 from vision import VisionConfig, ViT, cut_tiles
 
@@ -265,10 +266,11 @@ def test_gradients_reach_every_part_but_the_layers_that_are_never_run():
 def test_a_batch_of_words_alone_still_touches_tower_and_connector_where_several_processes_train(mode):
     vlm = lively(VLM(replace(TINY, image_mode=mode))).train()
     tokens = torch.tensor([prompt(9)])
-    alone = vlm(tokens, None, tokens)
-    vlm.always_look = True
-    assert_close(vlm(tokens, None, tokens), alone)
-    vlm(tokens, None, tokens).backward()
+    batch = tokens, torch.empty(0, 3, 28, 28), tokens, torch.empty(0, 2, dtype=torch.int64)
+    alone = vlm(*batch)
+    vlm.register_forward_pre_hook(add_blank_tile)
+    assert_close(vlm(*batch), alone)
+    vlm(*batch).backward()
     assert (
         all(p.grad is not None for p in vlm.connector.parameters()) and not vlm.vision.patch.weight.grad.any()
     )
@@ -379,6 +381,17 @@ def test_a_cached_step_computes_what_the_whole_sequence_would_in_rows_of_unequal
         h = decoder.step(new, lengths + step, 8 + step, cache)
         for i, n in enumerate(lengths):
             assert_close(h[i], decoder(x[i : i + 1, : n + step + 1])[0, -1], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_rest_of_a_prompt_is_read_against_a_cache_that_holds_its_beginning(vlm):
+    decoder, x = vlm.decoder, 3 * torch.randn(2, 9, 32)
+    cache = decoder.new_cache(2, 12)
+    decoder(x[:, :4], cache=cache)
+    positions = torch.arange(4, 9)
+    mask = torch.arange(9) <= positions[:, None]  # (T, keys)
+    rest = decoder(x[:, 4:], positions[None], mask[None, None], cache=cache)
+    assert_close(rest, decoder(x)[:, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_of_unequal_prompts_and_pictures_gives_what_single_calls_give(vlm):

@@ -25,6 +25,7 @@ from data import Examples, Records, collate, picture_paths
 from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.export import save_processor
+from support.start import set_image_mode
 from support.weights import read_config
 from vision import (
     MODES,
@@ -494,7 +495,7 @@ def test_a_saved_model_is_the_same_with_all_its_choices(tmp_path, tok, mode, cap
         dict(global_view="none") if mode == "anyres" else dict(grids=grids_up_to(3), global_view="first")
     )
     vlm = tiny(tok, mode)
-    vlm.set_image_mode(mode, **choices)
+    set_image_mode(vlm, mode, **choices)
     again = VLM.from_pretrained(save(vlm, tok, tmp_path))
     assert again.cfg == vlm.cfg and find_tiling(again.cfg.vision, mode).global_view == choices["global_view"]
     pixels, layout = cut_tiles(noise(90, 50), again.cfg.vision, mode)

@@ -14,8 +14,9 @@ import sample
 import support.cli as support_cli
 import toyworld
 import train
-from model import VLM, DecoderConfig, VLMConfig, init_weights
+from model import VLM, DecoderConfig, VLMConfig
 from support.export import save_processor
+from support.start import init_weights
 from vision import VisionConfig, cut_tiles
 
 ROOT = Path(train.__file__).parent

@@ -29,8 +29,9 @@ from typing import NamedTuple
 import torch
 
 import mpo
-from model import IGNORE, VLM, DecoderConfig, VLMConfig, init_weights
+from model import IGNORE, VLM, DecoderConfig, VLMConfig
 from support.cli import REQUIRED, UserError, arg, parse, run
+from support.start import init_weights
 from vision import VisionConfig
 
 N_STEP = 7                           # of each side that count, after two that do not
