@@ -58,8 +58,8 @@ def main(argv=None):
     out = Path(cfg.out)
     world = out / f"world-{cfg.pictures}"
     toyworld.write_world(world, cfg.pictures, 240, SIZE, 0, words=0.5)
-    print(f"kinds that a patch tells before training: {kinds_told(SIZE // 2):.1%} in one tile, "
-          f"{kinds_told(SIZE):.1%} in 2 x 2, where things are twice as large")
+    print(f"kinds that a patch tells before training: {kinds_told(world, SIZE // 2):.1%} in one tile, "
+          f"{kinds_told(world, SIZE):.1%} in 2 x 2, where things are twice as large")
 
     tables = {}
     for way, (mode, changes) in WAYS.items():
@@ -125,12 +125,12 @@ def print_table(tables):
 
 
 @torch.no_grad()
-def kinds_told(size, n=128, S=96):
+def kinds_told(world, size, n=128, S=96):
     """How often a patch of a held-out thing tells its kind, in pictures of `size` px, cut into tiles.
 
     That is: how often is the visual token, as tower and
     connector are before training, nearer to the word for the kind than to every other kind's?"""
-    vlm, tok = train.build(train.parse_flags(["--stage", "finetune"]))
+    vlm, tok = train.build(train.parse_flags(["--data", str(world / "train.json")]))
     words = vlm.decoder.embed_tokens.weight[[tok.encode(kind)[0] for kind in toyworld.KINDS]]
     words = words - words.mean(0)
     rng = random.Random(1)

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import IGNORE, VLM
+from model import VLM
 from support.cli import UserError, parse
 from support.plan import count_flops
 from support.start import init_weights
@@ -58,28 +57,6 @@ def test_the_flops_of_a_planned_step_are_about_those_that_a_counter_sees(vlm, wo
     patches = 2 * 3 * vision.patch_size**2 * vision.n_embd * B * vision.n_token
     planned = count_flops(TrainConfig(), vlm, T, 1) * B
     assert planned == pytest.approx(counter.get_total_flops() + head_gradient - patches, rel=0.03)
-
-
-def test_compiled_blocks_are_traced_twice_whatever_the_lengths_and_the_supervised_tokens(vlm):
-    """Once as an inner block, once as the last. (A batch of one row is a case of its own for PyTorch.)
-
-    aot_eager: the graphs and guards of --compile without the minute that C++ takes.
-    """
-    try:
-        for block in vlm.decoder.layers:
-            block.compile(dynamic=True, backend="aot_eager")
-        torch._dynamo.reset()
-        before = counters["stats"]["unique_graphs"]
-        for B, T, n_supervised in (2, 16, 8), (3, 20, 17), (5, 37, 3), (4, 9, 30):
-            tokens = torch.randint(3, 2000, (B, T))
-            labels = tokens.clone()
-            labels.flatten()[:-n_supervised] = IGNORE
-            vlm(tokens, None, labels).backward()
-        assert counters["stats"]["unique_graphs"] - before == 2
-        assert not counters["graph_break"]
-    finally:
-        for block in vlm.decoder.layers:
-            block._compiled_call_impl = None
 
 
 @pytest.fixture
