@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from data import Examples, Records, collate, draw_batches, micro_batches, share_by_rank
+from data import Examples, Records, collate, draw_steps, micro_batches, share_by_rank
 from model import IGNORE, PRESETS
 from support.checkpoint import Run
 from support.cli import UserError, arg, parse, run
@@ -378,9 +378,10 @@ class Answering:
 def make_loader(cfg, task, run):
     """The steps that are still to do, each a list of micro-batches."""
     records = task.examples.records
-    order = islice(draw_batches(records.runs, cfg.batch_size, run.n_step, cfg.seed), run.first_step - 1, None)
+    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
     n_token = run.vlm.cfg.vision.n_token
-    own = (share_by_rank(rows, records, n_token, rank(), world_size()) for rows in order)
+    todo = islice(steps, run.first_step - 1, None)
+    own = (share_by_rank(rows, records, n_token, rank(), world_size()) for rows in todo)
     sizes = {"size": cfg.micro_batch_size, "budget": cfg.token_budget}
     cut = partial(micro_batches, pad=run.tok.pad, collate=task.collate, **sizes)
     on_gpu = next(run.vlm.parameters()).is_cuda

@@ -15,6 +15,7 @@ ORDER = [                            # files of one row may know each other
     {"support.lora"},
     {"support.weights", "support.export"},
     {"conversation"},
+    {"support.data_files"},
     {"data"},
     {"sample"},
     {"benchmarks"},

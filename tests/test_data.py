@@ -957,7 +957,7 @@ def test_a_broken_file_is_one_error_that_names_the_place(tmp_path, name, text, m
 def test_a_missing_file_and_a_missing_image_root_are_errors(tmp_path):
     with pytest.raises(UserError, match="nowhere.json: cannot be read"):
         Records(tmp_path / "nowhere.json")
-    with pytest.raises(UserError, match="--image-root .*nowhere: no such folder"):
+    with pytest.raises(UserError, match="image root .*nowhere: no such folder"):
         Records(write(tmp_path / "a.json", [record(0)]), tmp_path / "nowhere")
 
 
@@ -1264,7 +1264,7 @@ def test_split_questions_makes_of_every_question_a_record_with_all_the_pictures(
     ]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     records = Records(tmp_path / "x.jsonl", tmp_path).split_questions()
-    assert len(records) == 3 + 1 + 1 and records.runs.tolist() == [3, 1, 1]
+    assert len(records) == 3 + 1 + 1 and records.group_sizes.tolist() == [3, 1, 1]
     assert [records[i]["turns"] for i in range(4)] == [
         [("human", "<image>\n<image>\nWhat?"), ("gpt", "A cat.")],
         [("human", "<image>\nWhy?\n<image>"), ("gpt", "Fur.")],

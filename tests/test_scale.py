@@ -462,7 +462,6 @@ def test_batches_under_a_token_budget_waste_less_than_5_percent_on_llava_like_le
                 "pixels": torch.empty(0, 3, 0, 0, dtype=torch.uint8),
                 "layout": torch.empty(0, 2, dtype=torch.int64),
                 "id": str(t),
-                "pictures_of": t,
             }
             for t in llava_like(128, step)
         ]

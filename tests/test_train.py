@@ -230,14 +230,14 @@ def test_the_learning_rate_rises_for_the_warmup_and_falls_to_nearly_zero():
 
 
 def test_every_epoch_shows_each_record_once_in_an_order_of_the_seed():
-    order = [i for batch in data.draw_batches([1] * 10, 4, 5, seed=1) for i in batch]
+    order = [i for batch in data.draw_steps([1] * 10, 4, 5, seed=1) for i in batch]
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    assert order != [i for batch in data.draw_batches([1] * 10, 4, 5, seed=2) for i in batch]
-    assert [len(batch) for batch in data.draw_batches([1] * 3, 8, 2, seed=0)] == [8, 8]
+    assert order != [i for batch in data.draw_steps([1] * 10, 4, 5, seed=2) for i in batch]
+    assert [len(batch) for batch in data.draw_steps([1] * 3, 8, 2, seed=0)] == [8, 8]
 
 
 def test_the_questions_of_one_record_stay_together_in_an_epoch():
-    order = [i for batch in data.draw_batches([2, 1, 3], 3, 4, seed=0) for i in batch]
+    order = [i for batch in data.draw_steps([2, 1, 3], 3, 4, seed=0) for i in batch]
     assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
     for together in "01", "345":
         assert together in "".join(map(str, order[:6])) and together in "".join(map(str, order[6:]))
