@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from pathlib import Path
 
 # Also of the programs that tests start: for models this small a second thread is only in the way.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,9 +12,13 @@ if older := {"avx2": "AVX2", "default": "SSE41"}.get(os.environ.get("ATEN_CPU_CA
 
 import pytest
 import torch
+from common import QUICK, ROOT, call, save, tiny_config
 from tqdm import tqdm
 
+import toyworld
+import train
 from conversation import Tokenizer
+from model import VLM
 
 # Its own lock is one for all forks: a child killed while it writes would keep it, and all would wait.
 tqdm.set_lock(threading.RLock())
@@ -25,7 +28,30 @@ tqdm.monitor_interval = 0  # no thread beside the main one, which might hold tha
 @pytest.fixture(scope="session")
 def tok():
     """The toy's tokenizer."""
-    return Tokenizer(Path(__file__).parents[1] / "assets/toy-vicuna")
+    return Tokenizer(ROOT / "assets/toy-vicuna")
+
+
+@pytest.fixture(scope="session")
+def tiny(tok, tmp_path_factory):
+    """The directory of a tiny model with random weights."""
+    torch.manual_seed(0)
+    return save(VLM(tiny_config(tok)), tok, tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A toy world of pictures as large as the tiny model's tile."""
+    out = tmp_path_factory.mktemp("data") / "world"
+    toyworld.write_world(out, 24, 6, 32)
+    return out
+
+
+@pytest.fixture
+def go(tiny, world, tmp_path, monkeypatch):
+    """go("--lr", 1, out="a") trains in tmp_path and returns the exit code; no evaluation unless asked for."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--model", tiny, "--data", world / "train.json", *QUICK, "--max-steps", 8]
+    return lambda *flags, out="run": call(train.main, *base, "--out", out, *flags)
 
 
 @pytest.fixture(scope="session", autouse=True)

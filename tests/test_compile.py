@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from test_train import go, losses, tiny, world  # noqa: F401 (fixtures)
+from common import losses
 from torch._dynamo.utils import counters
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -13,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 )
 def test_a_compiled_run_is_the_same_and_new_lengths_and_answers_make_no_new_graph(
     go, world, monkeypatch, flags
-):  # noqa: F811
+):
     compile = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, **options: compile(module, backend="eager", **options)

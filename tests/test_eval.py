@@ -5,8 +5,8 @@ import io
 import json
 
 import pytest
+from common import ROOT, errors
 from PIL import Image
-from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
 
 import eval as ev
 import sample
@@ -15,8 +15,6 @@ from benchmarks import choice, common, reasoning, vqa, yes_no
 from benchmarks.scoring import bootstrap
 from support.cli import run
 from tools import compare
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = ROOT.parent / "shared/benchmarks"
 needs_cases = pytest.mark.skipif(

@@ -29,7 +29,6 @@ from vision import VisionConfig
 
 ROOT = Path(mpo.__file__).parent
 fork = multiprocessing.get_context("fork").Process
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Two steps of one pair: log pi of chosen and rejected answer under policy and reference, and their tokens.
 FIRST = {"s": [-120.0, -161.0], "s_ref": [-123.0, -160.0], "n": [60.0, 80.0]}

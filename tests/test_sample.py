@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import ROOT, errors, tiny, world  # noqa: F401 (fixtures)
+from common import ROOT, errors
 
 import sample
 from conversation import encode_prompt
 from model import VLM
 from support.cli import UserError, run
 from vision import cut_tiles, open_image
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 NO_IMAGE = "nothing to answer: give --image, --prompt or both"
 

@@ -36,7 +36,6 @@ from vision import VisionConfig
 
 ROOT = Path(train.__file__).parent
 fork = multiprocessing.get_context("fork").Process
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_config(tok, **changes):

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import pty
 import random
@@ -22,97 +21,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT, errors, fork, losses, tiny_config, weights
 from PIL import Image
-from safetensors.torch import load_file
 
 import data
 import eval
 import support.checkpoint as support_checkpoint
 import support.plots as support_plots
 import support.start as support_start
-import toyworld
 import train
 from conversation import Tokenizer
 from data import IGNORE, Examples, Records, collate
-from model import VLM, DecoderConfig, VLMConfig
+from model import VLM
 from support.checkpoint import Run
-from support.cli import run
 from support.export import clip_json, llama_json, save_processor, write_model
-from vision import VisionConfig
-
-ROOT = Path(train.__file__).parent
-fork = multiprocessing.get_context("fork").Process
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tiny_config(tok):
-    return VLMConfig(
-        VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
-        DecoderConfig(
-            vocab_size=tok.vocab_size,
-            n_layer=2,
-            n_head=2,
-            n_kv_head=2,
-            n_embd=32,
-            head_dim=16,
-            n_hidden=64,
-            block_size=512,
-        ),
-        image_token=tok.image,
-        pad_token=tok.pad,
-    )
-
-
-@pytest.fixture(scope="session")
-def tiny(tok, tmp_path_factory):
-    torch.manual_seed(0)
-    vlm, directory = VLM(tiny_config(tok)), tmp_path_factory.mktemp("models") / "tiny"
-    save_processor(directory, tok.path, vlm.cfg)
-    vlm.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "world"
-    toyworld.write_world(out, 24, 6, 32)
-    return out
-
-
-@pytest.fixture
-def go(tiny, world, tmp_path, monkeypatch):
-    """go("--lr", 1, out="a") trains in tmp_path and returns the exit code; no evaluation unless asked for."""
-    monkeypatch.chdir(tmp_path)
-    base = [
-        "--model",
-        tiny,
-        "--data",
-        world / "train.json",
-        "--batch-size",
-        4,
-        "--max-steps",
-        8,
-        "--save-every",
-        2,
-        "--lr",
-        "3e-3",
-        "--eval-every",
-        0,
-        "--no-final-eval",
-        "--workers",
-        0,
-    ]
-    return lambda *flags, out="run": run(
-        lambda: train.main([str(word) for word in [*base, "--out", out, *flags]])
-    )
-
-
-def losses(out):
-    return [line["loss"] for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
-
-
-def weights(out):
-    return load_file(Path(out) / "model.safetensors")
 
 
 def same(a, b):
@@ -121,10 +43,6 @@ def same(a, b):
 
 def leftovers(out):
     return [p.name for p in Path(out).rglob(".*")]
-
-
-def errors(capfd):
-    return [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("loaded")]
 
 
 def in_child(function):
