@@ -305,7 +305,7 @@ class PairExamples(Examples):
         content = example["tokens"].numpy().tobytes() + example["pixels"].numpy().tobytes()
         example["checksum"] = zlib.crc32(content)
         if self.known:
-            i = example["index"]
+            i = record["row"]
             if example["checksum"] != self.known["checksum"][i]:
                 raise UserError(
                     f"{record['where']}: not the pair that the reference was asked about before step 1, "

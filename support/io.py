@@ -44,6 +44,51 @@ def write_whole(path, write):
         tmp.unlink(missing_ok=True)
 
 
+class Progress:
+    """What a program has done so far, in a file of JSON lines that grows; another run goes on from there.
+
+    Its first line are the flags of the run: with others nothing goes on.
+    """
+
+    def __init__(self, path, flags, resume=True):
+        self.path = Path(path)
+        self.rows = []
+        flags = json.loads(json.dumps(flags))  # tuples become lists
+        if resume and self.path.exists():
+            with reading(self.path):
+                before, *self.rows = read_whole_lines(self.path) or [flags]
+                check_flags(self.path, before, flags)
+        write_whole(self.path, lambda tmp: tmp.write_text(json_lines([flags, *self.rows])))
+
+    def add(self, rows):
+        rows = list(rows)
+        self.rows += rows
+        try:
+            with open(self.path, "a") as file:
+                file.write(json_lines(rows))
+        except OSError as error:
+            why = f"could not be written ({error.strerror})"
+            raise UserError(f"{self.path}: {why}; free some space, and go on with --resume") from None
+
+
+def read_whole_lines(path):
+    """The rows of JSON lines, up to the first that a kill has torn, or that is damaged."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def check_flags(path, before, now):
+    for name in now:
+        if before.get(name) != now[name]:
+            raise UserError(f"{path} was written with {name} {before.get(name)!r}, now it is {now[name]!r}; "
+                            "give the same flags, or begin anew")
+
+
 @contextmanager
 def reading(path, hint="get the file again"):
     """Whatever goes wrong inside, while a file is read, parsed or mapped, becomes one line.

@@ -742,7 +742,7 @@ def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_endin
 
 def test_a_right_answer_is_written_as_the_truth_is():
     for text in ("a\nb\n**Final answer:** **Red**", "a\nb\nFinal answer: A Red one"):
-        assert pairs.write_as_truth(text, "red", 2) == "a\nb\nFinal answer: red"
+        assert pairs.write_as_truth(*pairs.parse_answer(text), "red") == "a\nb\nFinal answer: red"
 
 
 # ---- building pairs: the program ----
@@ -834,11 +834,11 @@ def test_right_answers_meet_wrong_ones_and_those_without_form(tiny, folder, aske
     assert "no such" in said
     assert "tokens generated per pair" in said
     counts = stats()["counts"]
-    assert counts["answers cut off"] == 7
+    assert counts["answers empty or cut off"] == 7
     assert counts["questions none right"] == 3
     assert counts["unusable"] == 1
     assert counts["unreadable"] == 1
-    assert stats()["tokens_generated_per_pair"] == counts["tokens"] / len(made)
+    assert counts["tokens generated per pair"] == round(counts["tokens"] / len(made), 1)
 
 
 def test_a_prediction_within_the_other_is_no_pair_and_pairs_are_capped(tiny, folder, asked, talkative):
@@ -876,7 +876,7 @@ def test_the_ratio_counts_words_and_rounds_down(tiny, folder, described, talkati
     assert lines("pairs/made.jsonl")[0]["rejected"] == f"{begin} blue bird.".strip()
 
 
-@pytest.mark.parametrize("text, why", [("and a ...", "cut off"), ("and a big dog.", "the same")])
+@pytest.mark.parametrize("text, why", [("and a ...", "cut off"), ("and a big dog.", "empty or the same")])
 def test_cut_off_and_same_completions_make_no_pair(tiny, folder, described, talkative, capfd, text, why):
     talkative(text)
     assert build(tiny, folder, "dropout-ntp") == 1
@@ -891,6 +891,47 @@ def test_without_a_chosen_answer_the_model_gives_its_own_with_the_picture(tiny, 
     (_, with_picture), *_ = calls[0]
     (_, without), *_ = calls[1]
     assert with_picture and not without
+
+
+def test_dropout_skips_a_question_without_a_picture(tiny, folder, asked, talkative, capfd):
+    talkative("one two three four", "blue bird.")
+    assert build(tiny, folder, "dropout-ntp") == 0
+    assert {pair["image"] for pair in lines("pairs/made.jsonl")} == {"a.png"}
+    assert stats()["counts"]["unreadable"] == 2
+    assert "questions.jsonl, line 8 (id '7'), question 1: no picture that could be left out" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("limit", [1, 4, 6, 7, 100])
+def test_a_limit_takes_so_many_questions_spread_over_the_file(tiny, folder, asked, talkative, limit):
+    calls = talkative("One.\nTwo.\nFinal answer: 1", "One.\nTwo.\nFinal answer: 2")
+    build(tiny, folder, "correctness", "--limit", limit)
+    assert stats()["counts"]["questions"] == min(limit, 8)
+    assert len(calls) == math.ceil(min(limit, 8) / 2)
+
+
+def test_a_model_that_answers_directly_is_told_of_the_format_and_makes_pairs_without_it(
+    tiny, folder, asked, talkative, capfd
+):
+    talkative("1", "2", "two cats")
+    assert build(tiny, folder, "correctness", "--limit", 3) == 1
+    said = capfd.readouterr().out
+    assert '"Final answer: ...", or --prompt direct: ' in said
+    assert stats()["counts"]["answers no format"] == 3 * 4
+
+    Path("pairs/made.jsonl.part").unlink()
+    assert build(tiny, folder, "correctness", "--limit", 3, "--prompt", "direct") == 0
+    found = {(pair["question"], pair["chosen"], pair["rejected"]) for pair in lines("pairs/made.jsonl")}
+    assert ("<image>\nHow many? 2", "2", "two cats") in found
+
+
+def test_other_questions_under_the_same_name_are_no_reason_to_go_on(tiny, folder, asked, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        die_at(patch, pairs, "draw_answers", call=2)
+        assert exit_code_of(lambda: build(tiny, folder, "correctness")) == 9
+    text = asked.read_text()
+    asked.write_text(text.replace("How many", "How few"))
+    assert build(tiny, folder, "correctness") == 1
+    assert "made.jsonl.part was written with questions" in errors(capfd)[-1]
 
 
 @pytest.mark.parametrize("method, size", [("correctness", 8), ("dropout-ntp", 2)])
