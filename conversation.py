@@ -31,8 +31,8 @@ import sentencepiece
 
 from model import IGNORE
 from support.cli import UserError
+from support.configs import prismatic_llm
 from support.io import read_json, reading
-from support.weights import prismatic_llm
 
 # ---- conversations ----
 

@@ -17,23 +17,24 @@ import sentencepiece
 from safetensors.torch import save_file
 
 from model import IGNORE
+from support.configs import CLIP_FIELDS, LLAMA_FIELDS, TOWERS
 from support.io import write_json, write_whole
 from support.lora import merged_state
-from support.weights import CLIP_FIELDS, CLIP_NAMES, LLAMA_FIELDS, TOWERS, rename
+from support.weights import CLIP_NAMES, rename
 from vision import TILINGS
 
 # ---- names: ours -> public ---------------------------------------------------------------------------------
 
-LLAVA_HF_NAMES = [
-    ("connector.row_end", "image_newline"),
-    ("connector.", "multi_modal_projector."),
-    ("decoder.lm_head.", "language_model.lm_head."),
-    ("decoder.", "language_model.model."),
-]
+LLAVA_HF_NAMES = {
+    "connector.row_end": "image_newline",
+    "connector.": "multi_modal_projector.",
+    "decoder.lm_head.": "language_model.lm_head.",
+    "decoder.": "language_model.model.",
+}
 
 
 def clip_name(name):
-    return rename(name, [(ours, public) for public, ours in CLIP_NAMES])
+    return rename(name, {ours: public for public, ours in CLIP_NAMES.items()})
 
 
 def llama_name(name):
@@ -85,12 +86,12 @@ def fits_llava(cfg):
 
 
 def clip_json(cfg):
-    sizes = {public: getattr(cfg, ours) for ours, public in CLIP_FIELDS.items()}
+    sizes = {public: getattr(cfg, ours) for public, ours in CLIP_FIELDS.items()}
     return {"model_type": "clip_vision_model", "projection_dim": cfg.n_embd, **sizes}
 
 
 def llama_json(cfg):
-    sizes = {public: getattr(cfg, ours) for ours, public in LLAMA_FIELDS.items()}
+    sizes = {public: getattr(cfg, ours) for public, ours in LLAMA_FIELDS.items()}
     return {
         "model_type": "llama",
         "hidden_act": "silu",
@@ -173,14 +174,19 @@ def save_adapter(vlm, directory, base, state=None):
     write_json(Path(directory) / "adapter_config.json", adapter_config)
     public, config = public_layout(vlm)
     tensors = {adapter_name(name, public): tensor for name, tensor in state.items()}
-    write_model(directory, tensors, config, "adapter_model.safetensors")
-
-
-def write_model(directory, tensors, config, file="model.safetensors"):
-    """The weights, then config.json: a directory with a config is a whole model."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    write_whole(Path(directory) / file, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
+    write_tensors(Path(directory) / "adapter_model.safetensors", tensors)
     write_json(Path(directory) / "config.json", config)
+
+
+def write_model(directory, tensors, config):
+    """The weights, then config.json: a directory with a config is a whole model."""
+    write_tensors(Path(directory) / "model.safetensors", tensors)
+    write_json(Path(directory) / "config.json", config)
+
+
+def write_tensors(file, tensors):
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    write_whole(file, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))
 
 
 # ---- tokenizer and image processor -------------------------------------------------------------------------

@@ -97,8 +97,10 @@ def reading(path, hint="get the file again"):
     """
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from None
     except OSError as error:
         todo = "check the path" if error.errno else hint  # Pillow's errors about content have no number
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {todo}") from None

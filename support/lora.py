@@ -34,10 +34,10 @@ class LoRALinear(nn.Linear):
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))            # (..., r)
         return y + self.scale * F.linear(low, self.lora_B.to(low.dtype))
 
-    def merged(self):
-        """W + alpha/r B A"""
-        update = self.lora_B.detach().float() @ self.lora_A.detach().float()
-        return (self.weight.float() + self.scale * update).to(self.weight.dtype)
+
+def merge_weight(weight, A, B, scale):
+    """W + alpha/r B A"""
+    return (weight.float() + scale * (B.float() @ A.float())).to(weight.dtype)
 
 
 def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
@@ -64,10 +64,11 @@ def lora_off(vlm):
             layer.is_on = True
 
 
+@torch.no_grad()
 def merged_state(vlm):
     """{name: tensor} of a model without LoRA that computes the same."""
     state = {name: t for name, t in vlm.state_dict().items() if ".lora_" not in name}
     for name, layer in vlm.named_modules():
         if isinstance(layer, LoRALinear):
-            state[f"{name}.weight"] = layer.merged()
+            state[f"{name}.weight"] = merge_weight(layer.weight, layer.lora_A, layer.lora_B, layer.scale)
     return state

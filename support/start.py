@@ -14,13 +14,13 @@ import torch.nn as nn
 from conversation import Tokenizer
 from model import PRESETS, VLM
 from support.cli import UserError, one_of
+from support.configs import decoder_config
+from support.io import read_json
 from support.weights import (
     check_tokenizer,
-    decoder_config,
     load_connector,
     load_decoder,
     load_vision,
-    read_json,
     read_model,
     read_tower,
     tokenizer_home,

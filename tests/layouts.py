@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 from model import VLM, DecoderConfig, VLMConfig
 from support.export import clip_json, clip_name, llama_json
-from support.weights import part_of
 from vision import VisionConfig
 
 tr = pytest.importorskip("transformers")
@@ -48,7 +47,8 @@ def same(a, b):
 
 
 def parts(vlm, part):
-    return part_of(part, vlm.state_dict())
+    state = vlm.state_dict()
+    return {name.removeprefix(part + "."): t for name, t in state.items() if name.startswith(part + ".")}
 
 
 def write(folder, config, tensors, name="model.safetensors"):

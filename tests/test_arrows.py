@@ -13,6 +13,7 @@ ORDER = [                            # files of one row may know each other
     {"vision"},
     {"model"},
     {"support.lora"},
+    {"support.configs"},
     {"support.weights", "support.export"},
     {"conversation"},
     {"support.data_files"},

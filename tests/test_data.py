@@ -29,7 +29,7 @@ from conversation import (
 from data import IGNORE, Examples, Records, collate
 from model import VLM, DecoderConfig, VLMConfig
 from support.cli import UserError
-from support.weights import default_template
+from support.configs import default_template
 from vision import VisionConfig, open_image
 
 SHARED = Path(__file__).parents[2] / "shared"

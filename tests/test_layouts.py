@@ -46,17 +46,10 @@ import train
 from conversation import Tokenizer
 from model import VLM, Connector, Decoder, DecoderConfig
 from support.cli import UserError, run
+from support.configs import decoder_config
 from support.export import clip_json, llama_json, llava_config, llava_name, save_processor
 from support.io import read_json
-from support.weights import (
-    check_tokenizer,
-    decoder_config,
-    load_connector,
-    load_decoder,
-    load_vision,
-    read_tower,
-    resize_positions,
-)
+from support.weights import check_tokenizer, fit_tower, load_connector, load_decoder, load_vision, read_tower
 from tools.weights import main
 from vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig, ViT
 
@@ -116,7 +109,7 @@ def test_a_position_table_is_resized_as_dinov2_with_registers_does_at_run_time(t
 def test_a_resized_table_keeps_the_class_row_and_a_constant():
     cfg = VisionConfig(image_size=98, patch_size=14, n_embd=4, n_head=1)
     pos = torch.cat([torch.arange(4.0)[None], torch.full((16, 4), 0.3)])
-    assert_close(resize_positions(pos, cfg), torch.cat([pos[:1], torch.full((49, 4), 0.3)]))
+    assert_close(fit_tower({"pos": pos}, cfg)["pos"], torch.cat([pos[:1], torch.full((49, 4), 0.3)]))
 
 
 # ---- language models ---------------------------------------------------------------------------------------

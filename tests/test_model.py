@@ -39,11 +39,12 @@ from model import (
     token_log_probs,
 )
 from support.cli import UserError, run
+from support.configs import decoder_config, read_config, vision_config
 from support.distributed import add_blank_tile
 from support.export import clip_json, llama_json, llama_name, llava_config, llava_name, save_processor
 from support.io import read_json, write_whole
 from support.start import init_weights
-from support.weights import decoder_config, load_decoder, load_vision, read_config, vision_config
+from support.weights import load_decoder, load_vision
 from vision import VisionConfig, ViT, cut_tiles
 
 transformers = pytest.importorskip("transformers")

@@ -17,8 +17,9 @@ from conversation import Tokenizer
 from model import PRESETS, VLM, Connector, Decoder, DecoderConfig, VLMConfig
 from sample import open_model
 from support.cli import UserError, run
+from support.configs import decoder_config, vision_config
 from support.export import llava_config, llava_name, save_processor
-from support.weights import decoder_config, fit_shapes, our_names, vision_config
+from support.weights import flatten, our_parts
 from tools.weights import main
 from vision import VisionConfig, ViT
 
@@ -145,10 +146,11 @@ def test_every_tensor_of_llava_at_its_true_size_finds_its_place(name, dims, n):
         config = tr.LlavaConfig(vision_config=vision, text_config=text)
         theirs = tr.LlavaForConditionalGeneration(config).state_dict()
         ours = VLM(PRESETS[name]).state_dict()
-    found = fit_shapes(our_names(theirs), PRESETS[name])
+    found = flatten(our_parts(theirs))
     assert len(found) == n
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in ours.items()}
-    assert our_names({llava_name(name): t for name, t in ours.items()}).keys() == ours.keys()
+    public = {llava_name(name): t for name, t in ours.items()}
+    assert flatten(our_parts(public)).keys() == ours.keys()
 
 
 # ---- what transformers wrote, answered here as there -------------------------------------------------------

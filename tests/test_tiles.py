@@ -24,9 +24,9 @@ from conversation import encode_prompt
 from data import Examples, Records, collate, picture_paths
 from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig
 from support.cli import UserError
+from support.configs import read_config
 from support.export import save_processor
 from support.start import set_image_mode
-from support.weights import read_config
 from vision import (
     MODES,
     TILINGS,
@@ -360,7 +360,7 @@ def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
     assert find_tiling(read_config(tmp_path).vision, "anyres").grids == ((1, 2), (3, 1))
     for wrong, says in (
         (dict(image_grid_pinpoints=[[300, 336]]), "whole multiples"),
-        (dict(mm_patch_merge_type="flat"), "not spatial_unpad"),
+        (dict(mm_patch_merge_type="flat"), "only .spatial_unpad."),
     ):
         (tmp_path / "config.json").write_text(json.dumps(c | wrong))
         with pytest.raises(UserError, match=f"config.json: .*{says}"):

@@ -38,7 +38,7 @@ def copy_tower(theirs, names, **switches):
     ours = ViT(VisionConfig(**OURS | switches))
     own, unused = ours.state_dict(), set()
     for name, tensor in theirs.state_dict().items():
-        our_name = rename(name, names)
+        our_name = rename(name, dict(names))
         if our_name in own:
             own[our_name] = tensor.view_as(own[our_name])
         else:

@@ -21,8 +21,8 @@ from conversation import TEMPLATES, Tokenizer
 from data import Examples, Records
 from model import IGNORE
 from support.cli import REQUIRED, UserError, arg, parse, run
+from support.configs import default_template, picture_mode
 from support.io import read_json
-from support.weights import default_template, picture_mode
 from tools import tokenizer
 from vision import MODES, VisionConfig
 

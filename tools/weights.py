@@ -15,17 +15,13 @@ import torch
 
 from model import PRESETS, VLM, Decoder, DecoderConfig
 from support.cli import REQUIRED, UserError, arg, parse, run
-from support.export import fits_llava, save_processor, write_model
+from support.configs import DECODERS, READERS, decoder_config, layout_of, processor_json, read_config
+from support.export import fits_llava, save_processor, write_tensors
 from support.io import read_json, write_whole
 from support.weights import (
-    DECODERS,
-    decoder_config,
     fill_model,
     grow_words,
     is_lora,
-    is_whole_model,
-    processor_json,
-    read_config,
     read_model,
     read_tensors,
     read_tower,
@@ -34,6 +30,8 @@ from support.weights import (
     weights_file,
 )
 from vision import VisionConfig, ViT
+
+UNSHOWN = ("mean", "std", "tiling")
 
 
 @dataclass
@@ -52,22 +50,21 @@ class ConvertConfig:
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv else ""
+    command, *flags = (sys.argv[1:] if argv is None else argv) or ["nothing"]
     if command == "info":
-        info(parse(InfoConfig, argv[1:], __doc__))
+        info(parse(InfoConfig, flags, __doc__))
     elif command == "convert":
-        convert(parse(ConvertConfig, argv[1:], __doc__))
+        convert(parse(ConvertConfig, flags, __doc__))
     elif command in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UserError(f"{command or 'nothing'}: say `info DIR` or `convert SRC DIR`; see --help")
+        raise UserError(f"{command}: say `info DIR` or `convert SRC DIR`; see --help")
     return 0
 
 
 def is_whole(folder):
     """Whether a directory holds a vision-language model, and no tower or decoder alone."""
-    return is_lora(folder) or is_whole_model(read_json(folder / "config.json", {}))
+    return is_lora(folder) or layout_of(read_json(folder / "config.json", {})) in READERS
 
 
 # ---- convert -----------------------------------------------------------------------------------------------
@@ -86,42 +83,38 @@ def convert(cfg):
 
 def convert_part(src, out):
     """A tower, a decoder or a connector: its names stay, only the files change."""
-    tensors = {name: t.contiguous().clone() for name, t in read_tensors(src).items()}
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("inv_freq")}
-    for file in src.glob("*") if src.is_dir() else ():
-        is_setting = file.suffix == ".json" and ".index." not in file.name and file.name != "config.json"
-        if is_setting or file.name == "tokenizer.model":
+    tensors = {name: t.clone() for name, t in read_tensors(src).items() if not name.endswith("inv_freq")}
+    write_tensors(out / "model.safetensors", tensors)
+    for file in [*src.glob("*.json"), *src.glob("tokenizer.model")]:
+        if ".index." not in file.name:
             write_whole(out / file.name, lambda tmp, file=file: shutil.copyfile(file, tmp))
-    write_model(out, tensors, read_json(src / "config.json", {}))
     print(f"{out}: {len(tensors)} tensors under their own names")
 
 
 def convert_model(src, out, vision, llm):
-    cfg, found, lora = read_model(src, vision, llm if is_lora(src) else "")
-    rows = max(cfg.image_token, cfg.pad_token) + 1
-    if cfg.decoder.vocab_size < rows:  # llava-hf has rows for <image> and <pad>
-        cfg.decoder.vocab_size = -(-rows // 64) * 64
-        found = grow_words(found, cfg.decoder.vocab_size)
-    vlm = fill_model(cfg, found, lora, src, dtype=stored_dtype(found))
+    cfg, parts, lora = read_model(src, vision, llm if is_lora(src) else "")
+    n_row = max(cfg.image_token, cfg.pad_token) + 1
+    if cfg.decoder.vocab_size < n_row:               # llava-hf has rows for <image> and <pad>
+        cfg.decoder.vocab_size = -(-n_row // 64) * 64
+        parts["decoder"] = grow_words(parts["decoder"], cfg.decoder.vocab_size)
+    vlm = fill_model(cfg, parts, lora, src, dtype=stored_dtype(parts))
 
-    tokenizer = tokenizer_home(src, llm) / "tokenizer.model"
-    if llm and not tokenizer.exists():
-        tokenizer = Path(llm) / "tokenizer.model"
-    if tokenizer.exists():
-        save_processor(out, tokenizer, cfg)
+    homes = [tokenizer_home(src, llm), Path(llm or src)]
+    tokenizers = [home / "tokenizer.model" for home in homes if (home / "tokenizer.model").exists()]
+    if tokenizers:
+        save_processor(out, tokenizers[0], cfg)
+    else:
+        print(f"{src} has no tokenizer.model; put one beside it")
     vlm.save_pretrained(out)
     layout = "the llava-hf layout" if fits_llava(cfg) else "our own layout: llava-hf cannot hold this model"
     print(f"{out}: in {layout}")
-    if not tokenizer.exists():
-        print(f"{src} has no tokenizer.model; put one beside it")
 
 
 # ---- info --------------------------------------------------------------------------------------------------
 
 
 def info(args):
-    folder = Path(args.model)
-    cfg = find_config(args.model, args.vision, args.llm)
+    cfg = find_config(Path(args.model), args.vision, args.llm)
     with torch.device("meta"):
         if isinstance(cfg, DecoderConfig):
             parts = {"decoder": Decoder(cfg)}
@@ -133,33 +126,34 @@ def info(args):
     # The parts, and their sum.
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     for part, n in count.items():
-        c = getattr(cfg, part, cfg)                  # a tower or decoder alone is its own part
-        facts = {part: c} if isinstance(c, str) else asdict(c)
-        shown = [f"{name} {value}" for name, value in facts.items() if name not in ("mean", "std", "tiling")]
-        print(f"{part:10} {n:>16,} parameters   {', '.join(shown)}")
+        facts = getattr(cfg, part, cfg)              # a tower or decoder alone is its own part
+        shown = facts
+        if part != "connector":
+            shown = [f"{name} {value}" for name, value in asdict(facts).items() if name not in UNSHOWN]
+            shown = ", ".join(shown)
+        print(f"{part:10} {n:>16,} parameters   {shown}")
     total = sum(count.values())
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
-        print_pictures(cfg, folder)
+        print_pictures(cfg, Path(args.model))
 
     # Training keeps a float32 weight, its gradient and Adam's two moments: 16 bytes. A frozen weight has 4.
     frozen = sum(n for part, n in count.items() if part.startswith("vision"))
-    training = 16 * (total - frozen) + 4 * frozen
     print(
         f"memory     {2 * total / 1e9:.2f} GB in bfloat16; to train all but the towers "
-        f"{training / 1e9:.2f} GB (float32, Adam), and activations"
+        f"{(16 * (total - frozen) + 4 * frozen) / 1e9:.2f} GB (float32, Adam), and activations"
     )
 
 
-def find_config(name, vision, llm):
-    folder = Path(name)
-    if name in PRESETS:
-        return PRESETS[name]
+def find_config(folder, vision, llm):
+    if str(folder) in PRESETS:
+        return PRESETS[str(folder)]
     if not folder.is_dir():
-        raise UserError(f"{name}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+        raise UserError(f"{folder}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+    if is_lora(folder) or is_whole(folder) and weights_file(folder):
+        return read_model(folder, vision, llm)[0]
     if is_whole(folder):
-        has_weights = weights_file(folder) or is_lora(folder)
-        return read_model(folder, vision, llm)[0] if has_weights else read_config(folder)
+        return read_config(folder)
     c = read_json(folder / "config.json", {})
     return decoder_config(c) if c.get("model_type") in DECODERS else read_tower(folder)
 

@@ -1,0 +1,424 @@
+"""config.json of any public layout -> VLMConfig.
+
+    read_config       a whole model's; READERS has one function for each layout
+    vision_config     a tower's, decoder_config a decoder's: alone, or inside a larger model's
+    tower_by_shapes   in timm's layout, and decoder_by_shapes in Prismatic's: these files bring no numbers
+
+Tables say what a public field is called here, and read_fields reads them. A field that is absent, or null,
+means the default of the code that wrote the config.
+"""
+
+import math
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+from model import DecoderConfig, VLMConfig
+from support.cli import UserError
+from support.io import read_json, reading
+from vision import HALF, IMAGENET_MEAN, IMAGENET_STD, TILINGS, VisionConfig, grids_up_to
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+# Their field: ours.
+CLIP_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_hidden",
+    "hidden_act": "activation",
+    "layer_norm_eps": "norm_eps",
+}
+LLAMA_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "head_dim": "head_dim",
+    "intermediate_size": "n_hidden",
+    "max_position_embeddings": "block_size",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+}
+LLAVA_FIELDS = {
+    "image_token_index": "image_token",
+    "image_token_id": "image_token",     # its newer name
+    "pad_token_id": "pad_token",
+    "bos_token_id": "bos_token",
+    "eos_token_id": "eos_token",
+    "mm_projector_type": "connector",
+}
+PICTURE_FIELDS = {"image_mean": "mean", "image_std": "std"}
+USE_FIELDS = {                           # what a whole model wants of its tower
+    "vision_feature_layer": "feature_layer",
+    "mm_vision_select_layer": "feature_layer",
+    "select_layer": "feature_layer",
+    "force_image_size": "image_size",
+}
+
+# What a config leaves out: as of the class in transformers; InternViT's and InternLM2's as in their own code.
+SIGLIP = VisionConfig(
+    image_size=224, patch_size=16, n_embd=768, n_layer=12, n_head=12, n_hidden=3072,
+    activation="gelu_tanh", norm_eps=1e-6, class_token=False, pre_norm=False, patch_bias=True,
+    mean=HALF, std=HALF,
+)  # fmt: skip
+VIT = replace(SIGLIP, activation="gelu", norm_eps=1e-12, class_token=True)
+DINOV2 = replace(VIT, patch_size=14, norm_eps=1e-6, layer_scale=True, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+TOWERS = {
+    "clip_vision_model": VisionConfig(224, 32, n_embd=768, n_layer=12, n_head=12, n_hidden=3072),
+    "siglip_vision_model": SIGLIP,
+    "vit": VIT,
+    "dinov2": DINOV2,
+    "dinov2_with_registers": replace(DINOV2, patch_size=16, n_register=4),
+    "intern_vit_6b": replace(
+        DINOV2, n_embd=3200, n_layer=48, n_head=25, n_hidden=12800,
+        final_norm=False, rms_norm=True, feature_layer=-1,
+    ),  # fmt: skip
+}
+DECODERS = {
+    "llama": {"block_size": 2048, "norm_eps": 1e-6},
+    "mistral": {"n_kv_head": 8, "n_hidden": 14336, "block_size": 131072, "norm_eps": 1e-6},
+    "internlm2": {"vocab_size": 103168, "block_size": 2048, "norm_eps": 1e-6},
+}
+MODES = {"square": "crop", "resize-naive": "resize", "resize-crop": "crop"}
+PRISMATIC_CONNECTORS = {"linear": "linear", "gelu-mlp": "mlp2x_gelu", "fused-gelu-mlp": "fused_gelu"}
+PRISMATIC_TEMPLATES = {                  # by a word in the name of the language model
+    "vicuna": "prism_vicuna",
+    "pure": "prism_pure",
+    "chat": "prism_llama_2",
+    "instruct": "prism_mistral",
+}
+
+
+def read_fields(c, Config, names=None):
+    """{our name: value} of the fields that a config gives, each of the type that our class declares.
+
+    names: {their name: ours}; None: theirs are ours.
+    """
+    kinds = {field.name: field.type for field in fields(Config)}
+    found = {}
+    for theirs, ours in (names or dict(zip(c, c))).items():
+        value, kind = c.get(theirs), kinds[ours]
+        if value is None:
+            continue
+        if kind is tuple or kind is float:
+            value = kind(value)          # JSON has lists, and whole numbers
+        if isinstance(kind, type) and type(value) is not kind:
+            raise TypeError(f"{theirs} is {value!r}, not {kind.__name__}")
+        found[ours] = value
+    return found
+
+
+def only_values(c, **supported):
+    """Refuse what would be computed wrongly: of these fields just one value is implemented."""
+    for name, value in supported.items():
+        if c.get(name) not in (None, value):
+            raise UserError(f"{name} is {c[name]!r}; only {value!r} is implemented")
+
+
+# ---- a whole model -----------------------------------------------------------------------------------------
+
+
+def config_json(directory):
+    file = Path(directory) / "config.json"
+    if not file.exists():
+        raise UserError(f"{file}: not found, so {directory} is not a model directory; give one that is")
+    return read_json(file)
+
+
+def processor_json(directory):
+    """How pictures are cut and normalised: preprocessor_config.json, or what transformers 5 writes."""
+    file = Path(directory) / "preprocessor_config.json"
+    if file.exists():
+        return read_json(file)
+    file = file.with_name("processor_config.json")
+    with reading(file):
+        return dict(read_json(file, {}).get("image_processor") or {})
+
+
+def layout_of(c):
+    """A key of READERS, or the model_type of something else."""
+    if "mm_hidden_size" in c or "mm_vision_tower" in c:
+        return "original LLaVA"
+    if prismatic_fields(c) is not c or c.get("model_type") in ("prismatic", "openvla"):
+        return "Prismatic"
+    return str(c.get("model_type"))
+
+
+def read_config(directory, parts=None, given=()):
+    """config.json of any layout -> VLMConfig.
+
+    parts: {part: {our name: tensor}}, whose shapes say what some layouts leave unsaid.
+    given: the VisionConfigs of towers that are not among them.
+    """
+    c, processor = config_json(directory), processor_json(directory)
+    with reading(Path(directory) / "config.json"):
+        layout = layout_of(c)
+        if layout not in READERS:
+            raise UserError(
+                f"model_type is {layout!r}; only {', '.join(READERS)} can be opened. A language model alone "
+                "goes to --llm, a tower to --vision"
+            )
+        cfg = READERS[layout](c, parts or {}, given)
+        if layout == "plainvlm":
+            return cfg
+        tower = replace(
+            cfg.vision,
+            **read_fields(c, VisionConfig, USE_FIELDS),
+            **read_fields(processor, VisionConfig, PICTURE_FIELDS),
+        )
+        mode, tiling = picture_mode(c, tower.image_size, processor)
+        tower.tiling = tiling
+        return replace(cfg, vision=tower, image_mode=mode, template=default_template(c))
+
+
+def llava_hf(c, parts, given):
+    """transformers' llava and llava_next."""
+    only_values(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
+    only_values(c["vision_config"], model_type="clip_vision_model")
+    tokens = read_fields(c, VLMConfig, LLAVA_FIELDS)
+    tokens.setdefault("pad_token", tokens.get("image_token", 32000) + 1)
+    return VLMConfig(vision_config(c["vision_config"]), decoder_config(c["text_config"]), **tokens)
+
+
+def original_llava(c, parts, given):
+    """liuhaotian/llava-*: a Llama's config with the fields mm_*. Its words may end before <image>."""
+    only_values(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
+    towers = given or towers_inside(parts)
+    if parts and not towers:
+        named = c.get("mm_vision_tower")
+        raise UserError(f"holds no vision tower (its config names {named}); "
+            f"give the directory of that tower by --vision DIR")
+    tower = towers[0] if towers else VisionConfig()
+    connector = c.get("mm_projector_type") or "linear"
+    return VLMConfig(tower, decoder_config(c | {"model_type": "llama"}), connector)
+
+
+def internvl(c, parts, given):
+    """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table."""
+    only_values(c, ps_version="v2", downsample_ratio=0.5)
+    tower = replace(vision_config(c["vision_config"]), merge=2)
+    decoder = decoder_config(c["llm_config"])
+    return VLMConfig(tower, decoder, "norm_gelu", image_token=decoder.vocab_size - 7, pad_token=2)
+
+
+def prismatic(c, parts, given):
+    """TRI-ML/prismatic-vlms name their parts; the sizes are in the tensors."""
+    c = prismatic_fields(c)
+    tower_id, llm_id, arch = c["vision_backbone_id"], c["llm_backbone_id"], c["arch_specifier"]
+    if not llm_id.startswith(("vicuna", "llama2", "mistral")):
+        raise UserError(f"llm_backbone_id is {llm_id!r}; only vicuna, llama2 and mistral are implemented")
+
+    # One tower, or DINOv2 beside SigLIP or CLIP.
+    is_fused = "dinosiglip" in tower_id or "dinoclip" in tower_id
+    towers = given or towers_inside(parts)
+    if len(towers) != 1 + is_fused:
+        takes = "two towers, DINOv2 first: --vision DIR,DIR" if is_fused else "one tower: --vision DIR"
+        raise UserError(f"vision_backbone_id {tower_id!r} takes {takes}")
+    size = re.search(r"(\d+)px", tower_id)
+    towers = [replace(tower, image_size=int(size[1]) if size else 224, activation="gelu") for tower in towers]
+    if towers[0].pre_norm:               # every tower runs with the exact GELU but CLIP alone
+        towers[0].activation = "quick_gelu"
+    return VLMConfig(
+        vision=towers[0],
+        vision2=towers[1] if is_fused else None,
+        decoder=decoder_by_shapes(parts.get("decoder")),
+        connector=PRISMATIC_CONNECTORS[arch.split("+")[-1]],
+        image_token=32001,
+        pad_token=32000,
+    )
+
+
+def prismatic_fields(c):
+    """Where a config of Prismatic's has its fields: in "model", or in the HF layout at the top."""
+    return c["model"] if isinstance(c.get("model"), dict) else c
+
+
+def prismatic_llm(c):
+    """Prismatic's name of its language model; None where the config is not Prismatic's."""
+    return prismatic_fields(c).get("llm_backbone_id")
+
+
+def own_layout(c, parts, given):
+    """What VLM.save_pretrained writes where no public layout holds the model."""
+    c = {name: value for name, value in c.items() if name not in ("model_type", "dtype")}
+    for part in "vision", "vision2", "decoder":
+        Config = DecoderConfig if part == "decoder" else VisionConfig
+        if c[part]:
+            c[part] = Config(**read_fields(c[part], Config))
+    return VLMConfig(**read_fields(c, VLMConfig))
+
+
+READERS = {
+    "llava": llava_hf,
+    "llava_next": llava_hf,
+    "original LLaVA": original_llava,
+    "internvl_chat": internvl,
+    "Prismatic": prismatic,
+    "plainvlm": own_layout,
+}
+
+
+# ---- a tower or a decoder ----------------------------------------------------------------------------------
+
+
+def vision_config(c, processor=None):
+    """config.json of a tower, alone or in a larger model's, and of its image processor -> VisionConfig."""
+    inner = c.get("vision_config") or c  # beside a text tower
+    kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
+    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind)
+    if kind not in TOWERS:
+        raise UserError(f"model_type is {kind!r}; only {', '.join(TOWERS)} are implemented")
+    base = TOWERS[kind]
+    found = read_fields(inner, VisionConfig, CLIP_FIELDS | {"num_register_tokens": "n_register"})
+    found |= read_fields(processor or {}, VisionConfig, PICTURE_FIELDS)
+    if found.get("activation") == "gelu_pytorch_tanh":
+        found["activation"] = "gelu_tanh"
+
+    only_values(inner, use_swiglu_ffn=False)
+    if kind == "intern_vit_6b":          # 6B has RMS norms and no bias, 300M has not
+        is_rms = inner.get("norm_type", "rms_norm") == "rms_norm"
+        only_values({"qk_normalization": True, **inner}, qkv_bias=not is_rms, qk_normalization=is_rms)
+        found["rms_norm"] = is_rms
+    else:
+        only_values(inner, qkv_bias=True)
+    if kind.startswith("dinov2"):
+        found["n_hidden"] = int(found.get("n_embd", base.n_embd) * (inner.get("mlp_ratio") or 4))
+    return replace(base, **found)
+
+
+def decoder_config(c):
+    """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig."""
+    kind = c.get("model_type", "llama")
+    if kind not in DECODERS:
+        raise UserError(f"model_type is {kind!r}; only {', '.join(DECODERS)} are implemented")
+    only_values(c, hidden_act="silu", attention_bias=False, mlp_bias=False, bias=False)
+    rope = (c.get("rope_parameters") or {}) | (c.get("rope_scaling") or {})
+    if "dynamic" not in rope.values():   # changes nothing up to the longest sequence
+        only_values(rope, rope_type="default", type="default")
+
+    names = LLAMA_FIELDS | {"tie_word_embeddings": "tied"}
+    found = {"n_head": 32, "n_embd": 4096} | DECODERS[kind] | read_fields(c | rope, DecoderConfig, names)
+    found.setdefault("n_kv_head", found["n_head"])
+    found.setdefault("head_dim", found["n_embd"] // found["n_head"])
+    if kind == "mistral":                # one window; null: none, as in v0.2
+        window = c.get("sliding_window", 4096)
+        found["block_size"] = min(found["block_size"], window or found["block_size"])
+    return DecoderConfig(**found)
+
+
+def towers_inside(parts):
+    return [tower_by_shapes(parts[part]) for part in ("vision", "vision2") if parts.get(part)]
+
+
+def tower_by_shapes(tensors):
+    """Our named tensors of a tower in timm's layout, which brings no numbers of its own -> VisionConfig.
+
+    Families differ by what they have: a norm before the blocks is CLIP, layer-scale DINOv2, no class token
+    SigLIP, and none of these the ImageNet ViT. Heads are 64 wide, 72 in SO400M.
+    """
+    shape = {name: tensor.shape for name, tensor in tensors.items()}
+    if "pre_norm.weight" in shape:
+        family = TOWERS["clip_vision_model"]
+    elif "blocks.0.scale1" in shape:
+        family = DINOV2
+    else:
+        family = replace(VIT, norm_eps=1e-6, class_token="class_token" in shape)
+    n_embd, _, _, patch_size = shape["patch.weight"]
+    return replace(
+        family,
+        image_size=patch_size * math.isqrt(shape["pos"][0] - family.class_token),
+        patch_size=patch_size,
+        n_embd=n_embd,
+        n_layer=count_blocks(tensors, "blocks."),
+        n_head=16 if n_embd == 1152 else max(1, n_embd // 64),
+        n_hidden=shape["blocks.0.mlp.fc1.weight"][0],
+        n_register=shape["registers"][0] if "registers" in shape else 0,
+    )
+
+
+def decoder_by_shapes(tensors):
+    """Our named tensors of a Llama -> DecoderConfig; heads are 128 wide."""
+    if not tensors:
+        raise UserError("no weights of a language model here; a connector alone goes to --projector")
+    vocab_size, n_embd = tensors["embed_tokens.weight"].shape
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        n_layer=count_blocks(tensors, "layers."),
+        n_head=n_embd // 128,
+        n_kv_head=len(tensors["layers.0.self_attn.k_proj.weight"]) // 128,
+        n_embd=n_embd,
+        n_hidden=len(tensors["layers.0.mlp.gate_proj.weight"]),
+    )
+
+
+def count_blocks(tensors, start):
+    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(start))
+
+
+# ---- pictures and templates --------------------------------------------------------------------------------
+
+
+def picture_mode(c, S, processor=None):
+    """Any config.json, side of its tile -> image mode, and its Tiling where that is not the mode's usual."""
+    layout, mode = layout_of(c), c.get("image_aspect_ratio")
+    if layout == "internvl_chat":
+        mode = "internvl" if c.get("dynamic_image_size") else "resize"
+    elif layout == "llava_next":
+        mode = "anyres"
+    elif layout == "Prismatic":
+        mode = prismatic_fields(c)["image_resize_strategy"]
+    elif layout == "original LLaVA":
+        mode = mode or "square"
+    elif not mode:
+        crops = processor and processor.get("do_center_crop") and not processor.get("do_pad")
+        mode = "crop" if crops else "pad"
+
+    tiling = None
+    if mode == "internvl":
+        only_values(c, min_dynamic_patch=1)
+        grids = grids_up_to(c.get("max_dynamic_patch") or 6)
+        view = "last" if c.get("use_thumbnail") else "none"
+        tiling = replace(TILINGS["internvl"], grids=grids, global_view=view)
+    elif mode == "anyres":
+        tiling = replace(TILINGS["anyres"], grids=next_grids(c, S))
+    mode = MODES.get(mode, mode)
+    return mode, None if tiling == TILINGS.get(mode) else tiling
+
+
+def next_grids(c, S):
+    """LLaVA-NeXT's image_grid_pinpoints -> (columns, rows) of tiles.
+
+    They are pixels, which the original reads as (width, height) and transformers as (height, width): of
+    equally good grids the two take another one.
+    """
+    is_original = c.get("model_type") != "llava_next"
+    if is_original:
+        only_values({"mm_patch_merge_type": "flat", **c}, mm_patch_merge_type="spatial_unpad")
+    sizes = c.get("image_grid_pinpoints") or [(336 * a, 336 * b) for a, b in TILINGS["anyres"].grids]
+    if any(a % S or b % S for a, b in sizes):
+        raise UserError(f"image_grid_pinpoints are {sizes}; must be whole multiples of the tower's {S} px")
+    if not is_original:
+        sizes = [(width, height) for height, width in sizes]
+    return tuple((width // S, height // S) for width, height in sizes)
+
+
+def default_template(c):
+    """The conversation template that a model was trained with, by the fields of its config.json.
+
+    LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or
+    Llama-2-chat, which need --template.
+    """
+    llm_id = prismatic_llm(c)
+    if c.get("template"):                # InternVL writes it down, and so do we
+        return c["template"]
+    if llm_id:
+        known = [name for word, name in PRISMATIC_TEMPLATES.items() if word in llm_id]
+        return known[0] if known else llm_id
+    if str(c.get("model_type")).startswith("intern"):
+        return "internvl2_5"
+    is_linear = c.get("mm_projector_type", "linear") == "linear"
+    return "llava_v1" if "mm_hidden_size" in c and is_linear else "vicuna_v1"
