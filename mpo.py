@@ -50,7 +50,7 @@ from support.cli import REQUIRED, UserError, arg, parse, run
 from support.distributed import precision
 from support.io import reading, write_whole
 from support.lora import lora_off
-from train import Answering, TrainConfig, find_files, make_loader, teach
+from train import Answering, TrainConfig, make_loader, teach
 
 
 @dataclass
@@ -252,18 +252,17 @@ class Preferring:
         return {"s_ref": s_ref, "checksum": checksum}
 
     @staticmethod
-    def weight(batch):
+    def count(batch):
         return len(batch["ids"])
 
     def loss(self, net, batch):
-        """-> the sum of L over the pairs of a batch; sums of what the log holds the mean of."""
+        """-> the mean of L over the pairs of a batch; further means for the log."""
         s, s_ref, n_token = self.log_probs(net, to_device(batch, self.device))
         rewards = self.cfg.beta * (s - s_ref)
         self.delta, self.n_delta = update_delta(self.delta, self.n_delta, rewards)
         terms = self.terms(rewards, s, n_token, self.delta, self.cfg)
         loss = sum(weight * term for weight, term in terms.values())
 
-        n_pair = len(s)
         margin = rewards[:, 0] - rewards[:, 1]
         metrics = {name: term for name, (_, term) in terms.items()} | {
             "reward_chosen": rewards[:, 0],
@@ -274,7 +273,7 @@ class Preferring:
             "logp_rejected": s[:, 1],
             "nll": terms["sft"][1],
         }
-        return loss * n_pair, {name: value.detach().mean().item() * n_pair for name, value in metrics.items()}
+        return loss, {name: value.detach().mean().item() for name, value in metrics.items()}
 
     def log_probs(self, vlm, batch):
         """s and s_ref of policy and reference, and the number of tokens; (B, 2) each."""
@@ -370,7 +369,7 @@ def main(argv=None, Config=MPOConfig, Task=Preferring):
             "--lora-r N --train llm, or --reference precomputed"
         )
     cfg.model = cfg.model or str(newest_run())
-    return teach(find_files(cfg), Task)
+    return teach(cfg, Task)
 
 
 if __name__ == "__main__":

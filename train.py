@@ -6,11 +6,11 @@
     L = - sum_t log p(token_t | picture, tokens before t) / n                         arXiv:2304.08485, Eq. 3
     over the n supervised tokens of the whole step
 
-The division happens once per step: micro-batches hold unequal numbers of supervised tokens, and the mean of
-their means would weigh short answers more. (The original averages the means; its curves differ a little.)
+A micro-batch counts by its share of these n tokens. (The original averages the micro-batches' means, so that
+short answers weigh more; its curves differ a little.)
 
     python train.py --stage finetune                       # the toy: draws its world, trains, and is examined
-    python train.py --stage finetune --model photo --data FILE.json --image-root DIR
+    python train.py --model out/finetune --data FILE.json --image-root DIR --out out/mine
     python train.py --model llava-1.5-7b --vision CLIP --llm VICUNA --data MIX.json --image-root DIR --dry-run
     torchrun --nproc-per-node 8 train.py --shard ...       # FSDP2: weights and optimizer in eighths; else DDP
 
@@ -25,8 +25,9 @@ checkpoint first; a second one ends the run at once.
 
 import math
 import sys
+from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,14 +40,13 @@ from model import IGNORE, PRESETS
 from support.checkpoint import Run
 from support.cli import UserError, arg, parse, run
 from support.distributed import (
-    filler_batch,
     full_tensor,
     gather_numbers,
-    only_at_last,
     parallelize,
     precision,
     processes,
     rank,
+    shares_of_step,
     world_size,
 )
 from support.heldout import HeldOut
@@ -58,10 +58,271 @@ from support.weights import load_adapter
 from vision import MODES
 
 
+def fit(cfg, task, run, held_out=None):
+    """The loop. `run` is the folder: its log, its checkpoints, Ctrl-C."""
+    vlm = run.vlm
+    device = next(vlm.parameters()).device
+    autocast = precision(cfg, device)
+    net = parallelize(vlm, cfg, device)
+    params = [p for p in vlm.parameters() if p.requires_grad]  # after it: FSDP2 puts others in their place
+    optimizer = make_optimizer(vlm, cfg)
+    run.restore(optimizer)
+
+    with run:
+        for step, batches in enumerate(make_loader(cfg, task, run), run.first_step):
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, run.n_step, group["peak_lr"], cfg.warmup)
+            if cfg.lora_dropout:
+                torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run drops the same
+            if step == 1:
+                print_coverage(batches)
+
+            # One step: the gradient of all its micro-batches, clipped, then AdamW.
+            loss, metrics = backward(net, task, batches, autocast)
+            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
+            if not math.isfinite((loss or 0.0) + grad_norm):
+                ids = ", ".join(record_id for batch in batches for record_id in batch["ids"])
+                raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
+                                f"lower --lr, or look at the records {ids}")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            metrics["lr"] = lr_at(step, run.n_step, cfg.lr, cfg.warmup)
+            metrics["grad_norm"] = grad_norm
+            metrics |= task.state_dict()  # mpo.py's delta
+            run.log_step(step, batches, loss, metrics)
+
+            # Now and then: look at held-out questions, and save.
+            if held_out and is_due(step, cfg.eval_every, run.n_step):
+                held_out.look(run, step)
+            if is_due(step, cfg.save_every, run.n_step) or run.interrupted or step == run.n_step:
+                run.save(step, optimizer)
+            if run.interrupted:
+                run.say(f"interrupted: step {step} is saved; go on with the same command and --resume")
+                return 130
+
+    run.finish()
+    if held_out and cfg.final_eval:
+        held_out.examine(run.out)
+    print(f"the model is in {run.out}; ask it: python sample.py --model {run.out} --image FILE --prompt TEXT")
+    return 0
+
+
+NO_AUTOCAST = nullcontext()
+
+
+def backward(net, task, batches, autocast=NO_AUTOCAST):
+    """Add the gradient of a step's L -> L, or None where no record could be used; what else to log."""
+    batches = [batch for batch in batches if task.count(batch)]  # of the others all records were skipped
+    counts = [task.count(batch) for batch in batches]
+    n = int(gather_numbers([sum(counts)]).sum())
+    if n == 0:
+        return None, {task.unit: 0}
+
+    loss, metrics = 0.0, Counter({task.unit: n})
+    for batch, share in shares_of_step(net, batches, counts):
+        with autocast:
+            mean, more = task.loss(net, batch)
+        part = mean * share
+        if part.requires_grad:  # texts alone teach a connector nothing
+            part.backward()
+        loss += part.item()
+        metrics.update({name: value * share for name, value in more.items()})
+    return gather_numbers([loss]).mean().item(), dict(metrics)
+
+
+class Answering:
+    """The task of LLaVA: to give the answers of conversations. mpo.py's has the same members."""
+
+    unit = "supervised"  # what count() counts, in the words of the log
+    shown = ()  # metrics to print beside the loss
+    plots = {"loss.png": {"loss per supervised token": {"training": "loss", "held-out": "val_loss"}}}
+    collate = staticmethod(collate)
+
+    def __init__(self, cfg, records, vlm, tok):
+        template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
+        max_length = cfg.max_length or vlm.cfg.decoder.block_size
+        self.examples = Examples(
+            records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records)
+
+    @staticmethod
+    def count(batch):
+        """How many supervised tokens there are. The model shifts the labels: the first never counts."""
+        return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+    @staticmethod
+    def loss(net, batch):
+        """-> the mean over what count() counts; more such means by name, for the log."""
+        device = next(net.parameters()).device
+        names = ("tokens", "pixels", "labels", "layout")
+        return net(*[batch[name].to(device, non_blocking=True) for name in names]), {}
+
+    def prepare(self, run):
+        """The run's folder is there, and in a new run its model is as it was before training."""
+
+    @staticmethod
+    def state_dict():
+        """What a checkpoint must hold besides weights and optimizer: numbers, which the log shows as well."""
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def make_loader(cfg, task, run):
+    """The steps that are still to do, each a list of micro-batches."""
+    records = task.examples.records
+    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
+    to_do = islice(steps, run.first_step - 1, None)
+    n_token = run.vlm.cfg.vision.n_token
+    own = (share_by_rank(rows, records, n_token, rank(), world_size()) for rows in to_do)
+    cut = partial(micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
+                  collate=task.collate)
+    on_gpu = next(run.vlm.parameters()).is_cuda
+    return DataLoader(
+        task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu)
+
+
+def lr_at(step, n_step, peak, warmup):
+    """Linear rise over a share of the steps, then half a cosine, 0 after the last. `step` counts from 1."""
+    n_warmup = max(1, int(warmup * n_step))
+    if step <= n_warmup:
+        return peak * step / n_warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - 1 - n_warmup) / (n_step - n_warmup)))
+
+
+def freeze(vlm, cfg):
+    """Only the parts of --train get gradients; without it those of the stage and all from random weights."""
+    if cfg.train:
+        chosen = cfg.train.split(",")
+    else:
+        chosen = ["connector", "llm"] if cfg.stage == "finetune" else ["connector"]
+        if cfg.model in PRESETS:
+            from_random = {"llm": not cfg.llm, "vision": not cfg.vision}
+            chosen += [part for part in from_random if from_random[part]]
+    for name, p in vlm.named_parameters():
+        p.requires_grad = part_of(name) in chosen
+    for tower in vlm.towers:  # what comes behind the features
+        tower.blocks[tower.cfg.depth :].requires_grad_(False)
+        tower.norm.requires_grad_(False)
+
+
+def make_trainable(vlm, cfg):
+    """Which parameters train, in which precision, and the LoRA among them."""
+    freeze(vlm, cfg)
+    if cfg.weights == "bfloat16":
+        vlm.bfloat16()
+    if cfg.lora_r:  # made after that: it stays in float32
+        if not any(p.requires_grad for p in vlm.decoder.parameters()):
+            raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
+        targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
+        add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
+        vlm.lora["base"] = lora_base(cfg).absolute()
+    vlm.decoder.recompute = cfg.recompute
+
+
+def is_due(step, every, n_step):
+    return every > 0 and (step % every == 0 or step == n_step)
+
+
+def print_coverage(batches):
+    """A template that supervises nothing, or everything, is seen here and not after a day."""
+    n = sum(Answering.count(batch) for batch in batches)
+    n_token = sum(int(batch["lengths"].sum()) for batch in batches)
+    n_row = sum(len(batch["lengths"]) for batch in batches)
+    if n_row:
+        share = n / n_token
+        print(f"first step: {n:,} of {n_token:,} tokens are supervised ({share:.0%}), "
+              f"{n / n_row:.0f} in each of {n_row} records")
+
+
+# ---- set up ----
+
+
+def main(argv=None):
+    cfg = parse_flags(argv)
+    cfg.data = cfg.data or draw_toy_world(cfg.stage)
+    return teach(cfg, Answering)
+
+
+def draw_toy_world(stage):
+    """-> the file of records of that stage"""
+    import toyworld
+
+    toyworld.write_world("toyworld")
+    return "toyworld/pretrain.json" if stage == "pretrain" else "toyworld/train.json"
+
+
+def parse_flags(argv=None):
+    """The recipe of (--model, --stage) replaces defaults, the command line replaces both."""
+    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+
+    # A first look finds the recipe, and what else some flags change in the defaults of others.
+    given = parse(TrainConfig, [word for word in argv if word not in ("-h", "--help")])
+    recipe = dict(RECIPES.get((given.model, given.stage), {}))
+    if any(word.startswith("--epochs") for word in argv):
+        recipe["max_steps"] = 0
+    if given.from_scratch:
+        recipe |= dict(vision="", llm="", projector="")
+    elif given.vision or given.llm or given.image_mode == "internvl":
+        recipe["projector"] = ""  # the recipe's connector was made for none of these
+    return parse(TrainConfig, argv, __doc__, recipe)
+
+
+def teach(cfg, Task):
+    """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
+    fill_in_paths(cfg)
+    with processes(cfg) as device:
+        print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
+        records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+        if cfg.split_questions:
+            records.split_questions()
+        n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+        if cfg.dry_run:
+            vlm, tok = plan_model(cfg)  # without weights
+            make_trainable(vlm, cfg)
+            cfg.bad_records = "skip"
+            return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
+
+        # The model, as --resume left it or from its ingredients; and which of its parameters train.
+        run = Run(cfg, n_step)
+        torch.manual_seed(cfg.seed)
+        vlm, tok = build(cfg, run.checkpoint)
+        make_trainable(vlm, cfg)
+        if vlm.lora and run.checkpoint:
+            load_adapter(vlm, run.checkpoint)
+        vlm.to(device).train()
+
+        # What is wrong with the questions is said before the folder is made, and not after the training.
+        held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
+        task = Task(cfg, records, vlm, tok)
+        run.open(vlm, tok, task)
+        print_parameters(cfg, vlm)
+        print(f"{n_step:,} steps of {cfg.batch_size}, from {len(records):,} records", flush=True)
+        task.prepare(run)
+        return fit(cfg, task, run, held_out)
+
+
+def fill_in_paths(cfg):
+    """What was not given stands beside --data. Then check that the files are there."""
+    folder = Path(cfg.data.split(",")[0]).parent
+    cfg.image_root = cfg.image_root or str(folder)
+    cfg.out = cfg.out or f"out/{cfg.stage}"
+    if not cfg.val and (folder / "val.jsonl").exists():
+        cfg.val = str(folder / "val.jsonl")
+    for flag, files in ("--data", cfg.data), ("--val", cfg.val):
+        for file in filter(None, files.split(",")):
+            if not Path(file).is_file():
+                raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
+
+
+# ---- flags and recipes ----
+
+
 @dataclass
 class TrainConfig:
     # What is taught to what
-    stage: str = arg("finetune", "what is taught; see above", ("pretrain", "finetune"))
+    stage: str = arg("finetune", "what is taught; see above", choices=("pretrain", "finetune"))
     model: str = arg("toy", f"a preset ({', '.join(PRESETS)}) or a model directory to go on from")
     data: str = arg("",
         "LLaVA-format JSON or JSONL file; FILE,FILE: several as one; a meta.json as MMPR's; empty: the toy "
@@ -93,11 +354,11 @@ class TrainConfig:
 
     # What trains
     train: str = arg("",
-        "parts to train; empty: those of the stage, and all that start from random weights", PARTS)
+        "parts to train; empty: those of the stage, and all that start from random weights", choices=PARTS)
     lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none", at_least=0)
     lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it", at_least=0)
     lora_dropout: float = arg(0.0, "share of a LoRA's inputs that are dropped", at_least=0, below=1)
-    lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", LORA_TARGETS)
+    lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", choices=LORA_TARGETS)
 
     # How a record becomes tokens
     template: str = arg("", "conversation template; empty: plain in stage pretrain, else the model's own")
@@ -105,15 +366,15 @@ class TrainConfig:
         "pixels a side of the tile of a preset's --vision; 0: the tower's own, of two the second's")
     image_mode: str = arg("",
         "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
-        "internvl: several; empty: the model's own", tuple(MODES))
+        "internvl: several; empty: the model's own", choices=tuple(MODES))
     max_tiles: int = arg(0,
         "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12", at_least=0)
     global_view: str = arg("",
         "where the whole picture stands as one more tile; empty: as the mode has it",
-        ("first", "last", "none"))
+        choices=("first", "last", "none"))
     max_length: int = arg(0, "longest record in tokens; 0: the decoder's block size", at_least=0)
     bad_records: str = arg("stop",
-        "what to do with a record that cannot be used: stop, or skip and count", ("stop", "skip"))
+        "what to do with a record that cannot be used: stop, or skip and count", choices=("stop", "skip"))
 
     # Steps and rates
     batch_size: int = arg(16, "records a step", at_least=1)
@@ -143,10 +404,11 @@ class TrainConfig:
     workers: int = arg(1, "processes that prepare records; 0: none", at_least=0)
     device: str = arg("auto", "cpu, cuda, cuda:N or auto")
     dtype: str = arg("auto",
-        "bfloat16: autocast; auto: that on a GPU, float32 on a CPU", ("float32", "bfloat16", "auto"))
+        "bfloat16: autocast; auto: that on a GPU, float32 on a CPU",
+        choices=("float32", "bfloat16", "auto"))
     weights: str = arg("float32",
         "bfloat16: what that cuts off is kept beside the optimizer, so that no small step is lost",
-        ("float32", "bfloat16"))
+        choices=("float32", "bfloat16"))
     recompute: int = arg(0,
         "blocks of the decoder, from the first, that keep no activations but compute them twice: less "
         "memory, more time", at_least=0)
@@ -155,12 +417,14 @@ class TrainConfig:
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
 
 
-# What a preset changes; a flag on the command line still wins. llava-1.5 has the published values.
+# What a preset changes; a flag on the command line still wins. llava-1.5 has the published values: their
+# DeepSpeed settings name no limit of the gradient's norm, so nothing was clipped.
 LLAVA = dict(clip=math.inf, max_length=2048, compile=True)
 LLAVA_PRETRAIN = LLAVA | dict(lr=1e-3, batch_size=256, image_mode="crop", token_budget=16384)
 LLAVA_FINETUNE = LLAVA | dict(lr=2e-5, batch_size=128, token_budget=8192)
 PHOTO = dict(lr=1e-3, batch_size=128, max_steps=3000, split_questions=True, eval_every=250, save_every=500)
 RECIPES = {
+    # Not plain: toy-vicuna has never seen a text without this frame.
     ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),
     ("toy", "finetune"): TOY | dict(lr=3e-4, max_steps=400, projector=str(ASSETS / "toy-connector")),
     ("photo", "finetune"): PHOTO,
@@ -168,267 +432,6 @@ RECIPES = {
 LLAVAS = ("llava-1.5-7b", "llava-1.5-hd-7b", "llava-1.5-13b")
 RECIPES |= {(llava, "pretrain"): LLAVA_PRETRAIN for llava in LLAVAS}  # stage 1 of HD sees no tiles either
 RECIPES |= {(llava, "finetune"): LLAVA_FINETUNE for llava in LLAVAS}
-
-
-def main(argv=None):
-    return teach(parse_flags(argv), Answering)
-
-
-def parse_flags(argv=None):
-    """The recipe of (--model, --stage) replaces defaults, the command line replaces both."""
-    argv = sys.argv[1:] if argv is None else argv
-
-    # A first look finds the recipe, and what else some flags change in the defaults of others.
-    plain = [word for word in argv if word not in ("-h", "--help")]
-    given = parse(TrainConfig, plain, defaults={"epochs": math.inf})
-    recipe = dict(RECIPES.get((given.model, given.stage), {}))
-    if given.epochs < math.inf:
-        recipe["max_steps"] = 0
-    if given.from_scratch:
-        recipe |= dict(vision="", llm="", projector="")
-    elif given.vision or given.llm or given.image_mode == "internvl":
-        recipe["projector"] = ""  # the recipe's connector was made for none of these
-    return find_files(parse(TrainConfig, argv, __doc__, recipe))
-
-
-def find_files(cfg):
-    """Fill in the paths that were not given, and check that the files are there."""
-    data = cfg.data
-    if not data:
-        import toyworld
-
-        toyworld.write_world("toyworld")
-        data = "toyworld/pretrain.json" if cfg.stage == "pretrain" else "toyworld/train.json"
-    folder = Path(data).parent
-    val = cfg.val
-    if not val and (folder / "val.jsonl").exists():
-        val = str(folder / "val.jsonl")
-    for flag, files in ("--data", data), ("--val", val):
-        for file in filter(None, files.split(",")):
-            if not Path(file).is_file():
-                raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
-    image_root = cfg.image_root or str(folder)
-    return replace(cfg, data=data, val=val, image_root=image_root, out=cfg.out or f"out/{cfg.stage}")
-
-
-def teach(cfg, Task):
-    """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
-    with processes(cfg) as device:
-        print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
-        records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
-        if cfg.split_questions:
-            records.split_questions()
-        n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
-        if cfg.dry_run:
-            vlm, tok = plan_model(cfg)  # without weights
-            freeze(vlm, cfg)
-            cfg.bad_records = "skip"
-            return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
-
-        # The model, as --resume left it or from its ingredients; and which of its parameters train.
-        run = Run(cfg, n_step)
-        torch.manual_seed(cfg.seed)
-        vlm, tok = build(cfg, run.checkpoint)
-        freeze(vlm, cfg)
-        if vlm.lora and run.checkpoint:
-            load_adapter(vlm, run.checkpoint)
-        vlm.to(device).train()
-
-        # What is wrong with the questions is said before the folder is made, and not after the training.
-        held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
-        task = Task(cfg, records, vlm, tok)
-        run.open(vlm, tok, task)
-        print_parameters(cfg, vlm)
-        print(f"{n_step:,} steps of {cfg.batch_size}, from {len(records):,} records", flush=True)
-        task.prepare(run)
-        return fit(cfg, task, run, held_out)
-
-
-def fit(cfg, task, run, held_out=None):
-    """The loop. `run` is the folder: its log, its checkpoints, Ctrl-C."""
-    vlm = run.vlm
-    device = next(vlm.parameters()).device
-    autocast = precision(cfg, device)
-    net = parallelize(vlm, cfg, device)
-    params = [p for p in vlm.parameters() if p.requires_grad]  # after it: FSDP2 puts others in their place
-    optimizer = make_optimizer(vlm, cfg)
-    run.restore(optimizer)
-
-    with run:
-        for step, batches in enumerate(make_loader(cfg, task, run), run.first_step):
-            lr = lr_at(step, run.n_step, cfg)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["share"]
-            if cfg.lora_dropout:
-                torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run drops the same
-            if step == 1:
-                print_coverage(batches)
-
-            # One step: the gradient of all its micro-batches, clipped, then AdamW.
-            loss, metrics = backward(net, task, batches, autocast)
-            grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
-            if not math.isfinite((loss or 0.0) + grad_norm):
-                ids = ", ".join(record_id for batch in batches for record_id in batch["ids"])
-                raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
-                                f"lower --lr, or look at the records {ids}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            metrics |= {"lr": lr, "grad_norm": grad_norm, **task.state_dict()}
-            run.log_step(step, batches, loss, metrics)
-
-            # Now and then: look at held-out questions, and save.
-            if held_out and is_due(step, cfg.eval_every, run.n_step):
-                held_out.look(run, step)
-            if is_due(step, cfg.save_every, run.n_step) or run.interrupted or step == run.n_step:
-                run.save(step, optimizer)
-            if run.interrupted:
-                run.say(f"interrupted: step {step} is saved; go on with the same command and --resume")
-                return 130
-
-    run.finish()
-    if held_out and cfg.final_eval:
-        held_out.examine(run.out)
-    print(f"the model is in {run.out}; ask it: python sample.py --model {run.out} --image FILE --prompt TEXT")
-    return 0
-
-
-def lr_at(step, n_step, cfg):
-    """Linear warmup to --lr, then half a cosine, 0 at the step after the last. `step` counts from 1."""
-    warmup = max(1, int(cfg.warmup * n_step))
-    if step <= warmup:
-        return cfg.lr * step / warmup
-    return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / (n_step - warmup)))
-
-
-NO_AUTOCAST = nullcontext()
-
-
-def backward(net, task, batches, autocast=NO_AUTOCAST):
-    """Add the gradient of a step's L -> L, or None where no record could be used; what else to log."""
-    batches = [batch for batch in batches if task.weight(batch)]  # of the others all records were skipped
-    n_picture = sum(len(batch["pixels"]) for batch in batches)
-    counts = gather_numbers([sum(task.weight(batch) for batch in batches), len(batches), n_picture])
-    weight, _, n_picture = counts.sum(0).tolist()
-    if weight == 0:
-        return None, {task.unit: 0}
-    scale = world_size() / weight  # DDP and FSDP2 average the gradients of the processes
-
-    # All processes go through as many micro-batches as the one that has most; what is missing counts nothing.
-    n_batch = int(counts[:, 1].max())
-    loss, metrics = 0.0, {task.unit: int(weight)}
-    for k in range(n_batch):
-        is_own = k < len(batches)
-        with only_at_last(net, k + 1 == n_batch):
-            with autocast:
-                part, sums = task.loss(net, batches[k] if is_own else filler_batch())
-                part = part * (scale if is_own else 0.0)
-            if part.requires_grad:  # texts alone teach a connector nothing
-                part.backward()
-        loss += part.item() / world_size()
-        for name, value in sums.items():
-            metrics[name] = metrics.get(name, 0.0) + value / weight
-
-    # If no process had a picture, tower and connector have a gradient of 0. One process would give them none.
-    if world_size() > 1 and n_picture == 0:
-        for name, p in net.named_parameters():
-            if part_of(name.removeprefix("module.")) in ("vision", "connector"):  # DDP adds the prefix
-                p.grad = None
-    return gather_numbers([loss]).sum().item(), metrics
-
-
-class Answering:
-    """The task of LLaVA: to give the answers of conversations. mpo.py's has the same members."""
-
-    unit = "supervised"  # what weight() counts, in the words of the log
-    shown = ()  # metrics to print beside the loss
-    plots = {"loss.png": {"loss per supervised token": {"training": "loss", "held-out": "val_loss"}}}
-    collate = staticmethod(collate)
-
-    def __init__(self, cfg, records, vlm, tok):
-        template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
-        max_length = cfg.max_length or vlm.cfg.decoder.block_size
-        self.examples = Examples(
-            records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records)
-
-    @staticmethod
-    def weight(batch):
-        """How many supervised tokens there are. The model shifts the labels: the first never counts."""
-        return int((batch["labels"][:, 1:] != IGNORE).sum())
-
-    @staticmethod
-    def loss(net, batch):
-        """-> a sum over supervised tokens; more sums by name, for the log. The loop divides by the weight."""
-        device = next(net.parameters()).device
-        names = ("tokens", "pixels", "labels", "layout")
-        mean = net(*[batch[name].to(device, non_blocking=True) for name in names])
-        return mean * Answering.weight(batch), {}
-
-    def prepare(self, run):
-        """The run's folder is there, and in a new run its model is as it was before training."""
-
-    @staticmethod
-    def state_dict():
-        """What a checkpoint must hold besides weights and optimizer: numbers, which the log shows as well."""
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-
-def make_loader(cfg, task, run):
-    """The steps that are still to do, each a list of micro-batches."""
-    records = task.examples.records
-    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
-    n_token = run.vlm.cfg.vision.n_token
-    todo = islice(steps, run.first_step - 1, None)
-    own = (share_by_rank(rows, records, n_token, rank(), world_size()) for rows in todo)
-    sizes = {"size": cfg.micro_batch_size, "budget": cfg.token_budget}
-    cut = partial(micro_batches, pad=run.tok.pad, collate=task.collate, **sizes)
-    on_gpu = next(run.vlm.parameters()).is_cuda
-    return DataLoader(
-        task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu)
-
-
-def freeze(vlm, cfg):
-    """Only the parts of --train get gradients; of the decoder only its LoRA, if there is one."""
-    if cfg.train:
-        chosen = cfg.train.split(",")
-    else:
-        chosen = ["connector", "llm"] if cfg.stage == "finetune" else ["connector"]
-        if cfg.model in PRESETS:
-            from_random = {"llm": not cfg.llm, "vision": not cfg.vision}
-            chosen += [part for part in from_random if from_random[part]]
-    for name, p in vlm.named_parameters():
-        p.requires_grad = part_of(name) in chosen
-    for tower in vlm.towers:
-        tower.blocks[tower.cfg.depth :].requires_grad_(False)  # these never run
-        tower.norm.requires_grad_(False)
-
-    # A LoRA is made after the weights became bfloat16: it stays in float32.
-    if cfg.weights == "bfloat16":
-        vlm.bfloat16()
-    if cfg.lora_r:
-        if "llm" not in chosen:
-            raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
-        targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
-        add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
-        vlm.lora["base"] = lora_base(cfg).absolute()
-    vlm.decoder.recompute = cfg.recompute
-
-
-def is_due(step, every, n_step):
-    return every > 0 and (step % every == 0 or step == n_step)
-
-
-def print_coverage(batches):
-    """A template that supervises nothing, or everything, is seen here and not after a day."""
-    n = sum(Answering.weight(batch) for batch in batches)
-    n_token = sum(int(batch["lengths"].sum()) for batch in batches)
-    n_row = sum(len(batch["lengths"]) for batch in batches)
-    if n_row:
-        share = n / n_token
-        print(f"first step: {n:,} of {n_token:,} tokens are supervised ({share:.0%}), "
-              f"{n / n_row:.0f} in each of {n_row} records")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from support.cli import UserError, pick_device
+from support.optim import part_of
 
 
 def rank():
@@ -125,14 +126,30 @@ def add_blank_tile(vlm, batch):
     return tokens, blank, labels, layout
 
 
-def only_at_last(net, is_last):
-    """DDP averages gradients after the last micro-batch of a step; FSDP2 always does."""
-    is_ddp = isinstance(net, DistributedDataParallel)
-    return net.no_sync() if is_ddp and not is_last else contextlib.nullcontext()
+def shares_of_step(net, batches, counts):
+    """-> (batch, share) for each micro-batch; share: what it counts of the step, of all processes together.
+
+    All processes go through as many as the one that has most; what is missing is a text that counts nothing.
+    DDP and FSDP2 average the gradients of the processes: shares are larger by their number.
+    """
+    n_picture = sum(len(batch["pixels"]) for batch in batches)
+    found = gather_numbers([sum(counts), len(batches), n_picture])
+    total, _, n_picture = found.sum(0).tolist()
+    n_batch = int(found[:, 1].max())
+    fillers = [(filler_batch(), 0)] * (n_batch - len(batches))
+    for k, (batch, count) in enumerate([*zip(batches, counts), *fillers], 1):
+        is_ddp = isinstance(net, DistributedDataParallel)  # it averages after the last of a step
+        with net.no_sync() if is_ddp and k < n_batch else contextlib.nullcontext():
+            yield batch, count / total * world_size()
+
+    # If no process had a picture, tower and connector have a gradient of 0. One process would give them none.
+    if world_size() > 1 and n_picture == 0:
+        for name, p in net.named_parameters():
+            if part_of(name.removeprefix("module.")) in ("vision", "connector"):  # DDP adds the prefix
+                p.grad = None
 
 
 def filler_batch():
-    """A text of two tokens, for a process that has nothing left to do in a step."""
     ones = torch.ones(1, 2, dtype=torch.int64)
     no_pixels = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     no_layout = torch.empty(0, 2, dtype=torch.int64)

@@ -56,8 +56,9 @@ class HeldOut:
 
     @torch.no_grad()
     def mean_loss(self, batches):
-        total = sum(self.task.loss(self.vlm, batch)[0].item() for batch in batches)
-        return total / sum(self.task.weight(batch) for batch in batches)
+        counts = [self.task.count(batch) for batch in batches]
+        means = [self.task.loss(self.vlm, batch)[0].item() for batch in batches]
+        return sum(n * mean for n, mean in zip(counts, means)) / sum(counts)
 
     def some_answers(self, step, n=3):
         """A few questions, other ones at each look, with the model's answers."""

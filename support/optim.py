@@ -18,15 +18,15 @@ def lr_of(part, cfg):
 
 
 def make_optimizer(vlm, cfg):
-    """AdamW over what trains; weight decay on matrices only. `share`: a group's learning rate over --lr."""
+    """AdamW over what trains; weight decay on matrices only. Each part has its own peak of the rate."""
     groups = []
     for part in PARTS:
         trained = [p for name, p in vlm.named_parameters() if part_of(name) == part and p.requires_grad]
         matrices = [p for p in trained if p.ndim >= 2]
         vectors = [p for p in trained if p.ndim < 2]
-        share = lr_of(part, cfg) / cfg.lr
-        groups.append({"params": matrices, "weight_decay": cfg.weight_decay, "share": share})
-        groups.append({"params": vectors, "weight_decay": 0.0, "share": share})
+        peak_lr = lr_of(part, cfg)
+        groups.append({"params": matrices, "weight_decay": cfg.weight_decay, "peak_lr": peak_lr})
+        groups.append({"params": vectors, "weight_decay": 0.0, "peak_lr": peak_lr})
     if cfg.weights == "float32":
         return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 

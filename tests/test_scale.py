@@ -393,7 +393,7 @@ def test_each_part_has_its_learning_rate_and_unlisted_parts_have_none(tiny):
     )
     train.freeze(vlm, cfg)
     groups = {
-        (part, vector): (g["share"] * cfg.lr, g["weight_decay"])
+        (part, vector): (g["peak_lr"], g["weight_decay"])
         for g in support_optim.make_optimizer(vlm, cfg).param_groups
         for p in g["params"]
         for part, vector in [
