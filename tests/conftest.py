@@ -46,6 +46,14 @@ def world(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def large_world(tmp_path_factory):
+    """One of larger pictures, of which a mode with tiles makes several."""
+    out = tmp_path_factory.mktemp("data") / "world"
+    toyworld.write_world(out, 24, 6, 64)
+    return out
+
+
 @pytest.fixture
 def go(tiny, world, tmp_path, monkeypatch):
     """go("--lr", 1, out="a") trains in tmp_path and returns the exit code; no evaluation unless asked for."""

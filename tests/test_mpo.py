@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import re
 import shlex
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import QUICK, ROOT, call, errors, fork, losses, save
 from PIL import Image
 
 import lab.losses as lab_losses
@@ -24,11 +24,7 @@ from conversation import Tokenizer, encode_conversation
 from data import Records
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
 from support.cli import parse, run
-from support.export import save_processor
 from vision import VisionConfig
-
-ROOT = Path(mpo.__file__).parent
-fork = multiprocessing.get_context("fork").Process
 
 # Two steps of one pair: log pi of chosen and rejected answer under policy and reference, and their tokens.
 FIRST = {"s": [-120.0, -161.0], "s_ref": [-123.0, -160.0], "n": [60.0, 80.0]}
@@ -54,10 +50,7 @@ def vlm(tok):
 
 @pytest.fixture(scope="session")
 def tiny(vlm, tok, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    save_processor(directory, tok.path, vlm.cfg)
-    vlm.save_pretrained(directory)
-    return directory
+    return save(vlm, tok, tmp_path_factory.mktemp("models") / "tiny")
 
 
 def make_pair(image, question, chosen, rejected):
@@ -92,24 +85,13 @@ def examples(folder, tok, vlm, file="pairs.jsonl", template="vicuna_v1"):
 
 
 def go(tiny, folder, *flags, out="run", data="pairs.jsonl", program=mpo.main):
-    base = ["--model", tiny, "--data", folder / data, "--image-root", folder, "--out", out]
-    base += ["--batch-size", 4, "--max-steps", 4, "--save-every", 2, "--lr", "3e-3", "--workers", 0]
-    base += ["--eval-every", 0, "--no-final-eval"]
-    return run(lambda: program([str(word) for word in [*base, *flags]]))
+    base = ["--model", tiny, "--data", folder / data, "--image-root", folder, "--out", out, *QUICK]
+    return call(program, *base, *flags)
 
 
 def log(out):
     lines = [json.loads(line) for line in open(Path(out) / "log.jsonl")]
     return [line for line in lines if "loss" in line]
-
-
-def losses(out):
-    return [line["loss"] for line in log(out)]
-
-
-def errors(capfd):
-    lines = capfd.readouterr().err.strip().splitlines()
-    return [line for line in lines if not line.startswith("loaded")]
 
 
 def near(value, number, tolerance=1e-5):

@@ -1,7 +1,6 @@
 """Training at scale: LoRA, precision, batches, several processes. Every name is a claim; models are tiny."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # noqa: F401 (optimizers import it: once here, not in each fork)
+from common import QUICK, ROOT, call, fork, losses, tiny_config, weights
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -27,43 +27,11 @@ import support.plan as support_plan
 import tools.weights as tools_weights
 import train
 from data import IGNORE, Records, picture_paths
-from model import VLM, DecoderConfig, VLMConfig
+from model import VLM
 from support.cli import UserError, run
-from support.export import save_adapter, save_processor
+from support.export import save_adapter
 from support.lora import add_lora, lora_off, merged_state
 from support.weights import load_adapter
-from vision import VisionConfig
-
-ROOT = Path(train.__file__).parent
-fork = multiprocessing.get_context("fork").Process
-
-
-def tiny_config(tok, **changes):
-    return VLMConfig(
-        VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
-        DecoderConfig(
-            vocab_size=tok.vocab_size,
-            n_layer=2,
-            n_head=2,
-            n_kv_head=2,
-            n_embd=32,
-            head_dim=16,
-            n_hidden=64,
-            block_size=512,
-        ),
-        image_token=tok.image,
-        pad_token=tok.pad,
-        **changes,
-    )
-
-
-@pytest.fixture
-def tiny(tok, tmp_path):
-    torch.manual_seed(0)
-    vlm, directory = VLM(tiny_config(tok)), tmp_path / "tiny"
-    save_processor(directory, tok.path, vlm.cfg)
-    vlm.save_pretrained(directory)
-    return directory
 
 
 def a_batch(cfg, rows=3, length=40):
@@ -221,30 +189,10 @@ def mixed(tmp_path):
 def go(tiny, mixed, tmp_path, monkeypatch):
     """go("--lr", 1, out="a", n=2): train in n processes; -> the exit codes of all."""
     monkeypatch.chdir(tmp_path)
-    base = [
-        "--model",
-        tiny,
-        "--data",
-        mixed,
-        "--batch-size",
-        2,
-        "--max-steps",
-        20,
-        "--save-every",
-        0,
-        "--lr",
-        "3e-3",
-        "--eval-every",
-        0,
-        "--no-final-eval",
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-    ]
+    base = ["--model", tiny, "--data", mixed, *QUICK]
+    base += ["--batch-size", 2, "--max-steps", 20, "--save-every", 0]
 
     def start(*flags, out="run", n=1, during=None):
-        flags = [str(word) for word in [*base, "--out", out, *flags]]
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = str(s.getsockname()[1])
@@ -258,7 +206,7 @@ def go(tiny, mixed, tmp_path, monkeypatch):
                     MASTER_ADDR="localhost",
                     MASTER_PORT=port,
                 )
-            os._exit(run(lambda: train.main(flags)))
+            os._exit(call(train.main, *base, "--out", out, *flags))
 
         children = [fork(target=one, args=(r,)) for r in range(n)]
         for child in children:
@@ -272,14 +220,6 @@ def go(tiny, mixed, tmp_path, monkeypatch):
         return {child.exitcode for child in children}
 
     return start
-
-
-def losses(out):
-    return [line["loss"] for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
-
-
-def weights(out):
-    return load_file(Path(out) / "model.safetensors")
 
 
 def close_runs(a, b, tolerance=1e-5):

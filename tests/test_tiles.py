@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import QUICK, ROOT, call, save, tiny_config
 from PIL import Image
 from torch.testing import assert_close
 
@@ -25,7 +26,6 @@ from data import Examples, Records, collate, picture_paths
 from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.configs import read_config
-from support.export import save_processor
 from support.start import set_image_mode
 from vision import (
     MODES,
@@ -277,30 +277,10 @@ def lively(module):
 
 
 def tiny(tok, mode, **changes):
-    cfg = VLMConfig(
-        TOWERS.get(mode, TOWERS["hd"]),
-        DecoderConfig(
-            vocab_size=tok.vocab_size,
-            n_layer=2,
-            n_head=2,
-            n_kv_head=2,
-            n_embd=32,
-            head_dim=16,
-            n_hidden=64,
-            block_size=1024,
-        ),
-        "norm_gelu" if mode == "internvl" else "mlp2x_gelu",
-        tok.image,
-        tok.pad,
-        image_mode=mode,
-    )
+    connector = "norm_gelu" if mode == "internvl" else "mlp2x_gelu"
+    tower = TOWERS.get(mode, TOWERS["hd"])
+    cfg = tiny_config(tok, block_size=1024, vision=tower, connector=connector, image_mode=mode)
     return lively(VLM(replace(cfg, **changes)))
-
-
-def save(vlm, tok, directory):
-    save_processor(directory, tok.path, vlm.cfg)
-    vlm.save_pretrained(directory)
-    return directory
 
 
 @torch.no_grad()
@@ -510,48 +490,18 @@ def test_an_impossible_tiling_is_refused():
         replace(TILINGS["hd"], global_view="middle")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "world"
-    toyworld.write_world(out, 24, 6, 64)
-    return out
-
-
 @pytest.fixture
-def go(tok, world, tmp_path, monkeypatch):
+def go(tok, large_world, tmp_path, monkeypatch):
     """go(mode, flags..., out="a") trains a tiny model on a world of pictures larger than its tile."""
-    (tmp_path / "world").symlink_to(world)
+    (tmp_path / "world").symlink_to(large_world)
     save(tiny(tok, "pad"), tok, tmp_path / "start")
     monkeypatch.chdir(tmp_path)
 
-    def run(mode, *flags, out, model="start", steps=4):
-        base = [
-            "--model",
-            model,
-            "--data",
-            "world/train.json",
-            "--batch-size",
-            4,
-            "--max-steps",
-            steps,
-            "--save-every",
-            2,
-            "--lr",
-            "3e-3",
-            "--image-mode",
-            mode,
-            "--workers",
-            0,
-            "--out",
-            out,
-            "--eval-every",
-            0,
-            "--device",
-            "cpu",
-        ]
-        return support_cli.run(lambda: train.main([str(x) for x in (*base, *flags)]))
+    def go(mode, *flags, out, model="start"):
+        base = ["--model", model, "--data", "world/train.json", "--image-mode", mode, "--out", out, *QUICK]
+        return call(train.main, *base, *flags)
 
-    return run
+    return go
 
 
 @pytest.mark.parametrize("mode", ["hd", "anyres", "internvl"])
@@ -561,7 +511,7 @@ def test_a_run_with_tiles_saves_loads_and_resumes_bit_for_bit_and_answers_its_qu
     train.PRESETS["tiny"] = replace(tiny(tok, "pad").cfg, vision=TOWERS["hd"])
     try:
         preset = ("--llm", "", "--tokenizer", tok.path, "--model", "tiny")
-        assert go(mode, *preset, "--eval-limit", 6, out="whole") == 0
+        assert go(mode, *preset, "--final-eval", "--eval-limit", 6, out="whole") == 0
 
         def stop(*_):
             raise KeyboardInterrupt
@@ -569,10 +519,10 @@ def test_a_run_with_tiles_saves_loads_and_resumes_bit_for_bit_and_answers_its_qu
         step, n = torch.optim.AdamW.step, []
         torch.optim.AdamW.step = lambda self, *a: n.append(1) or (stop() if len(n) == 4 else step(self, *a))
         try:
-            assert go(mode, *preset, "--no-final-eval", out="half") == 130
+            assert go(mode, *preset, out="half") == 130
         finally:
             torch.optim.AdamW.step = step
-        assert go(mode, *preset, "--no-final-eval", "--resume", out="half") == 0
+        assert go(mode, *preset, "--resume", out="half") == 0
     finally:
         del train.PRESETS["tiny"]
     a, b = (VLM.from_pretrained(name) for name in ("whole", "half"))
@@ -611,8 +561,8 @@ def test_the_row_end_learns_with_the_connector_and_stands_still_without(go):
 
 
 def test_hd_starts_from_a_connector_that_never_saw_a_tile(go, capsys):
-    assert go("pad", "--train", "connector", out="stage1", steps=2) == 0
-    assert go("hd", "--projector", "stage1", "--lr", "1e-9", out="stage2", steps=1) == 0
+    assert go("pad", "--train", "connector", "--max-steps", 2, out="stage1") == 0
+    assert go("hd", "--projector", "stage1", "--lr", "1e-9", "--max-steps", 1, out="stage2") == 0
     one, two = VLM.from_pretrained("stage1"), VLM.from_pretrained("stage2")
     assert_close(
         one.connector.linear_1.weight, two.connector.linear_1.weight

@@ -1,10 +1,12 @@
 """What is promised of tiles, of LoRA and of preferences, where they meet."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from common import QUICK, TOWER, call, losses, save, tiny_config
 from PIL import Image
 from torch.testing import assert_close
 
@@ -14,12 +16,9 @@ import sample
 import support.cli as support_cli
 import toyworld
 import train
-from model import VLM, DecoderConfig, VLMConfig
-from support.export import save_processor
+from model import VLM
 from support.start import init_weights
-from vision import VisionConfig, cut_tiles
-
-ROOT = Path(train.__file__).parent
+from vision import cut_tiles
 
 
 @pytest.fixture(params=["hd", "internvl"])
@@ -27,76 +26,25 @@ def mode(request):
     return request.param
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "world"
-    toyworld.write_world(out, 12, 3, 64)
-    return out
-
-
 @pytest.fixture
-def start(tok, world, tmp_path, monkeypatch):
+def start(tok, large_world, tmp_path, monkeypatch):
     """A tiny model of one tile of 28 px, saved in start/ beside a world of larger pictures."""
     torch.manual_seed(0)
-    vlm = VLM(
-        VLMConfig(
-            VisionConfig(image_size=28, patch_size=7, n_embd=32, n_layer=2, n_head=2, n_hidden=64),
-            DecoderConfig(
-                vocab_size=tok.vocab_size,
-                n_layer=2,
-                n_head=2,
-                n_kv_head=2,
-                n_embd=32,
-                head_dim=16,
-                n_hidden=64,
-                block_size=1024,
-            ),
-            image_token=tok.image,
-            pad_token=tok.pad,
-        )
-    )
+    tower = replace(TOWER, image_size=28, patch_size=7)
+    vlm = VLM(tiny_config(tok, block_size=1024, vision=tower))
     init_weights(vlm.vision), init_weights(vlm.decoder)
-    (tmp_path / "world").symlink_to(world)
-    save_processor(tmp_path / "start", tok.path, vlm.cfg)
-    vlm.save_pretrained(tmp_path / "start")
+    (tmp_path / "world").symlink_to(large_world)
+    save(vlm, tok, tmp_path / "start")
     monkeypatch.chdir(tmp_path)
 
 
 def go(mode, *flags, out, model="start"):
-    base = [
-        "--model",
-        model,
-        "--data",
-        "world/train.json",
-        "--batch-size",
-        4,
-        "--max-steps",
-        4,
-        "--save-every",
-        2,
-        "--lr",
-        "3e-3",
-        "--image-mode",
-        mode,
-        "--workers",
-        0,
-        "--out",
-        out,
-        "--eval-every",
-        0,
-        "--no-final-eval",
-        "--device",
-        "cpu",
-    ]
-    return support_cli.run(lambda: train.main([str(x) for x in (*base, *flags)]))
+    base = ["--model", model, "--data", "world/train.json", "--image-mode", mode, "--out", out, *QUICK]
+    return call(train.main, *base, *flags)
 
 
 def weights(out):
     return VLM.from_pretrained(out).state_dict()
-
-
-def losses(out):
-    return [line["loss"] for line in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in line]
 
 
 def test_a_lora_learned_on_tiles_opens_with_its_row_end_and_resumes(start, tok):
@@ -156,36 +104,9 @@ def test_preferences_are_learned_about_tiles_and_two_references_agree(start, mod
     )
     logs = {}
     for kind in ("precomputed", "lora-off"):
-        flags = [
-            "--model",
-            "tiled",
-            "--data",
-            "pairs.jsonl",
-            "--image-root",
-            "world",
-            "--batch-size",
-            4,
-            "--max-steps",
-            3,
-            "--lr",
-            "3e-3",
-            "--workers",
-            0,
-            "--eval-every",
-            0,
-            "--no-final-eval",
-            "--lora-r",
-            4,
-            "--train",
-            "llm",
-            "--reference",
-            kind,
-            "--out",
-            kind,
-            "--device",
-            "cpu",
-        ]
-        assert support_cli.run(lambda: mpo.main([str(x) for x in flags])) == 0
+        flags = ["--model", "tiled", "--data", "pairs.jsonl", "--image-root", "world", "--out", kind, *QUICK]
+        flags += ["--lora-r", 4, "--train", "llm", "--reference", kind]
+        assert call(mpo.main, *flags) == 0
         logs[kind] = losses(kind)
     assert_close(torch.tensor(logs["precomputed"]), torch.tensor(logs["lora-off"]), rtol=1e-5, atol=1e-6)
 
