@@ -1,21 +1,18 @@
 """Pictures of one tile and of several: LLaVA-1.5-HD's finding in miniature (arXiv:2310.03744v2, A.1).
 
-    python -m lab.hd                 # three ways, three seeds, one table: out/hd
-    python -m lab.hd --speed         # training tokens/s with tiles and without
+    python -m lab.run hd             # three ways to see, three seeds, one table
+    python -m lab.hd                 # training tokens/s with tiles and without
 
 The toy world with words that one tile of 96 px cannot show is learned with `pad`, with LLaVA-1.5-HD's
 tiles, and with these but without the global view, at the same budget of training tokens. Signs of a 192
 px picture are as large as those of the usual 96 px world where two by two tiles show it, half as large in
-one tile. The table has held-out accuracy, mean and standard deviation over seeds. Runs that are finished
-are not repeated.
+one tile.
 """
 
 import random
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,114 +20,71 @@ from PIL import Image
 
 import toyworld
 import train
-from conversation import Tokenizer
-from data import Examples, Records
+from data import Records
 from lab.common import patch_owners
 from model import IGNORE, PRESETS, VLM
-from support.cli import arg, parse, run
-from support.io import read_json, write_json
-from support.start import set_image_mode
-from vision import TILINGS, cut_tiles, join_pictures
+from support.cli import run
+from support.io import read_json
+from support.plan import look_at_records
+from support.start import build, plan_model, set_image_mode
+from vision import cut_tiles, join_pictures
 
 SIZE = 192                           # side of the pictures, in pixels: 2 x 2 tiles
 BATCH_SIZE = 8
-WAYS = {                             # name -> image mode, and what is changed in its tiling
-    "pad": ("pad", {}),
-    "hd": ("hd", {}),
-    "hd, no global view": ("hd", {"global_view": "none"}),
+WAYS = {
+    "pad": ["--image-mode", "pad"],
+    "hd": ["--image-mode", "hd"],
+    "hd, no global view": ["--image-mode", "hd", "--global-view", "none"],
+}
+CLAIMS = {
+    "tiles read small words that one tile cannot show": (("hd", "reading"), ("pad", "reading")),
+    "and answer more questions over all": (("hd", "all"), ("pad", "all")),
+    "the global view is needed": (("hd", "all"), ("hd, no global view", "all")),
 }
 
 
-@dataclass
-class HDConfig:
-    out: str = arg("out/hd", "folder to write to")
-    tokens: int = arg(3_000_000, "training tokens of each run", at_least=1)
-    seeds: int = arg(3, "runs of each way", at_least=1)
-    pictures: int = arg(6000, "training pictures", at_least=BATCH_SIZE)
-    eval_limit: int = arg(0, "answer only this many of the held-out questions; 0: all", at_least=0)
-    speed: bool = arg(False, "instead: the time of a step with tiles and without")
+def make_rows(folder, seed, quick):
+    n_token, n_picture = (60_000, 64) if quick else (3_000_000, 6000)    # of training, in each run
+    world = folder / "world"
+    toyworld.write_world(world, n_picture, 24 if quick else 240, SIZE, 0, words=0.5)
+    data = ["--data", world / "train.json"]
+    if seed == 0:
+        print(f"kinds that a patch tells before training: {kinds_told(data, SIZE // 2):.1%} in one tile, "
+              f"{kinds_told(data, SIZE):.1%} in 2 x 2, where things are twice as large")
+
+    rows = {}
+    for way, flags in WAYS.items():
+        length = mean_length(data + flags)
+        n_step = max(1, round(n_token / length / BATCH_SIZE))
+        if seed == 0:
+            print(f"{way}: {length:.0f} tokens a record, {n_step} steps", flush=True)
+        flags = [*data, *flags, "--batch-size", BATCH_SIZE, "--max-steps", n_step, "--lr", 1e-3]
+        flags += ["--seed", seed, "--eval-every", 0, "--save-every", 0]
+        rows[way] = [(train, folder / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}", flags)]
+    return rows
 
 
-def main(argv=None):
-    cfg = parse(HDConfig, argv, description=__doc__)
-    if cfg.speed:
-        return measure_speed()
-    out = Path(cfg.out)
-    world = out / f"world-{cfg.pictures}"
-    toyworld.write_world(world, cfg.pictures, 240, SIZE, 0, words=0.5)
-    print(f"kinds that a patch tells before training: {kinds_told(world, SIZE // 2):.1%} in one tile, "
-          f"{kinds_told(world, SIZE):.1%} in 2 x 2, where things are twice as large")
-
-    tables = {}
-    for way, (mode, changes) in WAYS.items():
-        length = mean_length(world, mode, changes)
-        steps = max(1, round(cfg.tokens / length / BATCH_SIZE))
-        print(f"{way}: {length:.0f} tokens a record, {steps} steps", flush=True)
-        tables[way] = []
-        for seed in range(cfg.seeds):
-            name = way.replace(", ", "-").replace(" ", "-")
-            run_dir = out / f"{name}-{steps}x{BATCH_SIZE}-{seed}"
-            if not (run_dir / "results.json").exists():
-                train_one_way(cfg, run_dir, WAYS[way], steps, seed)
-            tables[way].append(read_json(run_dir / "results.json")["table"])
-
-    print(f"\nheld-out accuracy, mean +- standard deviation of {cfg.seeds} seeds, "
-          f"{cfg.tokens:,} training tokens each")
-    print_table(tables)
-    write_json(out / "hd.json", {"tokens": cfg.tokens, "pictures": cfg.pictures, "tables": tables}, indent=1)
-    return 0
+def score(model, quick):
+    """The table that train.py made at the end of the run."""
+    table = read_json(model / "results.json")["table"]
+    return {category: row["accuracy"] for category, row in table.items()}
 
 
-def mean_length(world, mode, changes):
-    """Tokens a record, of about 200 of them."""
-    tower = PRESETS["toy"].vision
-    if changes:
-        tower = replace(tower, tiling=replace(TILINGS[mode], **changes))
-    records = Records(world / "train.json", world)
-    tok = Tokenizer(train.TOY["llm"])
-    examples = Examples(records, tok, "vicuna_v1", tower, mode, PRESETS["toy"].decoder.block_size)
-    some = range(0, len(examples), max(1, len(examples) // 200))
-    return statistics.mean(len(examples[i]["tokens"]) for i in some)
-
-
-def train_one_way(cfg, run_dir, way, steps, seed):
-    mode, changes = way
-    flags = {
-        "stage": "finetune",
-        "data": run_dir.parent / f"world-{cfg.pictures}/train.json",
-        "image-mode": mode,
-        "batch-size": BATCH_SIZE,
-        "max-steps": steps,
-        "lr": 1e-3,
-        "seed": seed,
-        "out": run_dir,
-        "eval-every": 0,
-        "save-every": 0,
-        "eval-limit": cfg.eval_limit,
-    }
-    flags |= {name.replace("_", "-"): value for name, value in changes.items()}
-    if code := train.main([word for name, value in flags.items() for word in (f"--{name}", str(value))]):
-        sys.exit(code)
-
-
-def print_table(tables):
-    print(f"{'':14}" + "".join(f"{way:>23}" for way in tables))
-    for category in tables["pad"][0]:
-        cells = []
-        for runs in tables.values():
-            shares = [table[category]["accuracy"] for table in runs]
-            spread = statistics.stdev(shares) if len(shares) > 1 else 0
-            cells.append(f"{statistics.mean(shares):15.1%} +- {spread:4.1%}")
-        print(f"{category:14}" + "".join(cells))
+def mean_length(flags):
+    """Tokens a record."""
+    cfg = train.parse_flags(flags)
+    task = train.Answering(cfg, Records(cfg.data, cfg.image_root), *plan_model(cfg))
+    return look_at_records(task.examples)[:, 0].mean().item()
 
 
 @torch.no_grad()
-def kinds_told(world, size, n=128, S=96):
+def kinds_told(data, size, n=128, S=96):
     """How often a patch of a held-out thing tells its kind, in pictures of `size` px, cut into tiles.
 
-    That is: how often is the visual token, as tower and
-    connector are before training, nearer to the word for the kind than to every other kind's?"""
-    vlm, tok = train.build(train.parse_flags(["--data", str(world / "train.json")]))
+    That is: how often is the visual token, as tower and connector are before training, nearer to the word
+    for the kind than to every other kind's?
+    """
+    vlm, tok = build(train.parse_flags(data))
     words = vlm.decoder.embed_tokens.weight[[tok.encode(kind)[0] for kind in toyworld.KINDS]]
     words = words - words.mean(0)
     rng = random.Random(1)
@@ -204,4 +158,4 @@ def measure_speed(B=8, rounds=15):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(measure_speed))

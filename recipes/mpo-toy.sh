@@ -1,6 +1,6 @@
 #!/bin/sh
 # The whole chain at the size of the toy: finetune, questions, pairs by both methods from the model's own answers,
-# MPO, and a last question. `python -m lab.mpo` repeats it for every loss and three seeds, and draws up the table.
+# MPO, and a last question. `python -m lab.run mpo` repeats it for every loss and three seeds, and draws up the table.
 set -eu
 cd "$(dirname "$0")/.."
 OUT=${OUT:-out/mpo-toy}

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import ImageColor
 
-import lab.hd as lab_hd
-import lab.mpo as lab_mpo
+import lab.hd
+import lab.mpo
+import lab.run
 import toyworld
 import train
 from lab.clip import (
@@ -30,6 +31,7 @@ from lab.common import NOTHING, UNSURE, patch_owners, repaint, spell
 from lab.ingredients import main as make_parts
 from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE
+from support.cli import UserError
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
 
 CAT = Thing("cat", "red", "big", "top left", (0.0, 0.0, 0.25, 0.25))              # 2 x 2 of the 8 x 8 patches
@@ -196,38 +198,40 @@ def test_each_way_of_the_hd_experiment_gets_the_same_tokens_and_runs_once(tmp_pa
         out.mkdir(parents=True)
         cell = {"accuracy": 0.5 + 0.1 * int(flags["--seed"])}
         (out / "results.json").write_text(json.dumps({"table": {"reading": cell, "all": cell}}))
+        (out / "config.json").write_text("{}")
 
     monkeypatch.setattr(train, "main", pretend_to_train)
-    monkeypatch.setattr(lab_hd, "kinds_told", partial(lab_hd.kinds_told, n=2))
+    monkeypatch.setattr(lab.hd, "kinds_told", partial(lab.hd.kinds_told, n=2))
     for _ in range(2):
-        flags = ["--out", str(tmp_path / "hd"), "--tokens", "200000", "--pictures", "32", "--seeds", "3"]
-        assert lab_hd.main(flags) == 0
+        assert lab.run.main(["hd", "--quick", "--seeds", "3", "--out", str(tmp_path)]) == 0
     ways = [(run["--image-mode"], run.get("--global-view")) for run in runs]
-    assert ways == 3 * [("pad", None)] + 3 * [("hd", None)] + 3 * [("hd", "none")]
-    assert [run["--seed"] for run in runs] == 3 * ["0", "1", "2"]
+    assert ways == 3 * [("pad", None), ("hd", None), ("hd", "none")]
+    assert [run["--seed"] for run in runs] == 3 * ["0"] + 3 * ["1"] + 3 * ["2"]
+    table = (tmp_path / "hd-quick/table.md").read_text()
+    assert "| pad | 60.0% ± 10.0 | 60.0% ± 10.0 |" in table
+    assert "not to be told at this size (+0.0, +0.0, +0.0 points by seed)" in table
 
     said = re.findall(r"(\d+) tokens a record", capsys.readouterr().out)
     pad, hd, hd_without_global_view = [int(length) for length in said[:3]]
     assert hd - pad == pytest.approx(4 * 64 + 16, abs=1)         # four tiles more, and the ends of 16 rows
     assert hd - hd_without_global_view == pytest.approx(64, abs=1)
-    for run, length in zip(runs[::3], (pad, hd, hd_without_global_view)):
+    for run, length in zip(runs[:3], (pad, hd, hd_without_global_view)):
         tokens = int(run["--max-steps"]) * int(run["--batch-size"]) * length
-        assert tokens == pytest.approx(200_000, rel=0.05)
+        assert tokens == pytest.approx(60_000, rel=0.05)
 
 
-def test_the_chain_of_preference_learning_draws_up_its_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    toyworld.write_world(n_train=16, n_val=4)
-    monkeypatch.setattr(toyworld, "write_world", lambda out: None)     # the 6,240 pictures of the usual one
-    few = ["--max-steps", "1", "--batch-size", "2", "--eval-every", "0", "--no-final-eval", "--workers", "0"]
-    assert train.main(["--stage", "finetune", "--out", "before", *few]) == 0
-    fewer = {"seeds": 1, "questions": 16, "samples": 4, "steps": 1, "held-out": 4}
-    flags = [word for name, n in fewer.items() for word in (f"--{name}", str(n))]
-    assert lab_mpo.main(["--model", "before", *flags]) == 0
-
-    table = (tmp_path / "out/lab-mpo/table.md").read_text()
-    assert all(f"| {name} | " in table for name in ["before", *lab_mpo.VARIANTS])
-    assert all(claim in table for claim in lab_mpo.CLAIMS)
+def test_the_chain_of_preference_learning_draws_up_its_table(tmp_path, capsys):
+    assert lab.run.main(["mpo", "--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "mpo-quick"
+    table = (folder / "table.md").read_text()
+    assert all(f"| {row} | " in table for row in ["before", *lab.mpo.VARIANTS])
+    assert all(claim in table for claim in lab.mpo.CLAIMS)
     assert "in 0." in capsys.readouterr().out
-    files = {path.name for path in (tmp_path / "out/lab-mpo/seed0").glob("*.jsonl")}
-    assert files == {"correctness.jsonl", "dropout0.25.jsonl", "dropout0.5.jsonl", "dropout0.75.jsonl"}
+    made = {"correctness-0.jsonl", "dropout-0.25-0.jsonl", "dropout-0.5-0.jsonl", "dropout-0.75-0.jsonl"}
+    assert {path.name for path in folder.glob("*-0.jsonl")} == made
+
+
+def test_a_run_that_does_not_finish_ends_the_experiment(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda argv: 130)
+    with pytest.raises(UserError, match="not finished"):
+        lab.run.main(["mpo", "--quick", "--out", str(tmp_path)])
