@@ -61,7 +61,7 @@ class Examples(Dataset):
 
     def __getitem__(self, i):
         try:
-            return self.make_example(self.records[i]) | {"index": i}
+            return self.make_example(self.records[i])
         except UserError as error:
             if self.bad == "stop":
                 raise
@@ -73,7 +73,8 @@ class Examples(Dataset):
             example = self.encode(record, n_visual)
         except UserError as error:
             raise UserError(f"{record['where']}: {error}") from None
-        return example | {"pixels": pixels, "layout": layout, "id": record["id"]}
+        example |= {"pixels": pixels, "layout": layout}
+        return example | {"id": record["id"], "index": record["row"]}
 
     def show_pictures(self, record):
         """-> (pixels, layout) of all its pictures, and how many visual tokens each becomes.
@@ -82,11 +83,11 @@ class Examples(Dataset):
         and of such tensors collate takes one.
         """
         of, pictures, n_visual = self.last_shown
-        if of != (record["row"], record["images"]):
+        if of != (record["group"], record["images"]):
             cut = self.cut_pictures(record)
             pictures = vision.join_pictures(cut or [no_picture(self.vision_cfg.image_size)])
             n_visual = [len(layout) for _, layout in cut]
-            self.last_shown = (record["row"], record["images"]), pictures, n_visual
+            self.last_shown = (record["group"], record["images"]), pictures, n_visual
         return pictures, n_visual
 
     def cut_pictures(self, record):
@@ -244,7 +245,7 @@ class Records:
 
     def __getitem__(self, i):
         """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)], and
-        where it comes from: where (for errors), file (a DataFile), row (i, or that of its first question)."""
+        where it comes from: where (for errors), file (a DataFile), row (i), group (row of its first question)."""
         k, number, start, end, question = self.index[i].tolist()
         file = self.files[k]
         where = file.name_record(number)
@@ -263,8 +264,8 @@ class Records:
             turns = [(role, "<image>\n" * n_missing + text), answer]
         if question >= 0:
             where += f", question {question + 1}"
-        row = i - max(0, question)
-        return record | {"images": images, "turns": turns, "where": where, "file": file, "row": row}
+        record |= {"images": images, "turns": turns, "where": where, "file": file}
+        return record | {"row": i, "group": i - max(0, question)}
 
     def split_questions(self):
         """Make a row of every question with its answer. All records are read once, to count their questions.
