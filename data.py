@@ -244,8 +244,9 @@ class Records:
         return len(self.index)
 
     def __getitem__(self, i):
-        """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)], and
-        where it comes from: where (for errors), file (a DataFile), row (i), group (the first question's row)."""
+        """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)]; and
+        where it comes from: where (for errors), file (a DataFile), row (i), group (its first question's row).
+        """
         k, number, start, end, question = self.index[i].tolist()
         file = self.files[k]
         where = file.name_record(number)
