@@ -50,7 +50,7 @@ from support.cli import REQUIRED, UserError, arg, parse, run
 from support.distributed import precision
 from support.io import reading, write_whole
 from support.lora import lora_off
-from train import Answering, TrainConfig, make_loader, teach
+from train import TrainConfig, make_loader, teach
 
 
 @dataclass
@@ -195,7 +195,11 @@ class Preferring:
 
     unit = "pairs"
     shown = ("margin", "accuracy")
-    plots = Answering.plots | {
+    plots = {
+        "loss.png": {
+            "loss of a pair": {"training": "loss"},
+            "held-out loss per supervised token": {"held-out": "val_loss"},
+        },
         "mpo.png": {
             "rewards, beta (s - s_ref)": {
                 "chosen": "reward_chosen",
@@ -205,7 +209,7 @@ class Preferring:
             "share of pairs with the chosen answer ahead": {"accuracy": "accuracy"},
             "delta, the mean of all rewards so far": {"delta": "delta"},
             "NLL of the chosen answer per token": {"nll": "nll"},
-        }
+        },
     }
     collate = staticmethod(collate_pairs)
     terms = staticmethod(mpo_terms)

@@ -28,7 +28,7 @@ from support.cli import UserError
 from support.distributed import barrier, full_tensor, gather_numbers, rank, world_size
 from support.export import save_adapter, save_processor
 from support.io import reading, write_whole
-from support.plots import plot
+from support.plots import curve, plot
 
 # What --resume may change; any other flag would make it another run.
 FREE_TO_CHANGE = {
@@ -144,7 +144,10 @@ class Run:
             self.say(f"step {step:5d}/{self.n_step}  {text}  lr {metrics['lr']:.2e}  {left} left")
         if rank() == 0 and (step % 50 == 0 or step == self.n_step):
             for file, panels in self.task.plots.items():
-                plot(self.out / file, panels, self.lines)
+                curves = {}
+                for title, names in panels.items():
+                    curves[title] = {label: curve(self.lines, name) for label, name in names.items()}
+                plot(self.out / file, curves)
 
     def log(self, step, **values):
         self.lines.append({"step": step, **values})

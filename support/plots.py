@@ -1,11 +1,12 @@
-"""The curves of a run, drawn as a PNG with Pillow.
+"""Curves, drawn as a PNG with Pillow.
 
-    plot("loss.png", {"loss per supervised token": {"training": "loss", "held-out": "val_loss"}}, lines)
+    plot("loss.png", {"loss per supervised token": {"training": (steps, losses), "held-out": ([50], [2.1])}})
 
-Each title is a panel, each label a curve: the values of that name in the lines of log.jsonl, pale as they
-were measured, strong as the mean of those around. A vertical axis is logarithmic where
-all its values are positive and differ by a factor of ten.
+Each title is a panel, each label a curve: pale as it was measured, strong as the mean of the values around.
+A vertical axis is logarithmic where all its values are positive and differ by a factor of ten.
 """
+
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,20 +18,26 @@ GREY, PALE_GREY, BLACK = "#555555", "#e6e6e6", "#222222"
 WIDTH = 800
 
 
-def plot(path, panels, lines):
-    """panels: {title: {label: name}}, drawn one below the other. A curve without points is left out."""
-    panel_height = max(460 // len(panels), 190)
-    image = Image.new("RGB", (WIDTH, len(panels) * panel_height), "white")
-    pen = ImageDraw.Draw(image, "RGBA")  # with alpha: a pale line lets the one below it through
-    for k, (title, names) in enumerate(panels.items()):
-        curves = {}
-        for label, name in names.items():
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
-                curves[label] = np.array(points, dtype=float).T  # (2, n)
+def curve(lines, name):
+    """The values of that name in the lines of log.jsonl -> (xs, ys)."""
+    found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def plot(path, panels):
+    """panels: {title: {label: (xs, ys)}}, one below the other. What has no points is left out."""
+    drawn = {}
+    for title, curves in panels.items():
+        curves = {label: np.array(points, dtype=float) for label, points in curves.items() if len(points[0])}
         if curves:
-            top = k * panel_height
-            draw_panel(pen, (70, top + 34, WIDTH - 24, top + panel_height - 32), title, curves)
+            drawn[title] = curves
+
+    height = max(460 // max(1, len(drawn)), 190)
+    image = Image.new("RGB", (WIDTH, height * max(1, len(drawn))), "white")
+    pen = ImageDraw.Draw(image, "RGBA")  # with alpha: a pale line lets the one below it through
+    for k, (title, curves) in enumerate(drawn.items()):
+        frame = (70, k * height + 34, WIDTH - 24, (k + 1) * height - 32)
+        draw_panel(pen, frame, title, curves)
     write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
 
 
@@ -39,35 +46,47 @@ def draw_panel(pen, frame, title, curves):
     left, top, right, bottom = frame
     xs, ys = np.concatenate(list(curves.values()), axis=1)
     is_log = ys.min() > 0 and ys.max() >= 10 * ys.min()
-    bend, unbend = (np.log, np.exp) if is_log else (np.asarray, np.asarray)
-    low = bend(ys.min()) - 0.01
-    high = bend(ys.max()) + 0.01
-
-    def to_pixels(x, y):
-        across = left + (right - left) * (x - xs.min()) / max(np.ptp(xs), 1)
-        down = bottom - (bottom - top) * (bend(y) - low) / (high - low)
-        return list(zip(across, down))
-
-    # Five numbers on either axis.
-    for y, down in zip(unbend(np.linspace(low, high, 5)), np.linspace(bottom, top, 5)):
-        pen.line([(left, down), (right, down)], fill=PALE_GREY)
-        pen.text((left - 8, down), f"{y:.3g}", fill=GREY, anchor="rm", font_size=13)
-    for x, across in zip(np.linspace(xs.min(), xs.max(), 5), np.linspace(left, right, 5)):
-        pen.text((across, bottom + 6), f"{x:,.0f}", fill=GREY, anchor="mt", font_size=13)
+    x_ticks, across = make_axis(xs, left, right)
+    y_ticks, down = make_axis(ys, bottom, top, is_log)
+    for y in y_ticks:
+        pen.line([(left, down(y)), (right, down(y))], fill=PALE_GREY)
+        pen.text((left - 8, down(y)), f"{y:,g}", fill=GREY, anchor="rm", font_size=13)
+    for x in x_ticks:
+        pen.text((across(x), bottom + 6), f"{x:,g}", fill=GREY, anchor="mt", font_size=13)
 
     # The curves, and beside the title what each is called and where it ends.
     pen.text((left, top - 24), title, fill=BLACK, anchor="lt", font_size=14)
     words_left = left + pen.textlength(title, font_size=14)
     for (label, (x, y)), color in zip(curves.items(), COLORS):
         mean = mean_around(y)
-        pen.line(to_pixels(x, y), fill=color + "50")
-        pen.line(to_pixels(x, mean), fill=color, width=2)
+        measured = list(zip(across(x), down(y)))
+        pen.line(measured, fill=color + "50")
+        pen.line(list(zip(across(x), down(mean))), fill=color, width=2)
         if len(x) <= 30:
-            for point in to_pixels(x, y):
+            for point in measured:
                 pen.circle(point, 3, fill=color)
         words = f"{label} {mean[-1]:.3f}"
         pen.text((words_left + 24, top - 24), words, fill=color, anchor="lt", font_size=14)
         words_left += 24 + pen.textlength(words, font_size=14)
+
+
+def make_axis(values, start, end, is_log=False):
+    """-> round numbers to write beside the axis; a function that gives the pixel of a value."""
+    bend = np.log10 if is_log else np.asarray
+    low, high = bend(values.min()), bend(values.max())
+    room = 0.03 * (high - low) or 0.5
+    low, high = low - room, high + room
+
+    if is_log:
+        powers = 10.0 ** np.arange(math.floor(low), math.ceil(high))
+        ticks = np.outer(powers, [1, 2, 5] if high - low < 2 else [1]).ravel()
+    else:
+        rough = (high - low) / 7
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = power * min(times for times in (1, 2, 5, 10) if times * power >= rough)
+        ticks = step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+    ticks = ticks[(bend(ticks) >= low) & (bend(ticks) <= high)]
+    return ticks, lambda value: start + (end - start) * (bend(value) - low) / (high - low)
 
 
 def mean_around(values):

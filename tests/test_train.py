@@ -19,6 +19,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from common import ROOT, errors, fork, losses, tiny_config, weights
@@ -787,14 +788,25 @@ def test_what_counts_as_right(said, truth, right):
 # ---- what one sees ----
 
 
-@pytest.mark.parametrize("values", [[2.0], [None, 3.0, 1.0], [7.0, 0.0, 1e4], [1.0] * 60])
+@pytest.mark.parametrize("values", [[2.0], [None, 3.0, 1.0], [7.0, 0.0, 1e4], [1.0] * 60, [0.002, 4e8]])
 def test_the_curve_is_drawn_whatever_the_values(tmp_path, values):
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(values, 1)]
-    lines.append({"step": 1, "val_loss": 2.5})
-    panels = {"loss": {"training": "loss", "held-out": "val_loss", "never measured": "margin"}}
-    support_plots.plot(tmp_path / "loss.png", panels, lines)
+    panel = {"training": support_plots.curve(lines, "loss"), "never": support_plots.curve(lines, "margin")}
+    support_plots.plot(tmp_path / "loss.png", {"loss": panel | {"held-out": ([1], [2.5])}, "nothing": {}})
     image = Image.open(tmp_path / "loss.png")
     assert image.size == (800, 460) and len(image.getcolors(10_000)) > 3
+
+
+@pytest.mark.parametrize("low, high, is_log, ticks", [
+    (0.137, 2.92, False, [0.5, 1, 1.5, 2, 2.5, 3]),
+    (1, 400, False, [0, 100, 200, 300, 400]),
+    (0.07, 1.8, True, [0.1, 0.2, 0.5, 1, 2]),
+    (3, 3, False, [2.6, 2.8, 3.0, 3.2, 3.4]),
+])
+def test_beside_an_axis_stand_round_numbers(low, high, is_log, ticks):
+    found, to_pixel = support_plots.make_axis(np.array([low, high]), 70, 776, is_log)
+    assert found == pytest.approx(ticks)
+    assert all(70 <= to_pixel(tick) <= 776 for tick in ticks)
 
 
 def test_help_gives_every_flag_with_its_default(capsys, monkeypatch):
