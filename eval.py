@@ -541,9 +541,8 @@ def table(results):
     others = list(dict.fromkeys(column for result in results for column in result["columns"]))
     rows = [["", "score", "95% interval", "n", "unparsed", *others, ""]]
     for result in results:
-        papers = "; ".join(f"{name} {figure}" for name, figure in result["paper"].items())
         columns = [result["columns"].get(name) for name in others]
-        last = f"{result['metric']}  {papers}".rstrip()
+        last = f"{result['metric']}  {result['paper']}".rstrip()
         rows.append(table_row(result["benchmark"], result, columns, f"{result['unparsed']:.1%}", last))
         for category, figures in result["categories"].items():
             beside = [column and column["categories"].get(category) for column in columns]

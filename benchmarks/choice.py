@@ -6,7 +6,13 @@
                               Answer with the option's letter from the given choices directly.
     label: B      a model: "B"
 
-Every official script has its own idea of which texts are a letter; each reader below is one of them.
+Accuracy: the share of questions that are answered with the label's letter. Every official script has its own
+idea of which texts are a letter; the functions *_letter below are those.
+  ScienceQA  arXiv:2209.09513. The papers quote questions with a picture alone, here the row `image context`
+  MMBench    arXiv:2307.06281. Circular: a question counts if it is right in all rotations of its options
+  SEED       arXiv:2307.16125. A video is asked by its middle frame; --split image leaves the videos out
+  AI2D       arXiv:1603.07396. Raw pictures lack the letters that `letters drawn` questions speak of
+  TallyQA    arXiv:1810.12440. The first number of an answer; by likelihood one of sixteen options
 """
 
 import base64
@@ -14,6 +20,7 @@ import csv
 import io
 import re
 from functools import partial
+from itertools import takewhile
 
 from benchmarks.common import (
     LETTER,
@@ -21,62 +28,59 @@ from benchmarks.common import (
     SHORT,
     Benchmark,
     count_in,
-    data_folder,
     find_file,
     find_split,
     lettered,
     load_records,
-    main_file,
-    paper,
-    percent_right,
     question,
     read_each,
     split_files,
+    visible,
 )
-from support.cli import UserError, one_of
+from support.cli import one_of
 from support.io import reading
+
+
+def ask_letter(id, image, text, choices, truth, **more):
+    """A question, its options a line each, and the wish for a letter. more: see `question`."""
+    return question(id, image, text + lettered(choices), LETTER, truth, choices=choices, **more)
+
 
 # ---- ScienceQA ----
 
 
 def read_scienceqa(cfg):
+    rows = load_records(find_file(cfg, "problems.json"))
+    problems = {id: (where, id, row) for where, id, row in rows}
+    splits = find_file(cfg, "pid_splits.json")
+    ids = {split: ids for _, split, ids in load_records(splits)}
+    one_of("--split", cfg.split, list(ids))
     split = cfg.split or "test"
-    path = find_file(cfg, "problems.json")
-    problems = {id: (where, row) for where, id, row in load_records(path)}
-    splits = {name: ids for _, name, ids in load_records(find_file(cfg, "pid_splits.json"))}
-    one_of("--split", split, list(splits))
-    for id in splits[split]:
-        where, row = problems[str(id)]
-        with reading(where):
-            made = scienceqa_question(str(id), row, row.get("split", split), cfg.family)
-        yield made
+    with reading(splits):
+        rows = [problems[str(id)] for id in ids[split]]
+    return read_each(rows, partial(ask_scienceqa, split, cfg.family))
 
 
-def scienceqa_question(id, row, split, family):
-    hint, image, grade = row.get("hint"), row.get("image"), row.get("grade", "")
+def ask_scienceqa(split, family, id, row):
+    hint, image = row.get("hint"), row.get("image")
     context = ""
     if hint:
         context = f"{hint}\n" if family == "internvl" else f"Context: {hint}\n"
 
-    # The official breakdown: a question counts under its subject, its context and its grade.
+    # The official breakdown: a question counts under its subject, its grade and its context.
     lower_grades = [f"grade{k}" for k in range(1, 7)]
-    category = [row.get("subject", ""), "grades 1-6" if grade in lower_grades else "grades 7-12"]
-    category += ["text context"] * bool(hint) + ["image context"] * bool(image)
-    if not hint and not image:
-        category.append("no context")
+    category = [row.get("subject", ""), "grades 1-6" if row.get("grade") in lower_grades else "grades 7-12"]
+    contexts = {"text context": hint, "image context": image, "no context": not (hint or image)}
+    category += [name for name, is_there in contexts.items() if is_there]
 
-    path = f"images/{split}/{id}/{image}" if image else None
-    text = context + row["question"] + lettered(row["choices"])
-    return question(
-        id, path, text, LETTER, LETTERS[row["answer"]], category=category, n_choices=len(row["choices"])
-    )
+    path = f"images/{row.get('split', split)}/{id}/{image}" if image else None
+    text, truth = context + row["question"], LETTERS[row["answer"]]
+    return ask_letter(id, path, text, row["choices"], truth, category=category)
 
 
 def scienceqa_letter(text, item):
     """LLaVA's: the letter alone, `B. ...`, or exactly one `The answer is B` with a character behind it."""
-    if text in list("ABCDE"):
-        return text
-    if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
+    if re.match(r"[A-E](\Z|\. )", text):
         return text[0]
     found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 else None
@@ -84,6 +88,25 @@ def scienceqa_letter(text, item):
 
 # ---- MMBench ----
 
+# Of one question the rows, in which the options are rotated, have numbers that differ by millions.
+MMBENCH = {
+    "dev": [
+        "mmbench_dev_20230712.tsv",
+        "mmbench_dev_en_20231003.tsv",
+        "MMBench_DEV_EN.tsv",
+        "MMBench_DEV_EN_V11.tsv",
+    ],
+    "test": [
+        "mmbench_test_20230712.tsv",
+        "mmbench_test_en_20231003.tsv",
+        "MMBench_TEST_EN.tsv",
+        "MMBench_TEST_EN_V11.tsv",
+    ],
+}
+MMBENCH_CN = {
+    "dev": ["mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv", "MMBench_DEV_CN_V11.tsv"],
+    "test": ["mmbench_test_cn_20231003.tsv", "MMBench_TEST_CN.tsv", "MMBench_TEST_CN_V11.tsv"],
+}
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -92,86 +115,54 @@ REFUSALS = (
 )
 
 
-def read_mmbench(chinese, cfg):
-    """Four rows to a question, its options rotated; the row numbers of one question differ by millions."""
-    names = []
-    for split in [cfg.split] if cfg.split else ["dev", "test"]:
-        if chinese:
-            names += [f"mmbench_{split}_cn_20231003.tsv", f"MMBench_{split.upper()}_CN.tsv"]
-        else:
-            names += [f"mmbench_{split}_20230712.tsv", f"mmbench_{split}_en_20231003.tsv"]
-            names.append(f"MMBench_{split.upper()}_EN.tsv")
-    path = main_file(cfg, *names)
-    pictures = {row["index"]: row["image"] for _, _, row in load_records(path)}
-    return read_each(path, lambda _, row: mmbench_question(row, pictures, chinese))
+def read_mmbench(files, suffix, cfg):
+    _, path = find_split(cfg, files)
+    rows = load_records(path)
+    with reading(path):
+        pictures = {row["index"]: row["image"] for _, _, row in rows}
 
+    def ask(_, row):
+        index = int(float(row["index"]))
+        hint = f"{row['hint']}\n" if row.get("hint") else ""
+        choices = [row[letter] for letter in takewhile(row.get, "ABCD")]  # an empty cell ends them
 
-def mmbench_question(row, pictures, chinese):
-    row = {name: "" if cell in ("nan", "NaN") else cell for name, cell in row.items()}
-    choices = {}
-    for letter in "ABCD":
-        if not row.get(letter):
-            break  # an empty cell ends the options
-        choices[letter] = row[letter]
+        # Later releases keep a picture once, in one row of its group, and elsewhere that row's number.
+        image = base64.b64decode(pictures.get(row["image"], row["image"]), validate=True)
+        more = {"unit": index % 1_000_000, "category": row.get("category"), "row": row}
+        truth = row.get("answer") or None
+        asked = ask_letter(index, image or None, hint + row["question"], choices, truth, **more)
+        return asked | {"suffix": suffix}
 
-    # Later releases keep a picture once, in one row of its group, and elsewhere that row's number.
-    image = row["image"]
-    image = base64.b64decode(pictures.get(image, image), validate=True)
-
-    index = int(float(row["index"]))
-    hint = f"{row['hint']}\n" if row.get("hint") else ""
-    suffix = "请直接回答选项字母。" if chinese else LETTER
-    text = hint + row["question"] + lettered(choices.values())
-    return question(
-        index,
-        image or None,
-        text,
-        suffix,
-        row.get("answer") or None,
-        unit=index % 1_000_000,
-        category=row.get("category"),
-        choices=choices,
-        row=row,
-    )
+    return read_each(rows, ask)
 
 
 def mmbench_letter(text, item):
-    """VLMEvalKit's exact matching -> a letter, Z (says that none fits), or None (there a judge would be
-    asked).
-    """
-    options = item["choices"]
+    """VLMEvalKit's exact matching -> a letter, Z: that none fits, or None, where a judge would be asked."""
     if any(refusal in text for refusal in REFUSALS):
         return "Z"
+    choices = item["choices"]
+    letters = LETTERS[: len(choices)]
 
     # A letter that stands alone, near the end.
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
-    there = [letter for letter in options if letter in words]
+    there = [letter for letter in letters if letter in words]
     if len(there) == 1 and words.index(there[0]) > len(words) - 5:
         return there[0]
     if not there and "Z" in words:
         return "Z"
-    found = re.search(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", text, re.IGNORECASE)
-    if found and found[1].upper() in options:
+    found = re.search(r"answer\s+is\s+\**([ABCD])", text, re.IGNORECASE)
+    if found and found[1].upper() in letters:
         return found[1].upper()
 
     # The text of one option, in an answer that is not much longer than all of them.
-    text = text.lower()
-    if len(text) <= 2 * sum(len(option) for option in options.values()):
-        there = [letter for letter, option in options.items() if option.lower() in text]
-        if len(there) == 1:
-            return there[0]
-    return None
+    named = [letter for letter, choice in zip(letters, choices) if choice.lower() in text.lower()]
+    is_short = len(text) <= 2 * len("".join(choices))
+    return named[0] if is_short and len(named) == 1 else None
 
 
 def score_mmbench(units):
-    """Circular: a question counts if all of its rows, the options rotated, are answered right."""
+    """Circular: a question counts if all of its rows are answered right."""
     return 100 * sum(all(record["score"] for record in unit) for unit in units) / len(units)
-
-
-def mmbench_more(units):
-    """The first rotation alone; it is 8 to 20 points higher, and no official figure."""
-    first = [[min(unit, key=lambda record: record["id"])] for unit in units]
-    return {"first pass only": percent_right(first)}
 
 
 def submit_mmbench(items, records):
@@ -194,28 +185,23 @@ def submit_mmbench(items, records):
 
 
 def read_seed(cfg):
-    path = main_file(cfg, "SEED-Bench.json")
-    kinds = {number: name for _, name, number in load_records(path, under="question_type")}
+    wanted, path = find_split(cfg, dict.fromkeys(("all", "image", "video"), ["SEED-Bench.json"]))
+    kinds = {number: name for _, name, number in load_records(path, "question_type")}
 
-    def make(_, row):
+    def ask(_, row):
         id, kind = str(row["question_id"]), row["question_type_id"]
         media = row.get("data_type") or ("video" if kind > 9 else "image")
+        if wanted not in ("all", media):
+            return None
+        image = f"SEED-Bench-image/{row['data_id']}"
         if media == "video":
             image = f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
-        else:
-            image = f"SEED-Bench-image/{row['data_id']}"
-        text = row["question"] + lettered(row[f"choice_{letter}"] for letter in "abcd")
-        return question(
-            id,
-            image,
-            text,
-            LETTER,
-            row.get("answer"),
-            category=[kinds.get(kind, str(kind)), media],
-            family=cfg.family,
-        )
+        choices = [row[f"choice_{letter}"] for letter in "abcd"]
+        category = [kinds.get(kind, str(kind)), media]
+        asked = ask_letter(id, image, row["question"], choices, row.get("answer"), category=category)
+        return asked | {"family": cfg.family}
 
-    return read_each(path, make, under="questions")
+    return read_each(load_records(path, "questions"), ask)
 
 
 def seed_letter(text, item):
@@ -228,47 +214,32 @@ def seed_letter(text, item):
 
 
 def read_ai2d(cfg):
-    """Raw pictures: of `letters drawn` questions the letters are missing, which lowers the score."""
-    folder = data_folder(cfg)
-    root = folder if (folder / "questions").is_dir() else folder / "ai2d"
-    if not (root / "questions").is_dir():
-        raise UserError(
-            f"{cfg.data}: no folder questions/ with <n>.png.json in it; unpack ai2d-all.zip there"
-        )
+    one_of("--split", cfg.split, ["test", "val", "all"])
     split = cfg.split or "test"
-    one_of("--split", split, ["test", "val", "all"])
     test_ids = set()
     if split != "all":
         ids = find_file(cfg, "ai2d_test_ids.csv")
         with reading(ids):
             test_ids = set(ids.read_text(encoding="utf-8-sig").split())
 
-    for path in sorted((root / "questions").glob("*.json"), key=lambda path: (len(path.name), path.name)):
-        in_test = path.name.split(".")[0] in test_ids
+    for path in visible(find_file(cfg, "questions").glob("*.json")):
+        image = path.name.removesuffix(".json")
+        in_test = image.split(".")[0] in test_ids
         if split == "all" or in_test == (split == "test"):
-            image = path.name.removesuffix(".json")
-            yield from read_each(path, partial(ai2d_question, image), under="questions")
+            yield from read_each(load_records(path, "questions"), partial(ask_ai2d, image))
 
 
-def ai2d_question(image, text, row):
-    choices = row["answerTexts"]
+def ask_ai2d(image, text, row):
     category = "letters drawn" if row.get("abcLabel") else "no letters drawn"
-    return question(
-        row["questionId"],
-        f"images/{image}",
-        text + lettered(choices),
-        LETTER,
-        LETTERS[row["correctAnswer"]],
-        category=category,
-        n_choices=len(choices),
-        candidates=tuple("ABCD"),
-    )
+    choices, truth = row["answerTexts"], LETTERS[row["correctAnswer"]]
+    asked = ask_letter(row["questionId"], f"images/{image}", text, choices, truth, category=category)
+    return asked | {"candidates": tuple("ABCD")}
 
 
-def option_letter(text, item):
-    """The letter alone, or `B.`, `(B)`, `B. leaf`, `B) leaf`, `B: leaf` -> letter or None."""
+def ai2d_letter(text, item):
+    """The letter alone, or `B.`, `(B)`, `B. leaf`, `B) leaf`, `B: leaf`."""
     found = re.match(r"\(?([A-Z])(?:$|[.):](?:\s|$))", text.strip())
-    return found[1] if found and found[1] in LETTERS[: item["n_choices"]] else None
+    return found[1] if found and found[1] in LETTERS[: len(item["choices"])] else None
 
 
 # ---- TallyQA ----
@@ -276,23 +247,16 @@ def option_letter(text, item):
 
 def read_tallyqa(cfg):
     """By likelihood Prismatic asks for one of sixteen letters, A. 0 to P. 15; else a number is wanted."""
-    letters = cfg.likelihood == "yes"
-
-    def make(_, row):
-        text = row["question"] + (lettered(range(16)) if letters else "")
-        category = "complex" if row.get("issimple") is False else "simple"
-        return question(
-            row["question_id"],
-            row["image"],
-            text,
-            LETTER if letters else SHORT,
-            row["answer"],
-            category=category,
-            candidates=tuple(LETTERS[:16]),
-        )
-
     _, path = find_split(cfg, split_files("{}.json", "test train"))
-    return read_each(path, make)
+    choices, suffix = (lettered(range(16)), LETTER) if cfg.likelihood == "yes" else ("", SHORT)
+
+    def ask(_, row):
+        category = "complex" if row.get("issimple") is False else "simple"
+        more = {"category": category, "candidates": tuple(LETTERS[:16])}
+        text = row["question"] + choices
+        return question(row["question_id"], row["image"], text, suffix, row["answer"], **more)
+
+    return read_each(load_records(path), ask)
 
 
 def tallyqa_count(text, item):
@@ -300,26 +264,39 @@ def tallyqa_count(text, item):
     return LETTERS.index(text) if is_letter else count_in(text)
 
 
-MMBENCH = {
-    "parse": mmbench_letter,
-    "score": score_mmbench,
-    "more": mmbench_more,
-    "submit": submit_mmbench,
-    "metric": "circular accuracy %",
-}
+CIRCULAR = {"score": score_mmbench, "submit": submit_mmbench, "metric": "circular accuracy %"}
 BENCHMARKS = {
     "scienceqa": Benchmark(
         read_scienceqa,
         scienceqa_letter,
-        paper=paper(llava13=74.39, **{"LLaVA-1.5-7B, IMG": 66.8, "LLaVA-1.5-13B, IMG": 71.6}),
+        paper="LLaVA-1.5-13B 74.39; its image context: LLaVA-1.5-7B 66.8, LLaVA-1.5-13B 71.6",
     ),
     "mmbench": Benchmark(
-        partial(read_mmbench, False), paper=paper(64.3, 67.7, **{"InternVL2.5-8B-MPO, v1.1": 82.4}), **MMBENCH
+        partial(read_mmbench, MMBENCH, LETTER),
+        mmbench_letter,
+        paper="LLaVA-1.5-7B 64.3, LLaVA-1.5-13B 67.7; v1.1: InternVL2.5-8B-MPO 82.4",
+        **CIRCULAR,
     ),
-    "mmbench-cn": Benchmark(partial(read_mmbench, True), paper=paper(58.3, 63.6), **MMBENCH),
-    "seed-bench": Benchmark(read_seed, seed_letter, paper=paper(58.6, 61.6)),
+    "mmbench-cn": Benchmark(
+        partial(read_mmbench, MMBENCH_CN, "请直接回答选项字母。"),
+        mmbench_letter,
+        paper="LLaVA-1.5-7B 58.3, LLaVA-1.5-13B 63.6",
+        **CIRCULAR,
+    ),
+    "seed-bench": Benchmark(
+        read_seed,
+        seed_letter,
+        paper="LLaVA-1.5-7B 58.6, LLaVA-1.5-13B 61.6; its image half: LLaVA-1.5-7B 66.1, LLaVA-1.5-13B 68.2",
+    ),
     "ai2d": Benchmark(
-        read_ai2d, option_letter, paper=paper(54.10, 57.13, 55.65, 57.96, **{"InternVL2.5-8B-MPO": 84.5})
+        read_ai2d,
+        ai2d_letter,
+        paper="LLaVA-1.5-7B 54.10, LLaVA-1.5-13B 57.13, Prism-7B 55.65, Prism-13B 57.96, "
+        "InternVL2.5-8B-MPO 84.5",
     ),
-    "tallyqa": Benchmark(read_tallyqa, tallyqa_count, paper=paper(62.06, 64.83, 66.70, 70.41)),
+    "tallyqa": Benchmark(
+        read_tallyqa,
+        tallyqa_count,
+        paper="LLaVA-1.5-7B 62.06, LLaVA-1.5-13B 64.83, Prism-7B 66.70, Prism-13B 70.41",
+    ),
 }

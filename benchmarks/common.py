@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -45,6 +45,10 @@ def rounded_percent(units):
     return round(100 * sum(scores) / len(scores), 2)
 
 
+def as_said(text, item):
+    return text
+
+
 def is_truth(answer, item):
     return float(answer == item["truth"])
 
@@ -56,21 +60,13 @@ class Benchmark:
     right: Callable = is_truth  # (answer, item) -> 0 to 1
     score: Callable = percent_right  # units -> the headline figure
     more: Callable | None = None  # units -> {figure: number}, what the authors publish beside it
-    splits: str = ""  # names that --split may have
     extract: Callable | None = None  # (item, what the model said) -> what is judged
     submit: Callable | None = None  # (items, records) -> file name, content: what is handed in
     by_gpt: bool = False  # GPT-4 judges: `submit` makes its requests, --predictions brings its reviews
-    paper: dict = field(default_factory=dict)
+    paper: str = ""  # published figures: LLaVA-1.5 by its own tables, else by Prismatic's; Prism-DINOSigLIP
     metric: str = "accuracy %"
     max_new_tokens: int = 16
     all_needed: bool = False  # the official scorer refuses a file in which an answer is missing
-
-
-def paper(llava7=None, llava13=None, prism7=None, prism13=None, **others):
-    """Published figures: LLaVA-1.5 by its own tables, else by Prismatic's; Prism-DINOSigLIP; others."""
-    names = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Prism-7B", "Prism-13B")
-    figures = dict(zip(names, (llava7, llava13, prism7, prism13))) | others
-    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def question(id, image, text, suffix, truth, **more):
@@ -82,9 +78,10 @@ def question(id, image, text, suffix, truth, **more):
     needs.
     """
     category = more.get("category")
-    names = category if isinstance(category, list) else [category or ""]
-    if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in (text, *names)):
-        raise ValueError("id, question and category must be text")
+    texts = category if isinstance(category, list) else [category or ""]
+    texts = [text, *texts, *(more.get("choices") or [])]
+    if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in texts):
+        raise ValueError("id, question, category and options must be text")
     if not isinstance(image, (str, bytes, type(None))):
         raise ValueError("the picture must be a name")
     return {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth} | more
@@ -98,17 +95,12 @@ def data_folder(cfg):
     return path.parent if path.is_file() else path
 
 
-def main_file(cfg, *names):
-    """--data itself, where it is a file; else the first of these official names."""
-    return Path(cfg.data) if Path(cfg.data).is_file() else find_file(cfg, *names)
-
-
 def find_file(cfg, *names, optional=False):
     """The first of these official names in the folder --data or up to two folders below it."""
     folder = data_folder(cfg)
     for name in names:
         for pattern in (name, f"*/{name}", f"*/*/{name}"):
-            found = sorted(folder.glob(pattern))
+            found = visible(folder.glob(pattern))
             if found:
                 return found[0]
     if optional:
@@ -116,19 +108,38 @@ def find_file(cfg, *names, optional=False):
     raise UserError(f"{folder}: no {' or '.join(names)} in it; --data is the folder with the official files")
 
 
+def visible(paths):
+    """In order, without the twins `._NAME` that macOS puts beside every file it copies."""
+    hidden = ("._", "__MACOSX")
+    return sorted(path for path in paths if not any(part.startswith(hidden) for part in path.parts))
+
+
 def find_split(cfg, files):
-    """{split: file name} -> split, path. Without --split: --data itself, or the first that is there."""
-    if Path(cfg.data).is_file():
-        named = [split for split, name in files.items() if name == Path(cfg.data).name]
-        return (named or [cfg.split or next(iter(files))])[0], Path(cfg.data)
+    """{split: its official names} -> the first (split, path) of find_splits."""
+    return find_splits(cfg, files)[0]
+
+
+def find_splits(cfg, files):
+    """{split: its official names} -> (split, path) of each that is there, or of --split alone.
+
+    Where --data is a file, it is the split that has its name; else, under another name, the first.
+    """
     one_of("--split", cfg.split, list(files))
-    there = [split for split, name in files.items() if find_file(cfg, name, optional=True)]
-    split = cfg.split or (there or list(files))[0]
-    return split, find_file(cfg, files[split])
+    if cfg.split:
+        files = {cfg.split: files[cfg.split]}
+    path = Path(cfg.data)
+    if path.is_file():
+        named = [split for split, names in files.items() if path.name in names]
+        return [((named or list(files))[0], path)]
+    paths = {split: find_file(cfg, *names, optional=True) for split, names in files.items()}
+    there = [(split, path) for split, path in paths.items() if path]
+    if not there:
+        find_file(cfg, *next(iter(files.values())))  # says that it is missing
+    return there
 
 
 def split_files(form, splits):
-    return {split: form.format(split) for split in splits.split()}
+    return {split: [form.format(split)] for split in splits.split()}
 
 
 def load_records(path, under=None):
@@ -160,14 +171,19 @@ def load_records(path, under=None):
     return [(f"{path}, record {key!r}", key, record) for key, record in keyed]
 
 
+def rows_by(cfg, field, name, under=None):
+    """{what stands in this field: record} of another official file."""
+    return {row[field]: row for _, _, row in load_records(find_file(cfg, name), under)}
+
+
 def load_line(where, line):
     with reading(where):
         return json.loads(line)
 
 
-def read_each(path, make, under=None):
-    """make(key, record) of every record of a file. What goes wrong in one is an error that names it."""
-    for where, key, record in load_records(path, under):
+def read_each(rows, make):
+    """make(key, record) of every record of load_records. What goes wrong in one is an error that names it."""
+    for where, key, record in rows:
         with reading(where):
             made = make(key, record)
         if made is not None:

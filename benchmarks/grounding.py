@@ -4,55 +4,64 @@
                               describes: "red car"
     box: [0.10, 0.10, 0.60, 0.60]      a model: "[0.12, 0.08, 0.58, 0.61]"      IoU 0.86: right
 
-Boxes are [x1, y1, x2, y2], fractions of the picture's sides; right is IoU >= 0.5, and 0.25 for OCID-Ref.
-LLaVA and Prismatic round the true box to two decimals, InternVL writes thousandths. One reader takes both:
-the first four numbers in brackets. The official readers differ: Prismatic's takes a bare list of fractions
-only, InternVL's reads a missing box as (0, 0, 0, 0); a model that was taught boxes gets the same figure from
-all three.
+Accuracy: the share of boxes [x1, y1, x2, y2], in fractions of the picture's sides, whose intersection over
+union with the true one is at least 0.5 (arXiv:1608.00272, arXiv:1511.02283), or 0.25 of OCID-Ref
+(arXiv:2103.07679). LLaVA and Prismatic round the true box to two decimals, InternVL writes thousandths. One
+reader takes both: the first four numbers in brackets. The official readers differ: Prismatic's takes a bare
+list of fractions only, InternVL's reads a missing box as (0, 0, 0, 0); a model that was taught boxes gets the
+same figure from all three.
 """
 
 import json
 from functools import partial
 
-from benchmarks.common import Benchmark, find_split, iou, paper, question, read_box, read_each, split_files
+from benchmarks.common import (
+    Benchmark,
+    find_split,
+    iou,
+    load_records,
+    question,
+    read_box,
+    read_each,
+    split_files,
+)
 
 
-def region_question(cfg, id, image, sentence, box, size, least, **more):
-    """box: corners in pixels; size: the picture's width and height; least: the IoU that is enough."""
+def ask_region(cfg, id, image, sentence, box, size, **more):
+    """box: corners in pixels; size: the picture's width and height."""
     internvl = cfg.family == "internvl"
     width, height = size
-    if min(width, height) <= 0 or len(box) != 4:
-        raise ValueError(f"box {box} in a picture of {width} x {height} pixels")
-    sides = (width, height, width, height)
-    truth = [round(x / side, 4 if internvl else 2) for x, side in zip(box, sides)]
+    x1, y1, x2, y2 = box
+    truth = [x1 / width, y1 / height, x2 / width, y2 / height]
+    truth = [round(x, 4 if internvl else 2) for x in truth]
     quoted = f"<ref>{sentence}</ref>" if internvl else f'"{sentence}"'
     text = f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}"
-    return question(id, image, text, "", truth, least=least, **more)
+    return question(id, image, text, "", truth, **more)
 
 
 def region_box(text, item):
     return read_box(text)
 
 
-def overlaps(box, item):
-    return float(iou(box, item["truth"]) >= item["least"])
+def overlaps(least, box, item):
+    return float(iou(box, item["truth"]) >= least)
 
 
-def read_refcoco(name, cfg):
+def read_refcoco(name, splits, cfg):
     """InternVL's JSON lines, one sentence a line. (REFER's own pickles would have to be run to be read.)"""
+    _, path = find_split(cfg, split_files(name + "_{}.jsonl", splits))
 
-    def make(number, row):
+    def ask(number, row):
         id = str(row.get("sent_id", number))
-        size = row["width"], row["height"]
-        return region_question(cfg, id, row["image"], row["sent"], row["bbox"], size, 0.5)
+        return ask_region(cfg, id, row["image"], row["sent"], row["bbox"], (row["width"], row["height"]))
 
-    split = cfg.split or "val"
-    _, path = find_split(cfg, {split: f"{name}_{split}.jsonl"})
-    return read_each(path, make)
+    return read_each(load_records(path), ask)
 
 
 def read_ocid(cfg):
-    def make(id, row):
+    _, path = find_split(cfg, split_files("{}_expressions.json", "val test train"))
+
+    def ask(id, row):
         box = json.loads(row["bbox"]) if isinstance(row["bbox"], str) else row["bbox"]
         x1, y1, x2, y2 = box
         if not (x1 < x2 <= 640 and y1 < y2 <= 480):  # corners, whatever the dataset's note says
@@ -60,33 +69,37 @@ def read_ocid(cfg):
         take = row["take_id"]
         clutter = "Minimum" if take <= 9 else "Medium" if take <= 16 else "Maximum"
         image = f"OCID-dataset/{row['scene_path']}"
-        return region_question(cfg, str(id), image, row["sentence"], box, (640, 480), 0.25, category=clutter)
+        return ask_region(cfg, str(id), image, row["sentence"], box, (640, 480), category=clutter)
 
-    _, path = find_split(cfg, split_files("{}_expressions.json", "val test train"))
-    return read_each(path, make)
+    return read_each(load_records(path), ask)
 
 
-def refcoco(name, *figures):
+def boxes(read, least, paper):
+    metric = f"accuracy % at IoU {least}"
     return Benchmark(
-        partial(read_refcoco, name),
-        region_box,
-        overlaps,
-        max_new_tokens=100,
-        metric="accuracy % at IoU 0.5",
-        paper=paper(*figures),
+        read, region_box, partial(overlaps, least), max_new_tokens=100, metric=metric, paper=paper
     )
 
 
 BENCHMARKS = {
-    "refcoco": refcoco("refcoco", 55.12, 66.75, 77.78, 79.39),
-    "refcoco+": refcoco("refcoco+", 49.47, 61.36, 73.08, 75.55),
-    "refcocog": refcoco("refcocog", 50.92, 60.85, 71.04, 72.73),
-    "ocid-ref": Benchmark(
+    "refcoco": boxes(
+        partial(read_refcoco, "refcoco", "val testA testB"),
+        0.5,
+        "LLaVA-1.5-7B 55.12, LLaVA-1.5-13B 66.75, Prism-7B 77.78, Prism-13B 79.39",
+    ),
+    "refcoco+": boxes(
+        partial(read_refcoco, "refcoco+", "val testA testB"),
+        0.5,
+        "LLaVA-1.5-7B 49.47, LLaVA-1.5-13B 61.36, Prism-7B 73.08, Prism-13B 75.55",
+    ),
+    "refcocog": boxes(
+        partial(read_refcoco, "refcocog", "val test"),
+        0.5,
+        "LLaVA-1.5-7B 50.92, LLaVA-1.5-13B 60.85, Prism-7B 71.04, Prism-13B 72.73",
+    ),
+    "ocid-ref": boxes(
         read_ocid,
-        region_box,
-        overlaps,
-        max_new_tokens=100,
-        metric="accuracy % at IoU 0.25",
-        paper=paper(35.07, 45.56, 54.12, 54.62),
+        0.25,
+        "LLaVA-1.5-7B 35.07, LLaVA-1.5-13B 45.56, Prism-7B 54.12, Prism-13B 54.62",
     ),
 }

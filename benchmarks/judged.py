@@ -6,11 +6,13 @@
 Asked of a model, these two give no score: judge_requests.jsonl holds one request a line, as the authors word
 it, ready to send. What comes back is read by --predictions, rows with an id and `content` (LLaVA-Bench's
 reviews) or `score` (MM-Vet's grades), and scored as the authors score it.
+  LLaVA-Bench  arXiv:2304.08485. 100 x the model's mean score / that of GPT-4's own answers, which it is shown
+  MM-Vet       arXiv:2308.02490. 100 x the mean of grades from 0 to 1
 """
 
 from functools import partial
 
-from benchmarks.common import Benchmark, find_file, load_records, main_file, paper, question, read_each
+from benchmarks.common import Benchmark, find_split, load_records, question, read_each, rows_by
 from support.io import json_lines
 
 RULE = (
@@ -27,22 +29,20 @@ RULE = (
 
 
 def read_llava_bench(cfg):
-    captions = {row["image"]: row["caption"] for _, _, row in load_records(find_file(cfg, "context.jsonl"))}
-    references = {
-        row["question_id"]: row["text"] for _, _, row in load_records(find_file(cfg, "answers_gpt4.jsonl"))
-    }
+    _, path = find_split(cfg, {"all": ["questions.jsonl"]})
+    pictures = rows_by(cfg, "image", "context.jsonl")
+    references = rows_by(cfg, "question_id", "answers_gpt4.jsonl")
 
-    def make(_, row):
+    def ask(_, row):
         id, image = row["question_id"], row["image"]
-        caption = captions[image]
+        caption = pictures[image]["caption"]
         if isinstance(caption, list):
             caption = "\n".join(caption)
         category = row["category"].removeprefix("llava_bench_")
-        return question(
-            id, f"images/{image}", row["text"], "", references[id], category=category, caption=caption
-        )
+        truth = references[id]["text"]
+        return question(id, f"images/{image}", row["text"], "", truth, category=[category], caption=caption)
 
-    return read_each(main_file(cfg, "questions.jsonl"), make)
+    return read_each(load_records(path), ask)
 
 
 def review_scores(review, item):
@@ -59,8 +59,8 @@ def model_score(scores, item):
 
 
 def score_llava_bench(units):
-    """100 model / reference of the mean scores, each rounded as the official summary does. A review that
-    cannot be read counts as -1 and -1, as there."""
+    """Each mean is rounded as in the official summary. A review that cannot be read counts as -1 and -1, as
+    there."""
     pairs = [unit[0]["parsed"] or [-1.0, -1.0] for unit in units]
     reference, model = (round(sum(scores) / len(pairs), 3) for scores in zip(*pairs))
     return round(model / reference * 100, 1) if reference > 0 else float("nan")
@@ -72,20 +72,14 @@ def request_llava_bench(item, record):
         f"[Assistant 1]\n{item['truth']}\n\n[End of Assistant 1]\n\n"
         f"[Assistant 2]\n{record['answer'] or ''}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
     )
-    messages = [
-        {
-            "role": "system",
-            "content": "You are a helpful and precise assistant for checking the quality of the answer.",
-        },
-        {"role": "user", "content": said},
-    ]
+    system = "You are a helpful and precise assistant for checking the quality of the answer."
     return {
         "question_id": item["id"],
-        "category": item["category"],
+        "category": item["category"][0],
         "model": "gpt-4-0314",
         "temperature": 0.2,
         "max_tokens": 1024,
-        "messages": messages,
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": said}],
     }
 
 
@@ -116,13 +110,13 @@ MM_VET = (
 
 
 def read_mm_vet(cfg):
-    def make(id, row):
+    def ask(id, row):
         image = f"images/{row.get('imagename') or f'{id}.png'}"
-        return question(
-            str(id), image, row["question"], "", row["answer"] + "", category=list(row["capability"])
-        )
+        truth, category = row["answer"] + "", list(row["capability"])
+        return question(str(id), image, row["question"], "", truth, category=category)
 
-    return read_each(main_file(cfg, "mm-vet.json"), make)
+    _, path = find_split(cfg, {"all": ["mm-vet.json"]})
+    return read_each(load_records(path), ask)
 
 
 def mean_grade(grade, item):
@@ -141,14 +135,13 @@ def score_mm_vet(units):
 
 def request_mm_vet(item, record):
     truth = item["truth"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    said = f"{MM_VET}\n" + " | ".join([item["text"], truth, record["answer"] or "", ""])
-    messages = [{"role": "user", "content": said}]
+    said = f"{MM_VET}\n{item['text']} | {truth} | {record['answer'] or ''} | "
     return {
         "question_id": item["id"],
         "model": "gpt-4-0613",
         "temperature": 0,
         "max_tokens": 3,
-        "messages": messages,
+        "messages": [{"role": "user", "content": said}],
     }
 
 
@@ -167,7 +160,7 @@ BENCHMARKS = {
         by_gpt=True,
         max_new_tokens=1024,
         metric="relative score by GPT-4",
-        paper=paper(65.4, 72.5),
+        paper="LLaVA-1.5-7B 65.4, LLaVA-1.5-13B 72.5",
     ),
     "mm-vet": Benchmark(
         read_mm_vet,
@@ -178,6 +171,6 @@ BENCHMARKS = {
         by_gpt=True,
         max_new_tokens=1024,
         metric="score by GPT-4, of 100",
-        paper=paper(31.1, 36.1, **{"InternVL2.5-8B-MPO": 66.9}),
+        paper="LLaVA-1.5-7B 31.1, LLaVA-1.5-13B 36.1, InternVL2.5-8B-MPO 66.9",
     ),
 }

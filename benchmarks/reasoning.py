@@ -5,13 +5,14 @@
                               Question: How many bars are above 5?
     answer: 3      a model: "Three bars are higher, so 3."      extracted: 3
 
-MathVista's authors let GPT-4 extract the answer. Here a rule does it, unless --predictions brings an
-`extraction`: their own short cuts, then the last option letter or the last number. Compare such a figure with
-its like only.
+Accuracy: the share of answers that, once extracted, are the label.
+  MathVista  arXiv:2310.02255. Its authors let GPT-4 extract the answer. Here a rule does it, unless
+             --predictions brings an `extraction`: their own short cuts, then the last option letter or
+             number. Compare such a figure with its like only
+  M3CoT      arXiv:2405.16473. A letter, for which is asked once more after the chain of thought
 """
 
 import re
-from functools import partial
 
 from benchmarks.common import (
     COT,
@@ -23,13 +24,12 @@ from benchmarks.common import (
     find_split,
     lettered,
     load_records,
-    main_file,
     question,
     read_each,
     split_files,
 )
 
-bracketed = partial(lettered, form="\n({}) {}")
+IN_BRACKETS = "\n({}) {}"  # one option
 
 # ---- MathVista ----
 
@@ -49,30 +49,17 @@ def read_mathvista(cfg):
     _, path = find_split(cfg, split_files("{}.json", "testmini test"))
     prompts = find_file(cfg, "query.json", optional=True)
     queries = {str(id): text for _, id, text in load_records(prompts)} if prompts else {}
-    return read_each(path, lambda id, row: mathvista_question(str(id), row, queries))
 
+    def ask(id, row):
+        query = queries.get(str(id)) or row.get("query") or mathvista_query(row)
+        # A chain of thought has a frame of its own in the place of the hint.
+        bare = query.partition("\n")[2] if query.startswith("Hint: ") else query.removesuffix(f"\n{SHORT}")
+        needed = {name: row.get(name) for name in ("choices", "question_type", "answer_type", "precision")}
+        category = (row.get("metadata") or {}).get("task")
+        truth = row.get("answer") or None
+        return question(str(id), row["image"], query, "", truth, category=category, cot=COT + bare, **needed)
 
-def mathvista_question(id, row, queries):
-    choices, kind, truth = row.get("choices"), row["question_type"], row.get("answer") or None
-    choices = [choice + "" for choice in choices] if kind == "multi_choice" else choices
-    query = queries.get(id) or row.get("query") or mathvista_query(row)
-
-    # A chain of thought has a frame of its own in the place of the hint.
-    bare = query.partition("\n")[2] if query.startswith("Hint: ") else query.removesuffix(f"\n{SHORT}")
-    metadata = row.get("metadata") or {}
-    return question(
-        id,
-        row["image"],
-        query,
-        "",
-        truth,
-        category=metadata.get("task"),
-        cot=COT + bare,
-        choices=choices,
-        kind=kind,
-        answer_type=row["answer_type"],
-        precision=row.get("precision"),
-    )
+    return read_each(load_records(path), ask)
 
 
 def mathvista_query(row):
@@ -81,53 +68,39 @@ def mathvista_query(row):
         hint = "choice"
     elif hint == "float":
         hint = f"float{int(row.get('precision') or 1)}"
-    query = (
-        f"Hint: Please answer the question {HINTS.get(hint, HINTS['integer'])}\nQuestion: {row['question']}"
-    )
+    query = f"Hint: Please answer the question {HINTS[hint]}\nQuestion: {row['question']}"
     if row.get("unit"):
         query += f" (Unit: {row['unit']})"
     if row.get("choices"):
-        query += "\nChoices:" + bracketed(row["choices"])
+        query += "\nChoices:" + lettered(row["choices"], IN_BRACKETS)
     return query
 
 
 def mathvista_extract(item, text):
     """What the official pipeline asks GPT-4 for, by rule."""
     text = text.strip()
-    kind = item["answer_type"]
-    if not text or is_number(text, kind) or (item["kind"] == "multi_choice" and text in item["choices"]):
+    choices, kind = item["choices"], item["answer_type"]
+    is_choice = item["question_type"] == "multi_choice"
+    is_number = kind in ("integer", "float") and mathvista_normal(text, item) is not None
+    if not text or is_number or (is_choice and text in choices):
         return text
-    found = re.search(r'The answer is "(.*)"\.', text)
-    if found:
+    if found := re.search(r'The answer is "(.*)"\.', text):
         return found[1]
 
     # So far the official short cuts. Now the last option letter, list or number.
-    if item["kind"] == "multi_choice":
-        letters = LETTERS[: len(item["choices"])]
-        found = re.findall(rf"\(([{letters}{letters.lower()}])\)", text) or re.findall(
-            rf"\b([{letters}])\b", text
-        )
+    if is_choice:
+        letters = LETTERS[: len(choices)]
+        found = re.findall(rf"(?i:\(([{letters}])\))", text) or re.findall(rf"\b([{letters}])\b", text)
         return f"({found[-1]})" if found else text
-    if kind == "list":
-        found = re.findall(r"\[[^\[\]]*\]", text)
-    else:
-        found = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", text))
-    return found[-1] if found else ""
-
-
-def is_number(text, kind):
-    if kind not in ("integer", "float"):
-        return False
-    try:
-        int(text) if kind == "integer" else float(text)
-    except ValueError:
-        return False
-    return True
+    form = r"\[[^\[\]]*\]" if kind == "list" else r"-?\d+(?:\.\d+)?"
+    if kind != "list":
+        text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    return (re.findall(form, text) or [""])[-1]
 
 
 def mathvista_normal(text, item):
     """The official normalisation: the option's text, or a number rounded as asked. None: it failed."""
-    if item["kind"] == "multi_choice":
+    if item["question_type"] == "multi_choice":
         return nearest_choice(text.strip(), item["choices"])
     try:
         if item["answer_type"] == "integer":
@@ -151,13 +124,11 @@ def nearest_choice(text, choices):
 
 def edit_distance(a, b):
     """Levenshtein's: row[j] holds the edits between what is read of a and the first j letters of b."""
-    row = list(range(len(b) + 1))
+    row = range(len(b) + 1)
     for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            replaced = diagonal + (x != y)
-            diagonal = row[j]
-            row[j] = min(row[j] + 1, row[j - 1] + 1, replaced)
+        above, row = row, [i]
+        for j, y in enumerate(b):
+            row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (x != y)))
     return row[-1]
 
 
@@ -165,38 +136,38 @@ def edit_distance(a, b):
 
 
 def read_m3cot(cfg):
-    """test.jsonl; without it the authors' result file, whose lines carry choices and answer too."""
+    """Without test.jsonl the authors' result file will do, whose lines carry choices and answer too."""
+    files = split_files("{}.jsonl", "test dev") | {"validation": ["dev.jsonl"]}
+    if cfg.predictions and not find_file(cfg, "test.jsonl", "dev.jsonl", optional=True):
+        path = cfg.predictions
+    else:
+        _, path = find_split(cfg, files)
     seen = set()
 
-    def make(_, row):
+    def ask(_, row):
         if row["id"] in seen:
             return None  # the first record of an id counts
         seen.add(row["id"])
-        return m3cot_question(row, cfg.family)
+        return ask_m3cot(row, cfg.family)
 
-    split = {"validation": "dev"}.get(cfg.split, cfg.split) or "test"
-    name = f"{split}.jsonl"
-    if cfg.predictions and not find_file(cfg, name, optional=True):
-        return read_each(cfg.predictions, make)
-    return read_each(main_file(cfg, name), make)
+    return read_each(load_records(path), ask)
 
 
-def m3cot_question(row, family):
-    choices = [choice + "" for choice in row["choices"]]
+def ask_m3cot(row, family):
+    choices = row["choices"]
     image = row.get("image_path") or f"images/{row.get('image_id') or row['id']}.png"
-    text, context = row.get("question") or "", row.get("context")
+    text, context, truth = row.get("question") or "", row.get("context"), row.get("answer")
     more = {"category": [row["domain"], row["topic"]], "choices": choices, "family": family}
     if family == "internvl":
-        text = (f"{context}\n" if context else "") + text + lettered(choices)
-        return question(row["id"], image, text, LETTER, row.get("answer"), **more)
+        context = f"{context}\n" if context else ""
+        return question(row["id"], image, context + text + lettered(choices), LETTER, truth, **more)
 
-    text = (
-        (f"[Context]\n{context}\n" if context else "") + f"[Question]\n{text}\n[Choices]" + bracketed(choices)
-    )
+    context = f"[Context]\n{context}\n" if context else ""
+    text = f"{context}[Question]\n{text}\n[Choices]" + lettered(choices, IN_BRACKETS)
     letters = ",".join(f'"({letter})"' for letter in LETTERS[: len(choices)])
     more["cot"] = f"{text}\n\nLet's think step-by-step!"
     more["then"] = f"Please select the correct answer from the [{letters}] options."
-    return question(row["id"], image, text, "", row.get("answer"), **more)
+    return question(row["id"], image, text, "", truth, **more)
 
 
 def m3cot_letter(text, item):
@@ -208,18 +179,14 @@ def official_letter(text, choices):
     if "[Answer]" in text:
         text = text.rsplit("[Answer]", 1)[1].split("[Rationale]")[0].split("[Context]")[0]
     letters = LETTERS[: len(choices)]
-    found = re.findall(r"\(([A-Za-z])\)", text)
-    if found:
-        return found[-1].upper()
-    found = [letter for letter, choice in zip(letters, choices) if choice.lower() in text.lower()]
-    if found:
-        return found[-1]
     words = re.sub(r"[\n.,!?]", " ", text).split(" ")
-    for case in letters, letters.lower():
-        found = [letter for letter in case if letter in words]
-        if found:
-            return found[-1].upper()
-    return None
+    tries = [
+        re.findall(r"\(([A-Za-z])\)", text),
+        [letter for letter, choice in zip(letters, choices) if choice.lower() in text.lower()],
+        [letter for letter in letters if letter in words],
+        [letter for letter in letters if letter.lower() in words],
+    ]
+    return next((found[-1].upper() for found in tries if found), None)
 
 
 def internvl_letter(text, choices):
@@ -230,9 +197,9 @@ def internvl_letter(text, choices):
         return text if text in LETTERS else None
     if text and text[0] in letters:
         return text[0]
-    for form in "{choice}", "{letter}.", "({letter})":
+    for form in "{1}", "{0}.", "({0})":
         for letter, choice in zip(letters, choices):
-            if form.format(letter=letter, choice=choice) in text:
+            if form.format(letter, choice) in text:
                 return letter
     return None
 
@@ -244,7 +211,7 @@ BENCHMARKS = {
         extract=mathvista_extract,
         max_new_tokens=128,
         metric="accuracy %, extracted by rule where no extraction was given",
-        paper={"InternVL2.5-8B-MPO": 68.9},
+        paper="InternVL2.5-8B-MPO 68.9",
     ),
-    "m3cot": Benchmark(read_m3cot, m3cot_letter, max_new_tokens=128, paper={"InternVL2-8B-MPO": 79.2}),
+    "m3cot": Benchmark(read_m3cot, m3cot_letter, max_new_tokens=128, paper="InternVL2-8B-MPO 79.2"),
 }

@@ -4,8 +4,13 @@
                               Answer the question using a single word or phrase.
     ten people: red x 7, orange x 3      a model: "Red."      score 1.0
 
-The three VQA scores are one formula over three normalisers; which scorer normalises what is the whole
-difference. GQA has one answer, and compares strings.
+VQA accuracy (arXiv:1505.00468): an answer is right by min(1, people who gave it / 3), averaged over the ten
+ways to leave one of ten people out. VQAv2 (arXiv:1612.00837), VizWiz (arXiv:1802.08218) and TextVQA
+(arXiv:1904.08920) share it; which scorer normalises what before it compares is the whole difference. GQA
+(arXiv:1902.09506) knows one answer, and counts those that are the same string.
+
+--split: val, test-dev, test of VQAv2; val, test, train of VizWiz and TextVQA. Without labels there is no
+score, only the file to hand in.
 """
 
 import json
@@ -16,20 +21,93 @@ from benchmarks.common import (
     INSUFFICIENT,
     SHORT,
     Benchmark,
+    as_said,
     evalai,
-    find_file,
     find_split,
     load_records,
-    main_file,
     normalise,
     one_line,
-    paper,
     question,
     read_each,
     rounded_percent,
+    rows_by,
     split_files,
 )
-from support.cli import UserError
+
+# ---- questions ----
+
+VQAV2 = {
+    "val": ["v2_OpenEnded_mscoco_val2014_questions.json"],
+    "test-dev": ["v2_OpenEnded_mscoco_test-dev2015_questions.json"],
+    "test": ["v2_OpenEnded_mscoco_test2015_questions.json"],
+}
+
+
+def read_vqav2(cfg):
+    split, path = find_split(cfg, VQAV2)
+    labels = {}
+    folder = "test2015"
+    if split == "val":
+        labels = rows_by(cfg, "question_id", "v2_mscoco_val2014_annotations.json", "annotations")
+        folder = "val2014"
+
+    def ask(_, row):
+        id = row["question_id"]
+        label = labels[id] if split == "val" else {}
+        image = f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"
+        category = label.get("answer_type")
+        return question(id, image, row["question"], SHORT, people(label), category=category, file=path)
+
+    return read_each(load_records(path, "questions"), ask)
+
+
+def people(row):
+    """The answers of ten people, bare texts in TextVQA; None where they are hidden."""
+    answers = row.get("answers") or []
+    return [answer if isinstance(answer, str) else answer["answer"] + "" for answer in answers] or None
+
+
+def read_vizwiz(cfg):
+    split, path = find_split(cfg, split_files("{}.json", "val test train"))
+
+    def ask(_, row):
+        image, suffix = row["image"], f"{INSUFFICIENT}\n{SHORT}"
+        category = {0: "unanswerable", 1: "answerable"}.get(row.get("answerable"))
+        return question(image, f"{split}/{image}", row["question"], suffix, people(row), category=category)
+
+    return read_each(load_records(path), ask)
+
+
+def read_textvqa(with_ocr, cfg):
+    split, path = find_split(cfg, split_files("TextVQA_0.5.1_{}.json", "val test train"))
+    folder = "test_images" if split == "test" else "train_images"
+    if with_ocr:
+        ocr = rows_by(cfg, "image_id", f"TextVQA_Rosetta_OCR_v0.2_{split}.json", "data")
+
+    def ask(_, row):
+        image, asked = row["image_id"], row["question"]
+        text = asked[:1].upper() + asked[1:]
+        if with_ocr:
+            text += "\nReference OCR token: " + ", ".join(ocr[image]["ocr_tokens"])
+        return question(row["question_id"], f"{folder}/{image}.jpg", text, SHORT, people(row), asked=asked)
+
+    return read_each(load_records(path, "data"), ask)
+
+
+def read_gqa(cfg):
+    """Questions that are not balanced are asked, as the official scorer wants them all, and not scored."""
+    names = ["testdev_balanced_questions.json", "testdev_balanced_questions_*.json"]
+    _, path = find_split(cfg, {"testdev": names})
+
+    def ask(id, row):
+        truth = row["answer"] if row["isBalanced"] else None
+        image, category = f"images/{row['imageId']}.jpg", row["types"]["structural"]
+        return question(str(id), image, row["question"], SHORT, truth, category=category)
+
+    return read_each(load_records(path), ask)
+
+
+# ---- how answers are compared ----
 
 # VizWiz's own copy of the scorer has backticks for apostrophes on both sides. So "dont" never meets an
 # annotator's "don't" there, and a key with a backtick never fires, as backticks are punctuation and gone by
@@ -43,143 +121,18 @@ BACKTICKS = {
 }
 
 
-def agreement(said, answers):
-    """Mean over ten annotators of min(1, matches among the others / 3): 0, 0.3, 0.6, 0.9, 1 for 0 to 4."""
-    n = sum(answer == said for answer in answers)
-    return sum(min(1, (n - (answer == said)) / 3) for answer in answers) / len(answers)
-
-
 def vqav2_normal(text, item):
     """Both sides are normalised, unless all ten answers are identical: then they are compared verbatim."""
     answers = {one_line(answer) for answer in item["truth"] or []}
     return normalise(one_line(text)) if len(answers) > 1 else one_line(text)
 
 
-def vqav2_agreement(said, item):
-    return agreement(said, [vqav2_normal(answer, item) for answer in item["truth"]])
-
-
-def textvqa_normal(text, item):
-    return evalai(text)
-
-
-def textvqa_agreement(said, item):
-    return agreement(said, [evalai(answer) for answer in item["truth"]])
-
-
 def vizwiz_normal(text, item):
     return normalise(one_line(text), BACKTICKS)
 
 
-def vizwiz_agreement(said, item):
-    """The model's side alone is normalised."""
-    return agreement(said, item["truth"])
-
-
-def vqav2_label(_, row):
-    answers = [answer["answer"] + "" for answer in row["answers"]]
-    return row["question_id"], (answers, row["answer_type"])
-
-
-def read_vqav2(cfg):
-    years = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
-    split, path = find_split(
-        cfg, {split: f"v2_OpenEnded_mscoco_{year}_questions.json" for split, year in years.items()}
-    )
-    labels = {}
-    if split == "val":
-        annotations = find_file(cfg, "v2_mscoco_val2014_annotations.json")
-        labels = dict(read_each(annotations, vqav2_label, under="annotations"))
-    folder = "val2014" if split == "val" else "test2015"
-    whole_test = (
-        None
-        if split == "val"
-        else find_file(cfg, "v2_OpenEnded_mscoco_test2015_questions.json", optional=True)
-    )
-
-    def make(_, row):
-        id = row["question_id"]
-        if split == "val" and id not in labels:
-            raise UserError(f"{path}: no annotation of question {id}; take both files from one download")
-        truth, category = labels.get(id, (None, None))
-        image = f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"
-        return question(id, image, row["question"], SHORT, truth, category=category, whole_test=whole_test)
-
-    return read_each(path, make, under="questions")
-
-
-def submit_vqav2(items, records):
-    """EvalAI wants all of test2015; what was not asked gets an empty answer."""
-    answers = {record["id"]: evalai(record["answer"] or "") for record in records}
-    whole_test = items[0]["whole_test"]
-    if whole_test:
-        ids = [row["question_id"] for _, _, row in load_records(whole_test, "questions")]
-    else:
-        ids = list(answers)
-        print(
-            "vqav2_answers.json: the server refuses it without all questions of test2015; put their file "
-            "beside this one"
-        )
-    rows = [{"question_id": id, "answer": answers.get(id, "")} for id in ids]
-    return "vqav2_answers.json", json.dumps(rows, ensure_ascii=False)
-
-
-def read_vizwiz(cfg):
-    split, path = find_split(cfg, split_files("{}.json", "val test train"))
-
-    def make(_, row):
-        answers = [answer["answer"] + "" for answer in row.get("answers") or []]
-        category = {0: "unanswerable", 1: "answerable"}.get(row.get("answerable"))
-        suffix = f"{INSUFFICIENT}\n{SHORT}"
-        return question(
-            row["image"],
-            f"{split}/{row['image']}",
-            row["question"],
-            suffix,
-            answers or None,
-            category=category,
-        )
-
-    return read_each(path, make)
-
-
-def submit_vizwiz(items, records):
-    rows = [{"image": record["id"], "answer": evalai(record["answer"] or "")} for record in records]
-    return "vizwiz_upload.json", json.dumps(rows, ensure_ascii=False)
-
-
-def read_textvqa(with_ocr, cfg):
-    split, path = find_split(cfg, split_files("TextVQA_0.5.1_{}.json", "val test train"))
-    folder = "test_images" if split == "test" else "train_images"
-    ocr = {}
-    if with_ocr:
-        for _, _, row in load_records(find_file(cfg, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"), "data"):
-            ocr[row["image_id"]] = "\nReference OCR token: " + ", ".join(row["ocr_tokens"])
-
-    def make(_, row):
-        image, text = row["image_id"], row["question"]
-        shown = text[:1].upper() + text[1:]
-        if with_ocr:
-            shown += ocr[image]
-        answers = [answer + "" for answer in row.get("answers") or []]
-        # LLaVA's answer files name the picture, not the question.
-        return question(
-            row["question_id"], f"{folder}/{image}.jpg", shown, SHORT, answers or None, asked=text
-        )
-
-    return read_each(path, make, under="data")
-
-
-def read_gqa(cfg):
-    """Questions that are not balanced are asked, as the official scorer wants them all, and not scored."""
-    path = main_file(cfg, "testdev_balanced_questions.json", "testdev_balanced_questions_*.json")
-
-    def make(id, row):
-        truth = row["answer"] if row["isBalanced"] else None
-        image = f"images/{row['imageId']}.jpg"
-        return question(str(id), image, row["question"], SHORT, truth, category=row["types"]["structural"])
-
-    return read_each(path, make)
+def textvqa_normal(text, item):
+    return evalai(text)
 
 
 def gqa_normal(text, item):
@@ -187,50 +140,82 @@ def gqa_normal(text, item):
     return text.rstrip(".").lower()
 
 
+def is_agreed(people_normal, said, item):
+    """right() of a benchmark whose scorer so normalises what people said."""
+    return agreement(said, [people_normal(answer, item) for answer in item["truth"]])
+
+
+def agreement(said, answers):
+    """Mean over ten annotators of min(1, matches among the others / 3): 0, 0.3, 0.6, 0.9, 1 for 0 to 4."""
+    n = answers.count(said)
+    return sum(min(1, (n - (answer == said)) / 3) for answer in answers) / len(answers)
+
+
 def score_gqa(units):
     """Rounded as the official scorer does, which divides before it multiplies."""
     return round(100 * (sum(unit[0]["score"] for unit in units) / len(units)), 2)
+
+
+# ---- what is handed in ----
+
+
+def submit_vqav2(items, records):
+    """EvalAI takes all of test2015 or nothing: what was not asked of it gets an empty answer."""
+    answers = {}
+    if items[0]["truth"] is None:
+        test2015 = items[0]["file"].with_name(VQAV2["test"][0])
+        if test2015.exists():
+            answers = {row["question_id"]: "" for _, _, row in load_records(test2015, "questions")}
+        print(f"vqav2_answers.json: empty where not asked; the server refuses less than all of {test2015}")
+    answers |= {record["id"]: evalai(record["answer"] or "") for record in records}
+    rows = [{"question_id": id, "answer": text} for id, text in answers.items()]
+    return "vqav2_answers.json", json.dumps(rows, ensure_ascii=False)
+
+
+def submit_vizwiz(items, records):
+    rows = [{"image": record["id"], "answer": evalai(record["answer"] or "")} for record in records]
+    return "vizwiz_upload.json", json.dumps(rows, ensure_ascii=False)
 
 
 BENCHMARKS = {
     "vqav2": Benchmark(
         read_vqav2,
         vqav2_normal,
-        vqav2_agreement,
+        partial(is_agreed, vqav2_normal),
         rounded_percent,
         submit=submit_vqav2,
         metric="VQA accuracy %",
         all_needed=True,
-        paper=paper(78.5, 80.0, 80.97, 81.66),
+        paper="LLaVA-1.5-7B 78.5, LLaVA-1.5-13B 80.0, Prism-7B 80.97, Prism-13B 81.66",
+    ),
+    "vizwiz": Benchmark(
+        read_vizwiz,
+        vizwiz_normal,
+        partial(is_agreed, as_said),
+        rounded_percent,
+        submit=submit_vizwiz,
+        metric="VQA accuracy %",
+        paper="LLaVA-1.5-7B 50.0, LLaVA-1.5-13B 53.6, Prism-7B 52.82, Prism-13B 58.01",
+    ),
+    "textvqa": Benchmark(
+        partial(read_textvqa, False),
+        textvqa_normal,
+        partial(is_agreed, textvqa_normal),
+        metric="VQA accuracy %, without OCR tokens",
+        paper="LLaVA-1.5-7B 46.13, LLaVA-1.5-13B 48.99, Prism-7B 55.64, Prism-13B 57.08",
+    ),
+    "textvqa-ocr": Benchmark(
+        partial(read_textvqa, True),
+        textvqa_normal,
+        partial(is_agreed, textvqa_normal),
+        metric="VQA accuracy %, with OCR tokens",
+        paper="LLaVA-1.5-7B 58.2, LLaVA-1.5-13B 61.3, Prism-7B 59.71, Prism-13B 62.89",
     ),
     "gqa": Benchmark(
         read_gqa,
         gqa_normal,
         score=score_gqa,
         all_needed=True,
-        paper=paper(62.0, 63.3, 65.27, 66.13),
-    ),
-    "vizwiz": Benchmark(
-        read_vizwiz,
-        vizwiz_normal,
-        vizwiz_agreement,
-        rounded_percent,
-        submit=submit_vizwiz,
-        metric="VQA accuracy %",
-        paper=paper(50.0, 53.6, 52.82, 58.01),
-    ),
-    "textvqa": Benchmark(
-        partial(read_textvqa, False),
-        textvqa_normal,
-        textvqa_agreement,
-        metric="VQA accuracy %, without OCR tokens",
-        paper=paper(46.13, 48.99, 55.64, 57.08),
-    ),
-    "textvqa-ocr": Benchmark(
-        partial(read_textvqa, True),
-        textvqa_normal,
-        textvqa_agreement,
-        metric="VQA accuracy %, with OCR tokens",
-        paper=paper(58.2, 61.3, 59.71, 62.89),
+        paper="LLaVA-1.5-7B 62.0, LLaVA-1.5-13B 63.3, Prism-7B 65.27, Prism-13B 66.13",
     ),
 }
