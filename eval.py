@@ -340,13 +340,11 @@ def likeliest(vlm, tok, prompts, candidates):
     for candidate, ids in zip(candidates, choices):
         if len(ids) != 1:
             raise UserError(f"--likelihood: {candidate!r} is not one token of {tok.path}; --likelihood no")
-    device = vlm.decoder.lm_head.weight.device
-    lengths = torch.tensor([len(ids) for ids, _ in prompts], device=device)
-    rows = [ids + [tok.pad] * (int(lengths.max()) - len(ids)) for ids, _ in prompts]
-    pixels, layout = sample.gather_pictures(prompts, device)
-    x = vlm.embed(torch.tensor(rows, device=device), vlm.features(pixels), layout)  # (B, T, D)
-    ends = torch.arange(len(prompts), device=device) * x.shape[1] + lengths - 1  # (B,) each prompt's last row
-    logits = vlm.decoder.lm_head(vlm.decoder(x, wanted=ends)).float()  # (B, V)
+    batch = sample.make_batch(vlm, tok, prompts, max_new_tokens=1)
+    x = vlm.embed(batch["tokens"], vlm.features(batch["pixels"]), batch["layout"])  # (B, T, D)
+    ends = [i * x.shape[1] + length - 1 for i, length in enumerate(batch["lengths"])]
+    rows = torch.tensor(ends, device=x.device)  # (B,) each prompt's last row
+    logits = vlm.decoder.lm_head(vlm.decoder(x, wanted=rows)).float()  # (B, V)
     p = logits[:, [id for (id,) in choices]].softmax(-1).cpu()  # (B, candidates)
     return [{"text": candidates[int(row.argmax())], "p": [round(x, 6) for x in row.tolist()]} for row in p]
 
@@ -468,7 +466,7 @@ def answer_questions(vlm, tok, questions):
     for asked in questions:
         pictures = [look(path) for path in asked["paths"]]
         prompts.append(sample.encode_question(vlm, tok, asked["text"], pictures))
-    return sample.answer(vlm, tok, prompts)
+    return sample.answer(vlm, tok, prompts, SUITE["own"].max_new_tokens)
 
 
 SUITE = BENCHMARKS | {"own": Benchmark(read_own, own_answer, own_right, max_new_tokens=96)}

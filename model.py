@@ -215,7 +215,7 @@ class VLM(nn.Module):
             )
         return x.masked_scatter(is_image[:, :, None], visual.to(x.dtype))
 
-    def generate(self, tokens, pixels=None, max_new_tokens=128, **options):
+    def generate(self, tokens, pixels=None, max_new_tokens=256, **options):
         """Continue each row: (B, T) -> new ids (B, n <= max_new_tokens), <pad> after a row's end.
 
         The options are those of stream. A row without a stop among its n ids was cut off by max_new_tokens.

@@ -34,9 +34,10 @@ from tqdm import tqdm
 from benchmarks.common import COT, LETTER, SHORT, is_right
 from conversation import find_template
 from data import Records, picture_paths
-from sample import AskConfig, answer, encode_question, open_asked, open_picture, read_answer
+from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
 from support.cli import REQUIRED, UserError, arg, parse, run
 from support.io import Progress, json_lines, write_json, write_whole
+from vision import open_image
 
 # What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
 PROMPTS = {
@@ -325,7 +326,7 @@ def ask_group(vlm, tok, questions, cfg, seed):
 
 
 def make_prompt(vlm, tok, question):
-    pictures = [open_picture(vlm, path) for path in question.paths]
+    pictures = [cut_picture(vlm, open_image(path)) for path in question.paths]
     prompt = encode_question(vlm, tok, question.text, pictures)
     n_prompt, longest = len(prompt[0]), vlm.cfg.decoder.block_size
     if n_prompt >= longest * 3 // 4:

@@ -15,7 +15,7 @@ import pairs
 import sample
 from conversation import Tokenizer
 from model import PRESETS, VLM, Connector, Decoder, DecoderConfig, VLMConfig
-from sample import open_model
+from sample import ModelConfig, open_asked
 from support.cli import UserError, run
 from support.configs import decoder_config, vision_config
 from support.export import llava_config, llava_name, save_processor
@@ -302,8 +302,8 @@ def test_a_lora_takes_the_tokenizer_of_its_base(tmp_path, capfd, named):
         adapter = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": base}
         (lora / "adapter_config.json").write_text(json.dumps(adapter))
         flags = flags[:2]
-    choices = {"dtype": "float32", "image_mode": "crop", "template": "llava_v1"}
-    vlm, tok = open_model(lora, vision=tower, llm=None if named else base, **choices)
+    choices = {"dtype": "float32", "image_mode": "crop", "template": "llava_v1", "device": "cpu"}
+    vlm, tok = open_asked(ModelConfig(str(lora), tower, "" if named else base, **choices))
     assert tok.path == Path(base) / "tokenizer.model"
     assert (vlm.cfg.image_mode, vlm.cfg.template) == ("crop", "llava_v1")
     assert ask(lora, *flags, "--prompt", "What?", "--max-new-tokens", 2) == 0
@@ -317,7 +317,7 @@ def test_a_lora_takes_the_tokenizer_of_its_base(tmp_path, capfd, named):
 
 def test_an_unknown_template_is_said_before_anything_is_read(tmp_path):
     with pytest.raises(UserError, match="did you mean vicuna_v1|did you mean 'vicuna_v1'"):
-        open_model(tmp_path / "none", template="vicuna")
+        sample.main(["--model", str(tmp_path / "none"), "--template", "vicuna"])
 
 
 def speaker(asked, read, say):

@@ -1,6 +1,7 @@
 """What sample.py says, to whom and how it ends. Every name is a claim; the model is tiny and random."""
 
 import contextlib
+import io
 import os
 import pty
 import subprocess
@@ -151,6 +152,12 @@ def test_without_a_prompt_and_a_terminal_the_picture_is_described_and_nothing_is
     assert said.startswith(f"> {sample.DESCRIBE}\n") and len(said.splitlines()) == 2
 
 
+def test_piped_questions_are_asked_one_by_one_and_each_answer_is_a_line(ask, talkative, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What color?\nHow many?\n"))
+    assert ask() == 0 and len(talkative) == 2
+    assert len(capfd.readouterr().out.splitlines()) == 2
+
+
 def test_on_a_terminal_one_can_go_on_asking(ask):
     keyboard, terminal = pty.openpty()
     child = subprocess.Popen(
@@ -188,7 +195,7 @@ def test_a_chat_asks_with_all_earlier_turns_and_one_picture(chat, talkative, tok
 
 
 def test_a_chat_without_a_picture_begins_with_a_question(chat, talkative):
-    assert chat(["Hello?", "Who?"]) == 0 and len(talkative) == 2 and talkative[0][1] is None
+    assert chat(["Hello?", "Who?"]) == 0 and len(talkative) == 2 and len(talkative[0][1]) == 0
     assert chat([]) == 0 and len(talkative) == 2
 
 
@@ -250,7 +257,7 @@ def test_a_chat_that_grows_too_long_ends_with_one_line(chat, talkative, capfd):
         (["--model", "none"], "none/config.json: not found"),
         (["--device", "foo"], "--device foo: choose"),
         (["--image-mode", "padd"], "did you mean pad?"),
-        (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
+        (["--template", "vicuna"], "did you mean vicuna_v1?"),
         (["--prompt", "many words " * 400], "the model takes 512"),
         (["--prompt", ""], NO_IMAGE),
         (["--top-p", "high"], "argument --top-p: invalid float"),
@@ -269,7 +276,7 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeyp
 
 
 def make_prompts(vlm, tok, world):
-    a, b = (sample.open_picture(vlm, world / f"images/val_{i:05d}.png") for i in (0, 1))
+    a, b = (sample.cut_picture(vlm, open_image(world / f"images/val_{i:05d}.png")) for i in (0, 1))
     asked = [
         ([a], "What is in the image, on the left or on the right of it?"),
         ([], "How many?"),
@@ -323,7 +330,7 @@ def test_an_answer_ends_at_the_models_context_and_says_so(tiny, tok):
     assert sample.answer(vlm, tok, [prompt], max_new_tokens=10_000)[0].whole is False
     prompt = sample.encode_question(vlm, tok, "How many things are there? " * 100)
     with pytest.raises(UserError, match="leaves no room for an answer"):
-        sample.answer(vlm, tok, [prompt])
+        sample.answer(vlm, tok, [prompt], max_new_tokens=10)
 
 
 def test_the_newest_finished_run_answers_and_no_unfinished_one(tmp_path):

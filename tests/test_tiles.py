@@ -36,6 +36,7 @@ from vision import (
     find_tiling,
     grids_up_to,
     normalize_pixels,
+    open_image,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -444,7 +445,7 @@ def test_training_and_sampling_count_the_same_tokens(records, tok):
         sample.answer(
             vlm,
             tok,
-            [sample.encode_question(vlm, tok, "What?", [sample.open_picture(vlm, p) for p in paths])],
+            [sample.encode_question(vlm, tok, "What?", [sample.cut_picture(vlm, open_image(p)) for p in paths])],
         )
         ((tokens, layout),) = seen
         assert torch.equal(layout, examples[2]["layout"]) and (tokens == tok.image).sum() == (

@@ -18,7 +18,7 @@ import toyworld
 import train
 from model import VLM
 from support.start import init_weights
-from vision import cut_tiles
+from vision import cut_tiles, open_image
 
 
 @pytest.fixture(params=["hd", "internvl"])
@@ -75,12 +75,12 @@ def test_a_dry_run_counts_the_tiles(start, capfd):
 
 def test_questions_about_one_picture_of_tiles_share_its_look(start, mode):
     assert go(mode, out="tiled") == 0
-    vlm, tok = sample.open_model("tiled")
-    looks = [sample.open_picture(vlm, path) for path in sorted(Path("world/images").glob("train*"))[:2]]
+    vlm, tok = sample.open_asked(sample.ModelConfig("tiled", device="cpu"))
+    looks = [sample.cut_picture(vlm, open_image(path)) for path in sorted(Path("world/images").glob("train*"))[:2]]
     asked = [(f"Is there a {kind}?", [looks[k % 2]]) for k, kind in enumerate(toyworld.KINDS[:6])]
     prompts = [sample.encode_question(vlm, tok, text, pictures) for text, pictures in asked]
-    pixels, _ = sample.gather_pictures(prompts, "cpu")
-    assert len(pixels) == 2 * len(looks[0][0])
+    batch = sample.make_batch(vlm, tok, prompts, 6)
+    assert len(batch["pixels"]) == 2 * len(looks[0][0])
     one_by_one = [sample.answer(vlm, tok, [prompt], 6)[0] for prompt in prompts]
     assert sample.answer(vlm, tok, prompts, 6) == one_by_one
 
