@@ -58,7 +58,8 @@ def make_clip(out, n_steps, seed, batch_size=48, lr=6e-4):
     clip = CLIP(PRESETS["toy"], tok.vocab_size)
 
     def lr_at(step):
-        return lr * min(1, step / 100) * 0.5 * (1 + math.cos(math.pi * step / n_steps))
+        half_cosine = 0.5 * (1 + math.cos(math.pi * step / n_steps))
+        return lr * min(1, step / 100) * half_cosine
 
     def loss_at(step):
         pixels, captions, texts, patches, holding = contrastive_batch(rng, batch_size)
@@ -92,15 +93,18 @@ class CLIP(nn.Module):
         for block in self.vision.blocks:
             before_last = x                              # a VLM reads what goes into the last block
             x = block(x)
-        whole = F.normalize(self.class_proj(self.vision.norm(x[:, 0])), dim=-1)              # (B, D)
-        parts = F.normalize(self.patch_proj(self.vision.norm(before_last[:, 1:])), dim=-1)   # (B, N, D)
+        whole = self.class_proj(self.vision.norm(x[:, 0]))                  # (B, D)
+        parts = self.patch_proj(self.vision.norm(before_last[:, 1:]))       # (B, N, D)
         scale = self.tau.exp()
-        return whole @ self.embed_texts(*captions).T * scale, parts @ self.embed_texts(*phrases).T * scale
+        s_whole = F.normalize(whole, dim=-1) @ self.embed_texts(*captions).T * scale
+        s_parts = F.normalize(parts, dim=-1) @ self.embed_texts(*phrases).T * scale
+        return s_whole, s_parts
 
     def embed_texts(self, tokens, last):
         """Texts (Q, T) that end at `last` (Q,) -> (Q, D) of unit length."""
         h = self.text(self.text.embed_tokens(tokens))
-        return F.normalize(self.text_proj(h[torch.arange(len(tokens)), last]), dim=-1)
+        at_end = h[torch.arange(len(tokens)), last]
+        return F.normalize(self.text_proj(at_end), dim=-1)
 
 
 def contrastive_loss(s, holding):
@@ -174,7 +178,8 @@ def scene_facts(scene):
 
 def leave_out_words(fact, rng, keep=(0.4, 0.5, 0.95, 0.5, 0.8)):
     """Say only some attributes, each with its probability, so that every one must be learned for itself."""
-    phrase = Fact(*(value if value == "sign" or rng.random() < p else None for value, p in zip(fact, keep)))
+    said = [value if value == "sign" or rng.random() < p else None for value, p in zip(fact, keep)]
+    phrase = Fact(*said)
     says_something = any(value not in (None, "sign") for value in phrase)
     return phrase if says_something else fact
 
@@ -190,10 +195,10 @@ def change_a_word(phrase, rng):
 def holds(phrase, fact):
     """Is the phrase TRUE or FALSE of a thing?
 
-    UNTOLD is what color a nameless paint is, and what would make an UNSEEN pair
-    of the phrase's kind and the thing's color or the other way round: blue things are never cats in
-    training, and a tower
-    that is told so learns to look at colors instead of shapes."""
+    UNTOLD is what color a nameless paint is, and what would make an UNSEEN pair of the phrase's kind and the
+    thing's color or the other way round: blue things are never cats in training, and a tower that is told so
+    learns to look at colors instead of shapes.
+    """
     disagree = {name for name, a, b in zip(Fact._fields, phrase, fact) if a not in (None, b)}
     if not disagree:
         return TRUE

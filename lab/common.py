@@ -25,8 +25,8 @@ def draw_pixels(scenes, rng=None):
     """-> (B, 3, S, S). With rng some are drawn larger and made smaller, as a user's are: edges differ."""
     cfg = PRESETS["toy"].vision
     tiles = []
-    scales = [rng.choice((1, 1, 4 / 3, 2, 3)) if rng else 1 for _ in scenes]
-    for scene, scale in zip(scenes, scales):
+    for scene in scenes:
+        scale = rng.choice((1, 1, 4 / 3, 2, 3)) if rng else 1
         picture = toyworld.draw_scene(scene, round(scale * cfg.image_size))
         tiles.append(cut_tiles(picture, cfg, "pad")[0])
     return torch.cat(tiles)
@@ -44,7 +44,8 @@ def repaint(thing, rng):
         gray = rng.randrange(256), 40
         dark_or_pale = rng.choice((75, 210)), 25
         light, spread = rng.choice((vivid, gray, dark_or_pale))
-        paint = [min(255, max(0, light + rng.randint(-spread, spread))) for _ in range(3)]
+        paint = [light + rng.randint(-spread, spread) for _ in range(3)]
+        paint = [min(255, max(0, value)) for value in paint]
         if sum(abs(a - b) for a, b in zip(paint, unseen)) >= 110:
             return replace(thing, color="#%02x%02x%02x" % tuple(paint))
 
@@ -69,7 +70,8 @@ def patch_owners(scene, side=8, enough=0.25):
     """
     def overlap(low, high):          # of each row or column of patches, the share between low and high
         start = np.arange(side) / side
-        return side * np.clip(np.minimum(high, start + 1 / side) - np.maximum(low, start), 0, None)
+        shared = np.minimum(high, start + 1 / side) - np.maximum(low, start)
+        return side * np.clip(shared, 0, None)
 
     covered = []
     for part in scene_parts(scene):
@@ -89,16 +91,16 @@ def spell(scene, tok, rng=None):
     what is written, and the place. A paint without a name goes unsaid. With rng, now and then a word is
     missing, and the edges are a little off.
     """
-    descriptions = [[thing.kind, thing.color, thing.size, *thing.place.split()] for thing in scene.things]
+    descriptions = [f"{thing.kind} {thing.color} {thing.size} {thing.place}" for thing in scene.things]
     if scene.sign:
-        descriptions.append(["sign", scene.sign.word, *scene.sign.place.split()])
+        descriptions.append(f"sign {scene.sign.word} {scene.sign.place}")
 
     enough = rng.choice((0.2, 0.3, 0.4)) if rng else 0.25
     spelled = []
     for n, owner in enumerate(patch_owners(scene, enough=enough).tolist()):
         words = ["abcdefgh"[n % 8], str(1 + n // 8)]
         if owner >= 0:
-            words += [word for word in descriptions[owner] if word[0] != "#"]
+            words += [word for word in descriptions[owner].split() if word[0] != "#"]
         ids = [tok.encode(word)[-1] for word in words]
         if rng:
             ids = [i for i in ids if rng.random() > 0.08]
@@ -122,13 +124,14 @@ def shares_line(shares, digits):
 def fit_part(name, module, n_steps, lr_at, loss_at, look):
     """AdamW at lr_at(step) on loss_at(step). Now and then look() saves the part and says how good it is."""
     began = time.time()
-    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    params = list(module.parameters())
+    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     bar = tqdm(range(1, n_steps + 1), desc=name, dynamic_ncols=True)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr_at(step)
         loss = loss_at(step)
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

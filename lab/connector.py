@@ -79,8 +79,8 @@ def mark_patches(scenes, is_marked):
     """Where a thing of that sort is shown -> (B, 64) bool."""
     marks = []
     for scene in scenes:
-        marked = [is_marked(thing) for thing in scene.things]
-        marks.append([0 <= owner < len(marked) and marked[owner] for owner in patch_owners(scene).tolist()])
+        marked = [i for i, thing in enumerate(scene.things) if is_marked(thing)]
+        marks.append([owner in marked for owner in patch_owners(scene).tolist()])
     return torch.tensor(marks)
 
 

@@ -43,12 +43,15 @@ def ipo_loss(d_c, d_r, n_c, n_r, beta):
 
 def sppo_loss(d_c, d_r, beta):
     """(d_c - 1 / 2 beta)^2 + (d_r + 1 / 2 beta)^2        arXiv:2405.00675, Eq. 4.7, the winner surely wins"""
-    return ((d_c - 0.5 / beta).square() + (d_r + 0.5 / beta).square()).mean()
+    loss_c = (d_c - 0.5 / beta).square()
+    loss_r = (d_r + 0.5 / beta).square()
+    return (loss_c + loss_r).mean()
 
 
 def aot_loss(gap, gap_ref, beta):
     """-log sigma(beta (sort(gap) - sort(gap_ref)))         arXiv:2406.05882, paired; of one pair it is DPO"""
-    return -F.logsigmoid(beta * (gap.sort().values - gap_ref.sort().values)).mean()
+    ahead = gap.sort().values - gap_ref.sort().values
+    return -F.logsigmoid(beta * ahead).mean()
 
 
 def orpo_loss(s_c, s_r, n_c, n_r):
@@ -77,16 +80,17 @@ def loss_terms(rewards, s, n_token, delta, cfg):
     d_c, d_r = (rewards / cfg.beta).unbind(1)
     gap = s_c - s_r
     losses = {
-        "cdpo": lambda: cdpo_loss(r_c, r_r, cfg.epsilon),
-        "robust-dpo": lambda: robust_dpo_loss(r_c, r_r, cfg.epsilon),
-        "hinge": lambda: hinge_loss(r_c, r_r),
-        "ipo": lambda: ipo_loss(d_c, d_r, n_c, n_r, cfg.beta),
-        "sppo": lambda: sppo_loss(d_c, d_r, cfg.beta),
-        "aot": lambda: aot_loss(gap, gap - (d_c - d_r), cfg.beta),
-        "orpo": lambda: orpo_loss(s_c, s_r, n_c, n_r),
+        "cdpo": cdpo_loss(r_c, r_r, cfg.epsilon),
+        "robust-dpo": robust_dpo_loss(r_c, r_r, cfg.epsilon),
+        "hinge": hinge_loss(r_c, r_r),
+        "ipo": ipo_loss(d_c, d_r, n_c, n_r, cfg.beta),
+        "sppo": sppo_loss(d_c, d_r, cfg.beta),
+        "aot": aot_loss(gap, gap - (d_c - d_r), cfg.beta),
+        "orpo": orpo_loss(s_c, s_r, n_c, n_r),
     }
     weight = 0.1 if cfg.loss == "orpo" else 1.0
-    return {cfg.loss: (weight, losses[cfg.loss]()), "sft": (cfg.w_g, mpo.sft_loss(s_c, n_c))}
+    sft = mpo.sft_loss(s_c, n_c)
+    return {cfg.loss: (weight, losses[cfg.loss]), "sft": (cfg.w_g, sft)}
 
 
 class Comparing(mpo.Preferring):

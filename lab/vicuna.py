@@ -79,8 +79,12 @@ def text_loss(decoder, tok, lessons, noise=0.0):
     """Mean loss over the answers' tokens, and what was guessed for each: one list of ids per lesson."""
     # Right-padded to a multiple of 32, so that few shapes occur.
     T = math.ceil(max(len(tokens) for tokens, *_ in lessons) / 32) * 32
-    tokens = torch.tensor([ids + [tok.pad] * (T - len(ids)) for ids, *_ in lessons])
-    labels = torch.tensor([ids + [IGNORE] * (T - len(ids)) for _, ids, _ in lessons])[:, 1:]
+    tokens = torch.full((len(lessons), T), tok.pad)
+    labels = torch.full((len(lessons), T), IGNORE)
+    for row, (ids, its_labels, _) in enumerate(lessons):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        labels[row, : len(ids)] = torch.tensor(its_labels)
+    labels = labels[:, 1:]
     spelled = torch.tensor([ids for *_, ids in lessons])
 
     # The spelled picture takes the rows of the image tokens, as a seen one does.
@@ -261,7 +265,8 @@ def terse_about(thing, scene, rng):
 
     # Something that is not there: any other pair, or one that is half right.
     far = rng.choice(toyworld.KINDS), rng.choice(list(toyworld.COLORS))
-    near = rng.choice([(kind, c) for c in toyworld.COLORS] + [(k, color) for k in toyworld.KINDS])
+    half_right = [(kind, c) for c in toyworld.COLORS] + [(k, color) for k in toyworld.KINDS]
+    near = rng.choice(half_right)
     absent = rng.choice((far, near))
     nameable = toyworld.nameable_pairs(scene)
     if not toyworld.count_things(scene, *absent) and absent in nameable:
