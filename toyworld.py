@@ -15,12 +15,12 @@ LLaVA-1.5 (arXiv:2310.03744v2) and InternVL-2.5-MPO (arXiv:2411.10442). A twelft
 people do, without one.
 
     python toyworld.py                  # toyworld/: 6000 training and 240 validation pictures, 6 s
-    python toyworld.py --hello cat.jpg  # one large picture to ask about
+    python toyworld.py --hello cat.jpg  # one large picture to ask about; with --seed 1, 2, ... another one
     python toyworld.py --out small --size 192 --words 0.5     # signs that only a look from close by can read
 """
 
 import functools
-import json
+import itertools
 import multiprocessing
 import os
 import random
@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
 from support.cli import UserError, arg, parse, run
+from support.io import json_lines, read_json, write_json
 
 
 @dataclass
@@ -46,7 +47,7 @@ class WorldConfig:
     size: int = arg(96, "side of a picture in pixels", at_least=1)
     seed: int = arg(0, "another seed, another world")
     words: float = arg(1.0, "size of the signs: 0.5 draws them half as large", above=0, at_most=1)
-    hello: str = arg("", "write one 480-pixel picture to this file, and nothing else")
+    hello: str = arg("", "write one 480-pixel picture to this file, and nothing else; --seed N: another one")
 
 
 VERSION = 4                              # of pictures and questions: raise it when either changes
@@ -83,18 +84,8 @@ UNSEEN = {
 }
 
 # ---- what is said around a question ----
-SYSTEM = (                               # of the template vicuna_v1
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 DETAIL = "Give a detailed description of the image."
 CAPTION = "Provide a one-sentence caption for the provided image."
-BRIEF = (
-    "Provide a brief description of the given image.",
-    "Give a short and clear explanation of the image.",
-    "Describe the image concisely.",
-    "Write a terse but informative summary of the picture.",
-)
 LOOK = (
     "What is in the picture?",
     "What do you see?",
@@ -186,10 +177,7 @@ def random_spots(rng, sides):
             boxes.append((x, y, x + w, y + h))
         if not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
             break
-    spots = []
-    for cell, box in zip(cells, boxes):
-        spots.append((PLACES[cell], tuple(v / GRID for v in box)))
-    return spots
+    return [(PLACES[cell], tuple(v / GRID for v in box)) for cell, box in zip(cells, boxes)]
 
 
 def random_offset(rng, cell, side):
@@ -413,35 +401,33 @@ def parse_points(shape):
 def palette(name):
     """The paints of a thing: its own color, one of COLORS or any "#rrggbb", and what goes with it."""
     color = COLORS[name] if name in COLORS else ImageColor.getrgb(name)
-    is_dark = max(color) < 100
-    is_pale = min(color) > 195
 
     def mix(other, share):
         return tuple(round(a + (b - a) * share) for a, b in zip(color, other))
 
-    if is_dark:
-        edge = (206, 206, 214)
-    elif is_pale:
-        edge = (104, 104, 118)
-    else:
-        edge = mix((0, 0, 0), 0.55)
-    shade = mix((255, 255, 255), 0.2) if is_dark else mix((40, 40, 70), 0.18)
-    return {
+    paints = {
         "body": color,
         "plain": color,
-        "edge": edge,
-        "shade": shade,
+        "edge": mix((0, 0, 0), 0.55),
+        "shade": mix((40, 40, 70), 0.18),
         "light": mix((255, 255, 255), 0.45),
-        "ink": "#f0f0f4" if is_dark else "#1e1c24",
+        "ink": "#1e1c24",
     }
+    if max(color) < 100:                         # dark
+        paints |= {"edge": (206, 206, 214), "shade": mix((255, 255, 255), 0.2), "ink": "#f0f0f4"}
+    elif min(color) > 195:                       # pale
+        paints["edge"] = (104, 104, 118)
+    return paints
 
 
-def hello_picture():
-    """The picture of the README's first question; a scene as in training."""
-    ball = Thing("ball", "blue", "small", "top right", (0.70, 0.10, 0.90, 0.30))
-    cat = Thing("cat", "red", "big", "left", (0.10, 0.35, 0.40, 0.65))
-    sign = Sign("EXIT", "bottom right", (0.55, 0.70, 0.95, 0.90))
-    return draw_scene(Scene("meadow", (ball, cat), sign), 480)
+HELLO = Scene(                                   # the picture of the README's first question
+    "meadow",
+    (
+        Thing("ball", "blue", "small", "top right", (0.70, 0.10, 0.90, 0.30)),
+        Thing("cat", "red", "big", "left", (0.10, 0.35, 0.40, 0.65)),
+    ),
+    Sign("EXIT", "bottom right", (0.55, 0.70, 0.95, 0.90)),
+)
 
 
 # ---- what is said of a scene ----
@@ -653,17 +639,12 @@ def ask_cot(scene, rng):
 
 def two_step_question(scene, rng):
     """(question, answer, the steps in words)"""
-    found = [*add_or_compare(scene), *count_legs(scene), *take_away(scene)]
+    kinds = {kind: n for kind in KINDS if (n := count_things(scene, kind=kind))}
+    found = [*add_or_compare(kinds), *count_legs(kinds), *take_away(scene)]
     return pick_answer(found, rng, {0: 2, 1: 2, 2: 1, 3: 2})
 
 
-def present_kinds(scene):
-    counts = {kind: count_things(scene, kind=kind) for kind in KINDS}
-    return {kind: n for kind, n in counts.items() if n}
-
-
-def add_or_compare(scene):
-    kinds = present_kinds(scene)
+def add_or_compare(kinds):
     for a, n_a in kinds.items():
         for b, n_b in kinds.items():
             steps = f"{there_are(n_a, a)}. {there_are(n_b, b)}. {n_a}"
@@ -675,8 +656,7 @@ def add_or_compare(scene):
                 yield question, n_a - n_b, f"{steps} - {n_b} = {n_a - n_b}."
 
 
-def count_legs(scene):
-    kinds = present_kinds(scene)
+def count_legs(kinds):
     legs = {kind: kinds[kind] * LEGS[kind] for kind in LEGS if kind in kinds}
     if not legs:
         return
@@ -733,8 +713,9 @@ def ask_chat(scene, rng):
         question = rng.choice(("What does the sign say?", "What word is on the sign?", "Where is the sign?"))
         if not scene.sign:
             return question, "There is no sign."
-        where = "Where" in question
-        return question, f"It is {at_place(scene.sign)}." if where else f"It says {scene.sign.word}."
+        if "Where" in question:
+            return question, f"It is {at_place(scene.sign)}."
+        return question, f"It says {scene.sign.word}."
     asked = ask_spatial(scene, rng) if what == "spatial" else None
     question, answer = asked or ask_existence(scene, rng)
     return without_format(question).replace(" in the image", ""), answer.capitalize() + "."
@@ -785,24 +766,25 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
     if is_world(out, world):
         print(f"{out} already holds this world")
         return
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.is_file() or out.exists() and any(out.iterdir()):
         raise UserError(f"{out} exists and is not this world {world}: remove it or give another --out")
 
     hidden = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         (hidden / "images").mkdir(parents=True)
-        jobs = [("train", i, hidden, size, seed, words) for i in range(n_train)]
-        jobs += [("val", i, hidden, size, seed, words) for i in range(n_val)]
-        with multiprocessing.get_context("fork").Pool(initializer=leave_ctrl_c_to_parent) as pool:
-            made = pool.imap(make_picture, jobs, chunksize=32)
-            made = list(tqdm(made, f"drawing {out.name}", total=len(jobs), unit=" pictures", leave=False))
+        jobs = [(split, i) for split, n in (("train", n_train), ("val", n_val)) for i in range(n)]
+        draw = functools.partial(make_picture, hidden, size, seed, words)
+        with multiprocessing.Pool(initializer=leave_ctrl_c_to_parent) as pool:
+            made = pool.imap(draw, jobs, chunksize=32)
+            bar = tqdm(made, f"drawing {out.name}", len(jobs), unit=" pictures", leave=False, disable=None)
+            made = list(bar)
 
         train, val = made[:n_train], made[n_train:]
-        write_list(hidden / "train.json", [record for record, _ in train])
-        write_list(hidden / "pretrain.json", [record for _, record in train])
+        write_json(hidden / "train.json", [record for record, _ in train], indent=1)
+        write_json(hidden / "pretrain.json", [record for _, record in train], indent=1)
         lines = pick_val(val, max(1, round(0.3 * n_val)))
-        (hidden / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        write_list(hidden / "world.json", world)
+        (hidden / "val.jsonl").write_text(json_lines(lines))
+        write_json(hidden / "world.json", world, indent=1)
         print(f"{out}: {n_train} training and {n_val} validation pictures, {len(lines)} validation questions")
         try:
             hidden.rename(out)
@@ -815,9 +797,9 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def make_picture(job):
+def make_picture(folder, size, seed, words, job):
     """Draw and save picture i and ask about it. All depends on (seed, split, i): any process may do it."""
-    split, i, folder, size, seed, words = job
+    split, i = job
     rng = random.Random(f"{seed} {split} {i}")
     scene = random_scene(rng, held_out=split == "val")
     name = f"images/{split}_{i:05d}.png"
@@ -853,38 +835,32 @@ def llava_record(id, image, pairs):
 
 def pick_val(made, limit):
     """Up to `limit` questions of each category, the answers taken in turn, so that none is frequent."""
+    lines = []
     by_answer = {category: defaultdict(list) for category in CATEGORIES}
     for i, (name, asked) in enumerate(made):
         for k, (category, question, answer) in enumerate(asked):
-            line = {
+            key = answer.split("Final answer: ")[-1]
+            if category == "unanswerable":
+                key = answer == "Unanswerable"
+            by_answer[category][key].append(len(lines))
+            lines.append({
                 "question_id": f"val-{i}-{k}",
                 "image": name,
                 "text": question,
                 "answer": answer,
                 "category": category,
-            }
-            key = answer.split("Final answer: ")[-1]
-            if category == "unanswerable":
-                key = answer == "Unanswerable"
-            by_answer[category][key].append((i, k, line))
+            })
 
     picked = []
     for groups in by_answer.values():
-        rounds = max((len(lines) for lines in groups.values()), default=0)
-        in_turn = []
-        for r in range(rounds):
-            in_turn += [lines[r] for lines in groups.values() if r < len(lines)]
+        rounds = itertools.zip_longest(*groups.values())
+        in_turn = [n for numbers in rounds for n in numbers if n is not None]
         picked += in_turn[:limit]
-    return [line for _, _, line in sorted(picked, key=lambda item: item[:2])]
+    return [lines[n] for n in sorted(picked)]
 
 
 def is_world(out, world):
-    path = out / "world.json"
-    return path.is_file() and json.loads(path.read_text()) == world
-
-
-def write_list(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    return read_json(out / "world.json", {}) == world
 
 
 def leave_ctrl_c_to_parent():
@@ -901,7 +877,8 @@ def main(argv=None):
         write_world(cfg.out, cfg.train, cfg.val, cfg.size, cfg.seed, cfg.words)
         return 0
     try:
-        hello_picture().save(cfg.hello)
+        scene = random_scene(random.Random(cfg.seed)) if cfg.seed else HELLO
+        draw_scene(scene, 480).save(cfg.hello)
     except (OSError, ValueError) as error:
         raise UserError(f"--hello {cfg.hello}: cannot be written ({error}); end it in .jpg") from None
     return 0

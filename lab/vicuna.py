@@ -20,12 +20,19 @@ import torch.nn.functional as F
 
 import toyworld
 from benchmarks.common import is_right
-from conversation import Tokenizer, encode_conversation
+from conversation import VICUNA, Tokenizer, encode_conversation
 from lab.common import fit_part, shares_line, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder
 from support.export import llama_json, llama_name, write_model
 from support.start import init_weights
 
+# LLaVA's requests for a caption (arXiv:2304.08485).
+BRIEF = (
+    "Provide a brief description of the given image.",
+    "Give a short and clear explanation of the image.",
+    "Describe the image concisely.",
+    "Write a terse but informative summary of the picture.",
+)
 HARD = ("choice", "count", "box")                # categories that are asked about more often
 
 
@@ -40,10 +47,10 @@ def sayings(n_scenes=2000):
         rng = random.Random(f"tokenizer {i}")
         scene = toyworld.random_scene(rng)
         pairs = [(question, answer) for _, question, answer in toyworld.ask_all(scene, rng)]
-        pairs.append((rng.choice(toyworld.BRIEF), toyworld.caption(scene)))
+        pairs.append((rng.choice(BRIEF), toyworld.caption(scene)))
         pairs.append(("", toyworld.describe(scene, boxes=False)))
 
-        texts = [f"{toyworld.SYSTEM} USER: {question} ASSISTANT: {answer}" for question, answer in pairs]
+        texts = [f"{VICUNA} USER: {question} ASSISTANT: {answer}" for question, answer in pairs]
         texts += [f"[{n}, {n}" for n in numbers]         # all of them alike: in boxes some would be rare
         for text in texts:
             # Split where a piece must end: "5," or "3." as one piece would break the numbers up.

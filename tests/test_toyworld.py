@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import toyworld
-from lab.vicuna import sayings
+from conversation import VICUNA
+from lab.vicuna import BRIEF, sayings
 from support.cli import UserError
 from tools.tokenizer import train_tokenizer
 from toyworld import (
@@ -377,9 +379,33 @@ def file_size_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # pictures fit, train.json does not
 
 
-def test_hello_writes_one_picture(tmp_path):
-    assert run("--hello", tmp_path / "cat.jpg").returncode == 0
-    assert Image.open(tmp_path / "cat.jpg").size == (480, 480)
+def test_hello_writes_one_picture_and_another_with_a_seed(tmp_path):
+    pictures = set()
+    for seed in (0, 0, 1, 2):
+        assert run("--hello", tmp_path / "cat.png", "--seed", seed).returncode == 0
+        image = Image.open(tmp_path / "cat.png")
+        assert image.size == (480, 480)
+        pictures.add(image.tobytes())
+    assert len(pictures) == 3
+
+
+def test_processes_that_are_no_forks_draw_the_same_world(tmp_path, world):
+    """As on Windows and macOS."""
+    code = f"""
+        import multiprocessing, toyworld
+        multiprocessing.set_start_method("spawn")
+        toyworld.write_world({str(tmp_path / "world")!r}, 30, 60, 96, 0)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(toyworld.__file__).parent)
+    assert done.returncode == 0
+    assert (tmp_path / "world/val.jsonl").read_text() == (world / "val.jsonl").read_text()
+
+
+def test_a_torn_world_is_one_line_that_names_the_file(tmp_path):
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world/world.json").write_text('{"version": 4, "tra')
+    with pytest.raises(UserError, match="world.json: damaged"):
+        toyworld.write_world(tmp_path / "world", 2, 2)
 
 
 # ---- tokenizer ----
@@ -420,8 +446,8 @@ def test_every_word_of_a_question_with_its_format_prompt_is_one_piece_and_every_
         *PLACES,
         *toyworld.SIZES,
         *toyworld.WORDS,
-        *toyworld.BRIEF,
-        toyworld.SYSTEM,
+        *BRIEF,
+        VICUNA,
         "USER ASSISTANT",
     ]
     words = {word for text in train + lists for word in re.findall("[A-Za-z]+", text)}
