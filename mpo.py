@@ -259,9 +259,9 @@ class Preferring:
     def count(batch):
         return len(batch["ids"])
 
-    def loss(self, net, batch):
+    def loss(self, vlm, batch):
         """-> the mean of L over the pairs of a batch; further means for the log."""
-        s, s_ref, n_token = self.log_probs(net, to_device(batch, self.device))
+        s, s_ref, n_token = self.log_probs(vlm, to_device(batch, self.device))
         rewards = self.cfg.beta * (s - s_ref)
         self.delta, self.n_delta = update_delta(self.delta, self.n_delta, rewards)
         terms = self.terms(rewards, s, n_token, self.delta, self.cfg)

@@ -63,7 +63,7 @@ def fit(cfg, task, run, held_out=None):
     vlm = run.vlm
     device = next(vlm.parameters()).device
     autocast = precision(cfg, device)
-    net = parallelize(vlm, cfg, device)
+    parallelize(vlm, cfg, device)
     params = [p for p in vlm.parameters() if p.requires_grad]  # after it: FSDP2 puts others in their place
     optimizer = make_optimizer(vlm, cfg)
     run.restore(optimizer)
@@ -74,11 +74,9 @@ def fit(cfg, task, run, held_out=None):
                 group["lr"] = lr_at(step, run.n_step, group["peak_lr"], cfg.warmup)
             if cfg.lora_dropout:
                 torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run drops the same
-            if step == 1:
-                print_coverage(batches)
 
             # One step: the gradient of all its micro-batches, clipped, then AdamW.
-            loss, metrics = backward(net, task, batches, autocast)
+            loss, metrics = backward(vlm, task, batches, autocast)
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
             if not math.isfinite((loss or 0.0) + grad_norm):
                 ids = ", ".join(record_id for batch in batches for record_id in batch["ids"])
@@ -111,7 +109,7 @@ def fit(cfg, task, run, held_out=None):
 NO_AUTOCAST = nullcontext()
 
 
-def backward(net, task, batches, autocast=NO_AUTOCAST):
+def backward(vlm, task, batches, autocast=NO_AUTOCAST):
     """Add the gradient of a step's L -> L, or None where no record could be used; what else to log."""
     batches = [batch for batch in batches if task.count(batch)]  # of the others all records were skipped
     counts = [task.count(batch) for batch in batches]
@@ -120,9 +118,9 @@ def backward(net, task, batches, autocast=NO_AUTOCAST):
         return None, {task.unit: 0}
 
     loss, metrics = 0.0, Counter({task.unit: n})
-    for batch, share in shares_of_step(net, batches, counts):
+    for batch, share in shares_of_step(vlm, batches, counts):
         with autocast:
-            mean, more = task.loss(net, batch)
+            mean, more = task.loss(vlm, batch)
         part = mean * share
         if part.requires_grad:  # texts alone teach a connector nothing
             part.backward()
@@ -151,11 +149,11 @@ class Answering:
         return int((batch["labels"][:, 1:] != IGNORE).sum())
 
     @staticmethod
-    def loss(net, batch):
+    def loss(vlm, batch):
         """-> the mean over what count() counts; more such means by name, for the log."""
-        device = next(net.parameters()).device
+        device = next(vlm.parameters()).device
         names = ("tokens", "pixels", "labels", "layout")
-        return net(*[batch[name].to(device, non_blocking=True) for name in names]), {}
+        return vlm(*[batch[name].to(device, non_blocking=True) for name in names]), {}
 
     def prepare(self, run):
         """The run's folder is there, and in a new run its model is as it was before training."""
@@ -223,17 +221,6 @@ def make_trainable(vlm, cfg):
 
 def is_due(step, every, n_step):
     return every > 0 and (step % every == 0 or step == n_step)
-
-
-def print_coverage(batches):
-    """A template that supervises nothing, or everything, is seen here and not after a day."""
-    n = sum(Answering.count(batch) for batch in batches)
-    n_token = sum(int(batch["lengths"].sum()) for batch in batches)
-    n_row = sum(len(batch["lengths"]) for batch in batches)
-    if n_row:
-        share = n / n_token
-        print(f"first step: {n:,} of {n_token:,} tokens are supervised ({share:.0%}), "
-              f"{n / n_row:.0f} in each of {n_row} records")
 
 
 # ---- set up ----

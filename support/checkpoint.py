@@ -3,8 +3,8 @@
     log.jsonl  *.png                  a line for each step and each look at held-out questions; plots
     tokenizer.model ...               and what transformers' AutoProcessor wants beside it
     base/                             of a LoRA over a preset: the model under it
-    checkpoint-000100/                a whole model directory; trainer.pt: step, flags, the task's state
-        optimizer-0-of-8.pt ...       AdamW's moments; under --shard each process writes its own
+    checkpoint-000100/                a whole model directory; AdamW's moments in optimizer.pt;
+                                      step, flags and the task's state in trainer.pt
     model.safetensors config.json     the model; config.json comes last, so a directory that has one is whole
 
 A checkpoint is built under a hidden name and renamed when it is on the disk. Only then does the older one go,
@@ -21,13 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.distributed import barrier, full_tensor, gather_numbers, rank, world_size
+from support.distributed import barrier, gather_numbers, gather_on_first, placed_like, rank
 from support.export import save_adapter, save_processor
-from support.io import reading, write_whole
+from support.io import check_flags, json_lines, read_rows, reading, write_whole
 from support.plots import curve, plot
 
 # What --resume may change; any other flag would make it another run.
@@ -68,38 +67,32 @@ class Run:
         tok.path = self.out / "tokenizer.model"  # the checkpoint that it may have come from will be deleted
 
     def rewind(self):
-        """Drop log lines after the checkpoint, a torn last one, and what a kill left half-written."""
+        """Drop log lines after the checkpoint, damaged ones, and what a kill left half-written."""
         log = self.out / "log.jsonl"
-        kept = []
-        for text in log.read_text().splitlines(keepends=True):
-            if text.endswith("\n") and json.loads(text)["step"] < self.first_step:
-                kept.append(text)
-        self.lines = [json.loads(text) for text in kept]
-        write_whole(log, lambda tmp: tmp.write_text("".join(kept)))
+        self.lines = [row for row in read_rows(log) if row and row["step"] < self.first_step]
+        write_whole(log, lambda tmp: tmp.write_text(json_lines(self.lines)))
         for left in self.out.glob(".*.tmp"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def restore(self, optimizer):
-        """Bring back the task's state, and the moments as whatever number of processes left them."""
+        """Bring back the task's state and the moments, by whatever number of processes they were saved."""
         if not self.checkpoint:
             return
         with reading(self.checkpoint, "files of it are missing, or of another version; start anew"):
             self.task.load_state_dict(self.state["task"])
-            n_shard = self.state["n_shard"]
-            files = [moments_file(self.checkpoint, k, n_shard) for k in range(n_shard)]
-            shards = [torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files]
+            file = self.checkpoint / "optimizer.pt"
+            moments = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         for name, p in self.vlm.named_parameters():
-            for key in shards[0].get(name, ()):
-                optimizer.state[p][key] = place_moment([shard[name][key] for shard in shards], p)
+            if name in moments:
+                optimizer.state[p] = {key: placed_like(p, t) for key, t in moments[name].items()}
 
     # ---- while it goes ----
 
     def __enter__(self):
         self.began = time.time()
         self.file = open(self.out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
-        hide = True if rank() > 0 else None  # None: where there is no terminal
-        n_done = self.first_step - 1
-        self.bar = tqdm(total=self.n_step, initial=n_done, unit="step", dynamic_ncols=True, disable=hide)
+        self.bar = tqdm(total=self.n_step, initial=self.first_step - 1, unit="step", dynamic_ncols=True,
+                        disable=True if rank() > 0 else None)  # None: where there is no terminal
         self.old_handler = signal.signal(signal.SIGINT, self.on_ctrl_c)
         return self
 
@@ -127,10 +120,14 @@ class Run:
         self.n_token += n_token
         self.skipped += int(n_skipped)
         self.interrupted = n_pressed > 0
+        if step == 1 and metrics.get("supervised"):
+            n = metrics["supervised"]  # nothing, or everything: that would be a fault of the template
+            self.say(f"first step: {n:,} of {n_token:,.0f} tokens are supervised ({n / n_token:.0%})")
 
         elapsed = time.time() - self.began
-        more = {"skipped": skipped} if skipped else {}
-        self.log(step, loss=loss, **metrics, time=round(elapsed, 2), **more)
+        if skipped:
+            metrics = metrics | {"skipped": skipped}
+        self.log(step, loss=loss, **metrics, time=round(elapsed, 2))
 
         text = "no usable record" if loss is None else f"loss {loss:.4f}"
         for name in self.task.shown:
@@ -164,12 +161,12 @@ class Run:
         try:
             save_model(hidden, self.vlm, self.tok)
             self.save_state(hidden, step, optimizer)
-            barrier()  # all of it is on the disk
             if rank() == 0:
                 os.replace(hidden, final)
                 for old in checkpoints(self.out)[:-1]:
                     os.replace(old, hidden)
                     shutil.rmtree(hidden)
+            barrier()
         except UserError as error:
             raise UserError(f"{error}. --resume goes on from the checkpoint before") from None
         finally:
@@ -178,17 +175,14 @@ class Run:
 
     def save_state(self, directory, step, optimizer):
         """All that a step depends on besides the weights."""
-        n_shard = world_size() if self.cfg.shard else 1
-        if rank() < n_shard:
-            names = {p: name for name, p in self.vlm.named_parameters()}
-            moments = {}
-            for p, state in optimizer.state.items():
-                own = {key: t.to_local() if isinstance(t, DTensor) else t for key, t in state.items()}
-                moments[names[p]] = own
-            write_whole(moments_file(directory, rank(), n_shard), lambda tmp: torch.save(moments, tmp))
+        moments = {}
+        for name, p in self.vlm.named_parameters():
+            if p in optimizer.state:
+                moments[name] = {key: gather_on_first(t) for key, t in optimizer.state[p].items()}
         if rank() == 0:
-            state = {"step": step, "skipped": self.skipped, "n_shard": n_shard}
-            state |= {"config": asdict(self.cfg), "task": self.task.state_dict()}
+            state = {"step": step, "skipped": self.skipped}
+            state |= {"flags": fixed_flags(self.cfg), "task": self.task.state_dict()}
+            write_whole(directory / "optimizer.pt", lambda tmp: torch.save(moments, tmp))
             write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))
 
     def finish(self):
@@ -209,9 +203,7 @@ def save_model(directory, vlm, tok):
     tensors = {}
     for name, p in vlm.named_parameters():
         if p.requires_grad or not vlm.lora:
-            full = full_tensor(p.detach())  # one by one: every process takes part, rank 0 keeps it
-            if rank() == 0:
-                tensors[name] = full.cpu() if isinstance(p, DTensor) else full
+            tensors[name] = gather_on_first(p.detach())
     if rank() > 0:
         return
     save_processor(directory, tok.path, vlm.cfg)
@@ -221,25 +213,10 @@ def save_model(directory, vlm, tok):
         vlm.save_pretrained(directory, tensors)
 
 
-def moments_file(checkpoint, k, n_shard):
-    return checkpoint / f"optimizer-{k}-of-{n_shard}.pt"
-
-
-def place_moment(parts, p):
-    """One of AdamW's tensors for parameter p. Shards are rows of it; each has the count of steps."""
-    if parts[0].ndim != p.ndim:
-        return parts[0].to(p.device, copy=True)
-    full = torch.cat(parts)
-    if not isinstance(p, DTensor):
-        return full.to(p.device, copy=True)
-    n_row = -(-len(full) // p.device_mesh.size())  # FSDP2 cuts as torch.chunk does
-    local = full[rank() * n_row : (rank() + 1) * n_row].to(p.device, copy=True)
-    return DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-
-
 def checkpoints(out):
-    found = [path for path in out.glob("checkpoint-[0-9]*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """Oldest first; a copy such as checkpoint-000100.bak is none."""
+    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def find_checkpoint(out, cfg):
@@ -252,14 +229,13 @@ def find_checkpoint(out, cfg):
     newest = checkpoints(out)[-1]
     with reading(newest / "trainer.pt", f"remove {newest} and start anew"):
         state = torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
-    for name, now in asdict(cfg).items():
-        before = state["config"].get(name)
-        if name not in FREE_TO_CHANGE and before != now:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"--resume: {newest} was trained with {flag} {before!r}, now it is {now!r}; "
-                            "give the same flags, or start a new run in another --out")
+        check_flags(newest, state["flags"], fixed_flags(cfg))
     print(f"resuming after step {state['step']}")
     return newest, state
+
+
+def fixed_flags(cfg):
+    return {flag_of(name): value for name, value in asdict(cfg).items() if name not in FREE_TO_CHANGE}
 
 
 def move_aside(out, cfg):
@@ -269,10 +245,13 @@ def move_aside(out, cfg):
     for name in ("model", "data", "image_root", "val", "vision", "llm", "tokenizer", "projector"):
         value = getattr(cfg, name)
         if value and Path(value).resolve().is_relative_to(out.resolve()):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value} is in --out {out}, which would be moved aside")
+            raise UserError(f"{flag_of(name)} {value} is in --out {out}, which would be moved aside")
     k = 1
     while (free := out.with_name(f"{out.name}.{k}")).exists():
         k += 1
     out.rename(free)
     print(f"{out} held an earlier run; it is now {free}")
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")

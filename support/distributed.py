@@ -1,7 +1,7 @@
 """Several processes: torchrun starts the program on every GPU; each takes its part of every step's records.
 
---no-shard is DDP: each process holds the whole model, and gradients are averaged. --shard is FSDP2: each
-holds a slice of every weight, gradient and moment. Rank 0 prints, logs and saves.
+--no-shard is data parallelism: each process holds the whole model, and gradients are averaged once a step.
+--shard is FSDP2: each holds a slice of every weight, gradient and moment. Rank 0 prints, logs and saves.
 """
 
 import contextlib
@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from support.cli import UserError, pick_device
 from support.optim import part_of
@@ -92,7 +91,7 @@ def precision(cfg, device):
 
 
 def parallelize(vlm, cfg, device):
-    """-> the model as training calls it: compiled if --compile asks, wrapped if processes are several."""
+    """Compile if --compile asks; with several processes, shard if --shard does."""
     blocks = [block for tower in vlm.towers for block in tower.blocks] + list(vlm.decoder.layers)
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, up to a second
@@ -100,17 +99,14 @@ def parallelize(vlm, cfg, device):
         for block in blocks:
             block.compile(dynamic=True)  # one graph for all lengths
     if world_size() == 1:
-        return vlm
-
+        return
     vlm.register_forward_pre_hook(add_blank_tile)
-    if not cfg.shard:
-        return DistributedDataParallel(vlm, broadcast_buffers=False)
-    mesh = init_device_mesh(device.type, (world_size(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16 if uses_autocast(cfg, device) else None, torch.float32)
-    for module in [*blocks, vlm]:  # vlm last: what is in no block, the tables, head, norms and connector
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(vlm, "generate")
-    return vlm
+    if cfg.shard:
+        mesh = init_device_mesh(device.type, (world_size(),))
+        policy = MixedPrecisionPolicy(torch.bfloat16 if uses_autocast(cfg, device) else None, torch.float32)
+        for module in [*blocks, vlm]:  # vlm last: what is in no block, the tables, head, norms and connector
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(vlm, "generate")
 
 
 def add_blank_tile(vlm, batch):
@@ -126,27 +122,27 @@ def add_blank_tile(vlm, batch):
     return tokens, blank, labels, layout
 
 
-def shares_of_step(net, batches, counts):
-    """-> (batch, share) for each micro-batch; share: what it counts of the step, of all processes together.
+def shares_of_step(vlm, batches, counts):
+    """-> (batch, share) for each micro-batch: what it counts of the whole step, over all processes.
 
-    All processes go through as many as the one that has most; what is missing is a text that counts nothing.
-    DDP and FSDP2 average the gradients of the processes: shares are larger by their number.
+    All go through as many as the one that has most; what is missing is a text that counts nothing. Because
+    gradients are averaged over the processes, shares are larger by their number.
     """
     n_picture = sum(len(batch["pixels"]) for batch in batches)
     found = gather_numbers([sum(counts), len(batches), n_picture])
     total, _, n_picture = found.sum(0).tolist()
-    n_batch = int(found[:, 1].max())
-    fillers = [(filler_batch(), 0)] * (n_batch - len(batches))
-    for k, (batch, count) in enumerate([*zip(batches, counts), *fillers], 1):
-        is_ddp = isinstance(net, DistributedDataParallel)  # it averages after the last of a step
-        with net.no_sync() if is_ddp and k < n_batch else contextlib.nullcontext():
-            yield batch, count / total * world_size()
+    n_filler = int(found[:, 1].max()) - len(batches)
+    for batch, count in [*zip(batches, counts), *[(filler_batch(), 0)] * n_filler]:
+        yield batch, count / total * world_size()
 
-    # If no process had a picture, tower and connector have a gradient of 0. One process would give them none.
-    if world_size() > 1 and n_picture == 0:
-        for name, p in net.named_parameters():
-            if part_of(name.removeprefix("module.")) in ("vision", "connector"):  # DDP adds the prefix
-                p.grad = None
+    if world_size() == 1:
+        return
+    for name, p in vlm.named_parameters():
+        if n_picture == 0 and part_of(name) in ("vision", "connector"):
+            p.grad = None  # that of the blank tiles: one process would have none
+        elif p.grad is not None and not isinstance(p, DTensor):  # FSDP2 has averaged its own
+            dist.all_reduce(p.grad)
+            p.grad /= world_size()
 
 
 def filler_batch():
@@ -159,3 +155,17 @@ def filler_batch():
 def full_tensor(t):
     """A tensor of which each process may hold a shard -> all of it. Every process must take part."""
     return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def gather_on_first(t):
+    """The same, in the memory of rank 0 alone: elsewhere None."""
+    if isinstance(t, DTensor):
+        t = t.full_tensor().cpu()
+    return t if rank() == 0 else None
+
+
+def placed_like(p, t):
+    """A whole tensor from a file -> where parameter p is, and cut as that is; the count of steps never is."""
+    t = t.to(p.device, copy=True)
+    is_cut = isinstance(p, DTensor) and t.ndim
+    return distribute_tensor(t, p.device_mesh, p.placements) if is_cut else t

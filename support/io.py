@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -56,7 +57,8 @@ class Progress:
         flags = json.loads(json.dumps(flags))  # tuples become lists
         if resume and self.path.exists():
             with reading(self.path):
-                before, *self.rows = read_whole_lines(self.path) or [flags]
+                whole = takewhile(lambda row: row is not None, read_rows(self.path))
+                before, *self.rows = list(whole) or [flags]
                 check_flags(self.path, before, flags)
         write_whole(self.path, lambda tmp: tmp.write_text(json_lines([flags, *self.rows])))
 
@@ -71,15 +73,13 @@ class Progress:
             raise UserError(f"{self.path}: {why}; free some space, and go on with --resume") from None
 
 
-def read_whole_lines(path):
-    """The rows of JSON lines, up to the first that a kill has torn, or that is damaged."""
-    rows = []
+def read_rows(path):
+    """The rows of JSON lines; None in place of one that a kill has torn, or that is damaged."""
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            rows.append(json.loads(line))
+            yield json.loads(line)
         except ValueError:
-            break
-    return rows
+            yield None
 
 
 def check_flags(path, before, now):

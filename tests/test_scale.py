@@ -320,6 +320,13 @@ def test_bfloat16_weights_train_and_resume_bit_for_bit(go):
     )
 
 
+@pytest.mark.parametrize("flags", [["--micro-batch-size", 1], ["--token-budget", 64], []])
+def test_bfloat16_weights_train_in_two_processes_as_in_one(go, flags):
+    flags = ["--weights", "bfloat16", "--lora-r", 4, "--max-steps", 4, *flags]
+    assert go(*flags, out="one") == {0} and go(*flags, out="two", n=2) == {0}
+    assert_close(losses("one"), losses("two"), rtol=0.02, atol=0.02)
+
+
 def kill_after(children, file):
     while not Path(file).exists() and any(c.is_alive() for c in children):
         time.sleep(0.002)
