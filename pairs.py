@@ -31,7 +31,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.common import COT, LETTER, SHORT, is_right
+from benchmarks.common import COT, LETTER, SHORT
+from benchmarks.own import is_right
 from conversation import find_template
 from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer

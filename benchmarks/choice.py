@@ -75,7 +75,7 @@ def ask_scienceqa(split, family, id, row):
 
     path = f"images/{row.get('split', split)}/{id}/{image}" if image else None
     text, truth = context + row["question"], LETTERS[row["answer"]]
-    return ask_letter(id, path, text, row["choices"], truth, category=category)
+    return ask_letter(id, path, text, row["choices"], truth, category=category, asked=row["question"])
 
 
 def scienceqa_letter(text, item):

@@ -73,18 +73,20 @@ def question(id, image, text, suffix, truth, **more):
     """One question. The prompt is the text, a newline, the suffix.
 
     image: its official path, the bytes of a picture, or None. truth: None where the labels are hidden.
-    more: `unit` and `category`; `asked`, where an answer is known by id and question; `candidates` for
-    --likelihood; `cot` and `then`, the prompts of a chain of thought that has its own; and what the judge
-    needs.
+    more: `unit`, the id by default, and `category`, of which there may be several; `asked`, the bare question
+    in a text that says more; `candidates` for --likelihood; `cot` and `then`, the prompts of a chain of
+    thought that has its own; and what the judge needs.
     """
-    category = more.get("category")
-    texts = category if isinstance(category, list) else [category or ""]
-    texts = [text, *texts, *(more.get("choices") or [])]
+    item = {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth}
+    item |= {"unit": id, "category": [], "asked": text} | more
+    if not isinstance(item["category"], list):
+        item["category"] = [item["category"]] if item["category"] else []
+    texts = [text, *item["category"], *(item.get("choices") or [])]
     if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in texts):
         raise ValueError("id, question, category and options must be text")
     if not isinstance(image, (str, bytes, type(None))):
         raise ValueError("the picture must be a name")
-    return {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth} | more
+    return item
 
 
 # ---- official files ----
@@ -282,45 +284,3 @@ def iou(a, b):
 
     common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
     return common / max(area(*a) + area(*b) - common, 1e-9)
-
-
-# ---- one's own questions ----
-
-
-def is_right(said, truth):
-    """The one judge of free answers, of eval.py and pairs.py alike.
-
-    An option counts by its letter, a box by IoU >= 0.5, a number to 1 part in 1000, a worked answer by its
-    end, and words as the VQA scorer normalises them; x-ray may be written x ray and xray.
-    """
-    if ("Final answer:" in said) != ("Final answer:" in truth):
-        return False
-    said, truth = final_part(said), final_part(truth)
-    if re.fullmatch("[a-z]", truth):
-        return chosen_letter(said) == truth
-    if re.fullmatch(r"\[\d\.\d+(, \d\.\d+){3}\]", truth):
-        box = read_box(said)
-        return box is not None and iou(box, read_box(truth)) >= 0.5
-    if (true_number := read_number(truth)) is not None:
-        number = read_number(said)
-        return number is not None and abs(number - true_number) <= 1e-3 * abs(true_number)
-    spellings = [{evalai(text), evalai(text.replace("-", ""))} for text in (said, truth)]
-    return bool(spellings[0] & spellings[1] - {""})
-
-
-def final_part(text):
-    return text.rsplit("Final answer:", 1)[-1].strip().rstrip(".").lower()
-
-
-def chosen_letter(text):
-    """c of "C", "(c)", "C. cat", "(C) cat"; None of "A dog", "B and C", "(A) or (C)"."""
-    found = re.match(r"\(?([a-z])(?:$|[.:)]+(?:$|\s(?!\s*(?:or|and|&)\b)))", text.lower().strip(" *"))
-    return found and found[1]
-
-
-def read_number(text):
-    """12.5 of "12.5", "12.5%" and "12.5 degrees", 1000 of "1,000", 2 of "two"; None of what says more."""
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.lower())
-    text = re.sub(r"\s*(degrees?|cm|%|°)$", "", text)
-    text = DIGITS.get(text, text)
-    return float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text) else None

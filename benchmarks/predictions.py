@@ -1,13 +1,16 @@
 """Somebody else's answers, for --predictions: JSON or JSON lines, rows of an id and a text.
 
-    {"question_id": 42000, "text": "Red."}              LLaVA's form, and ours: answers.jsonl
-    {"questionId": "201", "prediction": "red"}          GQA's
-    {"42000": "Red."}                                   ids as keys do as well
+    {"question_id": 42000, "prompt": "What color is it?", "text": "Red."}     LLaVA's form, and ours
+    {"questionId": "201", "prediction": "red"}                                GQA's
+    {"42000": "Red."}                                                         ids as keys do as well
 
-Rows are joined to questions by id and never by position. Where ids say too little (POPE numbers two versions
-alike, LLaVA names TextVQA's and MME's pictures), the question stands in the row too, and both must fit.
+A row answers the question that has its id; the name of a picture will do where its question stands beside it
+(LLaVA's files of TextVQA and MME). Whenever a row has a question, it must be the one that was asked: two
+versions of POPE have other questions under the same ids. POPE's own files have no ids, but a row for each
+question, in order.
 """
 
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -20,25 +23,29 @@ TEXT_KEYS = ("text", "prediction", "response", "answer", "output")
 
 
 def match_predictions(bench, items, path):
-    """-> {question id: {"text", ...}}"""
-    known = defaultdict(list)
+    """-> {question id: {"answer", ...}}"""
+    about = defaultdict(list)  # {name of a picture: questions}
     for item in items:
-        known[str(item["id"])].append(item)
-        if "asked" in item:
-            for name in (item["image"], Path(item["image"]).stem):
-                known[name, plain_question(item["asked"])].append(item)
+        if isinstance(item["image"], str):
+            for name in {item["image"], Path(item["image"]).stem}:
+                about[name].append(item)
+    known = about | {str(item["id"]): [item] for item in items}
 
     answers = {}
-    for where, key, row in load_records(path):
+    rows = load_records(path)
+    for where, key, row in rows:
         row = row if isinstance(row, dict) else {"text": row}
+        names = [str(row[name]) for name in ID_KEYS if isinstance(row.get(name), (str, int, float))]
         if isinstance(key, str):
-            row = {"id": key} | row
-        asked = find_questions(where, row, known)
-        unanswered = [item for item in asked if item["id"] not in answers]
-        if unanswered:  # the same question about one picture may be asked twice
-            answers[unanswered[0]["id"]] = read_prediction(where, row, bench)
+            names = [key, *names]
+        found = next((known[name] for name in names if name in known), [])
+        if not names and len(rows) == len(items) and shown_question(row):
+            found = [items[key]]
+        item = pick_question(where, row, names, found, answers)
+        if item["id"] not in answers:
+            answers[item["id"]] = read_prediction(where, row, bench)
         elif "messages" not in row:  # of M3CoT's own files the first record of an id counts
-            raise UserError(f"{where}: a second answer to {asked[0]['id']!r}; each question is answered once")
+            raise UserError(f"{where}: a second answer to {item['id']!r}; each question is answered once")
 
     missing = [item["id"] for item in items if item["id"] not in answers]
     if not answers:
@@ -49,37 +56,55 @@ def match_predictions(bench, items, path):
     return answers
 
 
-def plain_question(text):
-    """Without MME's last sentence, for which LLaVA has its own."""
-    return re.sub(r"\s*please answer yes or no\.$", "", text.strip().lower())
-
-
-def find_questions(where, row, known):
-    """The questions a row may answer, by its id and, where it has one, its question."""
-    ids = [str(row[name]) for name in ID_KEYS if isinstance(row.get(name), (str, int, float))]
-    if not ids:
+def pick_question(where, row, names, found, answers):
+    """The one of these questions that a row answers. One that is asked twice takes its answers in turn."""
+    if not names and not found:
         raise UserError(f"{where}: no id in it; one of {', '.join(ID_KEYS)} is needed")
-    lines = f"{row.get('question', '')}\n{row.get('prompt', '')}".split("\n")
-    asked = {plain_question(line) for line in lines if line.strip()}
-    keys = [(id, line) for id in ids for line in asked] + ids
-    found = next((known[key] for key in keys if key in known), None)
-    if found is None:
-        raise UserError(f"{where}: answers {ids[0]!r}, which is no question of --data and --split")
-    if asked and "asked" in found[0] and plain_question(found[0]["asked"]) not in asked:
-        raise UserError(f"{where}: another question than {ids[0]!r} of --data; are both of the same version?")
-    return found
+    if not found:
+        raise UserError(f"{where}: answers {names[0]!r}, which is no question of --data and --split")
+    shown = shown_question(row)
+    fitting = [item for item in found if is_same_question(shown, item)]
+    if not fitting:
+        raise UserError(
+            f"{where}: answers another question, {shown!r:.80}, than {str(found[0]['id'])!r} of --data, "
+            f"{found[0]['asked']!r:.80}; are both of one version, and --split right?"
+        )
+    if len(fitting) > 1 and not shown:
+        raise UserError(f"{where}: {names[0]!r} has {len(found)} questions; the prompt must stand beside it")
+    return next((item for item in fitting if item["id"] not in answers), fitting[0])
+
+
+def shown_question(row):
+    messages = row.get("messages")
+    shown = row.get("prompt") or row.get("question") or (messages[0] if messages else "")
+    return shown if isinstance(shown, str) else ""
+
+
+def is_same_question(shown, item):
+    """Is what was asked part of the row's prompt, or the row's bare question part of what was asked?"""
+    return words(item["asked"]) in words(shown) or words(shown) in words(item["text"])
+
+
+def words(text):
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def read_prediction(where, row, bench):
     if isinstance(row.get("messages"), list):  # a conversation: its last turn
-        return {"text": str((row["messages"] or [""])[-1])}
+        return {"answer": str((row["messages"] or [""])[-1])}
+    if bench.extract and "extraction" in row:
+        return {"answer": str(row["extraction"]), "is_extracted": True}
     for name in ("content", "score") if bench.by_gpt else ():
         if name in row:
-            return {"text": str(row[name]), "is_review": True}
-    if bench.extract and "extraction" in row:
-        return {"text": str(row["extraction"]), "is_extracted": True}
+            return {"answer": str(row[name]), "is_review": True}
     for name in TEXT_KEYS:
         is_truth = name == "answer" and "choices" in row  # a row that repeats its problem
-        if isinstance(row.get(name), (str, int, float)) and not is_truth:
-            return {"text": str(row[name])}
+        if is_text(row.get(name)) and not is_truth:
+            return {"answer": str(row[name])}
     raise UserError(f"{where}: no answer in it; one of {', '.join(TEXT_KEYS)} is needed, as text")
+
+
+def is_text(value):
+    """Numbers will do, but not true, false and NaN."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, str) or is_number

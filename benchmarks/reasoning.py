@@ -57,7 +57,8 @@ def read_mathvista(cfg):
         needed = {name: row.get(name) for name in ("choices", "question_type", "answer_type", "precision")}
         category = (row.get("metadata") or {}).get("task")
         truth = row.get("answer") or None
-        return question(str(id), row["image"], query, "", truth, category=category, cot=COT + bare, **needed)
+        needed |= {"category": category, "asked": row["question"], "cot": COT + bare}
+        return question(str(id), row["image"], query, "", truth, **needed)
 
     return read_each(load_records(path), ask)
 
@@ -157,7 +158,7 @@ def ask_m3cot(row, family):
     choices = row["choices"]
     image = row.get("image_path") or f"images/{row.get('image_id') or row['id']}.png"
     text, context, truth = row.get("question") or "", row.get("context"), row.get("answer")
-    more = {"category": [row["domain"], row["topic"]], "choices": choices, "family": family}
+    more = {"category": [row["domain"], row["topic"]], "asked": text, "choices": choices, "family": family}
     if family == "internvl":
         context = f"{context}\n" if context else ""
         return question(row["id"], image, context + text + lettered(choices), LETTER, truth, **more)

@@ -1,6 +1,6 @@
 """From answers to a score: judge every answer, add them up, and say how far chance could move the sum.
 
-record  {"id", "unit", "category", "answer", "parsed", "truth", "score"}    one judged answer
+record  {"id", "unit", "category", "answer", "parsed", "truth", "score", ...}    one judged answer
 unit    [record, ...]                                                       what is counted together
 figures {"n", "score", "ci95", "more"}                                      of all units, or of a category
 """
@@ -14,52 +14,47 @@ from support.cli import UserError
 from support.io import reading
 
 
-def grade(bench, items, answers, cot=False):
+def grade(bench, questions, answers):
     """{question id: answer} -> figures and records. A question without an answer counts as wrong."""
     records = []
-    for item in items:
+    for item in questions:
         with reading(f"question {item['id']!r}"):
-            records.append(judge_one(bench, item, answers.get(item["id"], {}), cot))
-    given = [record for record in records if not record["missing"]]
+            records.append(judge_one(bench, item, answers.get(item["id"], {})))
+    given = [record for record in records if record["answer"] is not None]
     unparsed = [record for record in given if record["parsed"] in (None, "")]
-    result = {
-        "n": len(records),
-        "missing": len(records) - len(given),
-        "unparsed": len(unparsed) / max(1, len(given)),
-        "cut_off": sum(record.get("cut_off", False) for record in records),
-        "score": None,
-        "ci95": None,
-        "more": {},
-        "categories": {},
-    }
+    result = {"n": len(records), "score": None, "ci95": None, "more": {}}
     units = units_of(records)
     if units:
         result |= figures_of(bench, units)
-    for category in dict.fromkeys(name for unit in units for name in categories_of(unit)):
-        of_it = [unit for unit in units if category in categories_of(unit)]
+
+    result["missing"] = len(records) - len(given)
+    result["unparsed"] = len(unparsed) / max(1, len(given))
+    result["cut_off"] = sum(record.get("cut_off", False) for record in given)
+    result["categories"] = {}
+    for category in dict.fromkeys(name for unit in units for name in unit[0]["category"]):
+        of_it = [unit for unit in units if category in unit[0]["category"]]
         result["categories"][category] = figures_of(bench, of_it)
     return result | {"records": records}
 
 
-def judge_one(bench, item, answer, cot):
+def judge_one(bench, item, answer):
     """-> record. Its score is None where the label is hidden, or GPT-4 has not reviewed the answer yet."""
-    record = {"id": item["id"], "unit": item.get("unit", item["id"]), "category": item.get("category")}
-    record |= {"truth": item["truth"], "answer": None, "parsed": None, "score": 0.0}
-    record |= {name: answer[name] for name in ("cut_off", "p", "first") if name in answer}
-    record["missing"] = "text" not in answer
-    has_score = item["truth"] is not None and (not bench.by_gpt or "is_review" in answer)
-
-    if "text" in answer:
-        record["answer"] = record["parsed"] = text = answer["text"]
-        if cot and "then" not in item:
+    record = {name: item[name] for name in ("id", "unit", "category", "prompt", "truth")}
+    record["image"] = None if isinstance(item["image"], bytes) else item["image"]
+    record |= {"answer": None, "parsed": None, "score": 0.0} | answer
+    text = record["answer"]
+    is_review = record.get("is_review", False)
+    if text is not None and (is_review or not bench.by_gpt):
+        if item["worked"] and "then" not in item:
             text = final_answer(text)
-        if bench.extract and "is_extracted" not in answer:
+        if bench.extract and not record.get("is_extracted"):
             text = bench.extract(item, text)
-        if has_score or not bench.by_gpt:
-            record["parsed"] = answer = bench.parse(text, item)
-            if has_score and answer is not None:
-                record["score"] = bench.right(answer, item)
-    return record if has_score else record | {"score": None}
+        record["parsed"] = bench.parse(text, item)
+        if record["parsed"] is not None and item["truth"] is not None:
+            record["score"] = bench.right(record["parsed"], item)
+    if item["truth"] is None or (bench.by_gpt and not is_review):
+        record["score"] = None
+    return record
 
 
 def units_of(records):
@@ -71,16 +66,13 @@ def units_of(records):
     return list(units.values())
 
 
-def categories_of(unit):
-    category = unit[0]["category"]
-    if category is None:
-        return []
-    return category if isinstance(category, list) else [category]
-
-
 def figures_of(bench, units):
-    figures = {"n": sum(map(len, units)), "score": bench.score(units), "ci95": bootstrap(units, bench.score)}
-    return figures | {"more": bench.more(units) if bench.more else {}}
+    return {
+        "n": sum(map(len, units)),
+        "score": bench.score(units),
+        "ci95": bootstrap(units, bench.score),
+        "more": bench.more(units) if bench.more else {},
+    }
 
 
 def bootstrap(units, score):
@@ -95,17 +87,26 @@ def bootstrap(units, score):
 
 def compare(bench, ours, theirs):
     """Paired bootstrap of two runs: the same units are drawn from both lists of records."""
-    ours = {str(unit[0]["unit"]): unit for unit in units_of(ours)}
     theirs = {str(unit[0]["unit"]): unit for unit in units_of(theirs)}
-    pairs = [(ours[name], theirs[name]) for name in ours if name in theirs]
+    pairs = [(unit, theirs.get(str(unit[0]["unit"]))) for unit in units_of(ours)]
+    pairs = [(a, b) for a, b in pairs if b]
     if not pairs:
-        raise UserError("--compare: the two runs share no scored question; are both of one benchmark?")
+        raise UserError("the two runs share no scored question; are both of one benchmark?")
 
     def difference(pairs):
-        return bench.score([unit for unit, _ in pairs]) - bench.score([unit for _, unit in pairs])
+        return bench.score([a for a, _ in pairs]) - bench.score([b for _, b in pairs])
 
     gains = [sum(r["score"] for r in a) - sum(r["score"] for r in b) for a, b in pairs]
-    better = sum(gain > 0 for gain in gains)
-    worse = sum(gain < 0 for gain in gains)
-    figures = {"n": len(pairs), "difference": difference(pairs), "ci95": bootstrap(pairs, difference)}
-    return figures | {"better": better, "worse": worse}
+    return {
+        "n": len(pairs),
+        "difference": difference(pairs),
+        "ci95": bootstrap(pairs, difference),
+        "better": sum(gain > 0 for gain in gains),
+        "worse": sum(gain < 0 for gain in gains),
+    }
+
+
+def describe_comparison(found):
+    low, high = found["ci95"]
+    counts = f"{found['better']} better, {found['worse']} worse of {found['n']}"
+    return f"{found['difference']:+.2f} ({low:+.2f} to {high:+.2f}), {counts}"

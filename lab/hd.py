@@ -67,8 +67,9 @@ def make_rows(folder, seed, quick):
 
 def score(model, quick):
     """The table that train.py made at the end of the run."""
-    table = read_json(model / "results.json")["table"]
-    return {category: row["accuracy"] for category, row in table.items()}
+    results = read_json(model / "results.json")
+    groups = results["categories"] | {"all": results}
+    return {category: figures["score"] / 100 for category, figures in groups.items()}
 
 
 def mean_length(flags):

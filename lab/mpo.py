@@ -14,11 +14,12 @@ import mpo
 import pairs
 import toyworld
 import train
-from benchmarks.common import is_right
+from benchmarks.own import is_right
 from conversation import Tokenizer
-from eval import answer_questions
+from eval import encode_questions
 from model import VLM
 from pairs import ask_step_by_step, parse_answer
+from sample import answer
 from support.io import json_lines
 
 MPO = (0.8, 0.2, 1)                  # w_p, w_q, w_g
@@ -113,8 +114,9 @@ def score(model, quick):
     pictures = [model.parent / f"world/images/val_{i:05d}.png" for i in range(n)]
 
     def answers_to(texts):
-        asked = [{"paths": [picture], "text": text} for picture, text in zip(pictures, texts)]
-        return [answer.text for answer in answer_questions(vlm, tok, asked)]
+        turns = [[("human", text)] for text in texts]
+        asked = [{"turns": said, "pictures": [picture]} for said, picture in zip(turns, pictures)]
+        return [found.text for found in answer(vlm, tok, encode_questions(vlm, tok, asked))]
 
     scenes = [scene_of("val", i) for i in range(n)]
     asked = [toyworld.two_step_question(scene, rng) for scene, rng in scenes]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import toyworld
-from benchmarks.common import is_right
+from benchmarks.own import is_right
 from conversation import VICUNA, Tokenizer, encode_conversation
 from lab.common import fit_part, shares_line, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder

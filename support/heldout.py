@@ -5,11 +5,11 @@ import math
 
 import torch
 
-from conversation import encode_conversation
-from data import Examples, Records, micro_batches, picture_paths
-from eval import answer_questions, examine
-from support.cli import UserError
+import sample
+from data import Examples, Records, micro_batches
+from eval import EvalConfig, draw_some, encode_questions, examine, read_items, table
 from support.distributed import rank
+from support.io import write_json
 
 
 class HeldOut:
@@ -18,29 +18,16 @@ class HeldOut:
     def __init__(self, cfg, vlm, tok, task, n=128):
         """task: whose loss is looked at, that of n questions spread over the file."""
         self.cfg, self.vlm, self.tok, self.task = cfg, vlm, tok, task
+        self.questions = read_items("own", EvalConfig(data=cfg.val, image_root=cfg.image_root))
         records = Records(cfg.val, cfg.image_root)
-        self.questions = [self.read_question(records, i) for i in range(len(records))]
         examples = Examples(
             records, tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size)
-        some = [examples[i] for i in range(0, len(records), math.ceil(len(records) / n))]
+        some = []
+        for i in range(len(records)):
+            example = examples[i]  # of all, so that a picture that does not open is said before the training
+            if i % math.ceil(len(records) / n) == 0:
+                some.append(example)
         self.batches = micro_batches(some, 32, tok.pad)
-
-    def read_question(self, records, i):
-        record = records[i]
-        try:
-            if len(record["turns"]) < 2:
-                raise UserError('no answer; a held-out question needs "text" and "answer"')
-            n_visual = [1] * len(record["images"])
-            encode_conversation(self.tok, record["turns"][:2], self.vlm.cfg.template, n_visual)
-            paths = picture_paths(record)
-            for path in paths:
-                if not path.exists():
-                    raise UserError(f"{path}: no such picture; check the path and --image-root")
-        except UserError as error:
-            raise UserError(f"{record['where']}: {error}") from None
-        (_, text), (_, truth) = record["turns"][:2]
-        category = str(record.get("category", "all"))
-        return {"id": record["id"], "paths": paths, "text": text, "answer": truth, "category": category}
 
     def look(self, run, step):
         """Log the loss, with each question's picture and with another's, and print a few answers."""
@@ -65,16 +52,22 @@ class HeldOut:
         n_all = len(self.questions)
         chosen = [self.questions[(step * 7 + i * n_all // n) % n_all] for i in range(n)]
         lines = []
-        for question, found in zip(chosen, answer_questions(self.vlm, self.tok, chosen), strict=True):
+        asked = [{"turns": [("human", item["text"])], "pictures": item["paths"]} for item in chosen]
+        answers = sample.answer(self.vlm, self.tok, encode_questions(self.vlm, self.tok, asked))
+        for question, found in zip(chosen, answers, strict=True):
             asked = question["text"].replace("<image>", "").strip().split("\n")
             asked = next((line for line in asked if "?" in line), asked[0])  # without its format prompt
-            lines.append(f"  Q: {asked}\n  A: {found.text!r}   truth: {question['answer']!r}")
+            lines.append(f"  Q: {asked}\n  A: {found.text!r}   truth: {question['truth']!r}")
         return "\n".join(lines)
 
     def examine(self, out):
-        every = math.ceil(len(self.questions) / self.cfg.eval_limit) if self.cfg.eval_limit else 1
+        items = draw_some(self.questions, self.cfg.eval_limit)
         with not_training(self.vlm, self.cfg):
-            examine(self.vlm, self.tok, self.questions[::every], out if rank() == 0 else None)
+            result = examine(items, EvalConfig(), self.vlm, self.tok)
+        print(f"\nheld-out accuracy\n{table([result])}")
+        print(f"{result['cut_off']} of {len(items)} answers were cut off for being too long")
+        if rank() == 0:
+            write_json(out / "results.json", result)
 
 
 def with_other_pictures(batch):

@@ -16,7 +16,7 @@ def write_json(path, content, indent=2):
 
 
 def json_lines(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def write_whole(path, write):

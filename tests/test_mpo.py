@@ -19,7 +19,7 @@ import mpo
 import pairs
 import sample
 import toyworld
-from benchmarks.common import is_right
+from benchmarks.own import is_right
 from conversation import Tokenizer, encode_conversation
 from data import Records
 from model import IGNORE, VLM, DecoderConfig, VLMConfig

@@ -528,7 +528,7 @@ def test_a_run_with_tiles_saves_loads_and_resumes_bit_for_bit_and_answers_its_qu
         del train.PRESETS["tiny"]
     a, b = (VLM.from_pretrained(name) for name in ("whole", "half"))
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-    assert a.cfg.image_mode == mode and json.loads(Path("whole/results.json").read_text())["table"]
+    assert a.cfg.image_mode == mode and json.loads(Path("whole/results.json").read_text())["categories"]
     assert (mode == "internvl") == (a.cfg.vision.merge == 2) and (mode == "internvl") == (
         a.connector.row_end is None
     )

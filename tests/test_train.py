@@ -31,6 +31,8 @@ import support.checkpoint as support_checkpoint
 import support.plots as support_plots
 import support.start as support_start
 import train
+from benchmarks.common import question
+from benchmarks.own import is_right
 from conversation import Tokenizer
 from data import IGNORE, Examples, Records, collate
 from model import VLM
@@ -659,7 +661,7 @@ def test_a_run_ends_with_a_table_beside_two_baselines(go, world, capfd):
         json.loads(Path("run/results.json").read_text()),
         (world / "val.jsonl").read_text().splitlines(),
     )
-    assert results["table"]["all"]["n"] == len(results["records"]) == len(questions)
+    assert results["n"] == len(results["records"]) == len(questions)
     assert [line["step"] for line in map(json.loads, open("run/log.jsonl")) if "val_loss" in line] == [4, 8]
 
 
@@ -699,11 +701,7 @@ def test_held_out_questions_may_have_no_category_no_picture_or_several_and_one_i
     )
     assert go(*flags, "--eval-every", 1) == 0
     results = json.loads(Path("run/results.json").read_text())
-    assert (
-        list(results["table"]) == ["all"]
-        and results["table"]["all"]["n"] == 4
-        and len(results["records"]) == 4
-    )
+    assert list(results["categories"]) == ["all"] and results["n"] == len(results["records"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -730,7 +728,7 @@ def test_data_without_a_val_file_trains_without_a_table(go, world, capfd):
     assert not Path("run/results.json").exists() and "accuracy" not in capfd.readouterr().out
 
 
-def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, capsys):
+def test_the_table_of_known_answers_has_these_numbers(monkeypatch):
     asked = [
         ("count", "2"),
         ("count", "2"),
@@ -738,33 +736,36 @@ def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, cap
         ("cot", "One.\nFinal answer: 3"),
         ("cot", "Another.\nFinal answer: 3"),
     ]
-    questions = [
-        {"id": "q", "paths": [f"{i}.png"], "text": "?", "answer": a, "category": c}
-        for i, (c, a) in enumerate(asked)
-    ]
+    items = []
+    for k, (category, truth) in enumerate(asked):
+        item = question(k, None, "?", "", truth, category=category)
+        items.append(item | {"paths": [f"{k}.png"], "benchmark": "own"})
     said = {
         "direct": ["2.", "1", "1", "So.\nFinal answer: 3", "3"],
         "shuffled pictures": ["2", "2", "2", "no", "no"],
     }
-    seen = []
+    seen = {}
 
-    def ask(vlm, tok, items, column, cfg, progress):
-        seen.append(column.pictures)
-        answers = {k: {"text": text} for k, text in enumerate(said[column.name])}
-        if column.name == "direct":
+    def ask(vlm, tok, column, questions, cfg, progress):
+        seen[column] = [item["pictures"] for item in questions]
+        answers = {k: {"answer": text} for k, text in enumerate(said[column])}
+        if column == "direct":
             answers[2]["cut_off"] = True
         return answers
 
     monkeypatch.setattr(eval, "ask", ask)
-    eval.examine(None, None, questions, tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = eval.examine(items, eval.EvalConfig(), None, None)
     table = {"count": (3, 2 / 3, 2 / 3, 2 / 3), "cot": (2, 1 / 2, 1, 0), "all": (5, 3 / 5, 4 / 5, 2 / 5)}
+    others = results["columns"]
     for category, row in table.items():
-        assert tuple(results["table"][category].values()) == pytest.approx(row)
-    assert results["cut_off"] == 1 and "1 of 5 answers were cut off" in capsys.readouterr().out
-    right, other = seen
-    assert all(right[k] != other[k] for k in right)
-    assert sorted(path for found in other.values() for path in found) == [f"{i}.png" for i in range(5)]
+        columns = [results, others["most frequent answer"], others["shuffled pictures"]]
+        if category != "all":
+            columns = [column["categories"][category] for column in columns]
+        scores = [column["score"] / 100 for column in columns]
+        assert (columns[0]["n"], *scores) == pytest.approx(row)
+    assert results["cut_off"] == 1
+    right, other = seen["direct"], seen["shuffled pictures"]
+    assert all(a != b for a, b in zip(right, other, strict=True)) and sorted(right) == sorted(other)
 
 
 @pytest.mark.parametrize(
@@ -782,7 +783,7 @@ def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch, cap
     ],
 )
 def test_what_counts_as_right(said, truth, right):
-    assert eval.is_right(said, truth) is right
+    assert is_right(said, truth) is right
 
 
 # ---- what one sees ----

@@ -8,8 +8,8 @@ The interval is a paired bootstrap: the same questions are drawn from both runs,
 import sys
 from dataclasses import dataclass
 
-from benchmarks.scoring import compare
-from eval import SUITE, describe_comparison
+from benchmarks.scoring import compare, describe_comparison
+from eval import SUITE
 from support.cli import REQUIRED, UserError, arg, parse, run
 from support.io import read_json, reading
 
