@@ -322,10 +322,7 @@ class PairExamples(Examples):
         return recompress(image, record["row"]) if record["file"].recompress else image
 
     def encode(self, record, n_visual):
-        texts = [record.get(name) for name in ("question", "chosen", "rejected")]
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f'"question", "chosen", "rejected" are {texts}; a pair has all three as text')
-        question, *answers = texts
+        question, *answers = pair_texts(record)
         prompt, chosen = self.encode_answer(question, answers[0], n_visual)
         _, rejected = self.encode_answer(question, answers[1], n_visual)
         if chosen == rejected or answers[0].strip() == answers[1].strip():
@@ -341,6 +338,14 @@ class PairExamples(Examples):
             labels.pop()
         n_prompt = len(labels) - labels[::-1].index(IGNORE)
         return tokens[:n_prompt], labels[n_prompt:]
+
+
+def pair_texts(record):
+    """-> question, chosen, rejected"""
+    texts = [record.get(name) for name in ("question", "chosen", "rejected")]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f'question, chosen and rejected are {texts}; a pair has all three as text')
+    return texts
 
 
 def recompress(image, seed):

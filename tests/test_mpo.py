@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import shlex
 from pathlib import Path
@@ -24,6 +25,7 @@ from conversation import Tokenizer, encode_conversation
 from data import Records
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
 from support.cli import parse, run
+from tools import show
 from vision import VisionConfig
 
 # Two steps of one pair: log pi of chosen and rejected answer under policy and reference, and their tokens.
@@ -596,6 +598,17 @@ def test_a_flag_that_cannot_be_is_one_clear_line(tiny, folder, capfd, flags, wor
     assert word in said[0]
 
 
+def test_check_finds_pairs_without_a_rejected_answer(tiny, folder, capsys):
+    flags = ["--image-root", folder, "--model", tiny, "--workers", 0]
+    write(folder / "pairs.jsonl", PAIRS[:2])
+    assert call(show.main, "check", "pairs.jsonl", *flags) == 0
+    write(folder / "pairs.jsonl", [PAIRS[0], dict(PAIRS[1], rejected=None)])
+    assert call(show.main, "check", "pairs.jsonl", *flags) == 1
+    said = capsys.readouterr().out
+    assert "1 good, 1 wrong" in said
+    assert "a pair has all three as text" in said
+
+
 @pytest.fixture
 def meta(folder):
     """A meta.json as MMPR's, of a file about a picture, twice, and of three tenths of a file without."""
@@ -940,6 +953,33 @@ def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(
     assert build(tiny, folder, method, *flags, out="made.jsonl") == 0
     assert Path("made.jsonl").read_text() == Path("whole.jsonl").read_text()
     assert not Path("made.jsonl.part").exists()
+
+
+def test_twenty_kills_lose_nothing_and_make_nothing_twice(tiny, folder, monkeypatch):
+    questions = [{"image": "a.png", "question": f"What? {i}"} for i in range(40)]
+    write(folder / "questions.jsonl", questions)
+    whole = lambda tok, template, ids: sample.Answer(tok.decode(ids).strip(), True, ids)
+    for program in (sample, pairs):
+        monkeypatch.setattr(program, "read_answer", whole)  # a random model never ends its answers
+    flags = ["--batch-size", 1]
+    assert build(tiny, folder, "dropout-ntp", *flags, out="whole.jsonl") == 0
+
+    n_line, n_kill = 0, 0
+    rng = random.Random(0)
+    for _ in range(20):
+        child = fork(target=lambda: os._exit(build(tiny, folder, "dropout-ntp", *flags, out="made.jsonl")))
+        child.start()
+        child.join(rng.uniform(0.1, 0.5))
+        child.kill()
+        child.join()
+        n_kill += child.exitcode == -9
+        part = Path("made.jsonl.part")
+        before, n_line = n_line, part.read_bytes().count(b"\n") if part.exists() else 0
+        assert n_line >= before or Path("made.jsonl").exists()
+    assert n_kill >= 5
+    assert Path("made.jsonl").exists() or build(tiny, folder, "dropout-ntp", *flags, out="made.jsonl") == 0
+    assert Path("made.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert Path("made.jsonl.stats.json").read_bytes() == Path("whole.jsonl.stats.json").read_bytes()
 
 
 @pytest.mark.parametrize(

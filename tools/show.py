@@ -20,6 +20,7 @@ from tqdm import tqdm
 from conversation import TEMPLATES, Tokenizer
 from data import Examples, Records
 from model import IGNORE
+from mpo import pair_texts
 from support.cli import REQUIRED, UserError, arg, parse, run
 from support.configs import default_template, picture_mode
 from support.io import read_json
@@ -95,6 +96,8 @@ class Staged(Examples):
 
     def encode(self, record, n_visual):
         self.stage = "conversation"
+        if "chosen" in record:
+            pair_texts(record)
         marker_is_text = not n_visual and any("<image>" in text for _, text in record["turns"])
         return super().encode(record, n_visual) | {"marker_is_text": marker_is_text}
 
