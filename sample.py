@@ -167,8 +167,8 @@ def open_asked(cfg):
 
 
 def newest_run(root="out"):
-    """The model directory under out/ that was finished last: config.json is the last file a run writes."""
-    finished = Path(root).glob("*/config.json")
+    """The model directory under out/ that was finished last: its config is the last file a run writes."""
+    finished = [*Path(root).glob("*/config.json"), *Path(root).glob("*/plainvlm.json")]
     newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise UserError(

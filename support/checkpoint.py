@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from support.cli import UserError
 from support.distributed import barrier, gather_numbers, gather_on_first, placed_like, rank
-from support.export import save_adapter, save_processor
+from support.export import save_adapter
 from support.io import check_flags, json_lines, read_rows, reading, write_whole
 from support.plots import curve, plot
+from support.processor import save_processor
 
 # What --resume may change; any other flag would make it another run.
 FREE_TO_CHANGE = {

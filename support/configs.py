@@ -122,8 +122,14 @@ def only_values(c, **supported):
 # ---- a whole model -----------------------------------------------------------------------------------------
 
 
+def config_file(directory):
+    """config.json; of our LoRAs plainvlm.json, since others take what has a config.json for a whole model."""
+    own = Path(directory) / "plainvlm.json"
+    return own if own.exists() else own.with_name("config.json")
+
+
 def config_json(directory):
-    file = Path(directory) / "config.json"
+    file = config_file(directory)
     if not file.exists():
         raise UserError(f"{file}: not found, so {directory} is not a model directory; give one that is")
     return read_json(file)
@@ -155,7 +161,7 @@ def read_config(directory, parts=None, given=()):
     given: the VisionConfigs of towers that are not among them.
     """
     c, processor = config_json(directory), processor_json(directory)
-    with reading(Path(directory) / "config.json"):
+    with reading(config_file(directory)):
         layout = layout_of(c)
         if layout not in READERS:
             raise UserError(

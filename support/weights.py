@@ -466,9 +466,10 @@ def base_of(directory, llm=None):
 
 
 def tokenizer_home(directory, llm=None):
-    """Where a model's tokenizer lies: in its own directory, or, of a LoRA without one, in its base's."""
+    """Where a model's tokenizer lies: in its own directory, else in --llm or a LoRA's base."""
     has_own = (Path(directory) / "tokenizer.model").exists()
-    return Path(directory) if has_own or not is_lora(directory) else base_of(directory, llm)
+    is_alone = has_own or not (llm or is_lora(directory))
+    return Path(directory) if is_alone else base_of(directory, llm)
 
 
 def read_lora(directory, llm=None):

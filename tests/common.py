@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from model import DecoderConfig, VLMConfig
 from support.cli import run
-from support.export import save_processor
+from support.processor import save_processor
 from vision import VisionConfig
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ ORDER = [                            # files of one row may know each other
     {"support.configs"},
     {"support.weights", "support.export"},
     {"conversation"},
+    {"support.processor"},
     {"support.data_files"},
     {"data"},
     {"sample"},

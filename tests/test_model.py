@@ -41,8 +41,9 @@ from model import (
 from support.cli import UserError, run
 from support.configs import decoder_config, read_config, vision_config
 from support.distributed import add_blank_tile
-from support.export import clip_json, llama_json, llama_name, llava_config, llava_name, save_processor
+from support.export import clip_json, llama_json, llama_name, llava_config, llava_name
 from support.io import read_json, write_whole
+from support.processor import save_processor
 from support.start import init_weights
 from support.weights import load_decoder, load_vision
 from vision import VisionConfig, ViT, cut_tiles

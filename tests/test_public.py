@@ -1,24 +1,41 @@
 """The public weights as a user meets them: true sizes without numbers, answers as of transformers."""
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from layouts import LLAMA, TINY, clip_folder, count, internvl, lively, original, original_lora, prismatic, tr
+from layouts import (
+    LLAMA,
+    PIXELS,
+    TINY,
+    clip_folder,
+    close,
+    count,
+    internvl,
+    lively,
+    original,
+    original_lora,
+    prismatic,
+    same,
+    tr,
+)
 from PIL import Image
 from test_data import intern  # noqa: F401 (a fixture)
 
 import pairs
 import sample
-from conversation import Tokenizer
+from conversation import Tokenizer, encode_prompt
 from model import PRESETS, VLM, Connector, Decoder, DecoderConfig, VLMConfig
 from sample import ModelConfig, open_asked
 from support.cli import UserError, run
 from support.configs import decoder_config, vision_config
-from support.export import llava_config, llava_name, save_processor
+from support.export import llava_config, llava_name, save_adapter
+from support.lora import add_lora
+from support.processor import save_processor
 from support.weights import flatten, our_parts
 from tools.weights import main
 from vision import VisionConfig, ViT
@@ -191,7 +208,7 @@ def as_transformers_writes(folder, mode, old=True):
     save_processor(folder, tok.path, vlm.cfg)
     vlm.save_pretrained(folder)
     config = llava_config(vlm.cfg, "float32")
-    for name in "image_aspect_ratio", "mm_projector_type", "template":  # which transformers does not write
+    for name in "image_aspect_ratio", "template":  # which transformers does not write
         del config[name]
     theirs = tr.LlavaForConditionalGeneration.from_pretrained(folder).eval()
     theirs.config = tr.LlavaConfig(**config)
@@ -260,6 +277,101 @@ def test_info_says_why_a_directory_of_llava_hf_crops_and_what_pads(tmp_path, cap
         assert ("--image-mode pad" in said) == (mode == "crop")
 
 
+# ---- what we write, opened by others -----------------------------------------------------------------------
+
+ODD_WORDS = ["cat", "naïve", " two  spaces", "\n", "12,50 €", "你好", "🙂", "##", "C#", "\t", "", "USER:", "[INST]", "«"]
+
+
+def random_conversation(draw, pictures_later):
+    """-> our turns and transformers' messages of one conversation, and how many pictures it has."""
+    turns, messages, n_picture = [], [], 0
+    for k in range(draw.choice([1, 1, 3, 5])):
+        text = " ".join(draw.choices(ODD_WORDS, k=draw.randint(1, 6)))
+        role, n = ("human", draw.choice([0, 1, 1, 2])) if k % 2 == 0 else ("gpt", 0)
+        if role == "gpt" and not text.strip():
+            text = "Yes."
+        if k > 0 and not pictures_later:
+            n = 0
+        n_picture += n
+        turns.append((role, "<image>" * n + "\n" * bool(n) + text))
+        content = [{"type": "image"}] * n + [{"type": "text", "text": text}]
+        messages.append({"role": "user" if role == "human" else "assistant", "content": content})
+    return turns, messages, n_picture
+
+
+CHATS = ["vicuna_v1", "llava_v1", "llava_llama_2", "prism_pure", "prism_vicuna", "prism_llama_2", "prism_mistral"]
+
+
+@pytest.mark.parametrize("template", CHATS)
+def test_the_chat_template_gives_our_prompts_ids_for_500_conversations(tmp_path, template):
+    tok = Tokenizer(LLAMA if LLAMA.exists() else ASSETS / "toy-vicuna")
+    cfg = replace(TINY, image_token=tok.image, pad_token=tok.pad, template=template)
+    save_processor(tmp_path, tok.path, cfg)
+    (tmp_path / "config.json").write_text(json.dumps(llava_config(cfg, "float32")))
+    theirs = tr.AutoTokenizer.from_pretrained(tmp_path)
+    draw = random.Random(0)
+    for _ in range(500):
+        turns, messages, n = random_conversation(draw, pictures_later=draw.random() < 0.2)
+        if n == 0 and draw.random() < 0.5:
+            messages = [message | {"content": message["content"][-1]["text"]} for message in messages]
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        assert theirs(text)["input_ids"] == encode_prompt(tok, turns, template, [1] * n), turns
+
+
+def test_where_the_ids_would_not_be_ours_transformers_finds_no_tokenizer(tmp_path, intern):
+    for folder, tokenizer_file, template in (
+        ("v0", toy()[0].path, "llava_v0"),
+        ("intern", intern.path, "internvl2_5"),
+    ):
+        save_processor(tmp_path / folder, tokenizer_file, toy(template=template)[1].cfg)
+        files = {path.name for path in (tmp_path / folder).iterdir()}
+        assert files == {"tokenizer.model", "tokenizer_config.json"}
+
+
+def test_transformers_pipeline_answers_as_we_do(tmp_path, capfd):
+    save_toy(tmp_path / "m")
+    Image.effect_noise((90, 50), 90).convert("RGB").save(tmp_path / "a.png")
+    picture = {"type": "image", "path": str(tmp_path / "a.png")}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What color is it?"}]}]
+    pipe = tr.pipeline("image-text-to-text", model=str(tmp_path / "m"), device="cpu")
+    said = pipe(text=messages, generate_kwargs={"max_new_tokens": 12, "do_sample": False}, return_full_text=False)
+    flags = ["--image", tmp_path / "a.png", "--prompt", "What color is it?", "--max-new-tokens", 12]
+    capfd.readouterr()
+    assert ask(tmp_path / "m", *flags) == 0
+    assert capfd.readouterr().out.strip() == said[0]["generated_text"].strip()
+
+
+@torch.no_grad()
+def test_a_linear_connector_is_saved_where_nobody_adds_a_second_layer(tmp_path):
+    tok, vlm = toy(connector="linear")
+    vlm.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "plainvlm"
+    assert same(VLM.from_pretrained(tmp_path), vlm)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trained", ["connector", "vision"])
+@pytest.mark.parametrize("by", ["peft", "transformers"])
+def test_others_open_our_adapter_over_our_base_and_compute_the_same(tmp_path, trained, by):
+    peft = pytest.importorskip("peft")
+    lively(VLM(TINY)).save_pretrained(tmp_path / "base")
+    vlm = VLM.from_pretrained(tmp_path / "base")
+    vlm.requires_grad_(False)
+    vlm.get_submodule(trained).requires_grad_(True)
+    add_lora(vlm, 2, 4.0)
+    for p in vlm.parameters():
+        if p.requires_grad:
+            p.add_(0.1 * torch.randn(p.shape))
+    save_adapter(vlm, tmp_path / "lora", tmp_path / "base")
+    if by == "peft":
+        base = tr.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora")
+    else:
+        theirs = tr.AutoModelForImageTextToText.from_pretrained(tmp_path / "lora")
+    tokens = torch.tensor([[1] + [TINY.image_token] * 16 + [5, 6]])
+    close(theirs.eval()(input_ids=tokens, pixel_values=PIXELS[:1]).logits, vlm(tokens, PIXELS[:1]))
+
+
 # ---- layouts that come without a tower, a tokenizer or a base of their own ---------------------------------
 
 
@@ -308,8 +420,11 @@ def test_a_lora_takes_the_tokenizer_of_its_base(tmp_path, capfd, named):
     assert (vlm.cfg.image_mode, vlm.cfg.template) == ("crop", "llava_v1")
     assert ask(lora, *flags, "--prompt", "What?", "--max-new-tokens", 2) == 0
 
-    (tmp_path / "q.jsonl").write_text('{"text": "What?", "answer": "A cat.", "chosen": "A cat."}\n')
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    question = {"text": "What?", "answer": "A cat.", "chosen": "A cat.", "image": "a.png"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question))
     job = ["--method", "dropout-ntp", "--data", tmp_path / "q.jsonl", "--out", tmp_path / "pairs.jsonl"]
+    job += ["--image-root", tmp_path]
     job = [str(word) for word in [*job, "--model", lora, *flags, "--max-new-tokens", 2]]
     assert run(lambda: pairs.main(job)) == 1
     assert "not one pair could be made" in capfd.readouterr().err

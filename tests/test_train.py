@@ -37,7 +37,8 @@ from conversation import Tokenizer
 from data import IGNORE, Examples, Records, collate
 from model import VLM
 from support.checkpoint import Run
-from support.export import clip_json, llama_json, save_processor, write_model
+from support.export import clip_json, llama_json, write_model
+from support.processor import save_processor
 
 
 def same(a, b):

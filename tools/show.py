@@ -22,7 +22,7 @@ from data import Examples, Records
 from model import IGNORE
 from mpo import pair_texts
 from support.cli import REQUIRED, UserError, arg, parse, run
-from support.configs import default_template, picture_mode
+from support.configs import config_file, default_template, picture_mode
 from support.io import read_json
 from tools import tokenizer
 from vision import MODES, VisionConfig
@@ -65,7 +65,7 @@ def main(argv=None):
 
 def open_examples(cfg, bad):
     """The file as training with this model would read it; a config silent on pictures means the toy's."""
-    config = read_json(Path(cfg.model) / "config.json", {})
+    config = read_json(config_file(cfg.model), {})
     if config.get("model_type") == "plainvlm":
         tower, mode = VisionConfig(**config["vision"]), config["image_mode"]
     else:

@@ -8,16 +8,25 @@
 import math
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from model import PRESETS, VLM, Decoder, DecoderConfig
 from support.cli import REQUIRED, UserError, arg, parse, run
-from support.configs import DECODERS, READERS, decoder_config, layout_of, processor_json, read_config
-from support.export import fits_llava, save_processor, write_tensors
+from support.configs import (
+    DECODERS,
+    READERS,
+    config_file,
+    decoder_config,
+    layout_of,
+    processor_json,
+    read_config,
+)
+from support.export import fits_llava, write_tensors
 from support.io import read_json, write_whole
+from support.processor import save_processor
 from support.weights import (
     fill_model,
     grow_words,
@@ -31,22 +40,17 @@ from support.weights import (
 )
 from vision import VisionConfig, ViT
 
-UNSHOWN = ("mean", "std", "tiling")
-
 
 @dataclass
 class InfoConfig:
     model: str = arg(REQUIRED, "a model's directory, or a preset", positional=True)
     vision: str = arg("", "DIR or DIR,DIR: towers of a model published without")
-    llm: str = arg("", "DIR: base of a LoRA")
+    llm: str = arg("", "DIR: base of a LoRA; its tokenizer.model is taken where MODEL has none")
 
 
 @dataclass
-class ConvertConfig:
-    src: str = arg(REQUIRED, "directory or file to read", positional=True)
+class ConvertConfig(InfoConfig):
     out: str = arg(REQUIRED, "directory to write", positional=True)
-    vision: str = arg("", "DIR or DIR,DIR: towers of a model published without")
-    llm: str = arg("", "DIR: base of a LoRA; its tokenizer.model is taken where SRC has none")
 
 
 def main(argv=None):
@@ -71,7 +75,7 @@ def is_whole(folder):
 
 
 def convert(cfg):
-    src, out = Path(cfg.src), Path(cfg.out)
+    src, out = Path(cfg.model), Path(cfg.out)
     folder = src if src.is_dir() else src.parent
     if out.exists() and out.resolve() == folder.resolve():
         raise UserError(f"{out}: is where the weights are read from; choose another directory to write")
@@ -99,10 +103,9 @@ def convert_model(src, out, vision, llm):
         parts["decoder"] = grow_words(parts["decoder"], cfg.decoder.vocab_size)
     vlm = fill_model(cfg, parts, lora, src, dtype=stored_dtype(parts))
 
-    homes = [tokenizer_home(src, llm), Path(llm or src)]
-    tokenizers = [home / "tokenizer.model" for home in homes if (home / "tokenizer.model").exists()]
-    if tokenizers:
-        save_processor(out, tokenizers[0], cfg)
+    tokenizer = tokenizer_home(src, llm) / "tokenizer.model"
+    if tokenizer.exists():
+        save_processor(out, tokenizer, cfg)
     else:
         print(f"{src} has no tokenizer.model; put one beside it")
     vlm.save_pretrained(out)
@@ -126,12 +129,7 @@ def info(args):
     # The parts, and their sum.
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     for part, n in count.items():
-        facts = getattr(cfg, part, cfg)              # a tower or decoder alone is its own part
-        shown = facts
-        if part != "connector":
-            shown = [f"{name} {value}" for name, value in asdict(facts).items() if name not in UNSHOWN]
-            shown = ", ".join(shown)
-        print(f"{part:10} {n:>16,} parameters   {shown}")
+        print(f"{part:10} {n:>16,} parameters   {getattr(cfg, part, cfg)}")
     total = sum(count.values())
     print(f"{'total':10} {total:>16,} parameters")
     if "connector" in count:
@@ -167,7 +165,7 @@ def print_pictures(cfg, folder):
         f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, "
         f"mode {cfg.image_mode}{tiles}, template {cfg.template}"
     )
-    says_mode = "image_aspect_ratio" in read_json(folder / "config.json", {})
+    says_mode = "image_aspect_ratio" in read_json(config_file(folder), {})
     if cfg.image_mode == "crop" and not says_mode and processor_json(folder).get("do_center_crop"):
         print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad:")
         print("           --image-mode pad")
