@@ -34,30 +34,22 @@ from benchmarks.common import (
     load_records,
     question,
     read_each,
+    read_split,
     split_files,
     visible,
 )
 from support.cli import one_of
-from support.io import reading
-
-
-def ask_letter(id, image, text, choices, truth, **more):
-    """A question, its options a line each, and the wish for a letter. more: see `question`."""
-    return question(id, image, text + lettered(choices), LETTER, truth, choices=choices, **more)
-
+from support.io import read_json, reading
 
 # ---- ScienceQA ----
 
 
 def read_scienceqa(cfg):
-    rows = load_records(find_file(cfg, "problems.json"))
-    problems = {id: (where, id, row) for where, id, row in rows}
-    splits = find_file(cfg, "pid_splits.json")
-    ids = {split: ids for _, split, ids in load_records(splits)}
-    one_of("--split", cfg.split, list(ids))
+    splits = read_json(find_file(cfg, "pid_splits.json"))
+    one_of("--split", cfg.split, list(splits))
     split = cfg.split or "test"
-    with reading(splits):
-        rows = [problems[str(id)] for id in ids[split]]
+    problems = {id: (where, id, row) for where, id, row in load_records(find_file(cfg, "problems.json"))}
+    rows = [problems[str(id)] for id in splits[split]]
     return read_each(rows, partial(ask_scienceqa, split, cfg.family))
 
 
@@ -74,8 +66,9 @@ def ask_scienceqa(split, family, id, row):
     category += [name for name, is_there in contexts.items() if is_there]
 
     path = f"images/{row.get('split', split)}/{id}/{image}" if image else None
-    text, truth = context + row["question"], LETTERS[row["answer"]]
-    return ask_letter(id, path, text, row["choices"], truth, category=category, asked=row["question"])
+    text = context + row["question"] + lettered(row["choices"])
+    more = {"category": category, "asked": row["question"]}
+    return question(id, path, text, LETTER, LETTERS[row["answer"]], **more)
 
 
 def scienceqa_letter(text, item):
@@ -121,17 +114,16 @@ def read_mmbench(files, suffix, cfg):
     with reading(path):
         pictures = {row["index"]: row["image"] for _, _, row in rows}
 
-    def ask(_, row):
+    def ask(key, row):
         index = int(float(row["index"]))
         hint = f"{row['hint']}\n" if row.get("hint") else ""
         choices = [row[letter] for letter in takewhile(row.get, "ABCD")]  # an empty cell ends them
+        text = hint + row["question"] + lettered(choices)
 
         # Later releases keep a picture once, in one row of its group, and elsewhere that row's number.
-        image = base64.b64decode(pictures.get(row["image"], row["image"]), validate=True)
-        more = {"unit": index % 1_000_000, "category": row.get("category"), "row": row}
-        truth = row.get("answer") or None
-        asked = ask_letter(index, image or None, hint + row["question"], choices, truth, **more)
-        return asked | {"suffix": suffix}
+        image = base64.b64decode(pictures.get(row["image"], row["image"]), validate=True) or None
+        more = {"unit": index % 1_000_000, "category": row.get("category"), "choices": choices, "row": row}
+        return question(index, image, text, suffix, row.get("answer") or None, **more)
 
     return read_each(rows, ask)
 
@@ -185,23 +177,21 @@ def submit_mmbench(items, records):
 
 
 def read_seed(cfg):
-    wanted, path = find_split(cfg, dict.fromkeys(("all", "image", "video"), ["SEED-Bench.json"]))
+    files = dict.fromkeys(("all", "image", "video"), ["SEED-Bench.json"])
+    _, path = find_split(cfg, files)
     kinds = {number: name for _, name, number in load_records(path, "question_type")}
 
-    def ask(_, row):
+    def ask(split, key, row):
         id, kind = str(row["question_id"]), row["question_type_id"]
-        media = row.get("data_type") or ("video" if kind > 9 else "image")
-        if wanted not in ("all", media):
-            return None
-        image = f"SEED-Bench-image/{row['data_id']}"
-        if media == "video":
-            image = f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
-        choices = [row[f"choice_{letter}"] for letter in "abcd"]
-        category = [kinds.get(kind, str(kind)), media]
-        asked = ask_letter(id, image, row["question"], choices, row.get("answer"), category=category)
-        return asked | {"family": cfg.family}
+        media, image = "image", f"SEED-Bench-image/{row['data_id']}"
+        if kind > 9:
+            media, image = "video", f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
+        text = row["question"] + lettered(row[f"choice_{letter}"] for letter in "abcd")
+        more = {"category": [kinds[kind], media], "family": cfg.family}
+        asked = question(id, image, text, LETTER, row.get("answer"), **more)
+        return asked if split in ("all", media) else None
 
-    return read_each(load_records(path, "questions"), ask)
+    return read_split(cfg, files, ask, "questions")
 
 
 def seed_letter(text, item):
@@ -232,8 +222,8 @@ def read_ai2d(cfg):
 def ask_ai2d(image, text, row):
     category = "letters drawn" if row.get("abcLabel") else "no letters drawn"
     choices, truth = row["answerTexts"], LETTERS[row["correctAnswer"]]
-    asked = ask_letter(row["questionId"], f"images/{image}", text, choices, truth, category=category)
-    return asked | {"candidates": tuple("ABCD")}
+    more = {"category": category, "choices": choices, "candidates": tuple("ABCD")}
+    return question(row["questionId"], f"images/{image}", text + lettered(choices), LETTER, truth, **more)
 
 
 def ai2d_letter(text, item):
@@ -247,16 +237,16 @@ def ai2d_letter(text, item):
 
 def read_tallyqa(cfg):
     """By likelihood Prismatic asks for one of sixteen letters, A. 0 to P. 15; else a number is wanted."""
-    _, path = find_split(cfg, split_files("{}.json", "test train"))
-    choices, suffix = (lettered(range(16)), LETTER) if cfg.likelihood == "yes" else ("", SHORT)
+    options, suffix = (lettered(range(16)), LETTER) if cfg.likelihood == "yes" else ("", SHORT)
 
-    def ask(_, row):
+    def ask(split, key, row):
         category = "complex" if row.get("issimple") is False else "simple"
         more = {"category": category, "candidates": tuple(LETTERS[:16])}
-        text = row["question"] + choices
-        return question(row["question_id"], row["image"], text, suffix, row["answer"], **more)
+        return question(
+            row["question_id"], row["image"], row["question"] + options, suffix, row["answer"], **more
+        )
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, split_files("{}.json", "test train"), ask)
 
 
 def tallyqa_count(text, item):

@@ -14,6 +14,7 @@ import io
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -142,6 +143,12 @@ def find_splits(cfg, files):
 
 def split_files(form, splits):
     return {split: [form.format(split)] for split in splits.split()}
+
+
+def read_split(cfg, files, ask, under=None):
+    """Questions of the official file of a split. ask(split, key, record) -> question, or None."""
+    split, path = find_split(cfg, files)
+    return read_each(load_records(path, under), partial(ask, split))
 
 
 def load_records(path, under=None):

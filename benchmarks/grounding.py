@@ -15,16 +15,7 @@ same figure from all three.
 import json
 from functools import partial
 
-from benchmarks.common import (
-    Benchmark,
-    find_split,
-    iou,
-    load_records,
-    question,
-    read_box,
-    read_each,
-    split_files,
-)
+from benchmarks.common import Benchmark, iou, question, read_box, read_split, split_files
 
 
 def ask_region(cfg, id, image, sentence, box, size, **more):
@@ -49,19 +40,16 @@ def overlaps(least, box, item):
 
 def read_refcoco(name, splits, cfg):
     """InternVL's JSON lines, one sentence a line. (REFER's own pickles would have to be run to be read.)"""
-    _, path = find_split(cfg, split_files(name + "_{}.jsonl", splits))
 
-    def ask(number, row):
+    def ask(split, number, row):
         id = str(row.get("sent_id", number))
         return ask_region(cfg, id, row["image"], row["sent"], row["bbox"], (row["width"], row["height"]))
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, split_files(name + "_{}.jsonl", splits), ask)
 
 
 def read_ocid(cfg):
-    _, path = find_split(cfg, split_files("{}_expressions.json", "val test train"))
-
-    def ask(id, row):
+    def ask(split, id, row):
         box = json.loads(row["bbox"]) if isinstance(row["bbox"], str) else row["bbox"]
         x1, y1, x2, y2 = box
         if not (x1 < x2 <= 640 and y1 < y2 <= 480):  # corners, whatever the dataset's note says
@@ -71,7 +59,7 @@ def read_ocid(cfg):
         image = f"OCID-dataset/{row['scene_path']}"
         return ask_region(cfg, str(id), image, row["sentence"], box, (640, 480), category=clutter)
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, split_files("{}_expressions.json", "val test train"), ask)
 
 
 def boxes(read, least, paper):

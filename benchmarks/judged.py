@@ -12,9 +12,10 @@ reviews) or `score` (MM-Vet's grades), and scored as the authors score it.
 
 from functools import partial
 
-from benchmarks.common import Benchmark, find_split, load_records, question, read_each, rows_by
+from benchmarks.common import Benchmark, question, read_split, rows_by
 from support.io import json_lines
 
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 RULE = (
     "We would like to request your feedback on the performance of two AI assistants in response to the user "
     "question displayed above. The user asks the question on observing an image. For your reference, the "
@@ -29,20 +30,19 @@ RULE = (
 
 
 def read_llava_bench(cfg):
-    _, path = find_split(cfg, {"all": ["questions.jsonl"]})
     pictures = rows_by(cfg, "image", "context.jsonl")
     references = rows_by(cfg, "question_id", "answers_gpt4.jsonl")
 
-    def ask(_, row):
+    def ask(split, key, row):
         id, image = row["question_id"], row["image"]
         caption = pictures[image]["caption"]
         if isinstance(caption, list):
             caption = "\n".join(caption)
         category = row["category"].removeprefix("llava_bench_")
         truth = references[id]["text"]
-        return question(id, f"images/{image}", row["text"], "", truth, category=[category], caption=caption)
+        return question(id, f"images/{image}", row["text"], "", truth, category=category, caption=caption)
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, {"all": ["questions.jsonl"]}, ask)
 
 
 def review_scores(review, item):
@@ -66,20 +66,17 @@ def score_llava_bench(units):
     return round(model / reference * 100, 1) if reference > 0 else float("nan")
 
 
-def request_llava_bench(item, record):
+def ask_judge_of_answers(item, answer):
     said = (
         f"[Context]\n{item['caption']}\n\n[Question]\n{item['text']}\n\n"
         f"[Assistant 1]\n{item['truth']}\n\n[End of Assistant 1]\n\n"
-        f"[Assistant 2]\n{record['answer'] or ''}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
+        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
     )
-    system = "You are a helpful and precise assistant for checking the quality of the answer."
     return {
-        "question_id": item["id"],
-        "category": item["category"][0],
         "model": "gpt-4-0314",
         "temperature": 0.2,
         "max_tokens": 1024,
-        "messages": [{"role": "system", "content": system}, {"role": "user", "content": said}],
+        "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": said}],
     }
 
 
@@ -110,13 +107,12 @@ MM_VET = (
 
 
 def read_mm_vet(cfg):
-    def ask(id, row):
+    def ask(split, id, row):
         image = f"images/{row.get('imagename') or f'{id}.png'}"
         truth, category = row["answer"] + "", list(row["capability"])
         return question(str(id), image, row["question"], "", truth, category=category)
 
-    _, path = find_split(cfg, {"all": ["mm-vet.json"]})
-    return read_each(load_records(path), ask)
+    return read_split(cfg, {"all": ["mm-vet.json"]}, ask)
 
 
 def mean_grade(grade, item):
@@ -133,11 +129,10 @@ def score_mm_vet(units):
     return round(100 * sum(unit[0]["score"] for unit in units) / len(units), 1)
 
 
-def request_mm_vet(item, record):
+def ask_judge_of_facts(item, answer):
     truth = item["truth"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    said = f"{MM_VET}\n{item['text']} | {truth} | {record['answer'] or ''} | "
+    said = f"{MM_VET}\n{item['text']} | {truth} | {answer} | "
     return {
-        "question_id": item["id"],
         "model": "gpt-4-0613",
         "temperature": 0,
         "max_tokens": 3,
@@ -145,9 +140,11 @@ def request_mm_vet(item, record):
     }
 
 
-def submit_requests(request, items, records):
-    requests = [request(item, record) for item, record in zip(items, records)]
-    return "judge_requests.jsonl", json_lines(requests)
+def submit_requests(ask_judge, items, records):
+    rows = []
+    for item, record in zip(items, records):
+        rows.append({"question_id": item["id"]} | ask_judge(item, record["answer"] or ""))
+    return "judge_requests.jsonl", json_lines(rows)
 
 
 BENCHMARKS = {
@@ -156,7 +153,7 @@ BENCHMARKS = {
         review_scores,
         model_score,
         score_llava_bench,
-        submit=partial(submit_requests, request_llava_bench),
+        submit=partial(submit_requests, ask_judge_of_answers),
         by_gpt=True,
         max_new_tokens=1024,
         metric="relative score by GPT-4",
@@ -167,7 +164,7 @@ BENCHMARKS = {
         mean_grade,
         as_graded,
         score_mm_vet,
-        submit=partial(submit_requests, request_mm_vet),
+        submit=partial(submit_requests, ask_judge_of_facts),
         by_gpt=True,
         max_new_tokens=1024,
         metric="score by GPT-4, of 100",

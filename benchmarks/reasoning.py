@@ -26,6 +26,7 @@ from benchmarks.common import (
     load_records,
     question,
     read_each,
+    read_split,
     split_files,
 )
 
@@ -46,11 +47,10 @@ HINTS = {
 
 
 def read_mathvista(cfg):
-    _, path = find_split(cfg, split_files("{}.json", "testmini test"))
     prompts = find_file(cfg, "query.json", optional=True)
     queries = {str(id): text for _, id, text in load_records(prompts)} if prompts else {}
 
-    def ask(id, row):
+    def ask(split, id, row):
         query = queries.get(str(id)) or row.get("query") or mathvista_query(row)
         # A chain of thought has a frame of its own in the place of the hint.
         bare = query.partition("\n")[2] if query.startswith("Hint: ") else query.removesuffix(f"\n{SHORT}")
@@ -60,7 +60,7 @@ def read_mathvista(cfg):
         needed |= {"category": category, "asked": row["question"], "cot": COT + bare}
         return question(str(id), row["image"], query, "", truth, **needed)
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, split_files("{}.json", "testmini test"), ask)
 
 
 def mathvista_query(row):
@@ -145,7 +145,7 @@ def read_m3cot(cfg):
         _, path = find_split(cfg, files)
     seen = set()
 
-    def ask(_, row):
+    def ask(key, row):
         if row["id"] in seen:
             return None  # the first record of an id counts
         seen.add(row["id"])

@@ -29,6 +29,7 @@ from benchmarks.common import (
     one_line,
     question,
     read_each,
+    read_split,
     rounded_percent,
     rows_by,
     split_files,
@@ -45,37 +46,33 @@ VQAV2 = {
 
 def read_vqav2(cfg):
     split, path = find_split(cfg, VQAV2)
-    labels = {}
-    folder = "test2015"
+    folder, labels = "test2015", None
     if split == "val":
-        labels = rows_by(cfg, "question_id", "v2_mscoco_val2014_annotations.json", "annotations")
         folder = "val2014"
+        labels = rows_by(cfg, "question_id", "v2_mscoco_val2014_annotations.json", "annotations")
 
-    def ask(_, row):
+    def ask(key, row):
         id = row["question_id"]
-        label = labels[id] if split == "val" else {}
+        label = {} if labels is None else labels[id]
         image = f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"
-        category = label.get("answer_type")
-        return question(id, image, row["question"], SHORT, people(label), category=category, file=path)
+        more = {"category": label.get("answer_type"), "file": path}
+        return question(id, image, row["question"], SHORT, people(label), **more)
 
     return read_each(load_records(path, "questions"), ask)
 
 
 def people(row):
-    """The answers of ten people, bare texts in TextVQA; None where they are hidden."""
-    answers = row.get("answers") or []
-    return [answer if isinstance(answer, str) else answer["answer"] + "" for answer in answers] or None
+    """The answers of ten people; None where they are hidden."""
+    return [answer["answer"] + "" for answer in row.get("answers") or []] or None
 
 
 def read_vizwiz(cfg):
-    split, path = find_split(cfg, split_files("{}.json", "val test train"))
-
-    def ask(_, row):
+    def ask(split, key, row):
         image, suffix = row["image"], f"{INSUFFICIENT}\n{SHORT}"
-        category = {0: "unanswerable", 1: "answerable"}.get(row.get("answerable"))
+        category = row.get("answer_type")
         return question(image, f"{split}/{image}", row["question"], suffix, people(row), category=category)
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, split_files("{}.json", "val test train"), ask)
 
 
 def read_textvqa(with_ocr, cfg):
@@ -84,27 +81,26 @@ def read_textvqa(with_ocr, cfg):
     if with_ocr:
         ocr = rows_by(cfg, "image_id", f"TextVQA_Rosetta_OCR_v0.2_{split}.json", "data")
 
-    def ask(_, row):
+    def ask(key, row):
         image, asked = row["image_id"], row["question"]
         text = asked[:1].upper() + asked[1:]
         if with_ocr:
             text += "\nReference OCR token: " + ", ".join(ocr[image]["ocr_tokens"])
-        return question(row["question_id"], f"{folder}/{image}.jpg", text, SHORT, people(row), asked=asked)
+        truth = [answer + "" for answer in row.get("answers") or []] or None
+        return question(row["question_id"], f"{folder}/{image}.jpg", text, SHORT, truth, asked=asked)
 
     return read_each(load_records(path, "data"), ask)
 
 
 def read_gqa(cfg):
     """Questions that are not balanced are asked, as the official scorer wants them all, and not scored."""
-    names = ["testdev_balanced_questions.json", "testdev_balanced_questions_*.json"]
-    _, path = find_split(cfg, {"testdev": names})
 
-    def ask(id, row):
+    def ask(split, id, row):
         truth = row["answer"] if row["isBalanced"] else None
         image, category = f"images/{row['imageId']}.jpg", row["types"]["structural"]
         return question(str(id), image, row["question"], SHORT, truth, category=category)
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, {"testdev": ["testdev_balanced_questions.json"]}, ask)
 
 
 # ---- how answers are compared ----

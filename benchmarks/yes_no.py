@@ -26,11 +26,14 @@ from benchmarks.common import (
     load_records,
     question,
     read_each,
+    read_split,
     split_files,
     visible,
 )
 from support.cli import UserError
 from support.io import reading
+
+LABELS = {"yes": "yes", "no": "no"}  # no other will do
 
 # ---- POPE ----
 
@@ -47,14 +50,12 @@ def read_pope(cfg):
         yield from read_each(load_records(path), partial(ask_pope, split, offset))
 
 
-def ask_pope(split, offset, _, row):
+def ask_pope(split, offset, key, row):
     image, text, label = row["image"], row["text"], row["label"]
     if image.startswith("COCO_val2014"):
         image = f"val2014/{image}"
-    if label not in ("yes", "no"):
-        raise ValueError(f'"label" is {label!r}; it must be yes or no')
-    more = {"category": [split], "asked": text, "candidates": ("Yes", "No")}
-    return question(int(row["question_id"]) + offset, image, text, SHORT, label, **more)
+    more = {"category": split, "candidates": ("Yes", "No")}
+    return question(int(row["question_id"]) + offset, image, text, SHORT, LABELS[label], **more)
 
 
 def pope_label(text, item):
@@ -112,7 +113,7 @@ def read_mme(cfg):
             # LLaVA puts its own format prompt in the place of this sentence.
             text = re.sub(r"\s*Please answer yes or no\.\s*$", "", text)
             category = [task, "perception" if task in PERCEPTION else "cognition"]
-            yield question(id, image, text, SHORT, label, unit=image, category=category, asked=text)
+            yield question(id, image, text, SHORT, label, unit=image, category=category)
     for image, n in n_asked.items():
         if n != 2:
             raise UserError(f"{found.parent}: {image} has {n} question(s); every picture of MME has two")
@@ -132,7 +133,7 @@ def mme_lines(root, task):
                     cells.insert(0, pictures.get(path.stem, f"{path.stem}.jpg"))
                 if line.strip():
                     image, text, label = cells[:3]
-                    yield f"{task}/{image.strip()}", text, {"yes": "yes", "no": "no"}[label.strip().lower()]
+                    yield f"{task}/{image.strip()}", text, LABELS[label.strip().lower()]
 
 
 def mme_label(text, item):
@@ -159,7 +160,6 @@ def score_mme(units):
 
 def read_vsr(cfg):
     """The official file of relations has lines such as `Adjacency: adjacent to, next to`."""
-    _, path = find_split(cfg, split_files("{}.jsonl", "test dev train"))
     kinds = {}
     relations = find_file(cfg, "rel_meta_category_dict.txt", optional=True)
     if relations:
@@ -167,14 +167,14 @@ def read_vsr(cfg):
             kind, *names = re.split("[:,]", line)
             kinds |= {name.strip(): kind.strip() for name in names}
 
-    def ask(number, row):
+    def ask(split, number, row):
         relation, truth = row.get("relation"), "True" if row["label"] == 1 else "False"
         text = f'Based on the image, is this statement "True" or "False"? {row["caption"]}'
         suffix = 'Respond with "True" or "False" directly.'
         more = {"category": kinds.get(relation, relation), "candidates": ("True", "False")}
         return question(str(row.get("id", number)), row["image"], text, suffix, truth, **more)
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, split_files("{}.jsonl", "test dev train"), ask)
 
 
 def vsr_label(text, item):
