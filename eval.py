@@ -43,7 +43,7 @@ from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
 from data import Records, find_questions, picture_paths
 from support.cli import UserError, arg, parse, run
-from support.io import Progress, json_lines, read_json, reading, write_whole
+from support.io import Progress, json_lines, lock, read_json, reading, write_whole
 from vision import open_image, to_rgb
 
 
@@ -91,7 +91,8 @@ def main(argv=None):
         out = Path(cfg.out or "out/eval")
         if len(cfg.benchmark) > 1 or not cfg.out:
             out = out / name
-        results.append(evaluate(name, cfg, vlm, tok, out))
+        with lock(out / "lock"):
+            results.append(evaluate(name, cfg, vlm, tok, out))
     print("\n" + table(results))
     return 0
 

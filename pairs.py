@@ -37,7 +37,7 @@ from conversation import find_template
 from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
 from support.cli import REQUIRED, UserError, arg, parse, run
-from support.io import Progress, json_lines, write_json, write_whole
+from support.io import Progress, json_lines, lock, write_json, write_whole
 from vision import open_image
 
 # What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
@@ -83,6 +83,11 @@ DEFAULTS = dict(temperature=1.0, top_k=50, max_new_tokens=1024, dtype="float32")
 def main(argv=None):
     cfg = parse(PairsConfig, argv, __doc__, DEFAULTS)
     out = Path(cfg.out)
+    with lock(out.with_name(f".{out.name}.lock")):
+        return make_pairs(cfg, out)
+
+
+def make_pairs(cfg, out):
     if out.exists():
         raise UserError(f"--out {out} is there already; remove it, or give another")
     cfg.image_root = cfg.image_root or str(Path(cfg.data).parent)

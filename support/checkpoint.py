@@ -1,5 +1,6 @@
 """The folder of a run: its log and plots, its checkpoints, at its end the model; and Ctrl-C.
 
+    lock                              held by the run that writes here
     log.jsonl  *.png                  a line for each step and each look at held-out questions; plots
     tokenizer.model ...               and what transformers' AutoProcessor wants beside it
     base/                             of a LoRA over a preset: the model under it
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from support.cli import UserError
 from support.distributed import barrier, gather_numbers, gather_on_first, placed_like, rank
 from support.export import save_adapter
-from support.io import check_flags, json_lines, read_rows, reading, write_whole
+from support.io import check_flags, json_lines, lock, read_rows, reading, write_whole
 from support.plots import curve, plot
 from support.processor import save_processor
 
@@ -43,6 +44,8 @@ class Run:
     def __init__(self, cfg, n_step):
         self.cfg, self.n_step = cfg, n_step
         self.out = Path(cfg.out)
+        if rank() == 0 and self.out.is_dir():
+            self.lock = lock(self.out / "lock")
         self.checkpoint, self.state = find_checkpoint(self.out, cfg) if cfg.resume else (None, {})
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.first_step = self.state.get("step", 0) + 1
@@ -60,6 +63,7 @@ class Run:
                 self.rewind()
             else:
                 move_aside(self.out, self.cfg)
+                self.lock = lock(self.out / "lock")
                 if vlm.lora and Path(vlm.lora["base"]) == base.absolute():
                     save_processor(base, tok.path, vlm.cfg)
                     vlm.save_pretrained(base)  # B is still 0
@@ -250,7 +254,8 @@ def move_aside(out, cfg):
     k = 1
     while (free := out.with_name(f"{out.name}.{k}")).exists():
         k += 1
-    out.rename(free)
+    with lock(out / "lock"):  # it may have begun since this program looked first
+        out.rename(free)
     print(f"{out} held an earlier run; it is now {free}")
 
 

@@ -10,6 +10,11 @@ from safetensors import SafetensorError
 
 from support.cli import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing is locked
+    fcntl = None
+
 
 def write_json(path, content, indent=2):
     write_whole(path, lambda tmp: tmp.write_text(json.dumps(content, indent=indent)))
@@ -26,14 +31,10 @@ def write_whole(path, write):
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = error.strerror
-        raise UserError(f"{path.parent}: this folder cannot be made ({why}); choose another --out") from None
+    make_folder(path.parent)
     try:
         write(tmp)
-        with open(tmp, "rb") as f:
+        with open(tmp, "rb+") as f:  # Windows wants it open for writing
             os.fsync(f.fileno())
         os.replace(tmp, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # of a full disk, too
@@ -43,6 +44,31 @@ def write_whole(path, write):
         ) from None
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+        raise UserError(f"{path}: this folder cannot be made ({why}); choose another --out") from None
+
+
+def lock(path):
+    """-> an open file. As long as it is open, and its process lives, no other program gets this lock.
+
+    lockf and not flock: a loader process, which outlives a killed parent by seconds, does not inherit it.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    file = open(path, "a")
+    if fcntl:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path}: held by another run, which still writes there; wait until it ends, or "
+                            "choose another --out") from None
+    return file
 
 
 class Progress:

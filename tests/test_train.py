@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import ROOT, errors, fork, losses, tiny_config, weights
+from common import ROOT, call, errors, fork, losses, tiny_config, weights
 from PIL import Image
 
 import data
 import eval
+import pairs
 import support.checkpoint as support_checkpoint
 import support.plots as support_plots
 import support.start as support_start
@@ -38,6 +39,7 @@ from data import IGNORE, Examples, Records, collate
 from model import VLM
 from support.checkpoint import Run
 from support.export import clip_json, llama_json, write_model
+from support.io import lock
 from support.processor import save_processor
 
 
@@ -429,6 +431,75 @@ def test_resuming_a_finished_run_changes_nothing(go):
     assert go() == 0
     shutil.copytree("run", "before")
     assert go("--resume") == 0 and same("before", "run")
+
+
+# ---- two runs in one folder ----
+
+
+@pytest.fixture
+def beside():
+    """beside(function) runs it in another process, which lives on until the test is over or kills it."""
+    children = []
+
+    def beside(function):
+        children.append(fork(target=function))
+        children[-1].start()
+        return children[-1]
+
+    yield beside
+    for child in children:
+        child.kill()
+        child.join()
+
+
+def wait_for(path):
+    began = time.time()
+    while not Path(path).exists():
+        assert time.time() - began < 60, path
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_in_which_a_run_still_writes_is_refused_until_that_is_killed(
+    go, at_step, beside, capfd, workers
+):
+    assert go(out="whole") == 0
+
+    def stop_at_5():
+        at_step(5, lambda: (Path("there").touch(), time.sleep(600)))
+        go("--workers", workers)
+
+    child = beside(stop_at_5)
+    wait_for("there")
+    before = sorted(path.name for path in Path("run").iterdir())
+    capfd.readouterr()
+    for flags in [], ["--resume"]:
+        assert go(*flags) == 1 and "run/lock: held by another run" in errors(capfd)[-1]
+    assert sorted(path.name for path in Path("run").iterdir()) == before and not Path("run.1").exists()
+    child.kill()
+    child.join()
+    assert go("--resume") == 0 and same("whole", "run")
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused(go, beside, monkeypatch, capfd):
+    original = support_start.VLM.from_pretrained
+    monkeypatch.setattr(support_start.VLM, "from_pretrained", lambda *args, **flags: (
+        beside(lambda: (lock("run/lock"), Path("there").touch(), time.sleep(600))), wait_for("there"),
+        original(*args, **flags))[-1])
+    assert go() == 1 and "held by another run" in errors(capfd)[-1]
+
+
+@pytest.mark.parametrize("program, held, flags", [
+    (pairs, ".pairs.jsonl.lock", ["--method", "correctness", "--out", "pairs.jsonl"]),
+    (eval, "score/lock", ["--out", "score"]),
+])
+def test_pairs_and_scores_have_one_writer_too(tiny, world, tmp_path, monkeypatch, beside, capfd, program,
+                                              held, flags):
+    monkeypatch.chdir(tmp_path)
+    beside(lambda: (lock(held), Path("there").touch(), time.sleep(600)))
+    wait_for("there")
+    flags += ["--model", tiny, "--data", world / "val.jsonl", "--image-root", world, "--limit", 1]
+    assert call(program.main, *flags) == 1 and f"{held}: held by another run" in errors(capfd)[-1]
 
 
 # ---- a full disk ----
