@@ -240,12 +240,13 @@ def draw_toy_world(stage):
     return "toyworld/pretrain.json" if stage == "pretrain" else "toyworld/train.json"
 
 
-def parse_flags(argv=None):
+def parse_flags(argv=None, Config=None, description=__doc__):
     """The recipe of (--model, --stage) replaces defaults, the command line replaces both."""
+    Config = Config or TrainConfig
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
 
     # A first look finds the recipe, and what else some flags change in the defaults of others.
-    given = parse(TrainConfig, [word for word in argv if word not in ("-h", "--help")])
+    given = parse(Config, [word for word in argv if word not in ("-h", "--help")])
     recipe = dict(RECIPES.get((given.model, given.stage), {}))
     if any(word.startswith("--epochs") for word in argv):
         recipe["max_steps"] = 0
@@ -253,7 +254,7 @@ def parse_flags(argv=None):
         recipe |= dict(vision="", llm="", projector="")
     elif given.vision or given.llm or given.image_mode == "internvl":
         recipe["projector"] = ""  # the recipe's connector was made for none of these
-    return parse(TrainConfig, argv, __doc__, recipe)
+    return parse(Config, argv, description, recipe)
 
 
 def teach(cfg, Task):

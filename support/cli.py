@@ -81,6 +81,8 @@ def add_flag(parser, f, default):
         text += f" (default {shown})"
     options = {"help": text}
     if f.metadata["positional"]:
+        if default is not REQUIRED:
+            options |= {"nargs": "?", "default": default}
         parser.add_argument(f.name, metavar=f.name.upper().replace("_", "-"), **options)
         return
     if f.type is bool:

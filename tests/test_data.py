@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from common import save, tiny_config
 from PIL import Image
 from torch.testing import assert_close
 
@@ -1096,78 +1097,92 @@ def program(capfd):
     return program
 
 
-def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, capsys):
-    file = write(
-        tmp_path / "a.json", [record(0), record(1, "<image> and <image>?", image=["a.png", "b.png"])]
-    )
+def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, program):
+    two = record(1, "<image> and <image>?", image=["a.png", "b.png"])
+    file = write(tmp_path / "a.json", [record(0), two])
     out = tmp_path / "show.png"
-    assert (
-        tools_show.main(
-            [
-                str(file),
-                "--image_root",
-                str(pictures),
-                "--model",
-                str(folder),
-                "--id",
-                "r1",
-                f"--out={out}",
-            ]
-        )
-        == 0
-    )
-    text = capsys.readouterr().out
-    assert text.count("<image> x 64") == 2 and "128 of them visual" in text and "</s>" in text
-    shown = Image.open(out)  # one below the other, each under its positions in the text
-    assert shown.size == (100, 2 * 116) and (shown.getpixel((48, 64)), shown.getpixel((48, 180))) == (
-        (255, 0, 0),
-        (0, 0, 255),
-    )
+    flags = ["--image_root", pictures, "--from-scratch", "--tokenizer", folder]
+    code, text, _ = program(file, *flags, "--id", "r1", f"--out={out}")
+    assert code == 0
+    assert text.count("<image> x 64") == 2
+    assert "128 of them visual" in text
+    assert "</s>" in text
+
+    shown = Image.open(out)  # one below the other, each under its positions in the text, six times as large
+    assert shown.size == (600, 2 * 6 * 116)
+    assert shown.getpixel((6 * 48, 6 * 64)) == (255, 0, 0)
+    assert shown.getpixel((6 * 48, 6 * 180)) == (0, 0, 255)
 
 
-def test_show_takes_the_template_from_the_model_or_from_the_flag(tmp_path, pictures, folder, capsys):
-    file = write(tmp_path / "a.json", [record(0)])
-    argv = [str(file), "--image-root", str(pictures), f"--out={tmp_path / 'show.png'}"]
-    tok = with_files(folder, tmp_path, config={"template": "llava_v0"})
-    assert (
-        tools_show.main([*argv, "--model", str(tok.path.parent)]) == 0
-        and tools_show.main([*argv, "--model", str(folder), "--template", "plain"]) == 0
-    )
-    text = capsys.readouterr().out
-    assert "template llava_v0, pictures 96 px" in text and "template plain" in text
-    assert (
-        support_cli.run(lambda: tools_show.main([*argv, "--model", str(folder), "--template", "internvl2.5"]))
-        == 1
-    )
-    assert "did you mean internvl2_5?" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        tools_show.main(["--help"])
-    assert "internlm2-chat" in capsys.readouterr().out
+def test_show_takes_what_training_would_take(tmp_path, pictures, tok, program):
+    file = write(pictures / "a.json", [record(0)])
+    model = save(VLM(tiny_config(tok, template="llava_v0", image_mode="crop")), tok, tmp_path / "model")
+    flags = ["--model", model, f"--out={tmp_path / 'show.png'}"]
+    code, text, _ = program(file, *flags)  # the pictures lie beside the file
+    assert code == 0
+    assert "template llava_v0, pictures 32 px in patches of 8 px, mode crop" in text
+    _, text, _ = program(file, *flags, "--stage", "pretrain", "--image-mode", "pad")
+    assert "template plain, pictures 32 px in patches of 8 px, mode pad" in text
+    code, text, _ = program(file, "--model", "llava-1.5-7b", f"--out={tmp_path / 'show.png'}")
+    assert code == 0
+    assert "template vicuna_v1, pictures 336 px in patches of 14 px, mode pad" in text
+    _, _, err = program(file, *flags, "--template", "internvl2.5")
+    assert "did you mean 'internvl2_5'?" in err
+    with pytest.raises(SystemExit) as ended:
+        program("--help")
+    assert ended.value.code == 0
 
 
-def test_check_of_good_records_exits_with_0(tmp_path, pictures, folder, capsys):
-    file = write(tmp_path / "a.jsonl", [record(0), record(0), record(1, "<image>?", image=None)])
-    assert tools_show.main(["check", str(file), "--image-root", str(pictures), "--model", str(folder)]) == 0
-    text = capsys.readouterr().out
-    assert (
-        "3 records read, 3 good, 0 wrong" in text
-        and "0: 1 records, 1: 2 records" in text
-        and "ids used repeatedly  1" in text
-    )
-    assert "<image> as a word    1 records" in text
+CHECK = ("--from-scratch", "--tokenizer")
+
+
+def test_check_of_good_records_exits_with_0(tmp_path, pictures, folder, program):
+    file = write(tmp_path / "a.jsonl", [record(0), record(0), record(1, "Why?", image=None)])
+    code, text, _ = program("check", file, "--image-root", pictures, *CHECK, folder)
+    assert code == 0
+    assert "3 records read, 3 good, 0 wrong" in text
+    assert "0: 1 records, 1: 2 records" in text
+    assert "ids used repeatedly  1" in text
 
 
 def test_check_names_what_is_wrong_and_exits_with_1(tmp_path, pictures, folder, program):
     (pictures / "torn.png").write_bytes((pictures / "a.png").read_bytes()[:50])
     file = write(tmp_path / "a.jsonl", BAD + [record(5, image="torn.png"), 3])
-    code, out, err = program("check", file, "--image-root", pictures, "--model", folder, "--workers", 1)
-    assert code == 1 and "7 records read, 1 good, 6 wrong" in out
-    assert "1 unreadable records, 2 with a missing or broken picture" in out and "(id 'r5')" in out
+    code, out, err = program("check", file, "--image-root", pictures, *CHECK, folder, "--workers", 1)
+    assert code == 1
+    assert "7 records read, 1 good, 6 wrong" in out
+    assert "(id 'r5')" in out
+
+
+def test_one_line_of_check_stands_for_many_equal_faults(tmp_path, pictures, folder, program):
+    missing = [record(i, image=f"{i}.png") for i in range(20)]
+    file = write(pictures / "a.jsonl", [*missing, record(20, "<image><image>")])
+    _, out, _ = program("check", file, *CHECK, folder)
+    wrong = [line for line in out.splitlines() if line.startswith("wrong: ")]
+    assert len(wrong) == 2
+    assert "line 1 (id 'r0')" in wrong[0]
+    assert wrong[0].endswith("(and 19 more of this kind)")
+
+
+def test_check_takes_what_training_takes(tmp_path, pictures, folder, program):
+    """Several files, MMPR's meta.json, and pairs, which need both of their answers."""
+    pair = {"id": "p", "image": "a.png", "question": "<image>\nWhat?", "chosen": "A cat.", "rejected": "A dog."}
+    conversations = write(pictures / "a.json", [record(0)])
+    pairs = write(pictures / "b.jsonl", [pair, pair | {"rejected": None}])
+    code, out, _ = program("check", f"{conversations},{pairs}", *CHECK, folder)
+    assert code == 1
+    assert "3 records read, 2 good, 1 wrong" in out
+    assert "a pair has all three as text" in out
+    meta = pictures / "meta.json"
+    meta.write_text(json.dumps({"one": {"root": "", "annotation": "a.json", "repeat_time": 2}}))
+    code, out, _ = program("check", meta, *CHECK, folder)
+    assert code == 0
+    assert "2 records read, 2 good" in out
 
 
 def test_programs_say_what_is_wrong_in_one_line(tmp_path, pictures, folder, program, capfd):
     file = write(tmp_path / "a.json", [record(0, image="gone.png")])
-    code, _, err = program(file, "--image-root", pictures, "--model", folder)
+    code, _, err = program(file, "--image-root", pictures, *CHECK, folder)
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "gone.png" in err
     code, _, err = program("check", file, "--image_rot", pictures)
     assert code == 1 and "unknown argument --image-rot; did you mean --image-root?" in err
@@ -1192,7 +1207,7 @@ def test_an_error_in_a_loader_process_is_still_one_line(tmp_path, tok, pictures,
 def test_the_photo_questions_are_whole(llama, capsys):
     if not PHOTOS.exists():
         pytest.skip(f"needs {PHOTOS}")
-    argv = ["--image-root", str(PHOTOS), "--model", str(LLAMA), "--limit", "20"]
+    argv = ["--image-root", str(PHOTOS), *CHECK, str(LLAMA), "--limit", "20"]
     assert (
         tools_show.main(["check", str(PHOTOS / "train.json"), *argv]) == 0
         and tools_show.main(["check", str(PHOTOS / "val.jsonl"), *argv]) == 0

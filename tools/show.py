@@ -1,13 +1,17 @@
-"""Look at training data as the model meets it.
+"""Look at training data as training with the same flags would meet it.
 
-    python -m tools.show FILE --image-root DIR          # one record, token by token, its tiles in show.png
-    python -m tools.show check FILE --image-root DIR    # missing and broken pictures, lengths, labels
-    python -m tools.show tokenizer FILE --out DIR       # the records' own words as tokens
+    python -m tools.show FILE [flags of train.py]          # a record, token by token; its tiles in show.png
+    python -m tools.show check FILE [flags of train.py]    # missing and broken pictures, lengths, labels
+    python -m tools.show tokenizer FILE --out DIR          # tools/tokenizer.py: the records' words as tokens
+
+FILE is what --data of train.py takes, pairs for mpo.py included: FILE,FILE and a meta.json, too. Only configs
+and the tokenizer of --model are read.
 """
 
+import re
 import sys
-from collections import Counter
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -17,89 +21,52 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from conversation import TEMPLATES, Tokenizer
 from data import Examples, Records
 from model import IGNORE
-from mpo import pair_texts
-from support.cli import REQUIRED, UserError, arg, parse, run
-from support.configs import config_file, default_template, picture_mode
-from support.io import read_json
+from mpo import PairExamples
+from support.cli import UserError, arg, run
+from support.start import plan_model
 from tools import tokenizer
-from vision import MODES, VisionConfig
+from train import Answering, TrainConfig, draw_toy_world, parse_flags
 
-TOY = str(Path(__file__).parent.parent / "assets" / "toy-vicuna")
 GREY = "#303030"
 
 
 @dataclass
-class DataConfig:
-    file: str = arg(REQUIRED, "JSON list or JSON lines of records", positional=True)
-    image_root: str = arg("", "folder that the picture names in FILE start from")
-    model: str = arg(TOY, "folder with tokenizer.model and config.json")
-    template: str = arg("", "how turns become text; empty: the model's own", choices=tuple(TEMPLATES))
-    image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=tuple(MODES))
-    max_length: int = arg(2048, "tokens; a longer record counts as wrong", at_least=1)
-
-
-@dataclass
-class ShowConfig(DataConfig):
-    index: int = arg(0, "which record, counted from 0")
-    id: str = arg("", "which record, by its id")
-    out: str = arg("show.png", "file for the tiles, as the network meets them")
-
-
-@dataclass
-class CheckConfig(DataConfig):
-    limit: int = arg(0, "records to read at most, 0 for all", at_least=0)
-    workers: int = arg(0, "processes that open pictures beside this one", at_least=0)
+class ShowConfig(TrainConfig):
+    data: str = arg(
+        "", "JSON list or JSON lines; FILE,FILE; a meta.json as MMPR's; empty: the toy's", positional=True)
+    index: int = arg(0, "which record to show, counted from 0")
+    id: str = arg("", "which record to show, by its id")
+    out: str = arg("show.png", "file for its tiles, as the network meets them")
+    limit: int = arg(0, "records to check at most, 0 for all", at_least=0)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["check"]:
-        return check_records(parse(CheckConfig, argv[1:], __doc__))
     if argv[:1] == ["tokenizer"]:
         return tokenizer.main(argv[1:])
-    return show_record(parse(ShowConfig, argv, __doc__))
+    if argv[:1] == ["check"]:
+        return check_records(parse_flags(argv[1:], ShowConfig, __doc__))
+    return show_record(parse_flags(argv, ShowConfig, __doc__))
 
 
 def open_examples(cfg, bad):
-    """The file as training with this model would read it; a config silent on pictures means the toy's."""
-    config = read_json(config_file(cfg.model), {})
-    if config.get("model_type") == "plainvlm":
-        tower, mode = VisionConfig(**config["vision"]), config["image_mode"]
-    else:
-        sizes = config.get("vision_config", {})
-        if "mm_hidden_size" in config:  # the original LLaVA does not say
-            sizes = {"image_size": 336, "patch_size": 14}
-        image_size = config.get("force_image_size") or sizes.get("image_size", 96)
-        mode, tiling = picture_mode(config, image_size)
-        is_preset = cfg.image_mode == "internvl" and not sizes  # which train.py gives pixel shuffle
-        merge = 2 if is_preset or config.get("model_type") == "internvl_chat" else 1
-        tower = VisionConfig(image_size=image_size, patch_size=sizes.get("patch_size", 12), merge=merge)
-        tower = replace(tower, tiling=tiling)
-    records = Records(cfg.file, cfg.image_root)
-    template = cfg.template or default_template(config)
-    return Staged(records, Tokenizer(cfg.model), template, tower, cfg.image_mode or mode, cfg.max_length, bad)
+    cfg.bad_records = bad
+    cfg.data = cfg.data or draw_toy_world(cfg.stage)
+    records = Records(cfg.data, cfg.image_root or str(Path(cfg.data.split(",")[0]).parent))
+    if cfg.split_questions:
+        records.split_questions()
+    vlm, tok = plan_model(cfg)
+    return Shown(**vars(Answering(cfg, records, vlm, tok).examples))
 
 
-class Staged(Examples):
-    """Examples that say how far they came, and whether <image> is a word in them."""
-
-    def __getitem__(self, i):
-        self.stage = "record"
-        return super().__getitem__(i) | {"stage": self.stage}
-
-    def cut_pictures(self, record):
-        self.stage = "picture"
-        return super().cut_pictures(record)
+class Shown(PairExamples):
+    """Conversations as train.py takes them, pairs as mpo.py does."""
 
     def encode(self, record, n_visual):
-        self.stage = "conversation"
-        if "chosen" in record:
-            pair_texts(record)
-        marker_is_text = not n_visual and any("<image>" in text for _, text in record["turns"])
-        return super().encode(record, n_visual) | {"marker_is_text": marker_is_text}
+        Kind = PairExamples if "chosen" in record else Examples
+        return Kind.encode(self, record, n_visual)
 
 
 # ---- one record ----
@@ -111,7 +78,7 @@ def show_record(cfg):
     records, tok, tower = examples.records, examples.tok, examples.vision_cfg
     i = find_record(records, cfg.id) if cfg.id else cfg.index
     if not 0 <= i < len(records):
-        raise UserError(f"{cfg.file}: no record {i}; it holds {len(records)}, counted from 0")
+        raise UserError(f"{cfg.data}: no record {i}; it holds {len(records)}, counted from 0")
     example = examples[i]
     tokens = example["tokens"].tolist()
     labels = example["labels"].tolist()
@@ -136,8 +103,10 @@ def show_record(cfg):
         print(f"{name}: {n_tile} tiles, {n} visual tokens, {n - len(seen)} of them row ends")
         drawn.append(draw_picture(example["pixels"], layout, positions[start : start + n], tower))
         start += n
+    sheet = stack_images(drawn)
+    zoom = -(-600 // sheet.width)  # the toy's tiles are small
     try:
-        stack_images(drawn).save(cfg.out)
+        sheet.resize((zoom * sheet.width, zoom * sheet.height), Image.Resampling.NEAREST).save(cfg.out)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {cfg.out}: cannot be written ({error}); let it end in .png") from None
     print(f"tiles saved as {cfg.out}")
@@ -249,38 +218,31 @@ def check_records(cfg):
     """Read every record as training would, and say what is in the file and what is wrong with it."""
     examples = open_examples(cfg, bad="skip")
     n = min(cfg.limit or len(examples), len(examples))
-    good, problems, stages = [], [], Counter()
+    good = []
+    problems = defaultdict(list)  # of a kind: what differs are names and numbers
     loader = DataLoader(Subset(examples, range(n)), batch_size=None, num_workers=cfg.workers)
     for example in tqdm(loader, desc="check", unit="record", disable=None):
         if "skipped" in example:
-            problems.append(example["skipped"])
-            stages[example["stage"]] += 1
+            kind = re.sub(r"'[^']*'|\S*/\S*|\d+", "", example["skipped"])
+            problems[kind].append(example["skipped"])
             continue
         n_label = int((example["labels"] != IGNORE).sum())
-        n_picture = len(example["n_visual"])
-        good.append((example["id"], len(example["tokens"]), n_label, n_picture, example["marker_is_text"]))
+        good.append((example["id"], len(example["tokens"]), n_label, len(example["n_visual"])))
 
-    print(f"{cfg.file}: {n} records read, {len(good)} good, {len(problems)} wrong")
-    n_repeated = n_word = 0
+    print(f"{cfg.data}: {n} records read, {len(good)} good, {n - len(good)} wrong")
     if good:
-        ids, lengths, n_labels, n_pictures, words = zip(*good)
-        n_repeated = sum(count > 1 for count in Counter(ids).values())
-        n_word = sum(words)
+        ids, lengths, n_labels, n_pictures = zip(*good)
         low, mid, high, top = np.percentile(lengths, [0, 50, 95, 100], method="higher")
         pictures = ", ".join(f"{k}: {count} records" for k, count in sorted(Counter(n_pictures).items()))
-        spread = f"min {low}, median {mid}, 95% {high}, max {top}"
-        print(f"  tokens per record    {spread}; {sum(lengths):,} in all")
-        print(f"  supervised           {sum(n_labels):,} tokens, {sum(n_labels) / sum(lengths):.1%}")
+        n_repeated = sum(count > 1 for count in Counter(ids).values())
+        n_token, n_label = sum(lengths), sum(n_labels)
+        print(f"  tokens per record    min {low}, median {mid}, 95% {high}, max {top}; {n_token:,} in all")
+        print(f"  supervised           {n_label:,} tokens, {n_label / n_token:.1%}")
         print(f"  pictures per record  {pictures}")
-    print(f"  ids used repeatedly  {n_repeated} (no fault: nothing is looked up by id)")
-    print(f"  <image> as a word    {n_word} records (no fault: they have no picture, so it stands for none)")
-    print(f"  wrong                {stages['record']} unreadable records, "
-          f"{stages['picture']} with a missing or broken picture, "
-          f"{stages['conversation']} with a conversation that cannot be used")
-    for problem in problems[:20]:
-        print(f"wrong: {problem}")
-    if len(problems) > 20:
-        print(f"... and {len(problems) - 20} more")
+        print(f"  ids used repeatedly  {n_repeated} (no fault: nothing is looked up by id)")
+    for alike in problems.values():
+        more = f" (and {len(alike) - 1} more of this kind)" if len(alike) > 1 else ""
+        print(f"wrong: {alike[0]}{more}")
     return 1 if problems else 0
 
 
