@@ -85,7 +85,7 @@ class Examples(Dataset):
         of, pictures, n_visual = self.last_shown
         if of != (record["group"], record["images"]):
             cut = self.cut_pictures(record)
-            pictures = vision.join_pictures(cut or [no_picture(self.vision_cfg.image_size)])
+            pictures = vision.join_tiles(cut or [no_picture(self.vision_cfg.image_size)])
             n_visual = [len(layout) for _, layout in cut]
             self.last_shown = (record["group"], record["images"]), pictures, n_visual
         return pictures, n_visual
@@ -93,7 +93,7 @@ class Examples(Dataset):
     def cut_pictures(self, record):
         """-> [(tiles, layout), ...]"""
         images = [self.open_picture(path, record) for path in picture_paths(record)]
-        return [vision.cut_tiles(image, self.vision_cfg, self.image_mode) for image in images]
+        return [vision.cut_tiles(image, self.vision_cfg, self.image_mode, len(images)) for image in images]
 
     def open_picture(self, path, record):
         return vision.open_image(path)
@@ -137,7 +137,7 @@ def collate(examples, pad, multiple=1, more=None):
 
     # Pictures (N, 3, S, S) and (M, 2). Those that questions share are there once, for the towers to look at.
     pictures = [(e["pixels"], e["layout"]) for e in used]
-    batch["pixels"], batch["layout"] = vision.join_pictures(pictures or [no_picture(0)])
+    batch["pixels"], batch["layout"] = vision.join_tiles(pictures or [no_picture(0)])
     return batch
 
 

@@ -44,7 +44,7 @@ from conversation import as_text
 from data import Records, find_questions, picture_paths
 from support.cli import UserError, arg, parse, run
 from support.io import Progress, json_lines, lock, read_json, reading, write_whole
-from vision import open_image, to_rgb
+from vision import FORMATS, open_image, to_rgb
 
 
 @dataclass
@@ -345,18 +345,20 @@ def encode_questions(vlm, tok, questions):
     prompts = []
     for item in questions:
         *earlier, (_, text) = item["turns"]
-        pictures = [look(picture) for picture in item["pictures"]]
+        pictures = [look(picture, len(item["pictures"])) for picture in item["pictures"]]
         prompts.append(sample.encode_question(vlm, tok, text, pictures, earlier))
     return prompts
 
 
-def open_picture(vlm, picture):
-    return sample.cut_picture(vlm, read_picture(picture))
+def open_picture(vlm, picture, n_picture):
+    return sample.cut_picture(vlm, read_picture(picture), n_picture)
 
 
 def read_picture(picture):
     """MMBench's pictures are bytes that stand in its table; all others are files."""
-    return to_rgb(Image.open(io.BytesIO(picture))) if isinstance(picture, bytes) else open_image(picture)
+    if isinstance(picture, bytes):
+        return to_rgb(Image.open(io.BytesIO(picture), formats=FORMATS))
+    return open_image(picture)
 
 
 def answer_batch(vlm, tok, batch, prompts, cfg):

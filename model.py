@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from support.cli import UserError
-from vision import VisionConfig, ViT, find_tiling, random_normal
+from vision import VisionConfig, ViT, check_sizes, find_tiling, random_normal
 
 IGNORE = -100                        # the label of a token that is not supervised
 # ---- configs ----
@@ -57,6 +57,7 @@ class DecoderConfig:
     tied: bool = False               # the file has no head of its own: it starts as a copy of the embedding
 
     def __post_init__(self):
+        check_sizes(self, vocab_size=2**24, n_layer=1000, n_embd=65536, n_hidden=2**20, block_size=2**24)
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads")
         if self.head_dim % 2:

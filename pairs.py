@@ -332,7 +332,7 @@ def ask_group(vlm, tok, questions, cfg, seed):
 
 
 def make_prompt(vlm, tok, question):
-    pictures = [cut_picture(vlm, open_image(path)) for path in question.paths]
+    pictures = [cut_picture(vlm, open_image(path), len(question.paths)) for path in question.paths]
     prompt = encode_question(vlm, tok, question.text, pictures)
     n_prompt, longest = len(prompt[0]), vlm.cfg.decoder.block_size
     if n_prompt >= longest * 3 // 4:

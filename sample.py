@@ -29,7 +29,7 @@ from data import no_picture
 from model import VLM
 from support.cli import UserError, arg, parse, pick_device, run
 from support.weights import check_image_mode, check_tokenizer, tokenizer_home
-from vision import MODES, cut_tiles, join_pictures, open_image
+from vision import MODES, cut_tiles, join_tiles, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -111,7 +111,7 @@ def make_batch(vlm, tok, prompts, max_new_tokens):
     device = vlm.decoder.lm_head.weight.device
     padded = [ids + [tok.pad] * (T - len(ids)) for ids, _ in prompts]
     pictures = [picture for _, its_pictures in prompts for picture in its_pictures]
-    pixels, layout = join_pictures(pictures or [no_picture(vlm.cfg.vision.image_size)])
+    pixels, layout = join_tiles(pictures or [no_picture(vlm.cfg.vision.image_size)])
     return {
         "tokens": torch.tensor(padded, device=device),  # (B, T)
         "lengths": lengths,
@@ -142,9 +142,9 @@ def encode_question(vlm, tok, text, pictures=(), earlier=()):
     return encode_prompt(tok, turns, vlm.cfg.template, n_visual), list(pictures)
 
 
-def cut_picture(vlm, image):
-    """-> tiles (n, 3, S, S) and layout (M, 2), as this model looks at pictures."""
-    return cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode)
+def cut_picture(vlm, image, n_picture=1):
+    """One of a prompt's n pictures -> tiles (n, 3, S, S) and layout (M, 2), as this model looks at it."""
+    return cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode, n_picture)
 
 
 # ---- open a model ----
@@ -233,7 +233,7 @@ def main(argv=None):
         raise UserError("nothing to answer: give --image, --prompt or both")
     images = [open_image(path) for path in cfg.image]  # before a model is read: they may not be there
     vlm, tok = open_asked(cfg)
-    pictures = [cut_picture(vlm, image) for image in images]
+    pictures = [cut_picture(vlm, image, len(images)) for image in images]
     turns = []
     for question in read_questions(cfg):
         prompt = encode_question(vlm, tok, as_text(question), pictures, turns)

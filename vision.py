@@ -1,23 +1,23 @@
-"""The eye: a vision transformer (ViT, arXiv:2010.11929), and the geometry that brings a picture into it.
+"""Pictures: a file to tiles of pixels, and the vision transformer (ViT, arXiv:2010.11929) that looks at them.
 
     file --open_image--> upright RGB --cut_tiles--> tiles (n, 3, S, S) uint8, layout (M, 2) of M visual tokens
-    tiles --ViT--> features (n, N, D), a row a patch, after an inner block (LLaVA-1.5, arXiv:2310.03744)
+    tiles --ViT--> features (n, N, D): one for each patch of a tile, read after an inner block of the ViT
 
-A layout says of each visual token, in the order the decoder reads them, which tile and which patch of it this
-is; (-1, 0) stands for the learned embedding that ends a row. So a model picks its features by one indexing,
-however the tiles were cut, and M is counted nowhere else.
+A layout has a row for each visual token, in the order in which the decoder reads them: the tile and the patch
+that it shows, or (-1, 0) for the learned embedding that ends a row of patches. So the model picks its
+features by one indexing, however the tiles were cut, and M is counted nowhere else.
 
-One class with switches is CLIP, SigLIP, DINOv2, InternViT and the plain ImageNet ViT. The defaults are CLIP's
-quirks: no bias on the patches, QuickGELU, and a LayerNorm before the first block. LLaVA reads hidden state
--2, so the last block and the final norm never run.
+ViT is one class with switches for CLIP, SigLIP, DINOv2, InternViT and the plain ImageNet ViT. The defaults
+are CLIP's: no bias on the patches, QuickGELU, and a LayerNorm before the first block. LLaVA-1.5
+(arXiv:2310.03744) reads hidden state -2, so its last block and its final norm never run.
 
-Deviations:
+Where this departs from the originals:
   - transparent pictures are laid on white; the originals drop the alpha channel and show what was under it;
   - EXIF rotation is applied; the originals ignore it;
-  - of an extreme shape the far ends are cut before a crop (beyond 64:1), or the whole is scaled before it is
-    padded (beyond 10,000 px);
-  - two towers (Prismatic) see the same tile, letterboxed in the first one's mean colour; the originals pad
-    once for each. Their best models squash, which is the same for both;
+  - a picture of an extreme shape loses its far ends before a crop (beyond 64:1), and is scaled down before it
+    is padded (beyond 10,000 px);
+  - Prismatic's two towers see the same tile, letterboxed in the mean colour of the first; the original pads
+    once for each. (Its best models resize, which is the same for both.)
   - a tile of which no patch is kept is not looked at; LLaVA-NeXT runs it and drops its features.
 """
 
@@ -73,6 +73,10 @@ class VisionConfig:
     tiling: "Tiling | None" = None   # where the model cuts tiles otherwise than TILINGS says of its mode
 
     def __post_init__(self):
+        check_sizes(self, image_size=4096, patch_size=4096, n_embd=65536, n_layer=1000, n_hidden=2**20)
+        colors = *self.mean, *self.std
+        if len(colors) != 6 or 0 in self.std or not all(0 <= number <= 1 for number in colors):
+            raise UserError(f"mean {self.mean} and std {self.std} must be three numbers of 0 to 1, std no 0")
         if isinstance(self.tiling, dict):  # as config.json has it
             chosen = {name: self.tiling[name] for name in ("grids", "global_view")}
             self.tiling = replace(TILINGS[self.tiling["mode"]], **chosen)
@@ -94,11 +98,11 @@ class VisionConfig:
         return self.grid // self.merge
 
     @property
-    def n_token(self):  # visual tokens of one tile
+    def n_token(self):  # N, visual tokens of one tile
         return self.token_grid**2
 
     @property
-    def n_feature(self):  # width of a visual token
+    def n_feature(self):  # channels of a feature
         return self.n_embd * self.merge**2
 
     @property
@@ -110,7 +114,15 @@ class VisionConfig:
         return self.feature_layer if self.feature_layer >= 0 else self.n_layer + 1 + self.feature_layer
 
 
-# ---- the tower --------------------------------------------------------------------------------------------
+def check_sizes(config, **largest):
+    """What a file says must be possible: nothing here is larger than the largest model by far."""
+    for name, limit in largest.items():
+        value = getattr(config, name)
+        if not 1 <= value <= limit:
+            raise UserError(f"{name} is {value}; it must be 1 to {limit}")
+
+
+# ---- the tower ----
 
 
 class ViT(nn.Module):
@@ -123,22 +135,22 @@ class ViT(nn.Module):
             self.class_token = nn.Parameter(random_normal(D, std=D**-0.5))
         if cfg.n_register:
             self.registers = nn.Parameter(random_normal(cfg.n_register, D, std=D**-0.5))
-        self.pos = nn.Parameter(wave_positions(cfg))
+        self.pos = nn.Parameter(torch.zeros(int(cfg.class_token) + cfg.grid**2, D))
         self.pre_norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()  # no connector reads it
+        self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()  # in the files, never run here
 
     def forward(self, pixels):
-        """(n, 3, S, S), uint8 or normalised floats -> visual tokens (n, N, D) for the connector."""
+        """(n, 3, S, S), uint8 or normalised floats -> features (n, N, D) of the patches."""
         x = self.embed(pixels)
         for block in self.blocks[: self.cfg.depth]:
             x = block(x)
         return merge_patches(x[:, self.cfg.n_prefix :], self.cfg.merge)
 
     def embed(self, pixels):
-        """ViT Eq. 1: (n, 3, S, S) -> (n, prefix + N, D)."""
+        """ViT Eq. 1: (n, 3, S, S) -> (n, T, D), in front the class token and registers if there are any."""
         x = normalize_pixels(pixels, self.cfg, self.patch.weight.dtype)
-        x = self.patch(x).flatten(2).transpose(1, 2)  # (n, N, D), row by row
+        x = self.patch(x).flatten(2).transpose(1, 2)  # (n, grid^2, D), row by row
         if self.cfg.class_token:
             class_token = self.class_token.expand(len(x), 1, -1)
             x = torch.cat([class_token, x], dim=1)
@@ -205,11 +217,11 @@ def make_norm(cfg):
 
 
 def merge_patches(x, m):
-    """InternVL's pixel shuffle: m x m patches become one token, (n, N, D) -> (n, N / m^2, m^2 D)."""
+    """InternVL's pixel shuffle: m x m patches become one feature, (n, grid^2, D) -> (n, N, m^2 D)."""
     if m == 1:
         return x
-    n, N, D = x.shape
-    side = math.isqrt(N) // m
+    n, n_patch, D = x.shape
+    side = math.isqrt(n_patch) // m
     x = x.view(n, side, m, side, m, D).transpose(2, 3)  # (n, side, side, m, m, D)
     return x.reshape(n, side * side, m * m * D)
 
@@ -233,39 +245,25 @@ def random_normal(*shape, std=1.0, device=None, dtype=None):
     return torch.randn(shape, device=device, dtype=dtype) * std
 
 
-def wave_positions(cfg):
-    """A fresh position table (1 + N, D): zeros for the class token, then sines and cosines of row and column.
+# ---- a file to a picture ----
 
-    The usual small random rows are drowned by a bright patch's pixels; these are as large as what they join.
-    """
-    n_class, grid, D = int(cfg.class_token), cfg.grid, cfg.n_embd
-    device = torch.get_default_device()  # named, because transformers 5 makes linspace forget a `with device`
-    if device.type == "meta":
-        return torch.empty(n_class + grid**2, D)
-
-    # From half a wave over the tile's side to one wave over two patches.
-    octaves = torch.linspace(-1, math.log2(max(grid, 2) / 2), D // 4, device=device)
-    angle = (torch.arange(grid) + 0.5)[:, None] / grid * (math.pi * 2**octaves)
-    waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, D/2)
-    of_row, of_column = waves.repeat_interleave(grid, dim=0), waves.repeat(grid, 1)
-    table = torch.cat([of_row, of_column], dim=1)  # (N, D), or a few channels less
-    return 0.7 * F.pad(table, (0, D - table.shape[1], n_class, 0))
-
-
-# ---- a file to a picture ----------------------------------------------------------------------------------
-
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would start Ghostscript for an EPS
 MAX_PIXELS = 100_000_000  # a picture of more is refused unread: it may be a decompression bomb
+MAX_SIDE = 1_000_000  # Pillow needs memory for each row, too
 
 
 def open_image(path):
-    """Any picture file -> upright 8-bit RGB, the first frame of an animation."""
+    """A picture file, whatever its name -> upright 8-bit RGB, the first frame of an animation."""
     with reading(path, hint="save it again as JPEG or PNG, or drop the record"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd EXIF is no news, and our own limit speaks below
         if not Path(path).exists():
             raise UserError(f"{path}: no such picture; check the path and --image-root")
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels; scale it down before use")
+        if Path(path).is_fifo():  # nobody may ever write into it
+            raise UserError(f"{path}: a named pipe, not a picture; drop the record")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                most = f"{MAX_PIXELS:,} pixels in all or {MAX_SIDE:,} on a side"
+                raise UserError(f"{path}: more than {most}; scale it down before use")
             return to_rgb(ImageOps.exif_transpose(image))
 
 
@@ -283,42 +281,52 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# ---- a picture to tiles -----------------------------------------------------------------------------------
+# ---- a picture to tiles ----
+
+
+MAX_TILES = 100  # of a picture; the originals take at most 40
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a picture becomes several tiles. The defaults are LLaVA-1.5-HD's (arXiv:2310.03744v2, 3.4 and A.1).
+    """How a picture becomes several tiles: a grid of them, and often the whole picture in one more.
 
-    Its paper says: 14 grids of up to six tiles, the one that keeps most detail and wastes least; features of
-    padding dropped; a learned embedding at each row's end; a padded global view beside them.
+    There are two ways to fill the grid (by_tile). InternVL stretches the picture over it, and the decoder
+    reads one tile after the other. LLaVA pads the picture, and the decoder reads one row of patches after the
+    other across all tiles, without the patches of padding; a learned embedding ends each row.
 
-    It leaves open, and here follows LLaVA-NeXT's code: the order (global_view), no row ends in the global
-    view, how the kept rows are rounded, the formula that chooses a grid, the row end's start (N(0, 1/D)).
-
-    Chosen otherwise: margins in the mean colour, as LLaVA-1.5 pads; the thinnest picture keeps one row of
-    patches (least); a picture that one tile holds has no global view, which would be the same pixels.
+    The defaults are LLaVA-1.5-HD's (arXiv:2310.03744v2, 3.4 and A.1), never released. Its paper gives the
+    grids (14, of up to six tiles), the choice among them (most detail, then least waste), the dropping of
+    padding, the row ends, and the padded global view. What it does not say is done as in LLaVA-NeXT's code:
+    the global view comes first and has no row ends; how many rows are kept; that a row end begins as
+    N(0, 1/D). Three things are our own: the padding has the mean colour, as in LLaVA-1.5; of the thinnest
+    picture one row of patches is kept (least); a picture that one tile holds gets no global view, which would
+    show the same pixels.
     """
     mode: str
-    grids: tuple                     # (columns, rows) of tiles; the first of equals is taken
-    squash: bool = False             # stretched, read tile by tile (InternVL); or padded, row by row
+    grids: tuple                     # (columns, rows) of tiles; of equally good ones the first is taken
+    by_tile: bool = False
     margin: str = "mean"             # colour of the padding: the tower's mean, or black
-    global_view: str = "first"       # the whole picture in one more tile: first, last or none
-    global_mode: str = "pad"         # how it becomes square
+    global_view: str = "first"       # where the tile of the whole picture stands: first, last or none
+    global_mode: str = "pad"         # how the picture becomes square there: one of SQUARE_MODES
     least: int = 1                   # fewest rows or columns of patches to keep
 
     def __post_init__(self):
         object.__setattr__(self, "grids", tuple(map(tuple, self.grids)))  # config.json has lists
         if self.global_view not in ("first", "last", "none"):
             raise UserError(f"global_view is {self.global_view!r}; choose one of first, last, none")
+        if not all(columns > 0 < rows and columns * rows <= MAX_TILES for columns, rows in self.grids):
+            raise UserError(f"grids of tiles are {self.grids}; each needs 1 to {MAX_TILES} tiles")
 
     @property
-    def row_end(self):  # whether a learned embedding follows each row of patches
-        return not self.squash
+    def row_end(self):  # whether a learned embedding ends each row of patches
+        return not self.by_tile
 
 
 def grids_up_to(n):
     """All (columns, rows) of at most n tiles, smaller first: 14 for six (HD), 35 for twelve (InternVL)."""
+    if not 1 <= n <= MAX_TILES:
+        raise UserError(f"{n} tiles a picture; choose 1 to {MAX_TILES}")
     pairs = product(range(1, n + 1), repeat=2)
     return tuple(sorted((pair for pair in pairs if math.prod(pair) <= n), key=math.prod))
 
@@ -328,7 +336,7 @@ NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 TILINGS = {
     "hd": Tiling("hd", grids_up_to(6)),
     "anyres": Tiling("anyres", NEXT_GRIDS, margin="black", global_mode="resize", least=0),
-    "internvl": Tiling("internvl", grids_up_to(12), squash=True, global_view="last", global_mode="resize"),
+    "internvl": Tiling("internvl", grids_up_to(12), by_tile=True, global_view="last", global_mode="resize"),
 }
 SQUARE_MODES = ("pad", "letterbox", "crop", "resize")  # one tile: make_square
 MODES = (*SQUARE_MODES, *TILINGS)
@@ -343,29 +351,29 @@ def find_tiling(cfg, mode):
     return TILINGS.get(mode)
 
 
-def cut_tiles(image, cfg, mode):
-    """PIL RGB -> tiles (n, 3, S, S) uint8 and their layout (M, 2) int64. M is the number of visual tokens."""
+def cut_tiles(image, cfg, mode, n_picture=1):
+    """PIL RGB -> tiles (n, 3, S, S) uint8 and their layout (M, 2) int64. M is the number of visual tokens.
+
+    n_picture: how many pictures stand in one conversation. InternVL's share the most tiles that one may have.
+    """
     S = cfg.image_size
     tiling = find_tiling(cfg, mode)
     if tiling is None:
         return tile_by_tile(make_square(image, cfg, mode), cfg)
 
     # The picture on a grid of tiles.
-    columns, rows = choose_grid(image.size, S, tiling)
-    if tiling.squash:
-        canvas = image.resize((columns * S, rows * S), Image.BICUBIC)
-        local_view = tile_by_tile(canvas, cfg)
+    columns, rows = choose_grid(image.size, S, tiling, n_picture)
+    if tiling.by_tile:
+        local_view = tile_by_tile(image.resize((columns * S, rows * S), Image.BICUBIC), cfg)
     else:
         local_view = row_by_row(image, columns, rows, cfg, tiling)
 
-    # The whole picture in one more tile, unless that is what a grid of one tile has just made of it.
-    is_whole = columns * rows == 1 and tiling.squash == (tiling.global_mode == "resize")
+    # The whole picture in one more tile, unless a grid of one tile shows just that.
+    is_whole = columns * rows == 1 and tiling.by_tile == (tiling.global_mode == "resize")
     if tiling.global_view == "none" or is_whole:
         return local_view
-    global_view = tile_by_tile(make_square(image, cfg, tiling.global_mode), cfg)
-    if tiling.global_view == "first":
-        return join_pictures([global_view, local_view])
-    return join_pictures([local_view, global_view])
+    views = [tile_by_tile(make_square(image, cfg, tiling.global_mode), cfg), local_view]
+    return join_tiles(views if tiling.global_view == "first" else views[::-1])
 
 
 def tile_by_tile(canvas, cfg):
@@ -393,15 +401,16 @@ def row_by_row(image, columns, rows, cfg, tiling):
     return tiles[seen[1:]], layout
 
 
-def join_pictures(pictures):
-    """[(tiles, layout), ...] of pictures, or of views of one -> the same of them all, tiles counted through.
+def join_tiles(parts):
+    """[(tiles, layout), ...] of several pictures, or of the views of one -> (tiles, layout) of them all.
 
-    The same tiles given again are taken once: the tower looks once at a picture that questions share.
+    Tiles are numbered through. Where the same tiles come twice, for two questions about a picture, they are
+    taken once: the tower looks at them once.
     """
     all_tiles, layouts = [], []
     n_tile = 0
-    first_tile = {}  # id of a picture's tiles: where they begin
-    for tiles, layout in pictures:
+    first_tile = {}  # id of a part's tiles: where they begin
+    for tiles, layout in parts:
         if id(tiles) not in first_tile:
             first_tile[id(tiles)] = n_tile
             n_tile += len(tiles)
@@ -430,9 +439,10 @@ def patch_layout(columns, rows, g, kept=None, row_end=False):
 
 
 def kept_patches(size, n_across, n_down, least):
-    """What is not padding of n_across x n_down patches: ((first row, end), (first column, end)).
+    """Which of n_across x n_down patches show the picture, not padding alone, by LLaVA-NeXT's rule.
 
-    LLaVA-NeXT's unpad in whole numbers: transformers rounds to 7 digits, the original makes 35 of 36 - 1e-15.
+    -> ((first row, end), (first column, end)). Computed in whole numbers: in floating point the original gets
+    one row less where 36 - 1e-15 is rounded down.
     """
     w, h = size
     if w * n_down > n_across * h:  # wider than the grid: padded above and below
@@ -442,28 +452,33 @@ def kept_patches(size, n_across, n_down, least):
     return (0, n_down), (margin, n_across - margin)
 
 
-def choose_grid(size, S, tiling):
+def choose_grid(size, S, tiling, n_picture=1):
     """(width, height) of a picture -> (columns, rows) of tiles of S px."""
     w, h = size
 
-    def nearest_shape(grid):
-        """InternVL: the shape nearest to the picture's; of equals, the largest that it fills by half."""
+    def shape_match(grid):
+        """InternVL takes the grid whose shape is nearest to the picture's. Of equally near ones it takes the
+        largest of which the picture has half the pixels."""
         columns, rows = grid
         area = columns * rows * S * S
-        fills_half = w * h > 0.5 * area
-        return -abs(w / h - columns / rows), area if fills_half else 0
+        is_half_full = w * h > 0.5 * area
+        return -abs(w / h - columns / rows), area if is_half_full else 0
 
-    def most_detail(grid):
-        """LLaVA: most pixels of the picture kept; of equals, least of the canvas wasted."""
+    def detail(grid):
+        """LLaVA takes the grid that keeps most pixels of the picture. Of equals it takes the smallest."""
         W, H = grid[0] * S, grid[1] * S
         scale = min(W / w, H / h)
-        effective = min(int(w * scale) * int(h * scale), w * h)
-        return effective, effective - W * H
+        n_kept = min(int(w * scale) * int(h * scale), w * h)
+        return n_kept, -W * H
 
-    return max(tiling.grids, key=nearest_shape if tiling.squash else most_detail)
+    if not tiling.by_tile:
+        return max(tiling.grids, key=detail)
+    most = max(math.prod(grid) for grid in tiling.grids) // n_picture
+    fitting = [grid for grid in tiling.grids if math.prod(grid) <= most]
+    return max(fitting, key=shape_match, default=(1, 1))
 
 
-# ---- pixels: Pillow's bicubic filter everywhere, as in the originals --------------------------------------
+# ---- pixels: Pillow's bicubic filter everywhere, as in the originals ----
 
 
 def make_square(image, cfg, mode):

@@ -28,7 +28,7 @@ from support.cli import run
 from support.io import read_json
 from support.plan import look_at_records
 from support.start import build, plan_model, set_image_mode
-from vision import cut_tiles, join_pictures
+from vision import cut_tiles, join_tiles
 
 SIZE = 192                           # side of the pictures, in pixels: 2 x 2 tiles
 BATCH_SIZE = 8
@@ -122,7 +122,7 @@ def measure_speed(B=8, rounds=15):
     picture = Image.fromarray(noise)
     visual = {}                      # mode -> pixels, layout
     for mode, n in ("pad", 5), ("hd", 1):
-        visual[mode] = join_pictures([cut_tiles(picture, vlm.cfg.vision, mode) for _ in range(n * B)])
+        visual[mode] = join_tiles([cut_tiles(picture, vlm.cfg.vision, mode) for _ in range(n * B)])
     T = 64 + max(len(layout) for _, layout in visual.values()) // B
 
     # In turns, so that what else runs here slows them alike.

@@ -4,12 +4,14 @@ A preset names sizes only. Its ingredients are --vision (one tower or two), --ll
 what is not given starts from random weights.
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from conversation import Tokenizer
 from model import PRESETS, VLM
@@ -25,7 +27,7 @@ from support.weights import (
     read_tower,
     tokenizer_home,
 )
-from vision import TILINGS, find_tiling, grids_up_to
+from vision import TILINGS, ViT, find_tiling, grids_up_to
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TOY = {"vision": str(ASSETS / "toy-clip"), "llm": str(ASSETS / "toy-vicuna")}
@@ -85,12 +87,30 @@ def init_weights(module):
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=part.embedding_dim**-0.5)
+        elif isinstance(part, ViT):
+            part.pos.data.copy_(wave_positions(part.cfg))
 
     # What is added to the residual stream starts quiet.
     for name, p in module.named_parameters():
         if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name):
             p.data *= 0.3
     return module
+
+
+def wave_positions(cfg):
+    """A fresh position table (1 + grid^2, D): zeros for the class token, sines and cosines of row and column.
+
+    The usual small random rows are lost beside the pixels of a bright patch; these are as large as those.
+    """
+    n_class, grid, D = int(cfg.class_token), cfg.grid, cfg.n_embd
+
+    # From half a wave over the tile's side to one wave over two patches.
+    octaves = torch.linspace(-1, math.log2(max(grid, 2) / 2), D // 4)
+    angle = (torch.arange(grid) + 0.5)[:, None] / grid * (math.pi * 2**octaves)
+    waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, D/2)
+    of_row, of_column = waves.repeat_interleave(grid, dim=0), waves.repeat(grid, 1)
+    table = torch.cat([of_row, of_column], dim=1)  # (grid^2, D), or a few channels less
+    return 0.7 * F.pad(table, (0, D - table.shape[1], n_class, 0))
 
 
 def preset_plan(cfg):

@@ -19,6 +19,7 @@ import toyworld
 import train
 from conversation import Tokenizer
 from model import VLM
+from support.start import wave_positions
 
 # Its own lock is one for all forks: a child killed while it writes would keep it, and all would wait.
 tqdm.set_lock(threading.RLock())
@@ -35,7 +36,9 @@ def tok():
 def tiny(tok, tmp_path_factory):
     """The directory of a tiny model with random weights."""
     torch.manual_seed(0)
-    return save(VLM(tiny_config(tok)), tok, tmp_path_factory.mktemp("models") / "tiny")
+    vlm = VLM(tiny_config(tok))
+    vlm.vision.pos.data.copy_(wave_positions(vlm.cfg.vision))
+    return save(vlm, tok, tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -946,7 +946,7 @@ def test_candidates_must_be_single_tokens_and_the_likeliest_is_said(asked, by_ha
 def test_evaluation_looks_once_at_a_picture_of_several_questions(toy, world, tmp_path, monkeypatch):
     looked = []
     open_picture = ev.open_picture
-    monkeypatch.setattr(ev, "open_picture", lambda vlm, path: looked.append(path) or open_picture(vlm, path))
+    monkeypatch.setattr(ev, "open_picture", lambda vlm, *shown: looked.append(shown[0]) or open_picture(vlm, *shown))
     assert toy("--batch-size", 1000) == 0
     pictures = {json.loads(line)["image"] for line in (world / "val.jsonl").read_text().splitlines()}
     assert len(looked) == 2 * len(pictures)  # once for the score, once for the shuffled pictures

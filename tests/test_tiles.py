@@ -152,6 +152,21 @@ def test_internvl_cuts_the_published_grids_and_adds_a_thumbnail_last(size, six, 
         ).all()
 
 
+@pytest.mark.parametrize("n_picture, n_tile", [(1, 12), (2, 6), (5, 2), (7, 1), (30, 1)])
+def test_pictures_of_one_conversation_share_the_tiles_that_internvl_gives_to_one(n_picture, n_tile):
+    tiles, _ = cut_tiles(noise(2000, 170), INTERN, "internvl", n_picture)
+    assert len(tiles) == n_tile + (n_tile > 1)  # each has its thumbnail
+    assert len(cut_tiles(noise(2000, 170), HD, "hd", n_picture)[0]) == 7  # LLaVA shares nothing
+
+
+@pytest.mark.parametrize("n", [0, 101, 10**9])
+def test_an_impossible_number_of_tiles_is_refused_at_once(n):
+    with pytest.raises(UserError, match=f"{n} tiles a picture; choose 1 to 100"):
+        grids_up_to(n)
+    with pytest.raises(UserError, match="each needs 1 to 100 tiles"):
+        replace(TILINGS["hd"], grids=[[n, 1]])
+
+
 def test_tiles_go_row_by_row_and_tokens_in_hd_too_across_the_tiles_of_a_row():
     picture = Image.new("RGB", (56, 56))
     for i, color in enumerate(("red", "green", "blue", "white")):
@@ -195,7 +210,7 @@ def test_every_pixel_is_in_a_tile_and_no_tile_is_of_padding_only(mode):
             local = red[-n_map:] if t.global_view == "first" else red[:n_map]
             want = (
                 W * H
-                if t.squash
+                if t.by_tile
                 else W * min(H, -int(-h * (W / w) // 1))
                 if W / w < H / h
                 else H * min(W, -int(-w * (H / h) // 1))
@@ -442,11 +457,8 @@ def test_training_and_sampling_count_the_same_tokens(records, tok):
             seen.append((tokens, flags["layout"])) or torch.full((len(tokens), 1), tok.eos)
         )
         paths = picture_paths(records[2])
-        sample.answer(
-            vlm,
-            tok,
-            [sample.encode_question(vlm, tok, "What?", [sample.cut_picture(vlm, open_image(p)) for p in paths])],
-        )
+        pictures = [sample.cut_picture(vlm, open_image(path), len(paths)) for path in paths]
+        sample.answer(vlm, tok, [sample.encode_question(vlm, tok, "What?", pictures)], max_new_tokens=8)
         ((tokens, layout),) = seen
         assert torch.equal(layout, examples[2]["layout"]) and (tokens == tok.image).sum() == (
             examples[2]["tokens"] == tok.image
@@ -607,7 +619,7 @@ def test_show_draws_every_tile_with_its_positions_and_row_ends(tmp_path, records
         tools_show.main([str(records.files[0].path), *(str(x) for pair in flags.items() for x in pair)]) == 0
     )
     text, cfg = capsys.readouterr().out, tiny(tok, mode).cfg.vision
-    cut = [cut_tiles(noise(*size), cfg, mode) for size in MIXED[2]]
+    cut = [cut_tiles(noise(*size), cfg, mode, len(MIXED[2])) for size in MIXED[2]]
     for (tiles, layout), name in zip(cut, ("20.png", "21.png", "22.png")):
         assert (
             f"{name}: {len(tiles)} tiles, {len(layout)} visual tokens, {(layout[:, 0] < 0).sum()} of them row ends"

@@ -1,5 +1,6 @@
 """The towers against transformers', the geometry against its image processors, and odd picture files."""
 
+import os
 import struct
 import zlib
 
@@ -149,6 +150,11 @@ def test_bytes_and_normalised_floats_give_the_same_features():
     (dict(patch_size=29), "0 patches in 28 px"),
     (dict(merge=3), "2 patches in 28 px cannot be merged by 3"),
     (dict(activation="relu"), "'relu'"),
+    (dict(n_layer=10**9), "n_layer is 1000000000; it must be 1 to 1000"),
+    (dict(image_size=10**9), "image_size is 1000000000"),
+    (dict(patch_size=0), "patch_size is 0"),
+    (dict(std=(0.5, 0.5, 0.0)), "std no 0"),
+    (dict(mean=(0.5, 0.5)), "three numbers"),
 ])
 def test_an_impossible_tower_is_refused(wrong, says):
     with pytest.raises(UserError, match=says):
@@ -298,6 +304,8 @@ def saved_bytes(image, path, kind):
     ("palette.png", "cannot be read"),
     ("bomb.png", "exceeds limit"),
     ("large.png", "more than 100,000,000 pixels"),
+    ("long.png", "or 1,000,000 on a side"),
+    ("print.jpg", "cannot identify image file"),
     ("float.tiff", "floating-point"),
 ])
 def test_a_file_that_is_no_good_picture_is_named(tmp_path, name, says):
@@ -309,6 +317,8 @@ def test_a_file_that_is_no_good_picture_is_named(tmp_path, name, says):
         "palette.png": png_bytes(4, 4, palette=b"\x01\x02"),
         "bomb.png": png_bytes(60_000, 60_000),
         "large.png": png_bytes(10_001, 10_000),
+        "long.png": png_bytes(90_000_000, 1),
+        "print.jpg": saved_bytes(noise(4, 4), path, "EPS"),  # Pillow would start Ghostscript
         "float.tiff": saved_bytes(Image.new("F", (4, 4), 0.5), path, "TIFF"),
     }
     path.write_bytes(content[name])
@@ -326,6 +336,12 @@ def test_a_missing_file_a_folder_and_an_impossible_name_are_named(tmp_path):
     ]:
         with pytest.raises(UserError, match=says):
             open_image(path)
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "cat.jpg")
+    with pytest.raises(UserError, match="a named pipe"):
+        open_image(tmp_path / "cat.jpg")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
