@@ -215,7 +215,7 @@ def make_trainable(vlm, cfg):
             raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
         targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
         add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
-        vlm.lora["base"] = lora_base(cfg).absolute()
+        vlm.lora["base"] = lora_base(cfg)
     vlm.decoder.recompute = cfg.recompute
 
 

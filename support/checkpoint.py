@@ -64,7 +64,7 @@ class Run:
             else:
                 move_aside(self.out, self.cfg)
                 self.lock = lock(self.out / "lock")
-                if vlm.lora and Path(vlm.lora["base"]) == base.absolute():
+                if vlm.lora and vlm.lora["base"] == base:
                     save_processor(base, tok.path, vlm.cfg)
                     vlm.save_pretrained(base)  # B is still 0
             save_processor(self.out, tok.path, vlm.cfg)
@@ -164,7 +164,7 @@ class Run:
         final = self.out / f"checkpoint-{step:06d}"
         hidden = self.out / f".{final.name}.tmp"
         try:
-            save_model(hidden, self.vlm, self.tok)
+            self.save_model(hidden)
             self.save_state(hidden, step, optimizer)
             if rank() == 0:
                 os.replace(hidden, final)
@@ -200,22 +200,24 @@ class Run:
         n_done = self.n_step - self.first_step + 1
         seconds = time.time() - self.began
         print(f"trained {n_done} steps in {seconds:.0f} s; {self.skipped} of {shown} records skipped")
-        save_model(self.out, self.vlm, self.tok)
+        self.save_model(self.out)
 
-
-def save_model(directory, vlm, tok):
-    """A model directory that needs nothing else; of a LoRA what trains, and the name of its base."""
-    tensors = {}
-    for name, p in vlm.named_parameters():
-        if p.requires_grad or not vlm.lora:
-            tensors[name] = gather_on_first(p.detach())
-    if rank() > 0:
-        return
-    save_processor(directory, tok.path, vlm.cfg)
-    if vlm.lora:
-        save_adapter(vlm, directory, vlm.lora["base"], tensors)
-    else:
-        vlm.save_pretrained(directory, tensors)
+    def save_model(self, directory):
+        """A model directory that needs nothing else; of a LoRA what trains, and the name of its base."""
+        vlm = self.vlm
+        tensors = {}
+        for name, p in vlm.named_parameters():
+            if p.requires_grad or not vlm.lora:
+                tensors[name] = gather_on_first(p.detach())
+        if rank() > 0:
+            return
+        save_processor(directory, self.tok.path, vlm.cfg)
+        if vlm.lora:
+            base = vlm.lora["base"]
+            is_own = base.is_relative_to(self.out)  # then the run may be moved
+            save_adapter(vlm, directory, os.path.relpath(base, directory) if is_own else base, tensors)
+        else:
+            vlm.save_pretrained(directory, tensors)
 
 
 def checkpoints(out):

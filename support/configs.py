@@ -250,7 +250,7 @@ def prismatic_llm(c):
 
 def own_layout(c, parts, given):
     """What VLM.save_pretrained writes where no public layout holds the model."""
-    c = {name: value for name, value in c.items() if name not in ("model_type", "dtype")}
+    c = {name: value for name, value in c.items() if name not in ("model_type", "dtype", "base_fingerprint")}
     for part in "vision", "vision2", "decoder":
         Config = DecoderConfig if part == "decoder" else VisionConfig
         if c[part]:

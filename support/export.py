@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from model import IGNORE
 from support.configs import CLIP_FIELDS, LLAMA_FIELDS, TOWERS
-from support.io import write_json, write_whole
+from support.io import fingerprint, write_json, write_whole
 from support.lora import merged_state
-from support.weights import CLIP_NAMES, rename
+from support.weights import CLIP_NAMES, rename, weight_files
 from vision import TILINGS
 
 # ---- names: ours to public ---------------------------------------------------------------------------------
@@ -142,7 +142,9 @@ def save_model(vlm, directory, state=None):
 
 
 def save_adapter(vlm, directory, base, state=None):
-    """What trains, in PEFT's layout: the LoRA, and whole what trains beside it. base: directory under it.
+    """What trains, in PEFT's layout: the LoRA, and whole what trains beside it.
+
+    base: the directory under it, absolute or as seen from `directory`.
 
     The directory opens like any other model, with PEFT too where its base opens in transformers.
     `python -m tools.weights convert` makes a whole one of it.
@@ -171,7 +173,8 @@ def save_adapter(vlm, directory, base, state=None):
     if fits_llava(vlm.cfg):
         state = {llava_name(name, PEFT_NAMES): tensor for name, tensor in state.items()}
     write_tensors(Path(directory) / "adapter_model.safetensors", state)
-    write_json(Path(directory) / "plainvlm.json", public_layout(vlm)[1])
+    found = fingerprint(weight_files(Path(directory) / base))
+    write_json(Path(directory) / "plainvlm.json", public_layout(vlm)[1] | {"base_fingerprint": found})
 
 
 def write_model(directory, tensors, config):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -69,6 +70,19 @@ def lock(path):
             raise UserError(f"{path}: held by another run, which still writes there; wait until it ends, or "
                             "choose another --out") from None
     return file
+
+
+def fingerprint(files):
+    """Tells files from others under the same names: their sizes, and bytes from all over each of them."""
+    crc = 0
+    for file in files:
+        with reading(file), open(file, "rb") as f:
+            size = os.path.getsize(file)
+            for k in range(64):
+                f.seek(size * k // 64)
+                crc = zlib.crc32(f.read(4096), crc)
+            crc = zlib.crc32(str(size).encode(), crc)
+    return f"{crc:08x}"
 
 
 class Progress:

@@ -19,7 +19,9 @@ from support.cli import UserError, one_of
 from support.configs import decoder_config
 from support.io import read_json
 from support.weights import (
+    base_of,
     check_tokenizer,
+    is_lora,
     load_connector,
     load_decoder,
     load_vision,
@@ -36,8 +38,8 @@ TOY = {"vision": str(ASSETS / "toy-clip"), "llm": str(ASSETS / "toy-vicuna")}
 def build(cfg, checkpoint=None):
     """-> the model, with all its weights, and its tokenizer."""
     if checkpoint:
-        # A LoRA's checkpoint holds the LoRA alone. What it is over stands beside the run, or is --model.
-        vlm, tok = open_directory(lora_base(cfg) if cfg.lora_r else checkpoint)
+        # A LoRA's checkpoint holds the LoRA alone.
+        vlm, tok = open_directory(base_of(checkpoint) if cfg.lora_r else checkpoint)
     elif cfg.model in PRESETS:
         vlm, tok = build_preset(cfg)
     else:
@@ -180,4 +182,5 @@ def set_image_mode(vlm, mode, **choices):
 def lora_base(cfg):
     """The whole model that a LoRA is over: --model, or where flags change it, a copy saved beside the run."""
     is_changed = cfg.model in PRESETS or cfg.projector or cfg.vision or cfg.llm or cfg.image_mode in TILINGS
-    return Path(cfg.out) / "base" if is_changed else Path(cfg.model)
+    is_whole = not is_changed and not is_lora(cfg.model)
+    return Path(cfg.model).absolute() if is_whole else Path(cfg.out) / "base"

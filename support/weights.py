@@ -36,7 +36,7 @@ from support.configs import (
     tower_by_shapes,
     vision_config,
 )
-from support.io import read_json, reading
+from support.io import fingerprint, read_json, reading
 from support.lora import merge_weight
 from vision import find_tiling
 
@@ -266,8 +266,8 @@ def weights_file(path):
     return None
 
 
-def read_tensors(path):
-    """All weights of a file, or of a directory in one file or in shards: {public name: mapped tensor}."""
+def weight_files(path):
+    """All files with weights: the path itself, or what its directory holds, one or the shards."""
     path = Path(path)
     file = weights_file(path)
     if file is None:
@@ -277,9 +277,14 @@ def read_tensors(path):
     if path.is_dir() and index.exists():
         with reading(index):
             shards = [file.parent / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return shards
+
+
+def read_tensors(path):
+    """All weights of a file or a directory: {public name: mapped tensor}."""
     tensors = {}
-    for shard in shards:
-        tensors |= open_weights(shard)
+    for file in weight_files(path):
+        tensors |= open_weights(file)
     return tensors
 
 
@@ -454,15 +459,22 @@ def is_lora(directory):
 
 
 def base_of(directory, llm=None):
-    """The directory under a LoRA: --llm, or what adapter_config.json names, there or beside the LoRA."""
+    """The directory under a LoRA: --llm, or what adapter_config.json names, beside the LoRA or elsewhere.
+
+    Ours know their base by its fingerprint: another model in its place is not taken for it.
+    """
+    if llm:
+        return Path(llm)
     directory = Path(directory)
-    named = llm or read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+    named = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+    wanted = read_json(directory / "plainvlm.json", missing={}).get("base_fingerprint")
     base = Path(named)
-    if base.name:
-        for place in base, directory / base.name, directory.parent / base.name:
-            if place.is_dir():
+    for place in directory / base.name, directory.parent / base.name, directory / base, base:
+        if base.name and place.is_dir() and weights_file(place):
+            if wanted is None or wanted == fingerprint(weight_files(place)):
                 return place
-    raise UserError(f"{directory}: is a LoRA over {named!r}, no directory here; give it by --llm DIR")
+    raise UserError(f"{directory}: is a LoRA over {named!r}, which is not here, or is another model by now; "
+                    "put it back, or give it by --llm DIR")
 
 
 def tokenizer_home(directory, llm=None):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -382,6 +383,42 @@ def test_a_lora_over_a_preset_saves_its_base_beside_it(go):
     Path("run").rename("moved")
     base, merged = VLM.from_pretrained("moved/base").state_dict(), VLM.from_pretrained("moved").state_dict()
     assert base.keys() == merged.keys() and not all(torch.equal(base[name], merged[name]) for name in base)
+
+
+def state(directory):
+    return VLM.from_pretrained(directory).state_dict()
+
+
+def test_a_lora_over_a_lora_opens_and_goes_on(go):
+    flags = ["--lora-r", 2, "--save-every", 2, "--max-steps", 4]
+    assert go("--lora-r", 2, "--max-steps", 4, out="one") == {0}
+    assert go(*flags, "--model", "one", out="whole") == {0}
+    go(*flags, "--model", "one", during=lambda children: kill_after(children, "run/checkpoint-000002"))
+    assert go(*flags, "--model", "one", "--resume") == {0} and losses("run") == losses("whole")
+    below, above = state("one"), state("run")
+    assert all(torch.equal(t, state("run/base")[name]) for name, t in below.items())
+    assert any(not torch.equal(t, above[name]) for name, t in below.items())
+
+
+def test_a_lora_that_was_moved_keeps_its_base_and_takes_no_other(go, tiny, tmp_path, capfd):
+    flags = ["--model", "toy", "--max-steps", 2, "--lora-r", 2]
+    assert go(*flags) == {0}
+    before = state("run")
+    assert go(*flags, "--seed", 1) == {0}  # moves the first aside
+    assert all(torch.equal(t, before[name]) for name, t in state("run.1").items())
+    assert not all(torch.equal(t, before[name]) for name, t in state("run").items())
+    for file in Path("run").rglob("adapter_config.json"):
+        assert str(tmp_path) not in file.read_text()
+
+    # The model that it is over lies elsewhere, and another one comes in its place.
+    assert go("--lora-r", 2, "--max-steps", 2, out="lora") == {0}
+    shutil.move(tiny, tmp_path / "aside")
+    assert go("--model", tmp_path / "aside", "--max-steps", 2, out=tiny) == {0}
+    with pytest.raises(UserError, match="is another model by now"):
+        VLM.from_pretrained("lora")
+    assert go("--lora-r", 2, "--max-steps", 2, "--resume", out="lora") == {1}
+    assert "is another model by now" in capfd.readouterr().err
+    VLM.from_pretrained("lora", llm=tmp_path / "aside")
 
 
 def test_a_lora_without_llm_in_train_is_refused(go, capfd):
