@@ -18,33 +18,29 @@ Where this departs from the originals:
     by rule (benchmarks/reasoning.py).
 """
 
-import io
 import json
 import os
 import sys
 import textwrap
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageOps
-from tqdm import tqdm
 
 import sample
 from benchmarks import BENCHMARKS
-from benchmarks.common import COT, LETTER, SHORT, Benchmark, as_said, question
+from benchmarks.common import COT, Benchmark, as_said, question
 from benchmarks.own import most_frequent, own_right
 from benchmarks.predictions import match_predictions
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
 from data import Records, find_questions, picture_paths
+from support.asking import ask, read_picture
 from support.cli import UserError, arg, parse, run
 from support.io import Progress, json_lines, lock, read_json, reading, write_whole
-from vision import FORMATS, open_image, to_rgb
 
 
 @dataclass
@@ -104,7 +100,7 @@ def evaluate(name, cfg, vlm, tok, out):
     if cfg.predictions:
         answers = {"given": match_predictions(bench, items, cfg.predictions)}
         items = draw_some(items, cfg.limit)
-        result = add_up(name, {"given": phrase(items, cfg.cot, {})}, answers)
+        result = add_up({"given": [phrase(item, "given", [], cfg) for item in items]}, answers)
     else:
         items = draw_some(items, cfg.limit)
         free = ("out", "resume", "device", "compare", "show")  # flags that --resume may change
@@ -126,27 +122,32 @@ def evaluate(name, cfg, vlm, tok, out):
 
 def examine(items, cfg, vlm, tok, progress=None):
     """Ask all questions in every way, and add up. A training run ends with this, too."""
-    name = items[0]["benchmark"]
     columns = columns_of(items, cfg)
     answers = {}
-    for column, asked in columns.items():
-        answers[column] = ask(vlm, tok, column, asked, cfg, progress)
-        again = ask_again(asked, answers[column])
+    for column, questions in columns.items():
+        answers[column] = ask(vlm, tok, questions, cfg.batch_size, progress)
+        again = ask_again(questions, answers[column])
         if again:
-            answers[column] |= ask(vlm, tok, f"{column}, then", again, cfg, progress)
-    if name == "own":
-        columns["most frequent answer"] = columns["direct"]
-        answers["most frequent answer"] = most_frequent(items)
-    return add_up(name, columns, answers)
+            answers[column] |= ask(vlm, tok, again, cfg.batch_size, progress)
+    return add_up(columns, answers)
 
 
-def add_up(name, columns, answers):
+def add_up(columns, answers):
     """-> what results.json holds; the first column is the score."""
+    main, questions = next(iter(columns.items()))
+    name = questions[0]["benchmark"]
     bench = SUITE[name]
     graded = {column: grade(bench, asked, answers[column]) for column, asked in columns.items()}
-    main = next(iter(graded))
+    if name == "own":
+        graded["most frequent answer"] = grade(bench, questions, most_frequent(questions))
     result = {"benchmark": name, "asked": main, "metric": bench.metric, "paper": bench.paper}
     return result | graded.pop(main) | {"columns": graded}
+
+
+def weights_stamp(directory):
+    """Size and time of the weights: two models under one name must not mix."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 # ---- questions ----
@@ -208,32 +209,33 @@ def draw_some(items, limit):
 def columns_of(items, cfg):
     """-> {name: questions}; the first is the score."""
     pictures = find_pictures(items, cfg)
-    columns = {}
-    if cfg.cot:
-        columns["chain of thought"] = phrase(items, True, pictures)
-    columns["direct"] = phrase(items, False, pictures)
-    is_own = items[0]["benchmark"] == "own"
-    if cfg.blind == "other" or (is_own and not cfg.blind):
-        columns["shuffled pictures"] = phrase(items, cfg.cot, other_pictures(pictures))
+    shown = {"chain of thought": pictures} if cfg.cot else {}
+    shown["direct"] = pictures
     if cfg.blind == "none":
-        columns["no pictures"] = phrase(items, cfg.cot, {})
+        shown["no pictures"] = {}
+    elif cfg.blind or items[0]["benchmark"] == "own":
+        shown["shuffled pictures"] = other_pictures(pictures)
+    columns = {}
+    for column, seen in shown.items():
+        columns[column] = [phrase(item, column, seen.get(item["id"], []), cfg) for item in items]
     return columns
 
 
-def phrase(items, worked, pictures):
-    """The questions as they are asked: with `prompt`, `turns` and `pictures`.
+def phrase(item, column, pictures, cfg):
+    """A question as it is asked: with its prompt, its pictures and the most tokens of its answer."""
+    prompt = item["text"] + ("\n" + item["suffix"] if item["suffix"] else "")
+    limit = SUITE[item["benchmark"]].max_new_tokens
+    worked = cfg.cot and column != "direct"
+    if worked:  # InternVL's frame, or the benchmark's own, takes the place of the instruction
+        prompt = item.get("cot", COT + item["text"])
+        limit = 4096
 
-    worked: InternVL's frame for a worked answer, or the benchmark's, takes the place of the instruction.
-    """
-    asked = []
-    for item in items:
-        prompt = item["text"] + ("\n" + item["suffix"] if item["suffix"] else "")
-        if worked:
-            prompt = item.get("cot", COT + item["text"])
-        # In an official question <image> is a word, in one's own it is the place of a picture.
-        typed = prompt if item["benchmark"] == "own" else as_text(prompt)
-        more = {"prompt": prompt, "turns": [("human", typed)], "pictures": pictures.get(item["id"], [])}
-        asked.append(item | more | {"worked": worked})
+    # In an official question <image> is a word, in one's own it is the place of a picture.
+    typed = prompt if item["benchmark"] == "own" else as_text(prompt)
+    asked = item | {"column": column, "worked": worked, "prompt": prompt, "turns": [("human", typed)]}
+    asked |= {"pictures": pictures, "limit": cfg.max_new_tokens or limit}
+    if worked or cfg.likelihood != "yes":
+        asked.pop("candidates", None)
     return asked
 
 
@@ -244,7 +246,7 @@ def ask_again(questions, answers):
         said = answers[item["id"]].get("answer")
         if said and "then" in item:
             turns = [*item["turns"], ("gpt", as_text(said)), ("human", item["then"])]
-            again.append(item | {"turns": turns})
+            again.append(item | {"turns": turns, "column": item["column"] + ", then"})
     return again
 
 
@@ -285,123 +287,6 @@ def find_picture(root, name):
             if (folder / name).is_file():
                 return folder / name
     raise UserError(f"{path}: no such picture; check the path and --image-root")
-
-
-# ---- asking ----
-
-
-def ask(vlm, tok, column, questions, cfg, progress=None):
-    """-> {id: {"answer", ...}}
-
-    Batches are cut from all questions, and --resume leaves out whole batches only: each answer comes from the
-    same arithmetic as in an uninterrupted run.
-    """
-    done = {}
-    if progress:
-        with reading(progress.path, "begin anew, without --resume"):
-            done = {row["id"]: row for name, row in progress.rows if name == column}
-    batches = cut_batches(questions, cfg.batch_size)
-    todo = [batch for batch in batches if any(item["id"] not in done for item in batch)]
-    n_done = len(questions) - sum(map(len, todo))
-
-    encode = partial(encode_questions, vlm, tok)
-    with tqdm(total=len(questions), initial=n_done, unit="question", desc=column, disable=None) as bar:
-        for batch, prompts in one_ahead(encode, todo):
-            answers = answer_batch(vlm, tok, batch, prompts, cfg)
-            rows = [{"id": item["id"]} | answer for item, answer in zip(batch, answers)]
-            done |= {row["id"]: row for row in rows}
-            if progress:
-                progress.add([column, row] for row in rows)
-            bar.update(len(batch))
-    return done
-
-
-def cut_batches(questions, size):
-    """Questions for answers of one kind, those about one picture side by side."""
-
-    def order(item):
-        prompt = item["prompt"]
-        wants_a_word = SHORT in prompt or LETTER in prompt  # a batch runs until its longest answer has ended
-        return COT in prompt, wants_a_word, str(item["pictures"]), len(prompt)
-
-    ordered = sorted(questions, key=order)
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-
-
-def one_ahead(work, jobs):
-    """(job, work(job)) of each job; the next one is worked on while the caller uses this one."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(work, job) for job in jobs[:1]]
-        for job, following in zip(jobs, [*jobs[1:], None]):
-            found = coming.pop().result()
-            if following:
-                coming.append(pool.submit(work, following))
-            yield job, found
-
-
-def encode_questions(vlm, tok, questions):
-    """{"turns", "pictures"} -> prompts. A picture is opened once for all of its questions."""
-    look = cache(partial(open_picture, vlm))
-    prompts = []
-    for item in questions:
-        *earlier, (_, text) = item["turns"]
-        pictures = [look(picture, len(item["pictures"])) for picture in item["pictures"]]
-        prompts.append(sample.encode_question(vlm, tok, text, pictures, earlier))
-    return prompts
-
-
-def open_picture(vlm, picture, n_picture):
-    return sample.cut_picture(vlm, read_picture(picture), n_picture)
-
-
-def read_picture(picture):
-    """MMBench's pictures are bytes that stand in its table; all others are files."""
-    if isinstance(picture, bytes):
-        return to_rgb(Image.open(io.BytesIO(picture), formats=FORMATS))
-    return open_image(picture)
-
-
-def answer_batch(vlm, tok, batch, prompts, cfg):
-    """-> {"answer", ...} of each question, in order; {} of one that is too long for the model."""
-    item = batch[0]
-    if cfg.likelihood == "yes" and "candidates" in item and not item["worked"]:
-        return likeliest(vlm, tok, prompts, item["candidates"])
-    block_size = vlm.cfg.decoder.block_size
-    limit = cfg.max_new_tokens or (4096 if item["worked"] else SUITE[item["benchmark"]].max_new_tokens)
-    limit = min(limit, block_size // 2)
-
-    # Near the model's length each is asked alone: nobody's answer depends on its neighbours.
-    lengths = [len(ids) for ids, _ in prompts]
-    batch_size = len(prompts) if max(lengths) + limit <= block_size else 1
-    fitting = [prompt for prompt, n in zip(prompts, lengths) if n < block_size]
-    answers = iter(sample.answer(vlm, tok, fitting, limit, batch_size))
-    rows = []
-    for n in lengths:
-        found = next(answers) if n < block_size else None
-        rows.append({"answer": found.text, "cut_off": not found.whole} if found else {})
-    return rows
-
-
-@torch.no_grad()
-def likeliest(vlm, tok, prompts, candidates):
-    """Prismatic's way: softmax at the first answer position over the candidates' single tokens."""
-    choices = [tok.encode(candidate) for candidate in candidates]
-    for candidate, ids in zip(candidates, choices):
-        if len(ids) != 1:
-            raise UserError(f"--likelihood: {candidate!r} is not one token of {tok.path}; --likelihood no")
-    batch = sample.make_batch(vlm, tok, prompts, max_new_tokens=1)
-    x = vlm.embed(batch["tokens"], vlm.features(batch["pixels"]), batch["layout"])  # (B, T, D)
-    ends = [i * x.shape[1] + length - 1 for i, length in enumerate(batch["lengths"])]
-    ends = torch.tensor(ends, device=x.device)  # (B,) each prompt's last row
-    logits = vlm.decoder.lm_head(vlm.decoder(x, wanted=ends)).float()  # (B, V)
-    p = logits[:, [id for (id,) in choices]].softmax(-1).cpu()  # (B, candidates)
-    return [{"answer": candidates[int(row.argmax())], "p": [round(x, 6) for x in row.tolist()]} for row in p]
-
-
-def weights_stamp(directory):
-    """Size and time of the weights: two models under one name must not mix."""
-    files = sorted(Path(directory).glob("*.safetensors"))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 # ---- results ----
@@ -465,22 +350,21 @@ def table_row(name, columns, notes, unparsed=""):
     return [name, score, interval, str(n), unparsed, *beside, notes]
 
 
-def draw_wrong(items, records, cfg, path, side=240):
-    """--show: wrong answers, spread over the file, each with picture, question, answer and truth."""
-    wrong = [pair for pair in zip(items, records) if pair[1]["score"] is not None and pair[1]["score"] < 0.5]
+def draw_wrong(items, records, cfg, path):
+    """--show: wrong answers, spread over the file: the picture, beside it question, answer and truth."""
+    wrong = [record for record in records if record["score"] is not None and record["score"] < 0.5]
     n = min(cfg.show, len(wrong))
     chosen = [wrong[i * len(wrong) // n] for i in range(n)]
-    pictures = find_pictures([item for item, _ in chosen], cfg)
-
-    sheet = Image.new("RGB", (1024, max(1, n) * (side + 8)), "white")
+    ids = [record["id"] for record in chosen]
+    pictures = find_pictures([item for item in items if item["id"] in ids], cfg)
+    sheet = Image.new("RGB", (1024, max(1, n) * 248), "white")
     pen = ImageDraw.Draw(sheet)
-    for k, (item, record) in enumerate(chosen):
-        y = k * (side + 8)
-        for picture in pictures[item["id"]][:1]:
-            sheet.paste(ImageOps.pad(read_picture(picture), (side, side), color="white"), (0, y))
-        texts = [item["text"], f"said: {record['answer']}", f"truth: {record['truth']}"]
+    for k, record in enumerate(chosen):
+        for picture in pictures[record["id"]][:1]:
+            sheet.paste(ImageOps.pad(read_picture(picture), (240, 240), color="white"), (0, k * 248))
+        texts = [record["prompt"], f"said: {record['answer']}", f"truth: {record['truth']}"]
         lines = [line for text in texts for line in textwrap.wrap(text, 100)[:5]]
-        pen.text((side + 8, y), "\n".join(lines), fill="black", font_size=12)
+        pen.text((248, k * 248), "\n".join(lines), fill="black", font_size=12)
     write_whole(path, lambda tmp: sheet.save(tmp, format="PNG"))
     return str(path)
 

@@ -35,7 +35,7 @@ def match_predictions(bench, items, path):
     rows = load_records(path)
     for where, key, row in rows:
         row = row if isinstance(row, dict) else {"text": row}
-        names = [str(row[name]) for name in ID_KEYS if isinstance(row.get(name), (str, int, float))]
+        names = [str(row[name]) for name in ID_KEYS if is_text(row.get(name))]
         if isinstance(key, str):
             names = [key, *names]
         found = next((known[name] for name in names if name in known), [])
@@ -106,5 +106,4 @@ def read_prediction(where, row, bench):
 
 def is_text(value):
     """Numbers will do, but not true, false and NaN."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, str) or is_number
+    return isinstance(value, str) or (type(value) in (int, float) and math.isfinite(value))

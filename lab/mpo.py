@@ -16,10 +16,10 @@ import toyworld
 import train
 from benchmarks.own import is_right
 from conversation import Tokenizer
-from eval import encode_questions
 from model import VLM
 from pairs import ask_step_by_step, parse_answer
 from sample import answer
+from support.asking import encode_questions
 from support.io import json_lines
 
 MPO = (0.8, 0.2, 1)                  # w_p, w_q, w_g

@@ -7,7 +7,8 @@ import torch
 
 import sample
 from data import Examples, Records, micro_batches
-from eval import EvalConfig, draw_some, encode_questions, examine, read_items, table
+from eval import EvalConfig, draw_some, examine, read_items, table
+from support.asking import encode_questions
 from support.distributed import rank
 from support.io import write_json
 

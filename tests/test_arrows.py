@@ -21,6 +21,7 @@ ORDER = [                            # files of one row may know each other
     {"data"},
     {"sample"},
     {"benchmarks"},
+    {"support.asking"},
     {"eval"},
     {"support.plots", "support.distributed", "support.optim", "support.start"},
     {"support.heldout", "support.checkpoint", "support.plan"},

@@ -13,6 +13,7 @@ import sample
 import toyworld
 from benchmarks import choice, common, reasoning, vqa, yes_no
 from benchmarks.scoring import bootstrap
+from support import asking
 from support.cli import run
 from tools import compare
 
@@ -847,7 +848,8 @@ def test_a_chain_of_thought_and_the_direct_answer_stand_side_by_side(asked, tmp_
 def test_prompts_are_the_papers(by_hand, name, flags, prompt):
     folder, _, _ = by_hand(name)
     cfg = ev.parse(ev.EvalConfig, ["--benchmark", name, "--data", str(folder), *flags])
-    assert ev.phrase(ev.read_items(name, cfg), cfg.cot, {})[0]["prompt"] == prompt
+    column = "chain of thought" if cfg.cot else "direct"
+    assert ev.phrase(ev.read_items(name, cfg)[0], column, [], cfg)["prompt"] == prompt
 
 
 @pytest.fixture
@@ -945,8 +947,9 @@ def test_candidates_must_be_single_tokens_and_the_likeliest_is_said(asked, by_ha
 
 def test_evaluation_looks_once_at_a_picture_of_several_questions(toy, world, tmp_path, monkeypatch):
     looked = []
-    open_picture = ev.open_picture
-    monkeypatch.setattr(ev, "open_picture", lambda vlm, *shown: looked.append(shown[0]) or open_picture(vlm, *shown))
+    open_picture = asking.open_picture
+    look = lambda vlm, path, n: looked.append(path) or open_picture(vlm, path, n)
+    monkeypatch.setattr(asking, "open_picture", look)
     assert toy("--batch-size", 1000) == 0
     pictures = {json.loads(line)["image"] for line in (world / "val.jsonl").read_text().splitlines()}
     assert len(looked) == 2 * len(pictures)  # once for the score, once for the shuffled pictures

@@ -818,7 +818,8 @@ def test_the_table_of_known_answers_has_these_numbers(monkeypatch):
     }
     seen = {}
 
-    def ask(vlm, tok, column, questions, cfg, progress):
+    def ask(vlm, tok, questions, batch_size, progress):
+        column = questions[0]["column"]
         seen[column] = [item["pictures"] for item in questions]
         answers = {k: {"answer": text} for k, text in enumerate(said[column])}
         if column == "direct":

@@ -1,0 +1,125 @@
+"""Many questions to a model, in batches: each picture is opened once for all of its questions in a batch, and
+the next batch is prepared while this one is answered.
+
+    question  {"id", "turns": [("human", text)], "pictures": [path or bytes, ...], "limit": tokens, ...}
+    answer    {"id", "answer": text, "cut_off": whether the limit came before its end}
+"""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import sample
+from benchmarks.common import COT, LETTER, SHORT
+from support.cli import UserError
+from support.io import reading
+from vision import FORMATS, open_image, to_rgb
+
+
+def ask(vlm, tok, questions, batch_size, progress=None):
+    """-> {id: answer}
+
+    Batches are cut from all questions, and --resume leaves out whole batches only: each answer comes from the
+    same arithmetic as in an uninterrupted run.
+    """
+    done = {}
+    column = questions[0]["column"]
+    if progress:
+        with reading(progress.path, "begin anew, without --resume"):
+            done = {row["id"]: row for row in progress.rows if row["column"] == column}
+    batches = cut_batches(questions, batch_size)
+    todo = [batch for batch in batches if any(item["id"] not in done for item in batch)]
+    n_done = len(questions) - sum(map(len, todo))
+    with tqdm(total=len(questions), initial=n_done, unit="question", desc=column, disable=None) as bar:
+        for batch, prompts in one_ahead(partial(encode_questions, vlm, tok), todo):
+            answer = likeliest if "candidates" in batch[0] else write_answers
+            rows = answer(vlm, tok, batch, prompts)
+            rows = [{"column": column, "id": item["id"]} | row for item, row in zip(batch, rows)]
+            done |= {row["id"]: row for row in rows}
+            if progress:
+                progress.add(rows)
+            bar.update(len(batch))
+    return done
+
+
+def cut_batches(questions, size):
+    """Questions for answers of one kind, those about one picture side by side."""
+
+    def order(item):
+        _, text = item["turns"][-1]
+        wants_a_word = SHORT in text or LETTER in text  # a batch runs until its longest answer has ended
+        return COT in text, wants_a_word, str(item["pictures"]), len(text)
+
+    ordered = sorted(questions, key=order)
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def one_ahead(work, jobs):
+    """(job, work(job)) of each job; the next one is worked on while the caller uses this one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(work, job) for job in jobs[:1]]
+        for job, following in zip(jobs, [*jobs[1:], None]):
+            found = coming.pop().result()
+            if following:
+                coming.append(pool.submit(work, following))
+            yield job, found
+
+
+def encode_questions(vlm, tok, questions):
+    """-> prompts, as sample.answer takes them"""
+    look = cache(partial(open_picture, vlm))
+    prompts = []
+    for item in questions:
+        *earlier, (_, text) = item["turns"]
+        pictures = [look(picture, len(item["pictures"])) for picture in item["pictures"]]
+        prompts.append(sample.encode_question(vlm, tok, text, pictures, earlier))
+    return prompts
+
+
+def open_picture(vlm, picture, n_picture):
+    return sample.cut_picture(vlm, read_picture(picture), n_picture)
+
+
+def read_picture(picture):
+    """MMBench's pictures are bytes that stand in its table; all others are files."""
+    if isinstance(picture, bytes):
+        return to_rgb(Image.open(io.BytesIO(picture), formats=FORMATS))
+    return open_image(picture)
+
+
+def write_answers(vlm, tok, questions, prompts):
+    """Greedy; nothing to a question that is too long for the model."""
+    block_size = vlm.cfg.decoder.block_size
+    limit = min(questions[0]["limit"], block_size // 2)
+    lengths = [len(ids) for ids, _ in prompts]
+
+    # Near the model's length each is asked alone: nobody's answer depends on its neighbours.
+    batch_size = len(prompts) if max(lengths) + limit <= block_size else 1
+    fitting = [prompt for prompt, n in zip(prompts, lengths) if n < block_size]
+    answers = iter(sample.answer(vlm, tok, fitting, limit, batch_size))
+    rows = []
+    for n in lengths:
+        found = next(answers) if n < block_size else None
+        rows.append({"answer": found.text, "cut_off": not found.whole} if found else {})
+    return rows
+
+
+@torch.no_grad()
+def likeliest(vlm, tok, questions, prompts):
+    """Prismatic's way: softmax at the first answer position over the candidates' single tokens."""
+    candidates = questions[0]["candidates"]
+    choices = [tok.encode(candidate) for candidate in candidates]
+    for candidate, ids in zip(candidates, choices):
+        if len(ids) != 1:
+            raise UserError(f"--likelihood: {candidate!r} is not one token of {tok.path}; --likelihood no")
+    batch = sample.make_batch(vlm, tok, prompts, max_new_tokens=1)
+    x = vlm.embed(batch["tokens"], vlm.features(batch["pixels"]), batch["layout"])  # (B, T, D)
+    ends = [i * x.shape[1] + length - 1 for i, length in enumerate(batch["lengths"])]
+    ends = torch.tensor(ends, device=x.device)  # (B,) each prompt's last row
+    logits = vlm.decoder.lm_head(vlm.decoder(x, wanted=ends)).float()  # (B, V)
+    p = logits[:, [id for (id,) in choices]].softmax(-1).cpu()  # (B, candidates)
+    return [{"answer": candidates[int(row.argmax())], "p": [round(x, 6) for x in row.tolist()]} for row in p]
