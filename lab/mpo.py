@@ -116,7 +116,8 @@ def score(model, quick):
     def answers_to(texts):
         turns = [[("human", text)] for text in texts]
         asked = [{"turns": said, "pictures": [picture]} for said, picture in zip(turns, pictures)]
-        return [found.text for found in answer(vlm, tok, encode_questions(vlm, tok, asked))]
+        prompts = encode_questions(vlm, tok, asked)
+        return [found.text for found in answer(vlm, tok, prompts, max_new_tokens=96)]
 
     scenes = [scene_of("val", i) for i in range(n)]
     asked = [toyworld.two_step_question(scene, rng) for scene, rng in scenes]

@@ -54,7 +54,8 @@ class HeldOut:
         chosen = [self.questions[(step * 7 + i * n_all // n) % n_all] for i in range(n)]
         lines = []
         asked = [{"turns": [("human", item["text"])], "pictures": item["paths"]} for item in chosen]
-        answers = sample.answer(self.vlm, self.tok, encode_questions(self.vlm, self.tok, asked))
+        prompts = encode_questions(self.vlm, self.tok, asked)
+        answers = sample.answer(self.vlm, self.tok, prompts, max_new_tokens=96)
         for question, found in zip(chosen, answers, strict=True):
             asked = question["text"].replace("<image>", "").strip().split("\n")
             asked = next((line for line in asked if "?" in line), asked[0])  # without its format prompt
