@@ -139,9 +139,8 @@ def pair_row(prompt, chosen, rejected):
     """Three lists of ids -> the row, (T,) each."""
     p, c, r = len(prompt), len(chosen), len(rejected)
     positions = [*range(p + c), *range(p, p + r)]
-    predictor = [0] * p  # never read
-    predictor += [p - 1, *range(p, p + c - 1)]
-    predictor += [p - 1, *range(p + c, p + c + r - 1)]
+    predictor = [*range(-1, p + c + r - 1)]  # the token before, but of each answer's first the prompt's last
+    predictor[p + c] = p - 1
     return {
         "tokens": torch.tensor(prompt + chosen + rejected),
         "labels": torch.tensor([IGNORE] * p + chosen + rejected),
@@ -311,8 +310,8 @@ class PairExamples(Examples):
             i = record["row"]
             if example["checksum"] != self.known["checksum"][i]:
                 raise UserError(
-                    f"{record['where']}: not the pair that the reference was asked about before step 1, "
-                    "or its picture is another; start the run anew"
+                    f"{record['where']}: the reference was asked about another pair before step 1, or about "
+                    "another picture; start the run anew"
                 )
             example["s_ref"] = self.known["s_ref"][i].tolist()
         return example
@@ -344,7 +343,7 @@ def pair_texts(record):
     """-> question, chosen, rejected"""
     texts = [record.get(name) for name in ("question", "chosen", "rejected")]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f'question, chosen and rejected are {texts}; a pair has all three as text')
+        raise UserError(f"question, chosen and rejected are {texts}; a pair has all three as text")
     return texts
 
 

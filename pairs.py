@@ -23,7 +23,6 @@ normalised words, numbers, option letters and boxes, and not by math-verify (for
 
 import random
 import sys
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from itertools import islice, product
@@ -37,7 +36,7 @@ from conversation import find_template
 from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
 from support.cli import REQUIRED, UserError, arg, parse, run
-from support.io import Progress, json_lines, lock, write_json, write_whole
+from support.io import Progress, fingerprint, json_lines, lock, write_json, write_whole
 from vision import open_image
 
 # What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
@@ -93,16 +92,8 @@ def make_pairs(cfg, out):
     cfg.image_root = cfg.image_root or str(Path(cfg.data).parent)
     records = Records(cfg.data, cfg.image_root).split_questions()
     vlm, tok = open_asked(cfg)
-
-    questions, unreadable = read_questions(records, cfg)
-    print_skipped(unreadable)
-    if not questions:
-        raise UserError(f"{cfg.data}: no question that could be used")
-    n = min(cfg.limit or len(questions), len(questions))
-    questions = [questions[i * len(questions) // n] for i in range(n)]
-
-    progress = ask_all(vlm, tok, questions, cfg)
-    pairs = report(progress.rows, unreadable, out)
+    progress = ask_all(vlm, tok, records, cfg)
+    pairs = report(progress.rows, out)
     if not pairs:
         raise UserError("not one pair could be made; the counts are above")
     write_whole(out, lambda tmp: tmp.write_text(json_lines(pairs), encoding="utf-8"))
@@ -112,47 +103,86 @@ def make_pairs(cfg, out):
     return 0
 
 
+# ---- group by group, so that a killed run can go on ----
+
+
+def ask_all(vlm, tok, records, cfg):
+    """-> a Progress, of which each row is what ask_group gives."""
+    size = cfg.batch_size
+    if cfg.method == "correctness":
+        size = max(1, cfg.batch_size // cfg.samples)
+    n = min(cfg.limit or len(records), len(records))
+    rows = [i * len(records) // n for i in range(n)]  # spread over the file
+
+    weights = sorted(Path(cfg.model).glob("*.safetensors"))
+    flags = asdict(cfg) | {"files": fingerprint([file.path for file in records.files] + weights)}
+    del flags["out"], flags["device"]
+    progress = Progress(cfg.out + ".part", flags)
+    n_done = len(progress.rows) * size
+    print(f"{n:,} questions, {min(n, n_done):,} of them asked before", flush=True)
+    for first in tqdm(range(n_done, n, size), cfg.method, unit="group", disable=None):
+        seed = cfg.seed * 2**32 + first * 2**12  # of the group's place alone
+        progress.add([ask_group(vlm, tok, records, rows[first : first + size], cfg, seed)])
+    return progress
+
+
+def ask_group(vlm, tok, records, rows, cfg, seed):
+    """-> a line of the .part file"""
+    group = {"pairs": [], "counts": Counter(questions=len(rows)), "skipped": [], "no_format": ""}
+    questions = []
+    for i in rows:
+        try:
+            questions.append(read_question(vlm, tok, records[i], cfg))
+        except UserError as error:
+            group["skipped"].append(str(error))
+    method = {"correctness": pairs_by_correctness, "dropout-ntp": pairs_by_dropout}[cfg.method]
+    method(vlm, tok, questions, cfg, seed, group)
+    return group
+
+
+def draw_answers(vlm, tok, prompts, cfg, seed):
+    choices = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
+    return answer(vlm, tok, prompts, cfg.max_new_tokens, cfg.batch_size, seed, **choices)
+
+
 # ---- questions ----
 
 
 @dataclass
 class Question:
-    where: str          # file and line, for messages
+    where: str          # file and line
     image: object       # as the record has it: a name, several or None
-    paths: list
     text: str
+    prompt: tuple       # what the model is given to answer
     truth: str
     chosen: str | None  # dropout-ntp: None until the model has answered, unless the record has it
-    prompt: tuple = ()  # what the model is given to answer
 
 
-def read_questions(records, cfg):
-    """-> [Question], and why some are none."""
-    questions, unreadable = [], []
-    for i in range(len(records)):
-        try:
-            questions.append(read_question(records[i], cfg))
-        except UserError as error:
-            unreadable.append(str(error))
-    return questions, unreadable
+def read_question(vlm, tok, record, cfg):
+    try:
+        paths = picture_paths(record)
+        (role, text), *answers = record["turns"]
+        truth = answers[0][1].strip() if answers else ""
+        if role != "human":
+            raise UserError("no question")
+        if cfg.method == "correctness" and not truth:
+            raise UserError("no answer to judge by")
+        if cfg.method == "dropout-ntp" and not paths:
+            raise UserError("no picture that could be left out")
+        if cfg.method == "correctness" and cfg.prompt != "direct":
+            text = ask_step_by_step(text, len(paths), cfg.prompt)
+        elif len(paths) == 1 and "<image>" not in text:
+            text = "<image>\n" + text
 
-
-def read_question(record, cfg):
-    where, paths = record["where"], picture_paths(record)
-    (role, text), *answers = record["turns"]
-    truth = answers[0][1].strip() if answers else ""
-    if role != "human":
-        raise UserError(f"{where}: no question")
-    if cfg.method == "correctness" and not truth:
-        raise UserError(f"{where}: no answer to judge by")
-    if cfg.method == "dropout-ntp" and not paths:
-        raise UserError(f"{where}: no picture that could be left out")
-    if cfg.method == "correctness" and cfg.prompt != "direct":
-        text = ask_step_by_step(text, len(paths), cfg.prompt)
-    elif len(paths) == 1 and "<image>" not in text:
-        text = "<image>\n" + text
+        pictures = [cut_picture(vlm, open_image(path), len(paths)) for path in paths]
+        prompt = encode_question(vlm, tok, text, pictures)
+        n_token, longest = len(prompt[0]), vlm.cfg.decoder.block_size
+        if n_token >= longest * 3 // 4:
+            raise UserError(f"its {n_token} tokens leave little room for an answer in {longest}")
+    except UserError as error:
+        raise UserError(f"{record['where']}: {error}") from None
     chosen = record.get("chosen")
-    return Question(where, record.get("image"), paths, text, truth, chosen and chosen.strip())
+    return Question(record["where"], record.get("image"), text, prompt, truth, chosen and chosen.strip())
 
 
 def ask_step_by_step(text, n_image, language="en"):
@@ -203,7 +233,7 @@ def pairs_by_correctness(vlm, tok, questions, cfg, seed, group):
 
 
 def judge_answer(said, truth, cfg):
-    """-> what kind of answer it is, its text as a pair has it, and the part of it that is judged."""
+    """-> what kind of answer it is, its text as a pair has it, and the part of it that is judged, or None."""
     text = final = said.text
     if not said.whole or not text:
         return "empty or cut off", text, None
@@ -252,6 +282,7 @@ def write_as_truth(reasoning, final, truth):
 
 
 def pairs_by_dropout(vlm, tok, questions, cfg, seed, group):
+    """Each answer with its own first words, completed without the picture."""
     counts = group["counts"]
 
     # The chosen answers: those of the file, else the model's own, with the picture.
@@ -263,7 +294,7 @@ def pairs_by_dropout(vlm, tok, questions, cfg, seed, group):
     answered = [question for question in questions if question.chosen]
     counts["answers empty or cut off"] = len(questions) - len(answered)
 
-    # The first words of each, completed without the picture.
+    # What the model makes of the first words of each.
     begins, prompts = [], []
     for question in answered:
         begin = first_words(vlm, tok, question.chosen, cfg.ratio)
@@ -295,71 +326,23 @@ def first_words(vlm, tok, text, ratio):
     return tok.encode(opening + begin, dummy_prefix=False)
 
 
-# ---- group by group, so that a killed run can go on ----
-
-
-def ask_all(vlm, tok, questions, cfg):
-    """-> a Progress, of which each row is what ask_group gives."""
-    size = cfg.batch_size
-    if cfg.method == "correctness":
-        size = max(1, cfg.batch_size // cfg.samples)
-    flags = asdict(cfg) | {"questions": zlib.crc32(repr(questions).encode())}
-    del flags["out"], flags["device"]
-    progress = Progress(cfg.out + ".part", flags)
-    n_done = len(progress.rows) * size
-    print(f"{len(questions):,} questions, of which {n_done:,} were asked before", flush=True)
-
-    for first in tqdm(range(n_done, len(questions), size), cfg.method, unit="group", disable=None):
-        seed = cfg.seed * 2**32 + first * 2**12  # of the group's place alone
-        progress.add([ask_group(vlm, tok, questions[first : first + size], cfg, seed)])
-    return progress
-
-
-def ask_group(vlm, tok, questions, cfg, seed):
-    """-> a line of the .part file"""
-    group = {"pairs": [], "counts": Counter(questions=len(questions)), "skipped": [], "no_format": ""}
-    usable = []
-    for question in questions:
-        try:
-            question.prompt = make_prompt(vlm, tok, question)
-            usable.append(question)
-        except UserError as error:
-            group["skipped"].append(f"{question.where}: {error}")
-
-    method = {"correctness": pairs_by_correctness, "dropout-ntp": pairs_by_dropout}[cfg.method]
-    method(vlm, tok, usable, cfg, seed, group)
-    return group
-
-
-def make_prompt(vlm, tok, question):
-    pictures = [cut_picture(vlm, open_image(path), len(question.paths)) for path in question.paths]
-    prompt = encode_question(vlm, tok, question.text, pictures)
-    n_prompt, longest = len(prompt[0]), vlm.cfg.decoder.block_size
-    if n_prompt >= longest * 3 // 4:
-        raise UserError(f"a question of {n_prompt} tokens leaves little room for an answer in {longest}")
-    return prompt
-
-
-def draw_answers(vlm, tok, prompts, cfg, seed):
-    choices = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
-    return answer(vlm, tok, prompts, cfg.max_new_tokens, cfg.batch_size, seed, **choices)
-
-
 # ---- the report ----
 
 
-def report(groups, unreadable, out):
+def report(groups, out):
     """-> all pairs. Print what was dropped and why; the same as JSON beside the pairs."""
-    skipped = [reason for group in groups for reason in group["skipped"]]
-    print_skipped(skipped)
     pairs = [pair for group in groups for pair in group["pairs"]]
-    counts = Counter(pairs=len(pairs), unreadable=len(unreadable), unusable=len(skipped))
+    skipped = [reason for group in groups for reason in group["skipped"]]
+    for reason in skipped[:5]:
+        print(f"skipped: {reason}")
+    counts = Counter(pairs=len(pairs), skipped=len(skipped))
     no_format = ""
     for group in groups:
         counts.update(group["counts"])
         no_format = no_format or group["no_format"]
-    counts["tokens generated per pair"] = round(counts["tokens"] / max(1, len(pairs)), 1)
-    counts = dict(sorted(counts.items()))
+    if pairs:
+        counts["tokens generated per pair"] = round(counts["tokens"] / len(pairs), 1)
+    counts = {name: n for name, n in sorted(counts.items()) if n}
     for name, n in counts.items():
         print(f"{name:30s}{n:10,}")
     write_json(out.with_name(out.name + ".stats.json"), {"counts": counts}, indent=1)
@@ -367,13 +350,6 @@ def report(groups, unreadable, out):
         print("one answer without format, which wants lines of reasoning (--min-newlines) and then "
               f'"Final answer: ...", or --prompt direct: {no_format!r:.300}')
     return pairs
-
-
-def print_skipped(reasons, n_shown=5):
-    for reason in reasons[:n_shown]:
-        print(f"skipped: {reason}")
-    if len(reasons) > n_shown:
-        print(f"skipped: {len(reasons) - n_shown:,} more")
 
 
 if __name__ == "__main__":

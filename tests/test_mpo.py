@@ -448,7 +448,7 @@ def test_a_pair_that_the_reference_has_not_seen_so_is_never_trained_on(tiny, fol
     before, *_, after = log("run")
     assert before["pairs"] == (2 if at_first == "missing" else 4)
     assert after["pairs"] == 2
-    assert all("the reference was asked about" in reason for reason in after["skipped"])
+    assert all("the reference was asked about another pair" in reason for reason in after["skipped"])
 
 
 def test_a_reference_is_asked_about_no_more_pairs_than_the_steps_will_show(tiny, folder):
@@ -607,6 +607,18 @@ def test_check_finds_pairs_without_a_rejected_answer(tiny, folder, capsys):
     said = capsys.readouterr().out
     assert "1 good, 1 wrong" in said
     assert "a pair has all three as text" in said
+
+
+def test_preferences_over_a_lora_train_what_can_be_opened(tiny, folder):
+    lora = ["--lora-r", 4, "--train", "llm", "--save-every", 0]
+    assert go(tiny, folder, *lora, out="one") == 0
+    assert go("one", folder, *lora, out="two") == 0
+    assert log("two")[0]["margin"] == 0
+    one, _ = sample.open_asked(sample.ModelConfig(model="one"))
+    two, tok = sample.open_asked(sample.ModelConfig(model="two"))
+    moved = [not torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters())]
+    assert any(moved)
+    assert sample.answer(two, tok, [sample.encode_question(two, tok, "Why?")], 4)
 
 
 @pytest.fixture
@@ -831,8 +843,7 @@ def test_right_answers_meet_wrong_ones_and_those_without_form(tiny, folder, aske
     counts = stats()["counts"]
     assert counts["answers empty or cut off"] == 7
     assert counts["questions none right"] == 3
-    assert counts["unusable"] == 1
-    assert counts["unreadable"] == 1
+    assert counts["skipped"] == 2
     assert counts["tokens generated per pair"] == round(counts["tokens"] / len(made), 1)
 
 
@@ -882,7 +893,7 @@ def test_cut_off_and_same_completions_make_no_pair(tiny, folder, described, talk
 def test_without_a_chosen_answer_the_model_gives_its_own_with_the_picture(tiny, folder, asked, talkative):
     calls = talkative("one two three four", "blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--batch-size", 2) == 0
-    assert len(calls) == 2 * 4
+    assert len(calls) == 2 * 5
     (_, with_picture), *_ = calls[0]
     (_, without), *_ = calls[1]
     assert with_picture and not without
@@ -892,16 +903,16 @@ def test_dropout_skips_a_question_without_a_picture(tiny, folder, asked, talkati
     talkative("one two three four", "blue bird.")
     assert build(tiny, folder, "dropout-ntp") == 0
     assert {pair["image"] for pair in lines("pairs/made.jsonl")} == {"a.png"}
-    assert stats()["counts"]["unreadable"] == 2
+    assert stats()["counts"]["skipped"] == 3
     assert "questions.jsonl, line 8 (id '7'), question 1: no picture that could be left out" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("limit", [1, 4, 6, 7, 100])
+@pytest.mark.parametrize("limit", [1, 4, 7, 8, 100])
 def test_a_limit_takes_so_many_questions_spread_over_the_file(tiny, folder, asked, talkative, limit):
     calls = talkative("One.\nTwo.\nFinal answer: 1", "One.\nTwo.\nFinal answer: 2")
     build(tiny, folder, "correctness", "--limit", limit)
-    assert stats()["counts"]["questions"] == min(limit, 8)
-    assert len(calls) == math.ceil(min(limit, 8) / 2)
+    assert stats()["counts"]["questions"] == min(limit, 9)
+    assert len(calls) == math.ceil(min(limit, 9) / 2)
 
 
 def test_a_model_that_answers_directly_is_told_of_the_format_and_makes_pairs_without_it(
@@ -919,14 +930,14 @@ def test_a_model_that_answers_directly_is_told_of_the_format_and_makes_pairs_wit
     assert ("<image>\nHow many? 2", "2", "two cats") in found
 
 
-def test_other_questions_under_the_same_name_are_no_reason_to_go_on(tiny, folder, asked, monkeypatch, capfd):
+def test_other_questions_under_the_same_name_are_refused(tiny, folder, asked, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         die_at(patch, pairs, "draw_answers", call=2)
         assert exit_code_of(lambda: build(tiny, folder, "correctness")) == 9
     text = asked.read_text()
     asked.write_text(text.replace("How many", "How few"))
     assert build(tiny, folder, "correctness") == 1
-    assert "made.jsonl.part was written with questions" in errors(capfd)[-1]
+    assert "made.jsonl.part was written with files" in errors(capfd)[-1]
 
 
 @pytest.mark.parametrize("method, size", [("correctness", 8), ("dropout-ntp", 2)])
