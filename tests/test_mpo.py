@@ -919,13 +919,13 @@ def test_a_model_that_answers_directly_is_told_of_the_format_and_makes_pairs_wit
     tiny, folder, asked, talkative, capfd
 ):
     talkative("1", "2", "two cats")
-    assert build(tiny, folder, "correctness", "--limit", 3) == 1
+    assert build(tiny, folder, "correctness", "--limit", 4) == 1
     said = capfd.readouterr().out
     assert '"Final answer: ...", or --prompt direct: ' in said
     assert stats()["counts"]["answers no format"] == 3 * 4
 
     Path("pairs/made.jsonl.part").unlink()
-    assert build(tiny, folder, "correctness", "--limit", 3, "--prompt", "direct") == 0
+    assert build(tiny, folder, "correctness", "--limit", 4, "--prompt", "direct") == 0
     found = {(pair["question"], pair["chosen"], pair["rejected"]) for pair in lines("pairs/made.jsonl")}
     assert ("<image>\nHow many? 2", "2", "two cats") in found
 
