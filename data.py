@@ -12,7 +12,7 @@ FILE is a JSON list, or has one record per line (JSON lines). A record is one of
     {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
     {"question_id", "image", "text", "answer"}       a question; "question" may stand for "text"
     {"image", "question", "chosen", "rejected"}      a preference pair; here its answer is the chosen one
-"image" is a file name below --image-root, a list of them, or not there.
+"image", or "images", is a file name below --image-root, a list of them, or not there.
 
 Where this departs from LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL
 (arXiv:2411.10442): a conversation that is too long is an error or a counted skip. They cut it, or set all
@@ -22,7 +22,6 @@ its labels to IGNORE.
     python -m tools.show check FILE --image-root DIR     # missing and broken pictures, lengths, labels
 """
 
-import json
 from dataclasses import dataclass
 from itertools import islice
 
@@ -34,8 +33,7 @@ import vision
 from conversation import Tokenizer, encode_conversation, find_template
 from model import IGNORE
 from support.cli import UserError
-from support.data_files import choose_rows, open_files
-from support.io import reading
+from support.data_files import choose_rows, count_markers, open_files
 
 # ---- examples and batches ----
 
@@ -215,8 +213,6 @@ def share_by_rank(indices, records, n_visual, rank=0, world=1):
 
 # ---- records ----
 
-RECORD = '{"id", "image", "conversations": [{"from": "human" or "gpt", "value": text}, ...]}'
-
 
 class Records:
     """The records of one file or of several, each parsed when it is asked for.
@@ -224,6 +220,8 @@ class Records:
     `index` says where each stands (support/data_files.py, ROW). A weight of 2 has every row twice, a fraction
     of 0.1 a tenth of them.
     """
+
+    with_earlier = False  # see split_questions
 
     def __init__(self, data, image_root="", weights="", fraction=1.0, seed=0):
         """data: FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's. Pictures lie below
@@ -248,40 +246,28 @@ class Records:
         where it comes from: where (for errors), file (a DataFile), row (i), group (its first question's row).
         """
         k, number, start, end, question = self.index[i].tolist()
-        file = self.files[k]
-        where = file.name_record(number)
-        with reading(where, f"expected {RECORD}"):
-            record = json.loads(file.read(start, end))
-            record["id"] = str(record.get("id", record.get("question_id", number)))
-        where += f" (id {record['id']!r})"
-        with reading(where, f'expected {RECORD}, or a question in "text"'):
-            images, turns = read_images(record), read_turns(record)
+        record = self.files[k].read_record(number, start, end)
+        record |= {"row": i, "group": i - max(0, question)}
+        if question < 0:
+            return record
+        asked = answered_questions(record)[question]
+        return asked if self.with_earlier else ask_alone(asked)
 
-        # One question of several: it needs the pictures that others have brought along, too.
-        questions = find_questions(turns)
-        if question >= 0 and len(questions) > 1:
-            (role, text), answer = questions[question]
-            n_missing = len(images) - text.count("<image>")
-            turns = [(role, "<image>\n" * n_missing + text), answer]
-        if question >= 0:
-            where += f", question {question + 1}"
-        record |= {"images": images, "turns": turns, "where": where, "file": file}
-        return record | {"row": i, "group": i - max(0, question)}
+    def split_questions(self, with_earlier=False):
+        """Make a row of every question with its answer; with_earlier: and with the turns before it.
 
-    def split_questions(self):
-        """Make a row of every question with its answer. All records are read once, to count their questions.
-
-        A decoder that starts from nothing learns from short rows which words matter, long before it does so
-        in long ones.
+        All records are read once, to count their questions. A decoder that starts from nothing learns from
+        short rows which words matter, long before it does so in long ones.
         """
+        self.with_earlier = with_earlier
         counts = []
         for i in range(len(self)):
             try:
-                counts.append(max(1, len(find_questions(self[i]["turns"]))))
+                counts.append(len(answered_questions(self[i])))
             except UserError:  # said, or counted, when it is this record's turn
-                counts.append(1)
-        self.index = self.index.repeat(counts)
-        self.index["question"] = np.concatenate([np.arange(n) for n in counts])
+                counts.append(0)
+        self.index = self.index.repeat(np.maximum(counts, 1))
+        self.index["question"] = np.concatenate([np.arange(n) if n else [-1] for n in counts])
         return self
 
     @property
@@ -294,7 +280,7 @@ class Records:
         """Good enough to share out work, and without parsing: 4 bytes a token, one picture of n_visual
         tokens."""
         k, _, start, end, _ = self.index[i].tolist()
-        has_picture = b'"image"' in self.files[k].read(start, end)
+        has_picture = b'"image' in self.files[k].read(start, end)
         return (end - start) / 4 + n_visual * has_picture
 
 
@@ -302,35 +288,20 @@ def picture_paths(record):
     return [record["file"].image_path(name) for name in record["images"]]
 
 
-def read_images(record):
-    """-> the names of its pictures"""
-    images = record.get("image")
-    if images is None:
-        return []
-    names = images if isinstance(images, list) else [images]
-    if not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f'"image" is {images!r}, not a file name or a list of file names')
-    return names
+def answered_questions(record):
+    """A record for each answer to a question, with the turns before it and the pictures up to it."""
+    turns, images = record["turns"], record["images"]
+    questions = []
+    for end in range(2, len(turns) + 1):
+        if [role for role, _ in turns[end - 2 : end]] == ["human", "gpt"]:
+            n_shown = count_markers(turns[:end]) if count_markers(turns) else len(images)
+            where = f"{record['where']}, question {len(questions) + 1}"
+            questions.append(record | {"turns": turns[:end], "images": images[:n_shown], "where": where})
+    return questions
 
 
-def read_turns(record):
-    """-> [(role, text), ...]"""
-    if "conversations" in record:
-        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
-    else:
-        question = record.get("text", record.get("question"))
-        answer = record.get("chosen", record.get("answer"))
-        turns = [("human", question), ("gpt", answer)]
-        turns = [(role, text) for role, text in turns if text is not None]
-
-    if not turns:
-        raise ValueError("no conversation")
-    for k, (role, text) in enumerate(turns, 1):
-        if role not in ("human", "gpt") or not isinstance(text, str):
-            raise TypeError(f"turn {k} is {text!r:.80} from {role!r}")
-    return turns
-
-
-def find_questions(turns):
-    """-> [(question, answer), ...], each (role, text)"""
-    return [pair for pair in zip(turns, turns[1:]) if (pair[0][0], pair[1][0]) == ("human", "gpt")]
+def ask_alone(record):
+    """Its last question without the turns before it, whose pictures then stand in front."""
+    *earlier, (role, text), answer = record["turns"]
+    text = "<image>\n" * count_markers(earlier) + text
+    return record | {"turns": [(role, text), answer]}

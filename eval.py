@@ -37,7 +37,7 @@ from benchmarks.own import most_frequent, own_right
 from benchmarks.predictions import match_predictions
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
-from data import Records, find_questions, picture_paths
+from data import Records, picture_paths
 from support.asking import ask, read_picture
 from support.cli import UserError, arg, parse, run
 from support.io import Progress, json_lines, lock, read_json, reading, write_whole
@@ -172,20 +172,19 @@ def read_own(cfg):
     """Every question of every record that has an answer, such as the toy world's val.jsonl."""
     path = Path(cfg.data)
     path = path / "val.jsonl" if path.is_dir() else path
-    records = Records(path, cfg.image_root or path.parent).split_questions()
+    records = Records(path, cfg.image_root).split_questions(with_earlier=True)
     n_seen = Counter()
     for i in range(len(records)):
         record = records[i]
-        pair = next(iter(find_questions(record["turns"])), None)
-        if pair is None:
+        if len(record["turns"]) < 2:
             raise UserError(f'{record["where"]}: no answer; a question needs "text" and "answer"')
-        (_, text), (_, truth) = pair
+        *earlier, (_, text), (_, truth) = record["turns"]
         id = record["id"]
         n_seen[id] += 1
         if n_seen[id] > 1:  # another question of this record, or another record of this name
             id = f"{id}#{n_seen[id]}"
         item = question(id, None, text, "", truth, category=str(record.get("category", "all")))
-        yield item | {"image": record["images"], "paths": picture_paths(record)}
+        yield item | {"earlier": earlier, "image": record["images"], "paths": picture_paths(record)}
 
 
 SUITE = BENCHMARKS | {"own": Benchmark(read_own, as_said, own_right, max_new_tokens=96)}
@@ -232,7 +231,8 @@ def phrase(item, column, pictures, cfg):
 
     # In an official question <image> is a word, in one's own it is the place of a picture.
     typed = prompt if item["benchmark"] == "own" else as_text(prompt)
-    asked = item | {"column": column, "worked": worked, "prompt": prompt, "turns": [("human", typed)]}
+    turns = [*item.get("earlier", ()), ("human", typed)]
+    asked = item | {"column": column, "worked": worked, "prompt": prompt, "turns": turns}
     asked |= {"pictures": pictures, "limit": cfg.max_new_tokens or limit}
     if worked or cfg.likelihood != "yes":
         asked.pop("candidates", None)

@@ -294,7 +294,6 @@ def teach(cfg, Task):
 def fill_in_paths(cfg):
     """What was not given stands beside --data. Then check that the files are there."""
     folder = Path(cfg.data.split(",")[0]).parent
-    cfg.image_root = cfg.image_root or str(folder)
     cfg.out = cfg.out or f"out/{cfg.stage}"
     if not cfg.val and (folder / "val.jsonl").exists():
         cfg.val = str(folder / "val.jsonl")
@@ -321,7 +320,7 @@ class TrainConfig:
         "share of the records to train on; a smaller one is part of a larger one of the same --seed",
         above=0, at_most=1)
     split_questions: bool = arg(False, "each question of a conversation with its answer as its own record")
-    image_root: str = arg("", "folder that the records' image paths start from; empty: the folder of --data")
+    image_root: str = arg("", "folder that the records' image paths start from; empty: that of their file")
     val: str = arg("",
         "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if any")
     out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")

@@ -195,8 +195,9 @@ class Run:
         cfg = self.cfg
         shown = self.n_step * cfg.batch_size
         if self.skipped == shown:
+            root = f" --image-root {cfg.image_root}" if cfg.image_root else ""
             raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: "
-                            f"python -m tools.show check {cfg.data} --image-root {cfg.image_root}")
+                            f"python -m tools.show check {cfg.data}{root}")
         n_done = self.n_step - self.first_step + 1
         seconds = time.time() - self.began
         print(f"trained {n_done} steps in {seconds:.0f} s; {self.skipped} of {shown} records skipped")

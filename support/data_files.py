@@ -1,12 +1,13 @@
-"""The files of --data as bytes: where each record stands in them, and where their pictures lie.
+"""The files of --data: where each record stands in them, what it says, and where its pictures lie.
 
 JSON lines stay on the disk: of each record only its place is kept. A JSON list is read once and kept in
-memory as JSON lines, in bytes.
+memory as JSON lines, in bytes. data.py shows what a record may look like.
 """
 
 import io
 import json
 import os
+import re
 from array import array
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import numpy as np
 
 from support.cli import UserError
 from support.io import read_json, reading
+
+RECORD = '{"id", "image", "conversations": [{"from": "human" or "gpt", "value": text}, ...]}'
+OTHER_MEDIA = "(image|img|picture|photo|video|audio)s?(_?(path|file|name|url)s?)?"  # fields nobody reads
 
 # A record's place: its file, its number there, its first byte, the byte behind its last; and which of its
 # questions is meant, -1 for all.
@@ -23,6 +27,8 @@ ROW = np.dtype([(name, np.int64) for name in ("file", "number", "start", "end", 
 def open_files(data, image_root="", weights=""):
     """FILE, or FILE,FILE, or a meta.json as MMPR's; weights "X,X", one for each file. -> [DataFile]"""
     paths = [Path(path) for path in data.split(",")]
+    if image_root and not Path(image_root).is_dir():
+        raise UserError(f"--image-root {image_root}: no such folder")
     if len(paths) == 1 and paths[0].suffix == ".json" and b'"annotation"' in file_head(paths[0]):
         files = open_meta(paths[0], Path(image_root or paths[0].parent))
     else:
@@ -38,20 +44,26 @@ def open_meta(meta, base):
     """{name: {"root", "annotation", "repeat_time", "data_augment"}}, whose paths start at `base`"""
     files = []
     for name, entry in read_json(meta).items():
-        try:
+        with reading(f"{meta}, {name!r}", "write your own paths there, in the form of MMPR's"):
             file = DataFile(base / entry["annotation"], base / entry.get("root", ""))
-        except UserError as error:
-            raise UserError(f"{meta}, {name!r}: {error}. Write your own paths there") from None
-        file.weight = float(entry.get("repeat_time", 1))
-        file.recompress = bool(entry.get("data_augment"))
+            file.weight = float(entry.get("repeat_time", 1))
+            file.recompress = bool(entry.get("data_augment"))
+            if not file.image_root.is_dir():
+                raise UserError(f"{file.image_root}: no such folder. Write your own paths there")
         files.append(file)
     return files
 
 
 def file_head(path):
     """The first bytes of a file, without white space and the mark that Windows editors put in front."""
-    with reading(path), open(path, "rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    with reading(path, "give a file of UTF-8 text"):
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # of a named pipe nobody may wait for the other end
+        with open(path, "rb") as file:
+            head = file.read(4096)
+        if b"\0" in head:
+            raise ValueError("zero bytes in it, as UTF-16 has")
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 class DataFile:
@@ -61,8 +73,6 @@ class DataFile:
     def __init__(self, path, image_root):
         self.path = path
         self.image_root = Path(os.path.abspath(image_root))
-        if not self.image_root.is_dir():
-            raise UserError(f"image root {image_root}: no such folder")
         self.is_list = file_head(path).startswith(b"[")
         if self.is_list:
             with reading(path):
@@ -77,9 +87,19 @@ class DataFile:
             lines.seek(start)
             return lines.read(end - start)
 
-    def name_record(self, number):
-        """For errors."""
-        return f"{self.path}, record {number}" if self.is_list else f"{self.path}, line {number + 1}"
+    def read_record(self, number, start, end):
+        where = f"{self.path}, record {number}" if self.is_list else f"{self.path}, line {number + 1}"
+        with reading(where, f"expected {RECORD}"):
+            record = json.loads(self.read(start, end))
+            json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is an error here
+            record["id"] = str(record.get("id", record.get("question_id", number)))
+        where += f" (id {record['id']!r})"
+        with reading(where, f'expected {RECORD}, or a question in "text"'):
+            images, turns = read_images(record), read_turns(record)
+            n_marker = count_markers(turns)
+            if n_marker not in (0, len(images)):
+                raise UserError(f"{n_marker} <image> for {len(images)} pictures; name each in \"image\"")
+        return record | {"images": images, "turns": turns, "where": where, "file": self}
 
     def find_rows(self, k):
         """-> (n,) of ROW, the places of its records. It is the k-th file."""
@@ -108,8 +128,42 @@ def choose_rows(rows, share, seed):
 
     A smaller share is part of a larger one.
     """
-    if share <= 0:
-        raise UserError(f"a weight of {share:g}: every weight must be above 0")
+    if not 0 < share <= 1000:
+        raise UserError(f"a weight of {share:g}: every weight must be above 0 and at most 1000")
     order = np.random.default_rng(seed).permutation(len(rows))
     repeated = np.resize(order, max(1, round(len(rows) * share)))
     return rows[np.sort(repeated)]
+
+
+def read_images(record):
+    """-> the names of its pictures"""
+    for name in record.keys() - {"image", "images"}:
+        if re.fullmatch(OTHER_MEDIA, name) and record[name]:
+            raise UserError(f'"{name}" is not read; name pictures in "image", or drop the record')
+    found = [record[name] for name in ("image", "images") if record.get(name)]
+    lists = [names if isinstance(names, list) else [names] for names in found] or [[]]
+    if lists[0] != lists[-1]:
+        raise UserError('"image" and "images" name different pictures; keep one of the two')
+    if not all(isinstance(name, str) and name for name in lists[0]):
+        raise TypeError(f'"image" is {found[0]!r:.80}, not a file name or a list of file names')
+    return lists[0]
+
+
+def read_turns(record):
+    """-> [(role, text), ...]"""
+    if "conversations" in record:
+        said = [(f"turn {k}", t["from"], t["value"]) for k, t in enumerate(record["conversations"], 1)]
+    else:
+        fields = {"question": "human", "text": "human", "answer": "gpt", "chosen": "gpt"}  # a later one wins
+        given = {role: (f'"{name}"', role, record[name]) for name, role in fields.items() if name in record}
+        said = [turn for turn in given.values() if turn[2] is not None]
+    if not said:
+        raise ValueError("no conversation")
+    for place, role, text in said:
+        if role not in ("human", "gpt") or not isinstance(text, str):
+            raise TypeError(f"{place} is {text!r:.80} from {role!r}")
+    return [(role, text) for _, role, text in said]
+
+
+def count_markers(turns):
+    return sum(text.count("<image>") for role, text in turns if role == "human")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 import string
@@ -16,6 +17,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import conversation
+import eval
 import support.cli as support_cli
 import tools.show as tools_show
 from conversation import (
@@ -27,7 +29,7 @@ from conversation import (
     find_template,
     stop_ids,
 )
-from data import IGNORE, Examples, Records, collate
+from data import IGNORE, Examples, Records, collate, picture_paths
 from model import VLM, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.configs import default_template
@@ -873,7 +875,8 @@ def conversations(records):
 
 
 def test_a_list_and_lines_give_the_same_records(tmp_path):
-    records = [record(i, f'<image>\n{TEXTS[i % len(TEXTS)]} [{{"}}]\u2028') for i in range(40)]
+    texts = [text.replace("<image>", "") for text in TEXTS]
+    records = [record(i, f'<image>\n{texts[i % len(texts)]} [{{"}}]\u2028') for i in range(40)]
     a, b = Records(write(tmp_path / "a.json", records)), Records(write(tmp_path / "a.jsonl", records))
     (tmp_path / "dense.json").write_text(
         "\ufeff" + json.dumps(records)
@@ -944,7 +947,13 @@ def test_a_question_file_becomes_one_pair_of_turns_and_keeps_its_fields(tmp_path
         ),
         ("a.jsonl", '{"id": "x", "conversations": ["hi"]}', "id 'x'.: .*expected {"),
         ("a.jsonl", '{"id": "x", "image": 3, "text": "hi"}', '"image" is 3'),
-        ("a.jsonl", '{"id": "x", "text": "what", "answer": ["a"]}', "turn 2 is"),
+        ("a.jsonl", '{"id": "x", "text": "what", "answer": ["a"]}', "\"answer\" is \\['a'\\]"),
+        ("a.jsonl", '{"id": "x", "image": "a.png", "text": "\\ud83d"}', "line 1: .*surrogates not allowed"),
+        ("a.jsonl", '{"id": "x", "image": "a.png", "images": ["b.png"], "text": "?"}', "different pictures"),
+        ("a.jsonl", '{"id": "x", "image_path": "a.png", "text": "?"}', '"image_path" is not read.*"image"'),
+        ("a.jsonl", '{"id": "x", "image": "a.png", "video": "a.mp4", "text": "?"}', '"video" is not read'),
+        ("a.jsonl", '{"id": "x", "text": "<image>\\nWhat?"}', "1 <image> for 0 pictures; name each in"),
+        ("a.jsonl", '{"id": "x", "images": ["a.png"], "text": "<image><image>"}', "2 <image> for 1 picture"),
         ("a.jsonl", "[" * 100_000, "a.jsonl: damaged .*RecursionError"),
         ("a.jsonl", '{"a":' * 100_000, "a.jsonl, line 1: damaged .*RecursionError"),
     ],
@@ -955,10 +964,60 @@ def test_a_broken_file_is_one_error_that_names_the_place(tmp_path, name, text, m
         list(Records(tmp_path / name))
 
 
+def test_images_is_read_like_image_and_both_may_say_the_same(tmp_path):
+    lines = [
+        {"images": ["a.png"], "text": "<image>?"},
+        {"images": ["a.png"], "image": "a.png", "video": None, "image_id": 3, "text": "?"},
+        {"image": None, "images": [], "text": "?"},
+    ]
+    assert [r["images"] for r in Records(write(tmp_path / "a.jsonl", lines))] == [["a.png"], ["a.png"], []]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_text_that_is_not_utf_8_is_called_so(tmp_path, encoding):
+    (tmp_path / "a.json").write_text(json.dumps([record(0)]), encoding=encoding)
+    with pytest.raises(UserError, match="a.json: .*UTF-16.*give a file of UTF-8 text"):
+        Records(tmp_path / "a.json")
+
+
+def test_a_folder_and_a_pipe_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in tmp_path, tmp_path / "pipe.json":
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read .not a file"):
+            Records(path)
+
+
+def test_pictures_lie_beside_their_own_file_where_no_root_is_given(tmp_path):
+    for name in "one", "two":
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.json", [record(0)])
+    records = Records(f"{tmp_path}/one/a.json,{tmp_path}/two/a.json")
+    assert [picture_paths(r) for r in records] == [[tmp_path / name / "a.png"] for name in ("one", "two")]
+
+
+@pytest.mark.parametrize("weight", ["nan", "1e9", "0", "-1"])
+def test_an_absurd_weight_is_refused(tmp_path, weight):
+    file = write(tmp_path / "a.json", [record(0)])
+    with pytest.raises(UserError, match="a weight of .*: every weight must be above 0 and at most 1000"):
+        Records(file, weights=weight)
+    entry = {"annotation": "a.json", "repeat_time": float(weight)}
+    (tmp_path / "meta.json").write_text(json.dumps({"x": entry}))
+    with pytest.raises(UserError, match="a weight of"):
+        Records(tmp_path / "meta.json")
+
+
+@pytest.mark.parametrize("entry", [{"annotation": 3}, {"root": "."}, 5, {"annotation": "a.json", "repeat_time": []}])
+def test_a_damaged_entry_of_meta_json_is_named(tmp_path, entry):
+    write(tmp_path / "a.json", [record(0)])
+    (tmp_path / "meta.json").write_text(json.dumps({"x": entry, "y": {"annotation": "a.json"}}))
+    with pytest.raises(UserError, match="meta.json, 'x': .*write your own paths there"):
+        Records(tmp_path / "meta.json")
+
+
 def test_a_missing_file_and_a_missing_image_root_are_errors(tmp_path):
     with pytest.raises(UserError, match="nowhere.json: cannot be read"):
         Records(tmp_path / "nowhere.json")
-    with pytest.raises(UserError, match="image root .*nowhere: no such folder"):
+    with pytest.raises(UserError, match="--image-root .*nowhere: no such folder"):
         Records(write(tmp_path / "a.json", [record(0)]), tmp_path / "nowhere")
 
 
@@ -1262,7 +1321,7 @@ def test_the_questions_of_one_record_share_its_tiles_and_cost_what_they_cost_alo
         )
 
 
-def test_split_questions_makes_of_every_question_a_record_with_all_the_pictures(tmp_path, tok):
+def test_split_questions_makes_of_every_question_a_record_with_the_pictures_up_to_it(tmp_path, tok):
     turn = lambda who, text: {"from": who, "value": text}
     talk = [
         turn("human", "<image>\nWhat?"),
@@ -1281,13 +1340,54 @@ def test_split_questions_makes_of_every_question_a_record_with_all_the_pictures(
     records = Records(tmp_path / "x.jsonl", tmp_path).split_questions()
     assert len(records) == 3 + 1 + 1 and records.group_sizes.tolist() == [3, 1, 1]
     assert [records[i]["turns"] for i in range(4)] == [
-        [("human", "<image>\n<image>\nWhat?"), ("gpt", "A cat.")],
+        [("human", "<image>\nWhat?"), ("gpt", "A cat.")],
         [("human", "<image>\nWhy?\n<image>"), ("gpt", "Fur.")],
         [("human", "<image>\n<image>\nAnd?"), ("gpt", "So.")],
         [("human", "And?"), ("gpt", "So.")],
     ]
+    assert [records[i]["images"] for i in range(4)] == [["1.png"], ["1.png", "2.png"], ["1.png", "2.png"], []]
     assert records[2]["where"] == f"{tmp_path / 'x.jsonl'}, line 1 (id 'a'), question 3"
     with pytest.raises(UserError, match="line 3.*no conversation"):
         records[4]
     with pytest.raises(IndexError):
         records[5]
+
+
+def test_a_question_may_keep_the_turns_before_it_and_an_answer_first_is_no_question(tmp_path):
+    turns = [
+        {"from": "gpt", "value": "Hello."},
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "A cat."},
+        {"from": "human", "value": "And <image>?"},
+        {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "Why?"},
+    ]
+    line = {"id": "a", "images": ["1.png", "2.png"], "conversations": turns}
+    (tmp_path / "x.jsonl").write_text(json.dumps(line))
+    records = Records(tmp_path / "x.jsonl").split_questions(with_earlier=True)
+    asked = [(turn["from"], turn["value"]) for turn in turns]
+    assert [r["turns"] for r in records] == [asked[:3], asked[:5]]
+    assert [r["images"] for r in records] == [["1.png"], ["1.png", "2.png"]]
+
+
+def test_questions_of_a_record_that_see_more_and_more_pictures_are_one_batch(tmp_path, pictures, tok):
+    talk = []
+    for text in "What?", "<image>\nAnd?", "Now <image>?":
+        talk += [{"from": "human", "value": text}, {"from": "gpt", "value": "Yes."}]
+    write(tmp_path / "a.json", [{"id": "a", "image": ["a.png", "b.png"], "conversations": talk}])
+    records = Records(tmp_path / "a.json", pictures).split_questions()
+    items = Examples(records, tok, "vicuna_v1", CFG, "pad", 500)
+    batch = collate([items[i] for i in range(3)], tok.pad)
+    assert [(row == tok.image).sum().item() for row in batch["tokens"]] == [0, 4, 8]
+    seen = batch["pixels"][batch["layout"][:, 0], :, 12, 12]  # the colour in the middle of each token's tile
+    assert seen.tolist() == [[255, 0, 0]] * 4 + [[255, 0, 0]] * 4 + [[0, 0, 255]] * 4
+
+
+def test_a_held_out_question_is_asked_after_the_turns_before_it(tmp_path, pictures):
+    talk = ["Hello.", "<image>\nWhat is it?", "Red.", "And <image>?", "Blue."]
+    turns = [{"from": ("gpt", "human")[k % 2], "value": text} for k, text in enumerate(talk)]
+    file = write(tmp_path / "v.json", [{"id": "v", "images": ["a.png", "b.png"], "conversations": turns}])
+    first, second = eval.read_own(eval.EvalConfig(data=str(file), image_root=str(pictures)))
+    assert (first["text"], first["truth"], len(first["paths"])) == ("<image>\nWhat is it?", "Red.", 1)
+    assert (second["text"], second["truth"], len(second["paths"])) == ("And <image>?", "Blue.", 2)
+    assert [text for _, text in second["earlier"]] == talk[:3]

@@ -13,7 +13,6 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ def main(argv=None):
 def open_examples(cfg, bad):
     cfg.bad_records = bad
     cfg.data = cfg.data or draw_toy_world(cfg.stage)
-    records = Records(cfg.data, cfg.image_root or str(Path(cfg.data.split(",")[0]).parent))
+    records = Records(cfg.data, cfg.image_root)
     if cfg.split_questions:
         records.split_questions()
     vlm, tok = plan_model(cfg)
