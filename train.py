@@ -53,7 +53,7 @@ from support.heldout import HeldOut
 from support.lora import LORA_TARGETS, add_lora
 from support.optim import PARTS, make_optimizer, part_of
 from support.plan import dry_run, print_parameters
-from support.start import ASSETS, TOY, build, lora_base, plan_model
+from support.start import ASSETS, TOY, build, lora_base
 from support.weights import load_adapter
 from vision import MODES
 
@@ -266,8 +266,9 @@ def teach(cfg, Task):
         if cfg.split_questions:
             records.split_questions()
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+        if cfg.dry_run or not cfg.resume:  # what does not fit together is said before any weight is read
+            vlm, tok = build(cfg, device="meta")
         if cfg.dry_run:
-            vlm, tok = plan_model(cfg)  # without weights
             make_trainable(vlm, cfg)
             cfg.bad_records = "skip"
             return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)

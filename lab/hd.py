@@ -27,7 +27,7 @@ from model import IGNORE, PRESETS, VLM
 from support.cli import run
 from support.io import read_json
 from support.plan import look_at_records
-from support.start import build, plan_model, set_image_mode
+from support.start import build, set_image_mode
 from vision import cut_tiles, join_tiles
 
 SIZE = 192                           # side of the pictures, in pixels: 2 x 2 tiles
@@ -75,7 +75,7 @@ def score(model, quick):
 def mean_length(flags):
     """Tokens a record."""
     cfg = train.parse_flags(flags)
-    task = train.Answering(cfg, Records(cfg.data, cfg.image_root), *plan_model(cfg))
+    task = train.Answering(cfg, Records(cfg.data, cfg.image_root), *build(cfg, device="meta"))
     return look_at_records(task.examples)[:, 0].mean().item()
 
 

@@ -25,7 +25,6 @@ from support.weights import (
     load_connector,
     load_decoder,
     load_vision,
-    read_model,
     read_tower,
     tokenizer_home,
 )
@@ -35,37 +34,44 @@ ASSETS = Path(__file__).parent.parent / "assets"
 TOY = {"vision": str(ASSETS / "toy-clip"), "llm": str(ASSETS / "toy-vicuna")}
 
 
-def build(cfg, checkpoint=None):
-    """-> the model, with all its weights, and its tokenizer."""
+def build(cfg, checkpoint=None, device="cpu"):
+    """-> the model, with all its weights, and its tokenizer.
+
+    device "meta": as --dry-run has it, without weights. What does not fit together is an error there, too.
+    """
     if checkpoint:
         # A LoRA's checkpoint holds the LoRA alone.
         vlm, tok = open_directory(base_of(checkpoint) if cfg.lora_r else checkpoint)
     elif cfg.model in PRESETS:
-        vlm, tok = build_preset(cfg)
+        vlm, tok = build_preset(cfg, device)
     else:
         if not Path(cfg.model).is_dir():
             one_of("--model", cfg.model, [*PRESETS, "a model directory"])
         if cfg.tokenizer or cfg.from_scratch:
             raise UserError(f"--model {cfg.model} is whole; --tokenizer and --from-scratch are for presets")
-        vlm, tok = open_directory(cfg.model, cfg.vision, cfg.llm)
+        vlm, tok = open_directory(cfg.model, cfg.vision, cfg.llm, device)
     check_tokenizer(vlm, tok)
-    set_tiles(vlm, cfg)
+    with torch.device(device):
+        set_tiles(vlm, cfg)
     if cfg.projector and not checkpoint:
-        load_connector(vlm.connector, cfg.projector)
+        load_connector(vlm.connector, cfg.projector, device)
     if cfg.stage == "finetune":  # with this template it will be asked, not with that of the captions
         vlm.cfg.template = cfg.template or vlm.cfg.template
     return vlm, tok
 
 
-def open_directory(directory, vision="", llm=""):
+def open_directory(directory, vision="", llm="", device="cpu"):
     """vision, llm: where a model that was published without them finds its tower and its base."""
-    vlm = VLM.from_pretrained(directory, vision=vision or None, llm=llm or None)
+    vlm = VLM.from_pretrained(directory, device, vision=vision or None, llm=llm or None)
     return vlm, Tokenizer(tokenizer_home(directory, llm or None))
 
 
-def build_preset(cfg):
+def build_preset(cfg, device):
     plan, tok = preset_plan(cfg)
-    vlm = VLM(plan)
+    with torch.device(device):
+        vlm = VLM(plan)
+    if device == "meta":  # of the ingredients their configs are enough
+        return vlm, tok
     if cfg.vision:
         for tower, path in zip(vlm.towers, cfg.vision.split(","), strict=True):
             load_vision(tower, path)
@@ -131,26 +137,20 @@ def preset_plan(cfg):
     if len(towers) == 2:
         connector = "fused_gelu"
 
-    decoder = decoder_config(read_json(Path(cfg.llm) / "config.json")) if cfg.llm else preset.decoder
+    decoder = preset.decoder
+    if cfg.llm:
+        decoder = decoder_config(read_json(Path(cfg.llm) / "config.json"))
+        if not tok.n_text <= decoder.vocab_size <= tok.vocab_size + 64:  # some are padded
+            raise UserError(
+                f"{tok.path}: has {tok.n_text:,} pieces, --llm {cfg.llm} an embedding of "
+                f"{decoder.vocab_size:,} rows; they do not belong together, give the decoder's own tokenizer"
+            )
     plan = replace(
         preset, vision=towers[0], vision2=towers[1] if len(towers) == 2 else None, connector=connector,
         decoder=replace(decoder, vocab_size=tok.vocab_size),
         image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos,
     )
     return plan, tok
-
-
-def plan_model(cfg):
-    """The model without weights, on the meta device, and its tokenizer; only configs are read."""
-    if cfg.model in PRESETS:
-        plan, tok = preset_plan(cfg)
-    else:
-        plan = read_model(cfg.model, cfg.vision or None, cfg.llm or None)[0]
-        tok = Tokenizer(tokenizer_home(cfg.model, cfg.llm))
-    with torch.device("meta"):
-        vlm = VLM(plan)
-        set_tiles(vlm, cfg)
-    return vlm, tok
 
 
 def set_tiles(vlm, cfg):

@@ -397,7 +397,8 @@ def load_strict(module, found, source, device="cpu", dtype=torch.float32):
                 raise UserError(f"tensor {name} is {kind}; only 16 bits or more can be read")
             weights[name] = torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
     module.load_state_dict(weights, strict=True, assign=True)
-    print(f"loaded {len(state)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
+    if torch.device(device).type != "meta":
+        print(f"loaded {len(state)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
 
 
 # ---- parts of a preset, and what may be wrong with a choice ------------------------------------------------
@@ -424,12 +425,12 @@ def load_decoder(decoder, directory):
     load_strict(decoder, grow_words(found, decoder.cfg.vocab_size), directory)
 
 
-def load_connector(connector, path):
+def load_connector(connector, path, device="cpu"):
     """The connector of a whole model, or what stage 1 wrote, here or in the original code."""
     found = our_parts(read_tensors(path))["connector"]
     if connector.row_end is not None:  # after a stage 1 without tiles: as it began
         found.setdefault("row_end", connector.row_end.detach())
-    load_strict(connector, found, f"--projector {path}")
+    load_strict(connector, found, f"--projector {path}", device)
 
 
 def check_tokenizer(vlm, tok):

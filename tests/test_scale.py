@@ -1,6 +1,7 @@
 """Training at scale: LoRA, precision, batches, several processes. Every name is a claim; models are tiny."""
 
 import json
+import math
 import os
 import random
 import re
@@ -30,7 +31,7 @@ import train
 from data import IGNORE, Records, picture_paths
 from model import VLM
 from support.cli import UserError, run
-from support.export import save_adapter
+from support.export import save_adapter, write_model
 from support.lora import add_lora, lora_off, merged_state
 from support.weights import load_adapter
 
@@ -587,13 +588,68 @@ def test_a_dry_run_says_it_all_and_reads_no_weights(go, tiny, capfd, tok, tmp_pa
         "data ",
         "steps ",
         "memory ",
+        "1 x A100",
         "hours",
+        "here, at half",
         "LoRA of rank 4",
         "frozen",
         "GB",
     ):
         assert word in said, word
     assert not Path("run").exists()
+
+
+def test_a_dry_run_has_no_hours_where_the_machine_has_no_bfloat16(go, capfd, monkeypatch):
+    monkeypatch.setattr(support_plan, "has_bfloat16", lambda device: False)
+    assert go("--weights", "bfloat16", "--dry-run") == {0}
+    said = capfd.readouterr().out
+    assert "this machine has no instructions for bfloat16" in said
+    assert "here, at half" not in said
+
+
+def without_content(path, shapes):
+    """A safetensors file that has its true size and holds nothing."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (end, end + size)}
+        end += size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_what_does_not_fit_together_is_said_before_any_weight_is_read(go, tiny, tok, tmp_path, capfd, more):
+    def refused(*flags):
+        assert go(*flags, *more) == {1}
+        said = capfd.readouterr().err
+        assert "loaded" not in said
+        return said
+
+    assert "error: nowhere: " in refused("--projector", "nowhere")
+    without_content(tmp_path / "p.safetensors", {"model.mm_projector.weight": (32, 8)})
+    assert "p.safetensors: " in refused("--projector", tmp_path / "p.safetensors")
+
+    # The words of another decoder; a tower of another width than the connector's.
+    llama = support_export.llama_json(replace(tiny_config(tok).decoder, vocab_size=300))
+    for name, config in {"llama": llama, "clip": support_export.clip_json(model.PRESETS["toy"].vision)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    ingredients = ["--model", "toy", "--llm", tmp_path / "llama", "--tokenizer", ROOT / "assets/toy-vicuna"]
+    assert "they do not belong together" in refused(*ingredients)
+    towerless = tmp_path / "towerless"
+    save_without_tower(tiny, towerless)
+    assert "towerless" in refused("--model", towerless, "--vision", tmp_path / "clip")
+
+
+def save_without_tower(directory, out):
+    """As liuhaotian's are: a config that names its tower, and everything else."""
+    kept = {name: t for name, t in weights(directory).items() if "vision" not in name}
+    config = json.loads((directory / "config.json").read_text())
+    write_model(out, kept, config)
+    shutil.copy(directory / "tokenizer.model", out)
 
 
 # ---- kill -9 ----
@@ -647,8 +703,8 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(
                 seven.vision, image_size=224 if "v1-" in recipe.stem and "1.5" not in recipe.stem else 336
             )
         ),
-        "VICUNA": support_export.llama_json(seven.decoder),
-        "LLAMA": support_export.llama_json(seven.decoder),
+        "VICUNA": support_export.llama_json(replace(seven.decoder, vocab_size=tok.vocab_size)),
+        "LLAMA": support_export.llama_json(replace(seven.decoder, vocab_size=tok.vocab_size)),
         "DINO": {
             "model_type": "dinov2_with_registers",
             "image_size": 518,
@@ -673,6 +729,12 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(
         (tmp_path / name / "tokenizer.model").write_bytes(
             (ROOT / "assets/toy-vicuna/tokenizer.model").read_bytes()
         )
+    if "v1-" in recipe.stem and "1.5" not in recipe.stem:
+        connector = {"model.mm_projector.weight": (4096, 1024), "model.mm_projector.bias": (4096,)}
+    else:
+        connector = {f"model.mm_projector.{k}.bias": (4096,) for k in (0, 2)}
+        connector |= {"model.mm_projector.0.weight": (4096, 1024), "model.mm_projector.2.weight": (4096, 4096)}
+    without_content(tmp_path / "stage1.safetensors", connector)
     flags = subprocess.run(
         [recipe, "--dry-run", "--device", "cpu"],
         capture_output=True,
@@ -681,6 +743,7 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(
         env={
             **os.environ,
             "LAUNCH": "echo",
+            "PROJECTOR": str(tmp_path / "stage1.safetensors"),
             "DATA": str(mixed),
             "IMAGES": str(mixed.parent),
             **{name: str(tmp_path / name) for name in configs},
@@ -693,3 +756,18 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(
     assert run(lambda: train.main(flags[1:])) == 0
     said = capfd.readouterr().out
     assert re.search(r"llm +6,[0-9]{3}", said) and "frozen" in said and "GB" in said
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.sh")), ids=lambda path: path.stem)
+def test_a_recipe_without_a_variable_says_which_and_what_to_put_there(recipe):
+    text = recipe.read_text()
+    needed = re.findall(r': "\${(\w+):\?', text)
+    used = set(re.findall(r'\$([A-Z]+)\b', text)) - {"OUT", "WRITE"}
+    assert set(needed) == used
+    for missing in needed:
+        others = {name: "there" for name in needed if name != missing}
+        done = subprocess.run(
+            ["sh", recipe], env={"PATH": os.environ["PATH"], "LAUNCH": "echo", **others},
+            capture_output=True, text=True)
+        assert done.returncode != 0
+        assert f"{missing}: set it to " in done.stderr

@@ -24,7 +24,7 @@ from data import Examples, Records
 from model import IGNORE
 from mpo import PairExamples
 from support.cli import UserError, arg, run
-from support.start import plan_model
+from support.start import build
 from tools import tokenizer
 from train import Answering, TrainConfig, draw_toy_world, parse_flags
 
@@ -56,7 +56,7 @@ def open_examples(cfg, bad):
     records = Records(cfg.data, cfg.image_root)
     if cfg.split_questions:
         records.split_questions()
-    vlm, tok = plan_model(cfg)
+    vlm, tok = build(cfg, device="meta")
     return Shown(**vars(Answering(cfg, records, vlm, tok).examples))
 
 
