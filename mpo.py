@@ -40,13 +40,12 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
 from conversation import encode_conversation
 from data import Examples, collate
 from model import IGNORE, PRESETS, token_log_probs
 from sample import newest_run
-from support.cli import REQUIRED, UserError, arg, parse, run
+from support.cli import REQUIRED, Bar, UserError, arg, parse, run
 from support.distributed import precision
 from support.io import reading, write_whole
 from support.lora import lora_off
@@ -245,7 +244,7 @@ class Preferring:
         steps = islice(make_loader(self.cfg, self, run), n_step)
         run.vlm.eval()  # no dropout in a reference
         with precision(self.cfg, self.device):
-            for batches in tqdm(steps, "reference", n_step, unit="step", disable=None):
+            for batches in Bar(steps, "reference", n_step, unit="step"):
                 for batch in batches:
                     i = batch["index"]
                     if len(i):

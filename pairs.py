@@ -28,14 +28,12 @@ from dataclasses import asdict, dataclass
 from itertools import islice, product
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmarks.common import COT, LETTER, SHORT
 from benchmarks.own import is_right
 from conversation import find_template
 from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
-from support.cli import REQUIRED, UserError, arg, parse, run
+from support.cli import REQUIRED, Bar, UserError, arg, parse, run
 from support.io import Progress, fingerprint, json_lines, lock, write_json, write_whole
 from vision import open_image
 
@@ -120,7 +118,7 @@ def ask_all(vlm, tok, records, cfg):
     progress = Progress(cfg.out + ".part", flags)
     n_done = len(progress.rows) * size
     print(f"{n:,} questions, {min(n, n_done):,} of them asked before", flush=True)
-    for first in tqdm(range(n_done, n, size), cfg.method, unit="group", disable=None):
+    for first in Bar(range(n_done, n, size), cfg.method, unit="group"):
         seed = cfg.seed * 2**32 + first * 2**12  # of the group's place alone
         progress.add([ask_group(vlm, tok, records, rows[first : first + size], cfg, seed)])
     return progress

@@ -32,10 +32,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw
-from tqdm import tqdm
 
 from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
-from support.cli import UserError, arg, parse, run
+from support.cli import Bar, UserError, arg, parse, run
 from support.io import json_lines, read_json, write_json
 
 
@@ -776,8 +775,7 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
         draw = functools.partial(make_picture, hidden, size, seed, words)
         with multiprocessing.Pool(initializer=leave_ctrl_c_to_parent) as pool:
             made = pool.imap(draw, jobs, chunksize=32)
-            bar = tqdm(made, f"drawing {out.name}", len(jobs), unit=" pictures", leave=False, disable=None)
-            made = list(bar)
+            made = list(Bar(made, f"drawing {out.name}", len(jobs), unit=" pictures", leave=False))
 
         train, val = made[:n_train], made[n_train:]
         write_json(hidden / "train.json", [record for record, _ in train], indent=1)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import toyworld
 from model import PRESETS
+from support.cli import Bar
 from vision import cut_tiles
 
 NOTHING = -1                     # a patch shows none of the parts
@@ -126,7 +126,7 @@ def fit_part(name, module, n_steps, lr_at, loss_at, look):
     began = time.time()
     params = list(module.parameters())
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    bar = tqdm(range(1, n_steps + 1), desc=name, dynamic_ncols=True)
+    bar = Bar(range(1, n_steps + 1), name)
     for step in bar:
         optimizer.param_groups[0]["lr"] = lr_at(step)
         loss = loss_at(step)

@@ -11,11 +11,10 @@ from functools import cache, partial
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import sample
 from benchmarks.common import COT, LETTER, SHORT
-from support.cli import UserError
+from support.cli import Bar, UserError
 from support.io import reading
 from vision import FORMATS, open_image, to_rgb
 
@@ -34,7 +33,7 @@ def ask(vlm, tok, questions, batch_size, progress=None):
     batches = cut_batches(questions, batch_size)
     todo = [batch for batch in batches if any(item["id"] not in done for item in batch)]
     n_done = len(questions) - sum(map(len, todo))
-    with tqdm(total=len(questions), initial=n_done, unit="question", desc=column, disable=None) as bar:
+    with Bar(total=len(questions), initial=n_done, unit="question", desc=column) as bar:
         for batch, prompts in one_ahead(partial(encode_questions, vlm, tok), todo):
             answer = likeliest if "candidates" in batch[0] else write_answers
             rows = answer(vlm, tok, batch, prompts)

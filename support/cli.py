@@ -18,10 +18,14 @@ Type, default, help, choices and range of a flag stand on its field and nowhere 
 
 import argparse
 import difflib
+import io
 import os
 import re
 import sys
+import time
 from dataclasses import field, fields
+
+from tqdm import tqdm
 
 REQUIRED = object()                  # the default of a flag that must be given
 
@@ -129,6 +133,27 @@ def one_of(name, value, known):
 def nearest(word, known):
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+class Bar(tqdm):
+    """A bar on a terminal; elsewhere, as in a log file, a line a minute."""
+
+    SECONDS = 60
+
+    def __init__(self, *args, **options):
+        self.on_terminal = sys.stderr.isatty()
+        self.said = time.time()
+        file = sys.stderr if self.on_terminal else io.StringIO()
+        super().__init__(*args, file=file, dynamic_ncols=True, miniters=1, **options)
+
+    def display(self, *args, **options):
+        if self.on_terminal:
+            return super().display(*args, **options)
+        if time.time() - self.said >= self.SECONDS:
+            self.said = time.time()
+            left = self.format_dict["elapsed"] / max(1, self.n - self.initial) * (self.total - self.n)
+            text = f"{self.desc}{self.n:,} of {self.total:,}, {self.format_interval(left)} left"
+            print(text, file=sys.stderr, flush=True)
 
 
 def pick_device(name):

@@ -30,7 +30,7 @@ import tools.weights as tools_weights
 import train
 from data import IGNORE, Records, picture_paths
 from model import VLM
-from support.cli import UserError, run
+from support.cli import Bar, UserError, run
 from support.export import save_adapter, write_model
 from support.lora import add_lora, lora_off, merged_state
 from support.weights import load_adapter
@@ -771,3 +771,15 @@ def test_a_recipe_without_a_variable_says_which_and_what_to_put_there(recipe):
             capture_output=True, text=True)
         assert done.returncode != 0
         assert f"{missing}: set it to " in done.stderr
+
+
+def test_a_log_file_gets_a_line_now_and_then_and_no_bar(capfd, monkeypatch):
+    for _ in Bar(range(50), "check"):
+        time.sleep(0.005)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(Bar, "SECONDS", 0.1)
+    for _ in Bar(range(50), "check"):
+        time.sleep(0.01)
+    lines = capfd.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 6
+    assert all(re.fullmatch(r"check: \d+ of 50, [\d:]+ left", line) for line in lines)

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from data import Examples, Records
 from model import IGNORE
 from mpo import PairExamples
-from support.cli import UserError, arg, run
+from support.cli import Bar, UserError, arg, run
 from support.start import build
 from tools import tokenizer
 from train import Answering, TrainConfig, draw_toy_world, parse_flags
@@ -220,7 +219,7 @@ def check_records(cfg):
     good = []
     problems = defaultdict(list)  # of a kind: what differs are names and numbers
     loader = DataLoader(Subset(examples, range(n)), batch_size=None, num_workers=cfg.workers)
-    for example in tqdm(loader, desc="check", unit="record", disable=None):
+    for example in Bar(loader, "check", unit="record"):
         if "skipped" in example:
             kind = re.sub(r"'[^']*'|\S*/\S*|\d+", "", example["skipped"])
             problems[kind].append(example["skipped"])
