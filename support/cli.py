@@ -152,7 +152,7 @@ class Bar(tqdm):
         if time.time() - self.said >= self.SECONDS:
             self.said = time.time()
             left = self.format_dict["elapsed"] / max(1, self.n - self.initial) * (self.total - self.n)
-            text = f"{self.desc}{self.n:,} of {self.total:,}, {self.format_interval(left)} left"
+            text = f"{self.desc}: {self.n:,} of {self.total:,}, {self.format_interval(left)} left"
             print(text, file=sys.stderr, flush=True)
 
 
