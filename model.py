@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from support.cli import UserError
+from support.log_probs import token_log_probs
 from vision import VisionConfig, ViT, check_sizes, find_tiling, random_normal
 
 IGNORE = -100                        # the label of a token that is not supervised
@@ -224,11 +225,14 @@ class VLM(nn.Module):
         return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, **options)), dim=1)
 
     @torch.no_grad()
-    def stream(self, tokens, pixels, max_new_tokens, layout=None, lengths=None, stop=None, **sampling):
+    def stream(
+        self, tokens, pixels, max_new_tokens, layout=None, lengths=None, stop=None, past=None, **sampling
+    ):
         """The same, a token of each row at a time: yields ids (B,) until every row has ended.
 
         lengths (B,): how many tokens of each row are prompt, where rows are padded on the right.
         stop: the ids that end an answer, if not </s> alone.
+        past: a Past that a chat hands on from question to question, each of one row.
         sampling: temperature, top_p, top_k and seed, the fields of Sampling; greedy without them.
         """
         B, T = tokens.shape
@@ -245,9 +249,13 @@ class VLM(nn.Module):
 
         # Read the prompts. What padding leaves in the cache is overwritten before anything sees it.
         cache = self.decoder.new_cache(B, T + max_new_tokens)
-        x = self.embed(tokens, self.features(pixels), layout)               # (B, T, D)
-        last = torch.arange(B, device=device) * T + lengths - 1             # (B,)
-        h = self.decoder(x, wanted=last, cache=cache)                       # (B, D)
+        if past is None:
+            x = self.embed(tokens, self.features(pixels), layout)           # (B, T, D)
+            start = self.decoder.read_alike(x, self.end_of_pictures(tokens, lengths), cache)
+        else:
+            x = self.embed(tokens, past.look(self, pixels), layout)         # (1, T, D)
+            start = past.recall(x, cache)
+        h = self.decoder.read(x, start, lengths, cache)                     # (B, D)
 
         # Write, one token a row and step.
         ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -261,6 +269,15 @@ class VLM(nn.Module):
                 return
             x = self.decoder.embed_tokens(new.masked_fill(ended, 0))        # (B, D)
             h = self.decoder.step(x, lengths + step, T + step + 1, cache)   # (B, D)
+            if past:
+                past.x = torch.cat([past.x, x[None]], dim=1)
+
+    def end_of_pictures(self, tokens, lengths):
+        """Up to where prompts about one picture may be alike in all rows: behind their pictures."""
+        is_image = tokens == self.cfg.image_token                           # (B, T)
+        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        end = torch.minimum((is_image * place).amax(1), lengths - 1)        # (B,)
+        return int(end.min())
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
@@ -372,6 +389,31 @@ class Decoder(nn.Module):
                 x = layer(*inputs)
         return self.norm(x)
 
+    def read(self, x, start, lengths, cache):
+        """Prompts (B, T, D), of which the cache holds the first `start` tokens -> the last of each (B, D)."""
+        B, T, _ = x.shape
+        positions = torch.arange(start, T, device=x.device)[None]           # (1, T - start)
+        mask = None
+        if start:
+            mask = torch.arange(T, device=x.device) <= positions.T          # (T - start, T)
+            mask = mask[None, None]
+        last = torch.arange(B, device=x.device) * (T - start) + lengths - 1 - start
+        return self(x[:, start:], positions, mask, last, cache)
+
+    def read_alike(self, x, end, cache):
+        """Questions about one picture begin alike: of neighbouring rows that are the same up to `end` the
+        first is read, for all of them. -> how many tokens the cache holds now, `end` or 0."""
+        differs = (x[1:, :end] != x[:-1, :end]).flatten(1).any(1)           # (B - 1,)
+        if end == 0 or differs.all():
+            return 0
+        is_first = F.pad(differs, (1, 0), value=True)                       # (B,)
+        first = is_first.cumsum(0) - 1                                      # (B,), which of the first rows
+        read = self.new_cache(int(first[-1]) + 1, end)
+        self(x[is_first, :end], cache=read)
+        for layer, layer_read in zip(cache, read):
+            layer[:, :, :, :end] = layer_read[:, first]
+        return end
+
     def step(self, x, positions, end, cache):
         """One more token a row: (B, D) at positions (B,), all below end, after those in the cache."""
         positions = positions[:, None]                                      # (B, 1)
@@ -474,75 +516,36 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
-# ---- the loss over a vocabulary, in pieces ----
+# ---- a chat's memory ------------------------------------------------------------------------------------
 
 
-def token_log_probs(h, W, targets):
-    """log softmax(h W^T)[target] of each row: (K, D), (V, D), (K,) -> (K,) float32.
+class Past:
+    """What a chat has seen, read and written: its next question costs its own tokens and tiles alone."""
 
-    Equal to -F.cross_entropy(h @ W.T, targets, reduction="none"), in less memory. SFT takes minus their mean,
-    DPO their sum over each answer.
-    """
-    device = h.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        h, W = h.to(dtype), W.to(dtype)
-    return TokenLogProbs.apply(h, W, targets)
+    def __init__(self):
+        self.features = []           # of its tiles, (n, N, D_vision) each time some were new
+        self.x = None                # embeddings (1, L, D) of all tokens read and written
+        self.cache = None            # their keys and values
 
+    def look(self, vlm, pixels):
+        """All tiles of the chat so far (n, 3, S, S) -> their features (n, N, D_vision), or None."""
+        n_seen = sum(len(features) for features in self.features)
+        if pixels is not None and len(pixels) > n_seen:
+            self.features.append(vlm.features(pixels[n_seen:]))
+        return torch.cat(self.features) if self.features else None
 
-class TokenLogProbs(torch.autograd.Function):
-    """A slice of rows at a time, so that the logits of all rows, (K, V) in float32, never exist.
-
-    The gradient of a target's log-probability by its logits is onehot(target) - p. The first slices keep it
-    for the way back, where their logits were. For more there may be no room: they compute it once more.
-    """
-
-    slice_size = {"cpu": 2**23, "cuda": 2**26}  # logits: 32 MB in float32 stay in a cache, 256 MB fill a GPU
-    n_kept = 8                                  # slices
-
-    @staticmethod
-    def forward(ctx, h, W, targets):
-        n_rows = max(1, TokenLogProbs.slice_size[h.device.type] // len(W))
-        ctx.kept = []
-        log_probs = []
-        for x, target in zip(h.split(n_rows), targets.split(n_rows), strict=True):
-            log_prob, grad = log_prob_and_grad(x, W, target)
-            log_probs.append(log_prob)
-            if len(ctx.kept) < TokenLogProbs.n_kept:
-                ctx.kept.append(grad)
-        ctx.n_rows = n_rows
-        ctx.save_for_backward(h, W, targets)
-        return torch.cat(log_probs)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        h, W, targets = ctx.saved_tensors
-        W_learns = ctx.needs_input_grad[1]
-        grad_h = torch.empty_like(h)
-        grad_W = torch.zeros_like(W, dtype=torch.float32) if W_learns else None
-        for start in range(0, len(h), ctx.n_rows):
-            rows = slice(start, start + ctx.n_rows)
-            grad = ctx.kept.pop(0) if ctx.kept else log_prob_and_grad(h[rows], W, targets[rows])[1]
-            factor = upstream[rows, None]                                   # (r, 1)
-            grad_h[rows] = (grad @ W) * factor
-            x = (h[rows] * factor).to(h.dtype)
-            if W_learns and h.dtype == torch.float32:
-                grad_W.addmm_(grad.T, x)  # half the memory traffic of +=
-            elif W_learns:
-                grad_W += grad.T @ x
-        return grad_h, grad_W.to(W.dtype) if W_learns else None, None
-
-
-def log_prob_and_grad(x, W, target):
-    """A slice's log-probabilities (r,), and their gradient by its logits (r, V) in the place of these."""
-    target = target[:, None]                                                # (r, 1)
-    logits = (x @ W.T).float()                                              # (r, V)
-    top = logits.amax(-1, keepdim=True)
-    of_target = logits.gather(1, target)
-    p = logits.sub_(top).exp_()
-    total = p.sum(-1, keepdim=True)
-    grad = p.div_(-total).scatter_add_(1, target, torch.ones_like(of_target))  # onehot(target) - p
-    return (of_target - top - total.log())[:, 0], grad.to(x.dtype)
+    def recall(self, x, cache):
+        """Fill a new cache with what is known of a prompt (1, T, D), its last token excepted. -> how many."""
+        start = 0
+        if self.x is not None:
+            T = min(x.shape[1] - 1, self.x.shape[1])
+            alike = (x[0, :T] == self.x[0, :T]).all(-1)                     # (T,)
+            start = int(alike.cumprod(0).sum())
+            for layer, old in zip(cache, self.cache):
+                layer[:, :, :, :start] = old[:, :, :, :start]
+        self.x = x
+        self.cache = cache
+        return start
 
 
 # ---- the choice of a token ----

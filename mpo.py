@@ -43,11 +43,12 @@ from PIL import Image
 
 from conversation import encode_conversation
 from data import Examples, collate
-from model import IGNORE, PRESETS, token_log_probs
+from model import IGNORE, PRESETS
 from sample import newest_run
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run
 from support.distributed import precision
 from support.io import reading, write_whole
+from support.log_probs import token_log_probs
 from support.lora import lora_off
 from train import TrainConfig, make_loader, teach
 

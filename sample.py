@@ -17,6 +17,7 @@ questions does so through it.
 
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 
 from conversation import TEMPLATES, Tokenizer, as_text, cut_at_stop, encode_prompt, stop_ids
 from data import no_picture
-from model import VLM
+from model import VLM, Past
 from support.cli import UserError, arg, parse, pick_device, run
 from support.weights import check_image_mode, check_tokenizer, tokenizer_home
 from vision import MODES, cut_tiles, join_tiles, open_image
@@ -86,16 +87,28 @@ def answer(vlm, tok, prompts, max_new_tokens, batch_size=48, seed=0, **sampling)
 
     sampling: temperature, top_p, top_k, as vlm.stream takes them; greedy without.
     """
-    # Prompts of about one length go together, so that little is padded. In a batch they keep their order.
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
+    order = order_prompts(prompts)
     answers = [None] * len(prompts)
     for start in range(0, len(prompts), batch_size):
-        rows = sorted(by_length[start : start + batch_size])
+        rows = order[start : start + batch_size]
         batch = make_batch(vlm, tok, [prompts[i] for i in rows], max_new_tokens)
         new = vlm.generate(**batch, seed=seed + start, **sampling)
         for i, ids in zip(rows, new.tolist()):
             answers[i] = read_answer(tok, vlm.cfg.template, ids)
     return answers
+
+
+def order_prompts(prompts):
+    """Indices of prompts: about one length side by side, for little padding; about one picture, to read it
+    once."""
+    group = []
+    first = {}  # the tiles of a prompt -> the first prompt that has them
+    longest = Counter()
+    for i, (ids, pictures) in enumerate(prompts):
+        tiles = tuple(id(tiles) for tiles, _ in pictures)
+        group.append(first.setdefault(tiles or i, i))
+        longest[group[i]] = max(longest[group[i]], len(ids))
+    return sorted(range(len(prompts)), key=lambda i: (longest[group[i]], group[i]))
 
 
 def make_batch(vlm, tok, prompts, max_new_tokens):
@@ -181,13 +194,13 @@ def newest_run(root="out"):
 # ---- stream and chat ----
 
 
-def stream_answer(vlm, tok, prompt, cfg):
-    """Print the answer word by word -> Answer."""
+def stream_answer(vlm, tok, prompt, cfg, past=None):
+    """Print the answer word by word -> Answer. past: what the chat before it has read."""
     template = vlm.cfg.template
     batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
     sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k, "seed": cfg.seed}
     ids, shown = [], ""
-    for new in vlm.stream(**batch, **sampling):
+    for new in vlm.stream(**batch, past=past, **sampling):
         ids.append(int(new))
         so_far = read_answer(tok, template, ids)
         if so_far.whole:
@@ -235,9 +248,10 @@ def main(argv=None):
     vlm, tok = open_asked(cfg)
     pictures = [cut_picture(vlm, image, len(images)) for image in images]
     turns = []
+    past = Past()
     for question in read_questions(cfg):
         prompt = encode_question(vlm, tok, as_text(question), pictures, turns)
-        found = stream_answer(vlm, tok, prompt, cfg)
+        found = stream_answer(vlm, tok, prompt, cfg, past)
         if found.text:  # an empty answer is no turn to go on from
             turns += [("human", as_text(question)), ("gpt", as_text(found.text))]
     return 0

@@ -29,20 +29,20 @@ from model import (
     Connector,
     Decoder,
     DecoderConfig,
+    Past,
     RMSNorm,
     Sampling,
-    TokenLogProbs,
     VLMConfig,
     pick_token,
     rotary_angles,
     rotate,
-    token_log_probs,
 )
 from support.cli import UserError, run
 from support.configs import decoder_config, read_config, vision_config
 from support.distributed import add_blank_tile
 from support.export import clip_json, llama_json, llama_name, llava_config, llava_name
 from support.io import read_json, write_whole
+from support.log_probs import TokenLogProbs, token_log_probs
 from support.processor import save_processor
 from support.start import init_weights
 from support.weights import load_decoder, load_vision
@@ -394,6 +394,44 @@ def test_the_rest_of_a_prompt_is_read_against_a_cache_that_holds_its_beginning(v
     mask = torch.arange(9) <= positions[:, None]  # (T, keys)
     rest = decoder(x[:, 4:], positions[None], mask[None, None], cache=cache)
     assert_close(rest, decoder(x)[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def lengths_read(vlm, monkeypatch):
+    """How many rows and tokens the decoder reads at a time, as it goes on."""
+    read = []
+    forward = vlm.decoder.forward
+    monkeypatch.setattr(
+        vlm.decoder, "forward", lambda x, *more, **kw: read.append(x.shape[:2]) or forward(x, *more, **kw))
+    return read
+
+
+def test_neighbours_that_ask_about_one_picture_read_it_once_and_are_answered_as_if_alone(vlm, monkeypatch):
+    picture = prompt(6, 1)
+    rows = [[*picture, 7, 8], [*picture, 9], [*picture, 7, 9]]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+    layout = torch.tensor([[tile, patch] for tile in (0, 0, 1) for patch in range(4)])  # the third's is its own
+    read = lengths_read(vlm, monkeypatch)
+    new = vlm.generate(tokens, pictures(2), 8, layout=layout, lengths=[len(row) for row in rows])
+    end = max(i for i, token in enumerate(picture) if token == IMAGE) + 1
+    assert read[0] == (2, end) and read[1] == (3, longest - end)
+    for row, tile, ids in zip(rows, (0, 0, 1), new.tolist()):
+        alone = uncached(vlm, row, pictures(2)[tile : tile + 1], 8)
+        assert ids == alone + [PAD] * (8 - len(alone))
+
+
+def test_a_second_question_of_a_chat_costs_its_own_tokens_and_the_tower_looks_once(vlm, monkeypatch):
+    looks = []
+    hook = vlm.vision.register_forward_hook(lambda tower, inputs, out: looks.append(len(inputs[0])))
+    past, first = Past(), prompt(6, 1)
+    said = vlm.generate(torch.tensor([first]), pictures(1), 5, past=past)[0].tolist()
+    second = [*first, *said, 7, 8, 9]
+    read = lengths_read(vlm, monkeypatch)
+    new = vlm.generate(torch.tensor([second]), pictures(1), 5, past=past)[0].tolist()
+    assert read[0] == (1, 4)  # the last word of the answer was never read, and three are new
+    hook.remove()
+    assert looks == [1]
+    assert new == uncached(vlm, second, pictures(1), 5)
 
 
 def test_a_batch_of_unequal_prompts_and_pictures_gives_what_single_calls_give(vlm):
