@@ -302,7 +302,7 @@ def write_results(bench, result, items, out):
     if bench.submit:
         name, files[name] = bench.submit(items, result["records"])
     for name, text in files.items():
-        write_whole(out / name, lambda tmp, text=text: tmp.write_text(text, encoding="utf-8"))
+        write_whole(out / name, lambda tmp, text=text: tmp.write_text(text, "utf-8", "replace"))
     return [str(out / name) for name in files]
 
 

@@ -67,7 +67,7 @@ def ask_scienceqa(split, family, id, row):
 
     path = f"images/{row.get('split', split)}/{id}/{image}" if image else None
     text = context + row["question"] + lettered(row["choices"])
-    more = {"category": category, "asked": row["question"]}
+    more = {"category": category, "choices": row["choices"], "asked": row["question"]}
     return question(id, path, text, LETTER, LETTERS[row["answer"]], **more)
 
 
@@ -186,9 +186,9 @@ def read_seed(cfg):
         media, image = "image", f"SEED-Bench-image/{row['data_id']}"
         if kind > 9:
             media, image = "video", f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
-        text = row["question"] + lettered(row[f"choice_{letter}"] for letter in "abcd")
-        more = {"category": [kinds[kind], media], "family": cfg.family}
-        asked = question(id, image, text, LETTER, row.get("answer"), **more)
+        choices = [row[f"choice_{letter}"] for letter in "abcd"]
+        more = {"category": [kinds[kind], media], "choices": choices, "family": cfg.family}
+        asked = question(id, image, row["question"] + lettered(choices), LETTER, row["answer"] + "", **more)
         return asked if split in ("all", media) else None
 
     return read_split(cfg, files, ask, "questions")

@@ -75,18 +75,24 @@ def question(id, image, text, suffix, truth, **more):
 
     image: its official path, the bytes of a picture, or None. truth: None where the labels are hidden.
     more: `unit`, the id by default, and `category`, of which there may be several; `asked`, the bare question
-    in a text that says more; `candidates` for --likelihood; `cot` and `then`, the prompts of a chain of
-    thought that has its own; and what the judge needs.
+    in a text that says more; `also`, another id that it goes by; `choices`, the options' texts; `candidates`
+    for --likelihood; `cot` and `then`, the prompts of a chain of thought that has its own; and what the judge
+    needs.
     """
     item = {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth}
     item |= {"unit": id, "category": [], "asked": text} | more
     if not isinstance(item["category"], list):
         item["category"] = [item["category"]] if item["category"] else []
-    texts = [text, *item["category"], *(item.get("choices") or [])]
+    options = item.get("choices") or []
+    texts = [text, item["asked"], *item["category"], *options]
     if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in texts):
         raise ValueError("id, question, category and options must be text")
     if not isinstance(image, (str, bytes, type(None))):
         raise ValueError("the picture must be a name")
+    if type(truth) not in (type(None), str, int, list):
+        raise ValueError(f"the label is {truth!r}")
+    if options and truth not in (None, *LETTERS[: len(options)], *options):
+        raise ValueError(f"the label {truth!r} is none of {len(options)} options")
     return item
 
 

@@ -23,10 +23,13 @@ def ask_region(cfg, id, image, sentence, box, size, **more):
     internvl = cfg.family == "internvl"
     width, height = size
     x1, y1, x2, y2 = box
+    if not (x1 < x2 and y1 < y2 and width > 0 and height > 0):
+        raise ValueError(f"box {box} in a picture of {width} x {height} pixels")
     truth = [x1 / width, y1 / height, x2 / width, y2 / height]
     truth = [round(x, 4 if internvl else 2) for x in truth]
-    quoted = f"<ref>{sentence}</ref>" if internvl else f'"{sentence}"'
-    text = f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}"
+    start, end = ("<ref>", "</ref>") if internvl else ('"', '"')
+    text = "Please provide the bounding box coordinate of the region this sentence describes: "
+    text += start + sentence + end
     return question(id, image, text, "", truth, **more)
 
 
@@ -51,8 +54,7 @@ def read_refcoco(name, splits, cfg):
 def read_ocid(cfg):
     def ask(split, id, row):
         box = json.loads(row["bbox"]) if isinstance(row["bbox"], str) else row["bbox"]
-        x1, y1, x2, y2 = box
-        if not (x1 < x2 <= 640 and y1 < y2 <= 480):  # corners, whatever the dataset's note says
+        if box[2] > 640 or box[3] > 480:  # they are corners, whatever the dataset's note says
             raise ValueError(f'"bbox" is {box}; it must be [x1, y1, x2, y2] within 640 x 480 pixels')
         take = row["take_id"]
         clutter = "Minimum" if take <= 9 else "Medium" if take <= 16 else "Maximum"

@@ -30,6 +30,7 @@ def match_predictions(bench, items, path):
             for name in {item["image"], Path(item["image"]).stem}:
                 about[name].append(item)
     known = about | {str(item["id"]): [item] for item in items}
+    known |= {item["also"]: [item] for item in items if "also" in item}
 
     answers = {}
     rows = load_records(path)
@@ -76,8 +77,8 @@ def pick_question(where, row, names, found, answers):
 
 def shown_question(row):
     messages = row.get("messages")
-    shown = row.get("prompt") or row.get("question") or (messages[0] if messages else "")
-    return shown if isinstance(shown, str) else ""
+    shown = [row.get("prompt"), row.get("question"), *(messages[:1] if isinstance(messages, list) else [])]
+    return next((text for text in shown if text and isinstance(text, str)), "")
 
 
 def is_same_question(shown, item):

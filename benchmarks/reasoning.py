@@ -29,6 +29,7 @@ from benchmarks.common import (
     read_split,
     split_files,
 )
+from support.cli import one_of
 
 IN_BRACKETS = "\n({}) {}"  # one option
 
@@ -139,6 +140,7 @@ def edit_distance(a, b):
 def read_m3cot(cfg):
     """Without test.jsonl the authors' result file will do, whose lines carry choices and answer too."""
     files = split_files("{}.jsonl", "test dev") | {"validation": ["dev.jsonl"]}
+    one_of("--split", cfg.split, list(files))
     if cfg.predictions and not find_file(cfg, "test.jsonl", "dev.jsonl", optional=True):
         path = cfg.predictions
     else:

@@ -23,6 +23,7 @@ from benchmarks.common import (
     Benchmark,
     as_said,
     evalai,
+    find_file,
     find_split,
     load_records,
     normalise,
@@ -46,31 +47,36 @@ VQAV2 = {
 
 def read_vqav2(cfg):
     split, path = find_split(cfg, VQAV2)
-    folder, labels = "test2015", None
+    folder, labels = "test2015", {}
     if split == "val":
         folder = "val2014"
-        labels = rows_by(cfg, "question_id", "v2_mscoco_val2014_annotations.json", "annotations")
+        annotations = load_records(find_file(cfg, "v2_mscoco_val2014_annotations.json"), "annotations")
+        labels = dict(read_each(annotations, vqav2_label))
 
     def ask(key, row):
         id = row["question_id"]
-        label = {} if labels is None else labels[id]
         image = f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"
-        more = {"category": label.get("answer_type"), "file": path}
-        return question(id, image, row["question"], SHORT, people(label), **more)
+        truth, category = labels[id] if split == "val" else (None, None)
+        return question(id, image, row["question"], SHORT, truth, category=category, file=path)
 
     return read_each(load_records(path, "questions"), ask)
 
 
+def vqav2_label(key, row):
+    return row["question_id"], (people(row), row["answer_type"])
+
+
 def people(row):
-    """The answers of ten people; None where they are hidden."""
-    return [answer["answer"] + "" for answer in row.get("answers") or []] or None
+    """What ten people answered."""
+    return [answer["answer"] + "" for answer in row["answers"]]
 
 
 def read_vizwiz(cfg):
     def ask(split, key, row):
         image, suffix = row["image"], f"{INSUFFICIENT}\n{SHORT}"
+        truth = None if split == "test" else people(row)
         category = row.get("answer_type")
-        return question(image, f"{split}/{image}", row["question"], suffix, people(row), category=category)
+        return question(image, f"{split}/{image}", row["question"], suffix, truth, category=category)
 
     return read_split(cfg, split_files("{}.json", "val test train"), ask)
 
@@ -86,7 +92,7 @@ def read_textvqa(with_ocr, cfg):
         text = asked[:1].upper() + asked[1:]
         if with_ocr:
             text += "\nReference OCR token: " + ", ".join(ocr[image]["ocr_tokens"])
-        truth = [answer + "" for answer in row.get("answers") or []] or None
+        truth = None if split == "test" else [answer + "" for answer in row["answers"]]
         return question(row["question_id"], f"{folder}/{image}.jpg", text, SHORT, truth, asked=asked)
 
     return read_each(load_records(path, "data"), ask)
@@ -165,12 +171,12 @@ def submit_vqav2(items, records):
         print(f"vqav2_answers.json: empty where not asked; the server refuses less than all of {test2015}")
     answers |= {record["id"]: evalai(record["answer"] or "") for record in records}
     rows = [{"question_id": id, "answer": text} for id, text in answers.items()]
-    return "vqav2_answers.json", json.dumps(rows, ensure_ascii=False)
+    return "vqav2_answers.json", json.dumps(rows)
 
 
 def submit_vizwiz(items, records):
     rows = [{"image": record["id"], "answer": evalai(record["answer"] or "")} for record in records]
-    return "vizwiz_upload.json", json.dumps(rows, ensure_ascii=False)
+    return "vizwiz_upload.json", json.dumps(rows)
 
 
 BENCHMARKS = {

@@ -46,16 +46,17 @@ POPE = {split: [f"{source}_pope_{split}.json" for source in SOURCES] for split i
 def read_pope(cfg):
     files = find_splits(cfg, POPE)
     for split, path in files:
-        offset = OFFSETS[split] if len(files) > 1 else 0
-        yield from read_each(load_records(path), partial(ask_pope, split, offset))
+        yield from read_each(load_records(path), partial(ask_pope, split, len(files) > 1))
 
 
-def ask_pope(split, offset, key, row):
-    image, text, label = row["image"], row["text"], row["label"]
+def ask_pope(split, is_merged, key, row):
+    number, image = int(row["question_id"]), row["image"]
+    merged = number + OFFSETS[split]
     if image.startswith("COCO_val2014"):
         image = f"val2014/{image}"
-    more = {"category": split, "candidates": ("Yes", "No")}
-    return question(int(row["question_id"]) + offset, image, text, SHORT, LABELS[label], **more)
+    more = {"category": split, "also": str(merged), "candidates": ("Yes", "No")}
+    id = merged if is_merged else number
+    return question(id, image, row["text"], SHORT, LABELS[row["label"]], **more)
 
 
 def pope_label(text, item):
@@ -168,8 +169,8 @@ def read_vsr(cfg):
             kinds |= {name.strip(): kind.strip() for name in names}
 
     def ask(split, number, row):
-        relation, truth = row.get("relation"), "True" if row["label"] == 1 else "False"
-        text = f'Based on the image, is this statement "True" or "False"? {row["caption"]}'
+        relation, truth = row.get("relation"), {0: "False", 1: "True"}[row["label"]]
+        text = 'Based on the image, is this statement "True" or "False"? ' + row["caption"]
         suffix = 'Respond with "True" or "False" directly.'
         more = {"category": kinds.get(relation, relation), "candidates": ("True", "False")}
         return question(str(row.get("id", number)), row["image"], text, suffix, truth, **more)
