@@ -43,16 +43,18 @@ LLAMA_FIELDS = {
     "rms_norm_eps": "norm_eps",
     "rope_theta": "rope_theta",
 }
-LLAVA_FIELDS = {
+MODEL_FIELDS = {                         # of a whole model
     "image_token_index": "image_token",
     "image_token_id": "image_token",     # its newer name
     "pad_token_id": "pad_token",
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
     "mm_projector_type": "connector",
+    "image_aspect_ratio": "image_mode",
+    "template": "template",
 }
 PICTURE_FIELDS = {"image_mean": "mean", "image_std": "std"}
-USE_FIELDS = {                           # what a whole model wants of its tower
+USE_FIELDS = {                           # and of its tower
     "vision_feature_layer": "feature_layer",
     "mm_vision_select_layer": "feature_layer",
     "select_layer": "feature_layer",
@@ -60,6 +62,7 @@ USE_FIELDS = {                           # what a whole model wants of its tower
 }
 
 # What a config leaves out: as of the class in transformers; InternViT's and InternLM2's as in their own code.
+CLIP = VisionConfig(224, 32, n_embd=768, n_layer=12, n_head=12, n_hidden=3072)
 SIGLIP = VisionConfig(
     image_size=224, patch_size=16, n_embd=768, n_layer=12, n_head=12, n_hidden=3072,
     activation="gelu_tanh", norm_eps=1e-6, class_token=False, pre_norm=False, patch_bias=True,
@@ -68,7 +71,9 @@ SIGLIP = VisionConfig(
 VIT = replace(SIGLIP, activation="gelu", norm_eps=1e-12, class_token=True)
 DINOV2 = replace(VIT, patch_size=14, norm_eps=1e-6, layer_scale=True, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 TOWERS = {
-    "clip_vision_model": VisionConfig(224, 32, n_embd=768, n_layer=12, n_head=12, n_hidden=3072),
+    "clip": CLIP,                        # a config of both its towers
+    "clip_vision_model": CLIP,
+    "siglip": SIGLIP,
     "siglip_vision_model": SIGLIP,
     "vit": VIT,
     "dinov2": DINOV2,
@@ -83,7 +88,7 @@ DECODERS = {
     "mistral": {"n_kv_head": 8, "n_hidden": 14336, "block_size": 131072, "norm_eps": 1e-6},
     "internlm2": {"vocab_size": 103168, "block_size": 2048, "norm_eps": 1e-6},
 }
-MODES = {"square": "crop", "resize-naive": "resize", "resize-crop": "crop"}
+PRISMATIC_MODES = {"letterbox": "letterbox", "resize-naive": "resize", "resize-crop": "crop"}
 PRISMATIC_CONNECTORS = {"linear": "linear", "gelu-mlp": "mlp2x_gelu", "fused-gelu-mlp": "fused_gelu"}
 PRISMATIC_TEMPLATES = {                  # by a word in the name of the language model
     "vicuna": "prism_vicuna",
@@ -168,50 +173,74 @@ def read_config(directory, parts=None, given=()):
                 f"model_type is {layout!r}; only {', '.join(READERS)} can be opened. A language model alone "
                 "goes to --llm, a tower to --vision"
             )
-        cfg = READERS[layout](c, parts or {}, given)
-        if layout == "plainvlm":
-            return cfg
-        tower = replace(
-            cfg.vision,
-            **read_fields(c, VisionConfig, USE_FIELDS),
-            **read_fields(processor, VisionConfig, PICTURE_FIELDS),
-        )
-        mode, tiling = picture_mode(c, tower.image_size, processor)
-        tower.tiling = tiling
-        return replace(cfg, vision=tower, image_mode=mode, template=default_template(c))
+        return READERS[layout](c, processor, parts or {}, given)
 
 
-def llava_hf(c, parts, given):
+def llava_hf(c, processor, parts, given):
     """transformers' llava and llava_next."""
     only_values(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     only_values(c["vision_config"], model_type="clip_vision_model")
-    tokens = read_fields(c, VLMConfig, LLAVA_FIELDS)
-    tokens.setdefault("pad_token", tokens.get("image_token", 32000) + 1)
-    return VLMConfig(vision_config(c["vision_config"]), decoder_config(c["text_config"]), **tokens)
+    tower = use_tower(vision_config(c["vision_config"], processor), c)
+    found = read_fields(c, VLMConfig, MODEL_FIELDS)
+    found.setdefault("pad_token", found.get("image_token", 32000) + 1)
+    if c["model_type"] == "llava_next":  # transformers reads sizes in pixels as (height, width)
+        found["image_mode"] = "anyres"
+        grids = [(columns, rows) for rows, columns in count_tiles(c, tower)]
+        tower.tiling = unusual_tiling("anyres", grids=tuple(grids))
+    elif processor.get("do_center_crop") and not processor.get("do_pad"):
+        found.setdefault("image_mode", "crop")
+    return VLMConfig(tower, decoder_config(c["text_config"]), **found)
 
 
-def original_llava(c, parts, given):
-    """liuhaotian/llava-*: a Llama's config with the fields mm_*. Its words may end before <image>."""
+def original_llava(c, processor, parts, given):
+    """liuhaotian/llava-*: a Llama's config with the fields mm_*. Its words may end before <image>.
+
+    One linear layer is taken for v1 on Vicuna: the config does not tell that from v0 or Llama-2-chat, which
+    need --template.
+    """
     only_values(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     towers = given or towers_inside(parts)
     if parts and not towers:
-        named = c.get("mm_vision_tower")
-        raise UserError(f"holds no vision tower (its config names {named}); "
-            f"give the directory of that tower by --vision DIR")
-    tower = towers[0] if towers else VisionConfig()
+        raise UserError(
+            f"holds no vision tower (its config names {c.get('mm_vision_tower')}); give the directory of "
+            "that tower by --vision DIR"
+        )
+    tower = use_tower(towers[0] if towers else VisionConfig(), c)
     connector = c.get("mm_projector_type") or "linear"
-    return VLMConfig(tower, decoder_config(c | {"model_type": "llama"}), connector)
+    mode = c.get("image_aspect_ratio") or "square"
+    if mode == "anyres":                 # as LLaVA-NeXT, whose own code reads sizes as (width, height)
+        only_values({"mm_patch_merge_type": "flat", **c}, mm_patch_merge_type="spatial_unpad")
+        tower.tiling = unusual_tiling("anyres", grids=count_tiles(c, tower))
+    return VLMConfig(
+        tower,
+        decoder_config(c | {"model_type": "llama"}),
+        connector,
+        image_mode="crop" if mode == "square" else mode,
+        template=c.get("template") or ("llava_v1" if connector == "linear" else "vicuna_v1"),
+    )
 
 
-def internvl(c, parts, given):
+def internvl(c, processor, parts, given):
     """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table."""
-    only_values(c, ps_version="v2", downsample_ratio=0.5)
-    tower = replace(vision_config(c["vision_config"]), merge=2)
+    only_values(c, ps_version="v2", downsample_ratio=0.5, min_dynamic_patch=1)
+    tower = replace(use_tower(vision_config(c["vision_config"]), c), merge=2)
     decoder = decoder_config(c["llm_config"])
-    return VLMConfig(tower, decoder, "norm_gelu", image_token=decoder.vocab_size - 7, pad_token=2)
+    if c.get("dynamic_image_size"):
+        grids = grids_up_to(c.get("max_dynamic_patch") or 6)
+        view = "last" if c.get("use_thumbnail") else "none"
+        tower.tiling = unusual_tiling("internvl", grids=grids, global_view=view)
+    return VLMConfig(
+        tower,
+        decoder,
+        "norm_gelu",
+        image_token=decoder.vocab_size - 7,
+        pad_token=2,
+        image_mode="internvl" if c.get("dynamic_image_size") else "resize",
+        template=c.get("template") or "internvl2_5",
+    )
 
 
-def prismatic(c, parts, given):
+def prismatic(c, processor, parts, given):
     """TRI-ML/prismatic-vlms name their parts; the sizes are in the tensors."""
     c = prismatic_fields(c)
     tower_id, llm_id, arch = c["vision_backbone_id"], c["llm_backbone_id"], c["arch_specifier"]
@@ -235,6 +264,8 @@ def prismatic(c, parts, given):
         connector=PRISMATIC_CONNECTORS[arch.split("+")[-1]],
         image_token=32001,
         pad_token=32000,
+        image_mode=PRISMATIC_MODES[c["image_resize_strategy"]],
+        template=next((name for word, name in PRISMATIC_TEMPLATES.items() if word in llm_id), llm_id),
     )
 
 
@@ -248,7 +279,7 @@ def prismatic_llm(c):
     return prismatic_fields(c).get("llm_backbone_id")
 
 
-def own_layout(c, parts, given):
+def own_layout(c, processor, parts, given):
     """What VLM.save_pretrained writes where no public layout holds the model."""
     c = {name: value for name, value in c.items() if name not in ("model_type", "dtype", "base_fingerprint")}
     for part in "vision", "vision2", "decoder":
@@ -256,6 +287,26 @@ def own_layout(c, parts, given):
         if c[part]:
             c[part] = Config(**read_fields(c[part], Config))
     return VLMConfig(**read_fields(c, VLMConfig))
+
+
+def use_tower(tower, c):
+    """A tower as this model's config uses it."""
+    return replace(tower, **read_fields(c, VisionConfig, USE_FIELDS))
+
+
+def count_tiles(c, tower):
+    """LLaVA-NeXT's image_grid_pinpoints, pairs of sizes in pixels -> pairs of numbers of tiles."""
+    S = tower.image_size
+    sizes = c.get("image_grid_pinpoints") or [(336 * a, 336 * b) for a, b in TILINGS["anyres"].grids]
+    if any(a % S or b % S for a, b in sizes):
+        raise UserError(f"image_grid_pinpoints are {sizes}; must be whole multiples of the tower's {S} px")
+    return tuple((a // S, b // S) for a, b in sizes)
+
+
+def unusual_tiling(mode, **choices):
+    """A mode's Tiling with these choices; None where they are its usual ones."""
+    tiling = replace(TILINGS[mode], **choices)
+    return None if tiling == TILINGS[mode] else tiling
 
 
 READERS = {
@@ -274,8 +325,7 @@ READERS = {
 def vision_config(c, processor=None):
     """config.json of a tower, alone or in a larger model's, and of its image processor -> VisionConfig."""
     inner = c.get("vision_config") or c  # beside a text tower
-    kind = inner.get("model_type") or c.get("model_type") or "clip_vision_model"
-    kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind)
+    kind = inner.get("model_type") or c.get("model_type") or "clip"
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(TOWERS)} are implemented")
     base = TOWERS[kind]
@@ -283,14 +333,8 @@ def vision_config(c, processor=None):
     found |= read_fields(processor or {}, VisionConfig, PICTURE_FIELDS)
     if found.get("activation") == "gelu_pytorch_tanh":
         found["activation"] = "gelu_tanh"
-
-    only_values(inner, use_swiglu_ffn=False)
-    if kind == "intern_vit_6b":          # 6B has RMS norms and no bias, 300M has not
-        is_rms = inner.get("norm_type", "rms_norm") == "rms_norm"
-        only_values({"qk_normalization": True, **inner}, qkv_bias=not is_rms, qk_normalization=is_rms)
-        found["rms_norm"] = is_rms
-    else:
-        only_values(inner, qkv_bias=True)
+    if kind == "intern_vit_6b":          # 6B has RMS norms, 300M has not
+        found["rms_norm"] = inner.get("norm_type", "rms_norm") == "rms_norm"
     if kind.startswith("dinov2"):
         found["n_hidden"] = int(found.get("n_embd", base.n_embd) * (inner.get("mlp_ratio") or 4))
     return replace(base, **found)
@@ -328,7 +372,7 @@ def tower_by_shapes(tensors):
     """
     shape = {name: tensor.shape for name, tensor in tensors.items()}
     if "pre_norm.weight" in shape:
-        family = TOWERS["clip_vision_model"]
+        family = CLIP
     elif "blocks.0.scale1" in shape:
         family = DINOV2
     else:
@@ -363,68 +407,3 @@ def decoder_by_shapes(tensors):
 
 def count_blocks(tensors, start):
     return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(start))
-
-
-# ---- pictures and templates --------------------------------------------------------------------------------
-
-
-def picture_mode(c, S, processor=None):
-    """Any config.json, side of its tile -> image mode, and its Tiling where that is not the mode's usual."""
-    layout, mode = layout_of(c), c.get("image_aspect_ratio")
-    if layout == "internvl_chat":
-        mode = "internvl" if c.get("dynamic_image_size") else "resize"
-    elif layout == "llava_next":
-        mode = "anyres"
-    elif layout == "Prismatic":
-        mode = prismatic_fields(c)["image_resize_strategy"]
-    elif layout == "original LLaVA":
-        mode = mode or "square"
-    elif not mode:
-        crops = processor and processor.get("do_center_crop") and not processor.get("do_pad")
-        mode = "crop" if crops else "pad"
-
-    tiling = None
-    if mode == "internvl":
-        only_values(c, min_dynamic_patch=1)
-        grids = grids_up_to(c.get("max_dynamic_patch") or 6)
-        view = "last" if c.get("use_thumbnail") else "none"
-        tiling = replace(TILINGS["internvl"], grids=grids, global_view=view)
-    elif mode == "anyres":
-        tiling = replace(TILINGS["anyres"], grids=next_grids(c, S))
-    mode = MODES.get(mode, mode)
-    return mode, None if tiling == TILINGS.get(mode) else tiling
-
-
-def next_grids(c, S):
-    """LLaVA-NeXT's image_grid_pinpoints -> (columns, rows) of tiles.
-
-    They are pixels, which the original reads as (width, height) and transformers as (height, width): of
-    equally good grids the two take another one.
-    """
-    is_original = c.get("model_type") != "llava_next"
-    if is_original:
-        only_values({"mm_patch_merge_type": "flat", **c}, mm_patch_merge_type="spatial_unpad")
-    sizes = c.get("image_grid_pinpoints") or [(336 * a, 336 * b) for a, b in TILINGS["anyres"].grids]
-    if any(a % S or b % S for a, b in sizes):
-        raise UserError(f"image_grid_pinpoints are {sizes}; must be whole multiples of the tower's {S} px")
-    if not is_original:
-        sizes = [(width, height) for height, width in sizes]
-    return tuple((width // S, height // S) for width, height in sizes)
-
-
-def default_template(c):
-    """The conversation template that a model was trained with, by the fields of its config.json.
-
-    LLaVA with one linear layer is taken for v1 on Vicuna: its config does not tell that from v0 or
-    Llama-2-chat, which need --template.
-    """
-    llm_id = prismatic_llm(c)
-    if c.get("template"):                # InternVL writes it down, and so do we
-        return c["template"]
-    if llm_id:
-        known = [name for word, name in PRISMATIC_TEMPLATES.items() if word in llm_id]
-        return known[0] if known else llm_id
-    if str(c.get("model_type")).startswith("intern"):
-        return "internvl2_5"
-    is_linear = c.get("mm_projector_type", "linear") == "linear"
-    return "llava_v1" if "mm_hidden_size" in c and is_linear else "vicuna_v1"

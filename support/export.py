@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from model import IGNORE
-from support.configs import CLIP_FIELDS, LLAMA_FIELDS, TOWERS
+from support.configs import CLIP, CLIP_FIELDS, LLAMA_FIELDS
 from support.io import fingerprint, write_json, write_whole
 from support.lora import merged_state
 from support.weights import CLIP_NAMES, rename, weight_files
@@ -70,9 +70,8 @@ def fits_llava(cfg):
         return False
     if cfg.tiling and replace(cfg.tiling, grids=TILINGS["anyres"].grids) != TILINGS["anyres"]:
         return False
-    clip = TOWERS["clip_vision_model"]
     switches = "class_token n_register pre_norm patch_bias layer_scale final_norm rms_norm merge".split()
-    return all(getattr(cfg.vision, name) == getattr(clip, name) for name in switches)
+    return all(getattr(cfg.vision, name) == getattr(CLIP, name) for name in switches)
 
 
 def public_fields(cfg, names):

@@ -88,6 +88,7 @@ TOWER_NAMES = CLIP_NAMES | {
     ".ls1": ".scale1",
     ".ls2": ".scale2",
 }
+QKV = ("q_proj", "k_proj", "v_proj")     # what some files have in one matrix
 # What towers' files hold beyond the tower as it is used here.
 TOWER_UNUSED = re.compile(
     r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
@@ -189,7 +190,7 @@ def tower_tensors(tensors):
             continue
         name = rename(public, TOWER_NAMES)
         if ".attn.qkv." in name:
-            for own, third in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
+            for own, third in zip(QKV, tensor.chunk(3)):
                 found[name.replace("qkv", own)] = third
         elif name in ("class_token", "registers", "pos"):
             rows = tensor.reshape(-1, tensor.shape[-1])                     # (1, N, D) -> (N, D)
@@ -207,48 +208,39 @@ def tower_tensors(tensors):
 
 
 def fit_tower(tensors, cfg):
-    """A tower with its position table resized to the grid of its config.
+    """Resize a tower's position table to the grid of its config. The class token's row stays.
 
     Bicubic with antialiasing, as timm and DINOv2 with registers do.
-
-    The class token's row stays.
     """
     pos, n_class = tensors["pos"], int(cfg.class_token)
     side = math.isqrt(len(pos) - n_class)
     if side == cfg.grid:
-        return tensors
+        return
     table = pos[n_class:].float().unflatten(0, (1, side, side)).permute(0, 3, 1, 2)     # (1, D, side, side)
     table = F.interpolate(table, size=(cfg.grid, cfg.grid), mode="bicubic", antialias=True)
-    return tensors | {"pos": torch.cat([pos[:n_class].float(), table[0].flatten(1).T])}
+    tensors["pos"] = torch.cat([pos[:n_class].float(), table[0].flatten(1).T])
 
 
 def fit_decoder(tensors, cfg):
-    """A decoder's tensors with q, k and v apart, and a head of its own.
+    """Take InternLM2's q, k and v apart, and give a tied decoder its head.
 
     InternLM2's rows lie by key-value head: its queries, its key, its value.
     """
-    found = {}
     group = cfg.n_head // cfg.n_kv_head
-    for name, tensor in tensors.items():
-        if ".attention.wqkv." not in name:
-            found[name] = tensor
-            continue
-        heads = tensor.view(cfg.n_kv_head, group + 2, cfg.head_dim, -1)     # (H_kv, group + 2, d, D)
-        for own, rows in zip(("q_proj", "k_proj", "v_proj"), heads.split((group, 1, 1), dim=1)):
-            found[name.replace("attention.wqkv", f"self_attn.{own}")] = rows.flatten(0, 2)
-    if cfg.tied and "embed_tokens.weight" in found:
-        found.setdefault("lm_head.weight", found["embed_tokens.weight"])
-    return found
+    for name in [name for name in tensors if ".attention.wqkv." in name]:
+        heads = tensors.pop(name).view(cfg.n_kv_head, group + 2, cfg.head_dim, -1)
+        for own, rows in zip(QKV, heads.split((group, 1, 1), dim=1)):
+            tensors[name.replace("attention.wqkv", f"self_attn.{own}")] = rows.flatten(0, 2)
+    if cfg.tied:
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
 
 
 def grow_words(tensors, n_row):
-    """Both tables of a decoder's words with more rows (<image>, <pad>), the new ones the mean of the old."""
-    found = dict(tensors)
+    """Both tables of a decoder's words get more rows (<image>, <pad>), the mean of the others."""
     for name in "embed_tokens.weight", "lm_head.weight":
         table = tensors[name]
         mean = table.mean(0, keepdim=True, dtype=torch.float32).to(table.dtype)
-        found[name] = torch.cat([table, mean.expand(n_row - len(table), -1)])
-    return found
+        tensors[name] = torch.cat([table, mean.expand(n_row - len(table), -1)])
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -256,28 +248,19 @@ def grow_words(tensors, n_row):
 FILES = ("model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "mm_projector.bin")
 
 
-def weights_file(path):
-    """The file with the weights, or the one whose name with .index.json lists the shards, or None."""
-    if path.is_file():
-        return path
-    for name in FILES:
-        if (path / name).exists() or (path / f"{name}.index.json").exists():
-            return path / name
-    return None
-
-
 def weight_files(path):
-    """All files with weights: the path itself, or what its directory holds, one or the shards."""
+    """The files with all weights: the path itself, or what its directory holds, one or the shards."""
     path = Path(path)
-    file = weights_file(path)
-    if file is None:
-        raise UserError(f"{path}: holds none of {', '.join(FILES)}; copy the weights there")
-    shards = [file]
-    index = file.with_name(f"{file.name}.index.json")
-    if path.is_dir() and index.exists():
-        with reading(index):
-            shards = [file.parent / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return shards
+    if path.is_file():
+        return [path]
+    for name in FILES:
+        index = path / f"{name}.index.json"
+        if index.exists():
+            with reading(index):
+                return [path / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
+        if (path / name).exists():
+            return [path / name]
+    raise UserError(f"{path}: holds none of {', '.join(FILES)}; copy the weights there")
 
 
 def read_tensors(path):
@@ -351,8 +334,8 @@ def read_model(directory, vision=None, llm=None):
             parts[part] = tower_tensors(read_tensors(path))
         for part, tower in ("vision", cfg.vision), ("vision2", cfg.vision2):
             if "pos" in parts[part]:
-                parts[part] = fit_tower(parts[part], tower)
-        parts["decoder"] = fit_decoder(parts["decoder"], cfg.decoder)
+                fit_tower(parts[part], tower)
+        fit_decoder(parts["decoder"], cfg.decoder)
     return cfg, parts, lora
 
 
@@ -416,13 +399,19 @@ def read_tower(path):
 
 def load_vision(vit, path):
     """A tower's directory or file, of any family, into a ViT; its positions are resized to the ViT's grid."""
-    load_strict(vit, fit_tower(tower_tensors(read_tensors(path)), vit.cfg), path)
+    with reading(path):
+        found = tower_tensors(read_tensors(path))
+        fit_tower(found, vit.cfg)
+    load_strict(vit, found, path)
 
 
 def load_decoder(decoder, directory):
     """A Llama, Mistral or InternLM2 directory into a decoder, which may have more words."""
-    found = fit_decoder(our_parts(read_tensors(directory))["decoder"], decoder.cfg)
-    load_strict(decoder, grow_words(found, decoder.cfg.vocab_size), directory)
+    with reading(directory):
+        found = our_parts(read_tensors(directory))["decoder"]
+        fit_decoder(found, decoder.cfg)
+        grow_words(found, decoder.cfg.vocab_size)
+    load_strict(decoder, found, directory)
 
 
 def load_connector(connector, path, device="cpu"):

@@ -46,7 +46,7 @@ import train
 from conversation import Tokenizer
 from model import VLM, Connector, Decoder, DecoderConfig
 from support.cli import UserError, run
-from support.configs import decoder_config
+from support.configs import decoder_config, read_config
 from support.export import clip_json, llama_json, llava_config, llava_name
 from support.io import read_json
 from support.processor import save_processor
@@ -110,7 +110,9 @@ def test_a_position_table_is_resized_as_dinov2_with_registers_does_at_run_time(t
 def test_a_resized_table_keeps_the_class_row_and_a_constant():
     cfg = VisionConfig(image_size=98, patch_size=14, n_embd=4, n_head=1)
     pos = torch.cat([torch.arange(4.0)[None], torch.full((16, 4), 0.3)])
-    assert_close(fit_tower({"pos": pos}, cfg)["pos"], torch.cat([pos[:1], torch.full((49, 4), 0.3)]))
+    tensors = {"pos": pos}
+    fit_tower(tensors, cfg)
+    assert_close(tensors["pos"], torch.cat([pos[:1], torch.full((49, 4), 0.3)]))
 
 
 # ---- language models ---------------------------------------------------------------------------------------
@@ -326,6 +328,47 @@ def test_internvl_equals_transformers_port_renamed(tmp_path, big):
     close(vlm(tokens, PIXELS), theirs(input_ids=tokens, pixel_values=PIXELS).logits)
     vlm.save_pretrained(tmp_path / "ours")
     assert same(VLM.from_pretrained(tmp_path / "ours"), vlm)
+
+
+# ---- templates ---------------------------------------------------------------------------------------------
+
+LLAVA = {"model_type": "llava", "vision_config": {}, "text_config": {}}
+ORIGINAL = {"model_type": "llava_llama", "mm_hidden_size": 1024}
+INTERN = {"model_type": "internvl_chat", "vision_config": {"model_type": "vit"}, "llm_config": {}}
+
+
+@pytest.mark.parametrize(
+    "config, template",
+    [
+        (LLAVA, "vicuna_v1"),
+        (LLAVA | {"template": "llava_llama_2"}, "llava_llama_2"),
+        (ORIGINAL, "llava_v1"),
+        (ORIGINAL | {"mm_projector_type": "mlp2x_gelu"}, "vicuna_v1"),
+        (ORIGINAL | {"template": "llava_v0"}, "llava_v0"),
+        (INTERN, "internvl2_5"),
+        (INTERN | {"template": "internlm2-chat"}, "internlm2-chat"),
+        (INTERN | {"template": "Hermes-2"}, "Hermes-2"),
+    ],
+)
+def test_a_config_names_its_template(tmp_path, config, template):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path).template == template
+
+
+@pytest.mark.parametrize(
+    "llm, template",
+    [
+        ("vicuna-v15-13b", "prism_vicuna"),
+        ("llama2-7b-pure", "prism_pure"),
+        ("llama2-13b-chat", "prism_llama_2"),
+        ("mistral-v0.1-7b-pure", "prism_pure"),
+        ("mistral-v0.1-7b-instruct", "prism_mistral"),
+    ],
+)
+def test_prismatics_language_model_names_its_template(tmp_path, llm, template):
+    folder = prismatic(tmp_path)
+    change_config("model", llm_backbone_id=llm)(folder)
+    assert VLM.from_pretrained(folder).cfg.template == template
 
 
 # ---- number formats and memory -----------------------------------------------------------------------------

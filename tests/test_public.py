@@ -461,7 +461,7 @@ def test_internvl_is_asked_with_its_own_tokens_and_ends_at_its_own(tmp_path, mon
     prompt = asked[0].replace("<0x0A>", "\n")
     assert prompt.startswith("<s><|im_start|>") and prompt.endswith("<|im_start|>assistant\n")
     assert "<img>" + 4 * "<IMG_CONTEXT>" + "</img>" in prompt
-    assert ask(folder, "--image", tmp_path / "a.png", "--max-new-tokens", 3) == 0
+    assert ask(folder, "--image", tmp_path / "a.png", "--prompt", "What?", "--max-new-tokens", 3) == 0
 
 
 # ---- what is said and what is typed ------------------------------------------------------------------------

@@ -36,7 +36,6 @@ from support.weights import (
     read_tower,
     stored_dtype,
     tokenizer_home,
-    weights_file,
 )
 from vision import VisionConfig, ViT
 
@@ -100,7 +99,7 @@ def convert_model(src, out, vision, llm):
     n_row = max(cfg.image_token, cfg.pad_token) + 1
     if cfg.decoder.vocab_size < n_row:               # llava-hf has rows for <image> and <pad>
         cfg.decoder.vocab_size = -(-n_row // 64) * 64
-        parts["decoder"] = grow_words(parts["decoder"], cfg.decoder.vocab_size)
+        grow_words(parts["decoder"], cfg.decoder.vocab_size)
     vlm = fill_model(cfg, parts, lora, src, dtype=stored_dtype(parts))
 
     tokenizer = tokenizer_home(src, llm) / "tokenizer.model"
@@ -148,12 +147,13 @@ def find_config(folder, vision, llm):
         return PRESETS[str(folder)]
     if not folder.is_dir():
         raise UserError(f"{folder}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
-    if is_lora(folder) or is_whole(folder) and weights_file(folder):
-        return read_model(folder, vision, llm)[0]
-    if is_whole(folder):
-        return read_config(folder)
     c = read_json(folder / "config.json", {})
-    return decoder_config(c) if c.get("model_type") in DECODERS else read_tower(folder)
+    layout = layout_of(c)
+    if is_lora(folder) or layout in ("original LLaVA", "Prismatic"):
+        return read_model(folder, vision, llm)[0]        # shapes say what these leave unsaid
+    if layout in READERS:
+        return read_config(folder)
+    return decoder_config(c) if layout in DECODERS else read_tower(folder)
 
 
 def print_pictures(cfg, folder):
