@@ -260,13 +260,16 @@ def weight_files(path):
                 return [path / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
         if (path / name).exists():
             return [path / name]
-    raise UserError(f"{path}: holds none of {', '.join(FILES)}; copy the weights there")
+    return []
 
 
 def read_tensors(path):
     """All weights of a file or a directory: {public name: mapped tensor}."""
     tensors = {}
-    for file in weight_files(path):
+    files = weight_files(path)
+    if not files:
+        raise UserError(f"{path}: holds none of {', '.join(FILES)}; copy the weights there")
+    for file in files:
         tensors |= open_weights(file)
     return tensors
 
@@ -460,7 +463,7 @@ def base_of(directory, llm=None):
     wanted = read_json(directory / "plainvlm.json", missing={}).get("base_fingerprint")
     base = Path(named)
     for place in directory / base.name, directory.parent / base.name, directory / base, base:
-        if base.name and place.is_dir() and weights_file(place):
+        if base.name and weight_files(place):
             if wanted is None or wanted == fingerprint(weight_files(place)):
                 return place
     raise UserError(f"{directory}: is a LoRA over {named!r}, which is not here, or is another model by now; "
