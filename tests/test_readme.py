@@ -1,15 +1,17 @@
 """Every command of the README runs, in the order of the README, in a fresh copy of the repository."""
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from common import ROOT, call
 
-ROOT = Path(__file__).parents[1]
+from tools import show
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
@@ -45,6 +47,23 @@ def test_the_command_runs(command, copy):
         [sys.executable, *words], cwd=copy, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_two_formats_are_those_that_are_read(tmp_path):
+    record, question = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", README, re.S)]
+    for line in record, question:
+        (tmp_path / line["image"]).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "cat.jpg", tmp_path / line["image"])
+        (tmp_path / "file.jsonl").write_text(json.dumps(line))
+        assert call(show.main, "check", tmp_path / "file.jsonl") == 0
+
+
+def test_the_table_of_files_has_every_variable_of_the_recipes():
+    wanted = set()
+    for recipe in (ROOT / "recipes").glob("*.sh"):
+        wanted |= set(re.findall(r': "\${(\w+):\?', recipe.read_text()))
+    told = set(re.findall(r"`([A-Z]+)`", README.split("| variable |")[1].split("\n\n")[0]))
+    assert told >= wanted - {"PAIRS"}                    # those are made by pairs.py
 
 
 def test_the_first_lines_install_train_and_ask():
