@@ -136,7 +136,10 @@ def config_file(directory):
 def config_json(directory):
     file = config_file(directory)
     if not file.exists():
-        raise UserError(f"{file}: not found, so {directory} is not a model directory; give one that is")
+        todo = "give one that is"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not Path(directory).exists():
+            todo = f"if it is a name on huggingface.co: hf download {directory} --local-dir DIR, and give DIR"
+        raise UserError(f"{file}: not found, so {directory} is not a model directory; {todo}")
     return read_json(file)
 
 

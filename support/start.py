@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from conversation import Tokenizer
 from model import PRESETS, VLM
 from support.cli import UserError, one_of
-from support.configs import decoder_config
-from support.io import read_json
+from support.configs import config_json, decoder_config
 from support.weights import (
     base_of,
     check_tokenizer,
@@ -45,7 +44,7 @@ def build(cfg, checkpoint=None, device="cpu"):
     elif cfg.model in PRESETS:
         vlm, tok = build_preset(cfg, device)
     else:
-        if not Path(cfg.model).is_dir():
+        if "/" not in cfg.model and not Path(cfg.model).is_dir():
             one_of("--model", cfg.model, [*PRESETS, "a model directory"])
         if cfg.tokenizer or cfg.from_scratch:
             raise UserError(f"--model {cfg.model} is whole; --tokenizer and --from-scratch are for presets")
@@ -124,8 +123,6 @@ def wave_positions(cfg):
 def preset_plan(cfg):
     """A preset and the configs of its ingredients -> VLMConfig, Tokenizer."""
     preset = PRESETS[cfg.model]
-    tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
-
     # Towers look at tiles of one size; two are fused. Mode internvl has its own pixel shuffle and connector.
     towers = [read_tower(path) for path in cfg.vision.split(",")] if cfg.vision else [preset.vision]
     image_size = cfg.image_size or towers[-1].image_size
@@ -137,14 +134,13 @@ def preset_plan(cfg):
     if len(towers) == 2:
         connector = "fused_gelu"
 
-    decoder = preset.decoder
-    if cfg.llm:
-        decoder = decoder_config(read_json(Path(cfg.llm) / "config.json"))
-        if not tok.n_text <= decoder.vocab_size <= tok.vocab_size + 64:  # some are padded
-            raise UserError(
-                f"{tok.path}: has {tok.n_text:,} pieces, --llm {cfg.llm} an embedding of "
-                f"{decoder.vocab_size:,} rows; they do not belong together, give the decoder's own tokenizer"
-            )
+    decoder = decoder_config(config_json(cfg.llm)) if cfg.llm else preset.decoder
+    tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
+    if cfg.llm and not tok.n_text <= decoder.vocab_size <= tok.vocab_size + 64:  # some are padded
+        raise UserError(
+            f"{tok.path}: has {tok.n_text:,} pieces, --llm {cfg.llm} an embedding of "
+            f"{decoder.vocab_size:,} rows; they do not belong together, give the decoder's own tokenizer"
+        )
     plan = replace(
         preset, vision=towers[0], vision2=towers[1] if len(towers) == 2 else None, connector=connector,
         decoder=replace(decoder, vocab_size=tok.vocab_size),

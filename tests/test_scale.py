@@ -632,6 +632,10 @@ def test_what_does_not_fit_together_is_said_before_any_weight_is_read(go, tiny, 
     without_content(tmp_path / "p.safetensors", {"model.mm_projector.weight": (32, 8)})
     assert "p.safetensors: " in refused("--projector", tmp_path / "p.safetensors")
 
+    for flag in "--model", "--vision", "--llm":
+        preset = [] if flag == "--model" else ["--model", "llava-1.5-7b"]
+        assert "hf download some/model-7b --local-dir DIR" in refused(*preset, flag, "some/model-7b")
+
     # The words of another decoder; a tower of another width than the connector's.
     llama = support_export.llama_json(replace(tiny_config(tok).decoder, vocab_size=300))
     for name, config in {"llama": llama, "clip": support_export.clip_json(model.PRESETS["toy"].vision)}.items():
