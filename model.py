@@ -565,7 +565,7 @@ class Sampling:
 
 def pick_token(logits, sampling, generator=None):
     """(B, V) -> ids (B,)"""
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-30:  # 0, or what float32 may take for 0
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature, however small, overflows
     p, ids = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from conversation import TEMPLATES, Tokenizer, as_text, cut_at_stop, encode_prompt, stop_ids
+from conversation import TEMPLATES, Tokenizer, as_text, cut_at_stop, encode_prompt, put_in_front, stop_ids
 from data import no_picture
 from model import VLM, Past
 from support.cli import UserError, arg, parse, pick_device, run
@@ -147,10 +147,7 @@ def read_answer(tok, template, ids):
 
 def encode_question(vlm, tok, text, pictures=(), earlier=()):
     """A question after the turns `earlier` -> a prompt. Pictures stand where <image> does, else in front."""
-    turns = [*earlier, ("human", text)]
-    if pictures and not any("<image>" in words for _, words in turns):
-        role, first = turns[0]
-        turns[0] = (role, "<image>" * len(pictures) + "\n" + first)
+    turns = put_in_front([*earlier, ("human", text)], len(pictures))
     n_visual = [len(layout) for _, layout in pictures]
     return encode_prompt(tok, turns, vlm.cfg.template, n_visual), list(pictures)
 

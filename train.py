@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from conversation import find_template
 from data import Examples, Records, collate, draw_steps, micro_batches, share_by_rank
 from model import IGNORE, PRESETS
 from support.checkpoint import Run
@@ -138,7 +139,9 @@ class Answering:
     collate = staticmethod(collate)
 
     def __init__(self, cfg, records, vlm, tok):
-        template = cfg.template or ("plain" if cfg.stage == "pretrain" else vlm.cfg.template)
+        template = cfg.template or vlm.cfg.template
+        if cfg.stage == "pretrain" and not cfg.template:
+            template = find_template(template).captions
         max_length = cfg.max_length or vlm.cfg.decoder.block_size
         self.examples = Examples(
             records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records)

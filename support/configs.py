@@ -190,6 +190,8 @@ def llava_hf(c, processor, parts, given):
         found["image_mode"] = "anyres"
         grids = [(columns, rows) for rows, columns in count_tiles(c, tower)]
         tower.tiling = unusual_tiling("anyres", grids=tuple(grids))
+        if c["text_config"].get("model_type") == "mistral":
+            found.setdefault("template", "mistral_instruct")
     elif processor.get("do_center_crop") and not processor.get("do_pad"):
         found.setdefault("image_mode", "crop")
     return VLMConfig(tower, decoder_config(c["text_config"]), **found)
@@ -210,6 +212,9 @@ def original_llava(c, processor, parts, given):
         )
     tower = use_tower(towers[0] if towers else VisionConfig(), c)
     connector = c.get("mm_projector_type") or "linear"
+    template = "llava_v1" if connector == "linear" else "vicuna_v1"
+    if c.get("model_type") == "llava_mistral":
+        template = "mistral_instruct"
     mode = c.get("image_aspect_ratio") or "square"
     if mode == "anyres":                 # as LLaVA-NeXT, whose own code reads sizes as (width, height)
         only_values({"mm_patch_merge_type": "flat", **c}, mm_patch_merge_type="spatial_unpad")
@@ -219,7 +224,7 @@ def original_llava(c, processor, parts, given):
         decoder_config(c | {"model_type": "llama"}),
         connector,
         image_mode="crop" if mode == "square" else mode,
-        template=c.get("template") or ("llava_v1" if connector == "linear" else "vicuna_v1"),
+        template=c.get("template") or template,
     )
 
 

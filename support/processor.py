@@ -92,7 +92,7 @@ JINJA = """\
 
 def chat_template(form):
     """A conversation's Template in Jinja."""
-    text = JINJA.replace("STRIP", "true" if form.turn == "strip" else "false")
+    text = JINJA.replace("STRIP", "true" if form.tidy == "strip" else "false")
     for place, frame in ("FIRST", form.first), ("HUMAN", form.human), ("ANSWER", form.answer):
         pieces = [in_jinja(piece) for piece in re.split(r"(<image>|\{\}|[«»])", frame)]
         text = text.replace(place, "".join(pieces))

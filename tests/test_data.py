@@ -7,7 +7,9 @@ import random
 import re
 import string
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -30,8 +32,9 @@ from conversation import (
     stop_ids,
 )
 from data import IGNORE, Examples, Records, collate, picture_paths
-from model import VLM, DecoderConfig, VLMConfig
+from model import PRESETS, VLM, DecoderConfig, VLMConfig
 from support.cli import UserError
+from train import Answering
 from vision import VisionConfig, open_image
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -74,6 +77,7 @@ TEXTS = [
     "x = [0.12, 0.98]\n\n  indented",
     "ASSISTANT: A cat.",
     "\x00\x07",
+    "line\u2028paragraph\u2029next\x85end",
 ]
 
 
@@ -209,6 +213,7 @@ EXPECTED = {
     "llava_llama_2": "<s>[INST] <<SYS>>\n"
     + HELPFUL
     + "\n<</SYS>>\n\n<image>\nWhat? [/INST]« A cat. </s>»<s>[INST] Why? [/INST]« Fur. </s>»",
+    "mistral_instruct": "<s>[INST] <image>\nWhat? [/INST]« A cat. </s>»[INST] Why? [/INST]« Fur. </s>»",
     "plain": "<s><image>«A cat.\n»",
     "prism_plain": "<s><image>«A cat.</s>»",
     "prism_pure": "<s><image>In: What?\nOut:« A cat.</s>» In: Why?\nOut:« Fur.</s>»",
@@ -327,6 +332,22 @@ def test_a_template_that_wants_tokens_the_tokenizer_has_not_is_an_error(tok):
 def test_a_template_that_is_not_here_is_an_error(name):
     with pytest.raises(UserError, match=f"template '{name}' is unknown; did you mean"):
         find_template(name)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_captions_of_stage_1_have_the_template_of_the_models_family(name):
+    assert TEMPLATES[name].captions == ("prism_plain" if "prism" in name else "plain")
+    assert not TEMPLATES[TEMPLATES[name].captions].keep_question
+
+
+def test_stage_1_of_a_prismatic_model_supervises_the_end_token_and_of_llava_a_newline(tok):
+    for name, end in ("prism_pure", "</s>"), ("vicuna_v1", "\n"):
+        model_cfg = replace(PRESETS["toy"], template=name)
+        cfg = SimpleNamespace(template="", stage="pretrain", max_length=64, bad_records="stop")
+        task = Answering(cfg, None, SimpleNamespace(cfg=model_cfg), tok)
+        turns = [("human", "<image>"), ("gpt", "a cat")]
+        _, labels = encode_conversation(tok, turns, task.examples.template, [1])
+        assert supervised(tok, labels).endswith("cat" + end)
 
 
 # ---- ids --------
@@ -595,6 +616,8 @@ def test_llama_hf_llava_and_prismatic_number_their_tokens_each_in_its_way(llama,
         ({"added_tokens": "{"}, "added_tokens.json: damaged"),
         ({"added_tokens": []}, "added_tokens.json: a list, not a JSON object"),
         ({"added_tokens": {"<x>": "y"}}, "copy both again"),
+        ({"added_tokens": {"<x>": -1}}, "ids of tokens are to be 0 to"),
+        ({"added_tokens": {"<x>": 10**9}}, "ids of tokens are to be 0 to"),
         ({"tokenizer_config": {"added_tokens_decoder": {"9": "<x>"}}}, "copy both again"),
         ({"tokenizer_config": {"added_tokens_decoder": {"9": {"special": True}}}}, "copy both again"),
     ],

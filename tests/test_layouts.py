@@ -333,6 +333,7 @@ def test_internvl_equals_transformers_port_renamed(tmp_path, big):
 # ---- templates ---------------------------------------------------------------------------------------------
 
 LLAVA = {"model_type": "llava", "vision_config": {}, "text_config": {}}
+NEXT = {"model_type": "llava_next", "vision_config": {"image_size": 336}}
 ORIGINAL = {"model_type": "llava_llama", "mm_hidden_size": 1024}
 INTERN = {"model_type": "internvl_chat", "vision_config": {"model_type": "vit"}, "llm_config": {}}
 
@@ -345,6 +346,9 @@ INTERN = {"model_type": "internvl_chat", "vision_config": {"model_type": "vit"},
         (ORIGINAL, "llava_v1"),
         (ORIGINAL | {"mm_projector_type": "mlp2x_gelu"}, "vicuna_v1"),
         (ORIGINAL | {"template": "llava_v0"}, "llava_v0"),
+        (ORIGINAL | {"mm_projector_type": "mlp2x_gelu", "model_type": "llava_mistral"}, "mistral_instruct"),
+        (NEXT | {"text_config": {}}, "vicuna_v1"),
+        (NEXT | {"text_config": {"model_type": "mistral"}}, "mistral_instruct"),
         (INTERN, "internvl2_5"),
         (INTERN | {"template": "internlm2-chat"}, "internlm2-chat"),
         (INTERN | {"template": "Hermes-2"}, "Hermes-2"),

@@ -165,7 +165,7 @@ def test_the_published_models_have_their_published_numbers_of_parameters():
         assert size(VLM(PRESETS["llava-1.5-7b"])) == 6_738_415_616 + 2 * 64 * 4096 + 20_979_712 + 303_507_456
 
 
-@pytest.mark.parametrize("change", [dict(n_kv_head=3), dict(head_dim=7)])
+@pytest.mark.parametrize("change", [dict(n_kv_head=3), dict(head_dim=7), dict(n_layer=10**9), dict(n_embd=0)])
 def test_an_impossible_decoder_is_refused(change):
     with pytest.raises(UserError):
         replace(TINY.decoder, **change)
@@ -495,6 +495,7 @@ def test_answers_are_drawn_as_temperature_top_k_and_top_p_say():
     )
     assert_close(draws(temperature=0.0), torch.tensor([1.0, 0, 0, 0]))
     assert_close(draws(temperature=1e-40), torch.tensor([1.0, 0, 0, 0]))
+    assert_close(draws(temperature=1e-320), torch.tensor([1.0, 0, 0, 0]))  # 0 as a float32
 
 
 def test_the_seed_settles_the_draws(vlm):
