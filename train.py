@@ -19,11 +19,12 @@ short answers weigh more; its curves differ a little.)
 
 A run writes to --out: log.jsonl and loss.png while it goes; now and then checkpoint-N/, a whole model
 directory (--resume goes on from the newest, and ends where the uninterrupted run would have, bit for bit on a
-CPU); at the end the model itself, and results.json where there were held-out questions. Ctrl-C saves a
-checkpoint first; a second one ends the run at once.
+CPU); at the end the model itself, and results.json where there were held-out questions. Ctrl-C and SIGTERM save
+a checkpoint first; a second one ends the run at once.
 """
 
 import math
+import signal
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -38,7 +39,7 @@ from torch.utils.data import DataLoader
 from conversation import find_template
 from data import Examples, Records, collate, draw_steps, micro_batches, share_by_rank
 from model import IGNORE, PRESETS
-from support.checkpoint import Run
+from support.checkpoint import END_SIGNALS, Run
 from support.cli import UserError, arg, parse, run
 from support.distributed import (
     full_tensor,
@@ -181,7 +182,14 @@ def make_loader(cfg, task, run):
                   collate=task.collate)
     on_gpu = next(run.vlm.parameters()).is_cuda
     return DataLoader(
-        task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu)
+        task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu,
+        worker_init_fn=leave_signals_to_parent)
+
+
+def leave_signals_to_parent(_):
+    """In a loader process: whatever ends the run, the parent wants this step's records first."""
+    for number in END_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def lr_at(step, n_step, peak, warmup):

@@ -1,4 +1,4 @@
-"""The folder of a run: its log and plots, its checkpoints, at its end the model; and Ctrl-C.
+"""The folder of a run: its log and plots, its checkpoints, at its end the model; Ctrl-C and SIGTERM.
 
     lock                              held by the run that writes here
     log.jsonl  *.png                  a line for each step and each look at held-out questions; plots
@@ -12,6 +12,7 @@ A checkpoint is built under a hidden name and renamed when it is on the disk. On
 hidden first. So whatever is called checkpoint-N is whole, at any moment.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.distributed import barrier, gather_numbers, gather_on_first, placed_like, rank
+from support.distributed import barrier, gather_numbers, gather_on_first, placed_like, rank, world_size
 from support.export import save_adapter
 from support.io import check_flags, json_lines, lock, read_rows, reading, write_whole
 from support.plots import curve, plot
@@ -36,6 +37,9 @@ FREE_TO_CHANGE = {
     "resume", "out", "workers", "device", "dry_run", "compile", "shard", "recompute", "micro_batch_size",
     "token_budget", "log_every", "eval_every", "save_every", "final_eval", "eval_limit",
 }
+
+
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster sends before it takes the machine
 
 
 class Run:
@@ -52,7 +56,8 @@ class Run:
         self.skipped = self.state.get("skipped", 0)  # records, since the run began
         self.n_token = 0  # since this program began
         self.lines = []  # of log.jsonl
-        self.pressed = self.interrupted = False
+        self.pressed = False  # whether a signal came to this process
+        self.interrupted = False  # or to any, as all know after each step
 
     def open(self, vlm, tok, task):
         """Make the folder: that of the checkpoint is rewound to it, an earlier run's is moved aside."""
@@ -98,20 +103,26 @@ class Run:
         self.file = open(self.out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
         self.bar = tqdm(total=self.n_step, initial=self.first_step - 1, unit="step", dynamic_ncols=True,
                         disable=True if rank() > 0 else None)  # None: where there is no terminal
-        self.old_handler = signal.signal(signal.SIGINT, self.on_ctrl_c)
+        self.old_handlers = {number: signal.signal(number, self.on_signal) for number in END_SIGNALS}
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.old_handler)
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
         self.bar.close()
         self.file.close()
 
-    def on_ctrl_c(self, *_):
-        """The first Ctrl-C lets the step end and saves it; the second ends the program at once."""
+    def on_signal(self, *_):
+        """The first lets the step end and saves it; the second ends the program at once.
+
+        Under torchrun there is no second: each process gets the terminal's, and once more torchrun's.
+        """
         self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # print is not safe in a handler
-        os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")
+        for number in END_SIGNALS:
+            signal.signal(number, signal.SIG_IGN if world_size() > 1 else self.old_handlers[number])
+        with contextlib.suppress(OSError):
+            # print is not safe in a handler
+            os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")
 
     def log_step(self, step, batches, loss, metrics):
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""

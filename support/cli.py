@@ -19,7 +19,6 @@ Type, default, help, choices and range of a flag stand on its field and nowhere 
 import argparse
 import difflib
 import io
-import os
 import re
 import sys
 import time
@@ -172,6 +171,8 @@ def pick_device(name):
 
 def run(program):
     """Call a program and return its exit code: 0 done, 1 said in a line on stderr, 130 interrupted."""
+    harden_output("stdout")
+    harden_output("stderr")
     try:
         return program()
     except UserError as error:
@@ -182,6 +183,20 @@ def run(program):
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:          # `python -m tools.show ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def harden_output(name):
+    """Writing there never fails: not of a character that it cannot encode, not because nobody reads on."""
+    stream = getattr(sys, name)
+    if stream and stream is getattr(sys, f"__{name}__"):                # not what a test put in its place
+        file = io.BufferedWriter(PatientFile(stream.fileno(), "w", closefd=False))
+        buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", **buffering))
+
+
+class PatientFile(io.FileIO):
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:              # of `| head`, or of a full disk
+            return len(data)

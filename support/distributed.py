@@ -36,8 +36,6 @@ def processes(cfg):
     """Join the others; inside, this process has its device. What the machine lacks is said in one line."""
     try:
         yield join_processes(cfg)
-    except BrokenPipeError:
-        raise
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]  # a loader process sends its whole traceback
         if isinstance(error, torch.OutOfMemoryError):

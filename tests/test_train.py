@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import ROOT, call, errors, fork, losses, tiny_config, weights
+from common import QUICK, ROOT, call, errors, fork, losses, tiny_config, weights
 from PIL import Image
 
 import data
@@ -39,7 +39,7 @@ from data import IGNORE, Examples, Records, collate
 from model import VLM
 from support.checkpoint import Run
 from support.export import clip_json, llama_json, write_model
-from support.io import lock
+from support.io import lock, write_json
 from support.processor import save_processor
 
 
@@ -425,6 +425,53 @@ def test_ctrl_c_saves_the_step_and_a_second_one_ends_at_once(go, at_step, capfd,
     ]
     at_step(99, None)
     assert go("--resume") == 0 and same("whole", "run")
+
+
+def newest_step(out):
+    return max(int(path.name.removeprefix("checkpoint-")) for path in Path(out).glob("checkpoint-*"))
+
+
+def last_logged(out):
+    return json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_lets_the_loader_finish_the_step_which_is_saved(
+    go, world, beside, monkeypatch, number, ctrl_c_arrives
+):
+    original = data.micro_batches
+
+    def slow(examples, **flags):
+        if examples[0]["index"] in later:  # of step 3, the loader is two ahead
+            Path("there").touch()
+            time.sleep(1)
+        return original(examples, **flags)
+
+    records = Records(world / "train.json", world)
+    steps = list(data.draw_steps(records.group_sizes, 4, 8, seed=0))
+    later = {rows[0] for rows in steps[2:]}
+    monkeypatch.setattr(train, "micro_batches", slow)
+
+    def alone():
+        os.setpgrp()
+        os._exit(go("--workers", 1, "--save-every", 0))
+
+    child = beside(alone)
+    wait_for("there")
+    os.killpg(child.pid, number)
+    child.join(60)
+    assert child.exitcode == 130 and newest_step("run") == last_logged("run") < 8
+
+
+def test_under_torchrun_a_signal_comes_twice_and_the_step_is_saved(tiny, world, tmp_path):
+    flags = ["--model", tiny, "--data", world / "train.json", *QUICK, "--max-steps", 100_000, "--save-every", 0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command = [*torchrun, ROOT / "train.py", *flags, "--out", tmp_path / "run"]
+    child = subprocess.Popen([str(word) for word in command], start_new_session=True, cwd=tmp_path)
+    wait_for(tmp_path / "run/log.jsonl")
+    time.sleep(1)
+    os.killpg(child.pid, signal.SIGINT)
+    assert child.wait(60) != 0 and newest_step(tmp_path / "run") == last_logged(tmp_path / "run")
 
 
 def test_resuming_a_finished_run_changes_nothing(go):
@@ -937,3 +984,22 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(tiny, world,
     lines = child.communicate()[0]
     assert child.returncode == 0 and "step    10/12  loss " in lines and "left" in lines
     assert b"12/12" in shown and b"loss" in shown and b"tokens/s" in shown
+
+
+@pytest.mark.parametrize("end", ["stdout", "stderr"])
+def test_a_run_goes_on_when_nobody_reads_its_output(tiny, world, tmp_path, end):
+    flags = ["--model", tiny, "--data", world / "train.json", *QUICK, "--log-every", 1, "--out", tmp_path / "run"]
+    command = [sys.executable, "-u", ROOT / "train.py", *map(str, flags)]
+    child = subprocess.Popen(command, **{end: subprocess.PIPE})
+    getattr(child, end).readline()
+    getattr(child, end).close()
+    assert child.wait() == 0 and (tmp_path / "run/config.json").exists()
+
+
+def test_what_the_terminal_cannot_show_ends_no_run(tiny, world, tmp_path):
+    write_json(tmp_path / "val.json", [{"image": PICTURE, "text": "这是什么？", "answer": "红色。"}], indent=None)
+    flags = ["--model", tiny, "--data", world / "train.json", "--val", tmp_path / "val.json", *QUICK,
+             "--eval-every", 1, "--out", tmp_path / "run"]
+    child = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True,
+                           env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert child.returncode == 0 and rb"truth: '\u7ea2\u8272\u3002'" in child.stdout
