@@ -50,7 +50,7 @@ from support.distributed import precision
 from support.io import reading, write_whole
 from support.log_probs import token_log_probs
 from support.lora import lora_off
-from train import TrainConfig, make_loader, teach
+from train import TrainConfig, load_steps, teach
 
 
 @dataclass
@@ -242,7 +242,7 @@ class Preferring:
         s_ref = torch.full((n_pair, 2), math.nan)
         checksum = torch.full((n_pair,), -1)
         n_step = min(run.n_step, math.ceil(n_pair / self.cfg.batch_size))  # one epoch at most
-        steps = islice(make_loader(self.cfg, self, run), n_step)
+        steps = islice(load_steps(self.cfg, self, run), n_step)
         run.vlm.eval()  # no dropout in a reference
         with precision(self.cfg, self.device):
             for batches in Bar(steps, "reference", n_step, unit="step"):

@@ -19,8 +19,8 @@ short answers weigh more; its curves differ a little.)
 
 A run writes to --out: log.jsonl and loss.png while it goes; now and then checkpoint-N/, a whole model
 directory (--resume goes on from the newest, and ends where the uninterrupted run would have, bit for bit on a
-CPU); at the end the model itself, and results.json where there were held-out questions. Ctrl-C and SIGTERM save
-a checkpoint first; a second one ends the run at once.
+CPU); at the end the model itself, and results.json where there were held-out questions. Ctrl-C and SIGTERM
+save a checkpoint first; a second one ends the run at once.
 """
 
 import math
@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 from conversation import find_template
 from data import Examples, Records, collate, draw_steps, micro_batches, share_by_rank
 from model import IGNORE, PRESETS
-from support.checkpoint import END_SIGNALS, Run
+from support.checkpoint import END_SIGNALS, FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, parse, run
 from support.distributed import (
     full_tensor,
@@ -71,7 +71,7 @@ def fit(cfg, task, run, held_out=None):
     run.restore(optimizer)
 
     with run:
-        for step, batches in enumerate(make_loader(cfg, task, run), run.first_step):
+        for step, batches in enumerate(load_steps(cfg, task, run), run.first_step):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, run.n_step, group["peak_lr"], cfg.warmup)
             if cfg.lora_dropout:
@@ -96,7 +96,7 @@ def fit(cfg, task, run, held_out=None):
             if held_out and is_due(step, cfg.eval_every, run.n_step):
                 held_out.look(run, step)
             if is_due(step, cfg.save_every, run.n_step) or run.interrupted or step == run.n_step:
-                run.save(step, optimizer)
+                run.save()
             if run.interrupted:
                 run.say(f"interrupted: step {step} is saved; go on with the same command and --resume")
                 return 130
@@ -171,7 +171,7 @@ class Answering:
         pass
 
 
-def make_loader(cfg, task, run):
+def load_steps(cfg, task, run):
     """The steps that are still to do, each a list of micro-batches."""
     records = task.examples.records
     steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
@@ -181,9 +181,13 @@ def make_loader(cfg, task, run):
     cut = partial(micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
                   collate=task.collate)
     on_gpu = next(run.vlm.parameters()).is_cuda
-    return DataLoader(
+    task.examples.bad = "skip"  # whether to stop is for all processes to decide
+    loader = DataLoader(
         task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu,
         worker_init_fn=leave_signals_to_parent)
+    for batches in loader:
+        run.stop_at_bad_records(batches)
+        yield batches
 
 
 def leave_signals_to_parent(_):
@@ -397,7 +401,8 @@ class TrainConfig:
     log_every: int = arg(10, "steps between printed lines", at_least=1)
     final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
     eval_limit: int = arg(0, "answer only this many of them, evenly spread over the file; 0: all", at_least=0)
-    resume: bool = arg(False, "go on from the newest checkpoint in --out, with the same flags")
+    resume: bool = arg(False,
+        f"go on from the newest checkpoint in --out, with the same flags but for {', '.join(FREE_TO_CHANGE)}")
 
     # The machine
     workers: int = arg(1, "processes that prepare records; 0: none", at_least=0)

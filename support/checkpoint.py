@@ -33,10 +33,10 @@ from support.plots import curve, plot
 from support.processor import save_processor
 
 # What --resume may change; any other flag would make it another run.
-FREE_TO_CHANGE = {
+FREE_TO_CHANGE = (
     "resume", "out", "workers", "device", "dry_run", "compile", "shard", "recompute", "micro_batch_size",
-    "token_budget", "log_every", "eval_every", "save_every", "final_eval", "eval_limit",
-}
+    "token_budget", "log_every", "eval_every", "save_every", "final_eval", "eval_limit", "bad_records",
+)
 
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster sends before it takes the machine
@@ -52,7 +52,8 @@ class Run:
             self.lock = lock(self.out / "lock")
         self.checkpoint, self.state = find_checkpoint(self.out, cfg) if cfg.resume else (None, {})
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
-        self.first_step = self.state.get("step", 0) + 1
+        self.step = self.saved = self.state.get("step", 0)  # the last that is done, and on the disk
+        self.first_step = self.step + 1
         self.skipped = self.state.get("skipped", 0)  # records, since the run began
         self.n_token = 0  # since this program began
         self.lines = []  # of log.jsonl
@@ -86,6 +87,7 @@ class Run:
 
     def restore(self, optimizer):
         """Bring back the task's state and the moments, by whatever number of processes they were saved."""
+        self.optimizer = optimizer
         if not self.checkpoint:
             return
         with reading(self.checkpoint, "files of it are missing, or of another version; start anew"):
@@ -124,8 +126,21 @@ class Run:
             # print is not safe in a handler
             os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")
 
+    def stop_at_bad_records(self, batches):
+        """If --bad-records says so. What was done before it is saved first."""
+        reasons = [reason for batch in batches for reason in batch["skipped"]]
+        n = gather_numbers([len(reasons)]).sum()
+        if n == 0 or self.cfg.bad_records == "skip":
+            return
+        if self.step > self.saved:
+            self.save()
+        where = reasons[0] if reasons else "a record that another process names"
+        todo = "go on without such by --resume --bad-records skip" if self.step else "or --bad-records skip"
+        raise UserError(f"{where}; {todo}")
+
     def log_step(self, step, batches, loss, metrics):
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
+        self.step = step
         skipped = [reason for batch in batches for reason in batch["skipped"]]
         for reason in skipped[: max(0, 5 - self.skipped)]:  # later ones are only counted
             self.say(f"skipped: {reason}")
@@ -170,33 +185,34 @@ class Run:
         self.bar.write(text)
         sys.stdout.flush()
 
-    def save(self, step, optimizer):
+    def save(self):
         """Write checkpoint-N, then remove the one before it."""
-        final = self.out / f"checkpoint-{step:06d}"
+        final = self.out / f"checkpoint-{self.step:06d}"
         hidden = self.out / f".{final.name}.tmp"
         try:
             self.save_model(hidden)
-            self.save_state(hidden, step, optimizer)
+            self.save_state(hidden)
             if rank() == 0:
                 os.replace(hidden, final)
                 for old in checkpoints(self.out)[:-1]:
                     os.replace(old, hidden)
                     shutil.rmtree(hidden)
             barrier()
+            self.saved = self.step
         except UserError as error:
             raise UserError(f"{error}. --resume goes on from the checkpoint before") from None
         finally:
             if rank() == 0:
                 shutil.rmtree(hidden, ignore_errors=True)
 
-    def save_state(self, directory, step, optimizer):
+    def save_state(self, directory):
         """All that a step depends on besides the weights."""
         moments = {}
         for name, p in self.vlm.named_parameters():
-            if p in optimizer.state:
-                moments[name] = {key: gather_on_first(t) for key, t in optimizer.state[p].items()}
+            if p in self.optimizer.state:
+                moments[name] = {key: gather_on_first(t) for key, t in self.optimizer.state[p].items()}
         if rank() == 0:
-            state = {"step": step, "skipped": self.skipped}
+            state = {"step": self.step, "skipped": self.skipped}
             state |= {"flags": fixed_flags(self.cfg), "task": self.task.state_dict()}
             write_whole(directory / "optimizer.pt", lambda tmp: torch.save(moments, tmp))
             write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))

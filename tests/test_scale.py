@@ -266,6 +266,16 @@ def test_what_some_processes_saved_others_resume(go, before, after):
     close_runs("run", "whole")
 
 
+@pytest.mark.parametrize("flag", ["--no-shard", "--shard"])
+def test_two_processes_stop_at_a_bad_record_of_one_and_save_first(go, mixed, flag):
+    (mixed.parent / "7.png").unlink()
+    codes = go(flag, "--batch-size", 1, out="bad", n=2)
+    steps = [json.loads(line)["step"] for line in open("bad/log.jsonl")]
+    assert codes == {1} and 0 < steps[-1] < 16
+    assert [path.name for path in Path("bad").glob("checkpoint-*")] == [f"checkpoint-{steps[-1]:06d}"]
+    assert go(flag, "--batch-size", 1, "--resume", "--bad-records", "skip", out="bad", n=2) == {0}
+
+
 def test_shares_are_even_and_together_the_batch():
     class Sized:
         def guess_tokens(self, i, n_visual):

@@ -390,16 +390,18 @@ def test_a_save_that_dies_at_any_point_leaves_the_old_checkpoint_or_the_new_one(
     run = Run(cfg, 9)
     run.vlm, run.tok = support_start.build(cfg)
     run.task = train.Answering
-    optimizer = torch.optim.AdamW(run.vlm.parameters())
+    run.optimizer = torch.optim.AdamW(run.vlm.parameters())
 
     def dying_save(k):
         die_at_call(k, monkeypatch)
-        run.save(2, optimizer)
+        run.step = 2
+        run.save()
 
     code, deaths = 9, 0
     while code == 9:
         shutil.rmtree(out, ignore_errors=True)
-        run.save(1, optimizer)
+        run.step = 1
+        run.save()
         code = in_child(lambda: dying_save(deaths + 1))  # noqa: B023 (it is called at once)
         names = [checkpoint.name for checkpoint in out.glob("checkpoint-*")]
         assert names and set(names) <= {"checkpoint-000001", "checkpoint-000002"}
@@ -682,6 +684,17 @@ def test_a_bad_record_stops_the_run_and_is_named(go, world, capfd, workers):
         and "record 5 (id 'train-5')" in error[0]
         and "gone_5.png: no such picture" in error[0]
     )
+
+
+def test_a_run_that_stops_at_a_bad_record_saves_first_and_goes_on_without_it(go, world, capfd):
+    write_records(world, "bad.json", [5])
+    flags = ["--data", "bad.json", "--image-root", world, "--batch-size", 1, "--save-every", 0]
+    assert go(*flags, "--bad-records", "skip", out="whole") == 0
+    assert go(*flags) == 1
+    (error,) = errors(capfd)
+    assert "gone_5.png: no such picture" in error and "--resume --bad-records skip" in error
+    assert newest_step("run") == last_logged("run") > 0
+    assert go(*flags, "--resume", "--bad-records", "skip") == 0 and same("whole", "run")
 
 
 def test_bad_records_are_skipped_and_counted_even_where_a_whole_step_is_bad(go, world, capfd):
