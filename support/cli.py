@@ -176,7 +176,10 @@ def run(program):
     try:
         return program()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if text.startswith("Caught UserError in DataLoader worker"):    # torch wraps it in a traceback
+            text = text.rpartition("UserError: ")[2].strip()
+        print(f"error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

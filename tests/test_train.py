@@ -357,6 +357,7 @@ def test_no_kill_leaves_a_checkpoint_that_does_not_load(go):
         resume = ["--resume"] if Path("run/log.jsonl").exists() else []
         child = fork(target=lambda more=resume: os._exit(go(*flags, *more)))
         child.start()
+        wait_for("run/log.jsonl")
         child.join(0.05 + 0.5 * rng.random())
         child.kill()
         child.join()
