@@ -215,7 +215,6 @@ class Preferring:
 
     def __init__(self, cfg, records, vlm, tok):
         self.cfg = cfg
-        self.pad = tok.pad
         self.device = next(vlm.parameters()).device
         template = cfg.template or vlm.cfg.template
         max_length = cfg.max_length or vlm.cfg.decoder.block_size
@@ -355,11 +354,9 @@ def recompress(image, seed):
 
 
 def to_device(batch, device):
-    moved = dict(batch)
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            moved[name] = value.to(device, non_blocking=True)
-    return moved
+    """The tensors of a batch."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def main(argv=None, Config=MPOConfig, Task=Preferring):

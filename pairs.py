@@ -17,8 +17,9 @@ dropped, and why. A killed run goes on where it was: PAIRS.jsonl.part holds what
 it ends as if nothing had happened.
 
 Deviations from the authors' code, all of them: an answer that ran out of tokens makes no pair (theirs takes
-it for a wrong one, or for a whole one), nor does a completion that equals the answer; an answer is judged by
-normalised words, numbers, option letters and boxes, and not by math-verify (formulas must be written alike).
+it for a wrong one, or for a whole one), nor does a completion that equals the answer, nor DropoutNTP of a
+question without a picture; an answer is judged as benchmarks/own.py has it, for all kinds of questions alike,
+and not by math-verify (formulas must be written alike).
 """
 
 import random
@@ -169,6 +170,7 @@ def read_question(vlm, tok, record, cfg):
             raise UserError("no picture that could be left out")
         if cfg.method == "correctness" and cfg.prompt != "direct":
             text = ask_step_by_step(text, len(paths), cfg.prompt)
+            truth = truth.rsplit("Final answer:", 1)[-1].strip()  # a worked one is judged by its end, too
         elif len(paths) == 1 and "<image>" not in text:
             text = "<image>\n" + text
 
@@ -187,7 +189,7 @@ def ask_step_by_step(text, n_image, language="en"):
     """The question in the step-by-step prompt, without its request for a short answer, the picture first."""
     if n_image <= 1:
         text = text.replace("<image>", "")
-    text = text.strip()
+    text = text.strip().removeprefix(PROMPTS[language])
     for ending in SHORT_ENDINGS:
         text = text.removesuffix(ending).strip()
     front = "<image>\n" if n_image == 1 else ""

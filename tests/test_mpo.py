@@ -745,6 +745,7 @@ def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_endin
     )
     asked = "Is it?\nAnswer the question using a single word or phrase."
     assert pairs.ask_step_by_step(asked, 1) == "<image>\n" + toyworld.COT + "Is it?"
+    assert pairs.ask_step_by_step("<image>\n" + toyworld.COT + "Is it?", 1) == "<image>\n" + toyworld.COT + "Is it?"
 
 
 def test_a_right_answer_is_written_as_the_truth_is():
@@ -845,6 +846,16 @@ def test_right_answers_meet_wrong_ones_and_those_without_form(tiny, folder, aske
     assert counts["questions none right"] == 3
     assert counts["skipped"] == 2
     assert counts["tokens generated per pair"] == round(counts["tokens"] / len(made), 1)
+
+
+def test_a_truth_that_is_worked_out_is_judged_by_its_end(tiny, folder, talkative):
+    question = {"image": "a.png", "question": "How many?", "answer": "1 + 1 = 2.\nFinal answer: 2"}
+    write(folder / "questions.jsonl", [question])
+    talkative("One.\nTwo.\nFinal answer: 2", "One.\nTwo.\nFinal answer: 3")
+    assert build(tiny, folder, "correctness") == 0
+    (pair,) = lines("pairs/made.jsonl")
+    assert pairs.parse_answer(pair["chosen"])[1] == "2"
+    assert pair["answer_gt"] == "2"
 
 
 def test_a_prediction_within_the_other_is_no_pair_and_pairs_are_capped(tiny, folder, asked, talkative):
