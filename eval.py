@@ -34,7 +34,7 @@ import sample
 from benchmarks import BENCHMARKS
 from benchmarks.common import COT, Benchmark, as_said, question
 from benchmarks.own import most_frequent, own_right
-from benchmarks.predictions import match_predictions
+from benchmarks.predictions import match_predictions, unanswered_categories
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
 from data import Records, picture_paths
@@ -98,9 +98,11 @@ def evaluate(name, cfg, vlm, tok, out):
     bench = SUITE[name]
     items = read_items(name, cfg)
     if cfg.predictions:
-        answers = {"given": match_predictions(bench, items, cfg.predictions)}
-        items = draw_some(items, cfg.limit)
-        result = add_up({"given": [phrase(item, "given", [], cfg) for item in items]}, answers)
+        answers = match_predictions(bench, items, cfg.predictions)
+        left_out = unanswered_categories(items, answers) if bench.apart else set()
+        items = draw_some([item for item in items if not left_out & set(item["category"])], cfg.limit)
+        columns = {"given": [phrase(item, "given", [], cfg) for item in items]}
+        result = add_up(columns, {"given": answers}) | {"left_out": sorted(left_out)}
     else:
         items = draw_some(items, cfg.limit)
         free = ("out", "resume", "device", "compare", "show")  # flags that --resume may change
@@ -213,7 +215,10 @@ def columns_of(items, cfg):
     if cfg.blind == "none":
         shown["no pictures"] = {}
     elif cfg.blind or items[0]["benchmark"] == "own":
-        shown["shuffled pictures"] = other_pictures(pictures)
+        other = other_pictures(pictures.values())
+        if len(other) > 1:
+            shuffled = {id: [other[picture] for picture in found] for id, found in pictures.items()}
+            shown["shuffled pictures"] = shuffled
     columns = {}
     for column, seen in shown.items():
         columns[column] = [phrase(item, column, seen.get(item["id"], []), cfg) for item in items]
@@ -250,12 +255,11 @@ def ask_again(questions, answers):
     return again
 
 
-def other_pictures(pictures):
-    """To each question the pictures of one far away: what is right all the same was not seen."""
-    some = list(dict.fromkeys(picture for found in pictures.values() for picture in found))
-    half = max(1, len(some) // 2)
-    other = dict(zip(some, some[half:] + some[:half]))
-    return {id: [other[picture] for picture in found] for id, found in pictures.items()}
+def other_pictures(shown):
+    """[[picture, ...], ...] -> {picture: one far away}; what is right about that was not seen."""
+    some = list(dict.fromkeys(picture for pictures in shown for picture in pictures))
+    half = len(some) // 2
+    return dict(zip(some, some[half:] + some[:half]))
 
 
 def find_pictures(items, cfg):
@@ -309,8 +313,14 @@ def write_results(bench, result, items, out):
 def report(result):
     """What else must be known of one benchmark."""
     said = [f"{result['benchmark']}: {result['n']} questions, {result['asked']}"]
-    if result["missing"]:
-        said.append(f"{result['missing']} without an answer, counted as wrong")
+    if result.get("left_out"):
+        said.append(f"nothing of {', '.join(result['left_out'])} is answered, so it is left out")
+    scored = [record for record in result["records"] if record["score"] is not None]
+    n_missing = sum(record["answer"] is None for record in scored)
+    if n_missing:
+        said.append(f"{n_missing} without an answer, counted as wrong")
+    if 0 < len(scored) < len(result["records"]):
+        said.append(f"{len(result['records']) - len(scored)} not scored, for want of a label or a review")
     if result["cut_off"]:
         said.append(f"{result['cut_off']} answers cut off")
     if result["score"] is None:

@@ -68,6 +68,7 @@ class Benchmark:
     metric: str = "accuracy %"
     max_new_tokens: int = 16
     all_needed: bool = False  # the official scorer refuses a file in which an answer is missing
+    apart: bool = False  # its categories are splits: of --predictions one without any answer is left out
 
 
 def question(id, image, text, suffix, truth, **more):

@@ -57,6 +57,11 @@ def match_predictions(bench, items, path):
     return answers
 
 
+def unanswered_categories(items, answers):
+    answered = {name for item in items if item["id"] in answers for name in item["category"]}
+    return {name for item in items for name in item["category"]} - answered
+
+
 def pick_question(where, row, names, found, answers):
     """The one of these questions that a row answers. One that is asked twice takes its answers in turn."""
     if not names and not found:

@@ -7,7 +7,7 @@ import torch
 
 import sample
 from data import Examples, Records, micro_batches
-from eval import EvalConfig, draw_some, examine, read_items, table
+from eval import EvalConfig, draw_some, examine, other_pictures, read_items, table
 from support.asking import encode_questions
 from support.distributed import rank
 from support.io import write_json
@@ -17,29 +17,40 @@ class HeldOut:
     """The questions of --val: now and then their loss and some answers, at the end the table."""
 
     def __init__(self, cfg, vlm, tok, task, n=128):
-        """task: whose loss is looked at, that of n questions spread over the file."""
+        """task: whose loss is looked at, that of n records spread over the file."""
         self.cfg, self.vlm, self.tok, self.task = cfg, vlm, tok, task
         self.questions = read_items("own", EvalConfig(data=cfg.val, image_root=cfg.image_root))
         records = Records(cfg.val, cfg.image_root)
-        examples = Examples(
-            records, tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size)
-        some = []
-        for i in range(len(records)):
-            example = examples[i]  # of all, so that a picture that does not open is said before the training
-            if i % math.ceil(len(records) / n) == 0:
-                some.append(example)
-        self.batches = micro_batches(some, 32, tok.pad)
+        for _ in self.examples_of(records):
+            pass  # of all of them, so that a picture that does not open is said before the training
+        some = [records[i] for i in range(0, len(records), math.ceil(len(records) / n))]
+        self.batches = micro_batches(list(self.examples_of(some)), 32, tok.pad)
+
+        # The same records about other pictures, unless there is only one.
+        other = other_pictures(record["images"] for record in some)
+        self.shuffled = []
+        if len(other) > 1:
+            shuffled = [record | {"images": [other[name] for name in record["images"]]} for record in some]
+            self.shuffled = micro_batches(list(self.examples_of(shuffled, bad="skip")), 32, tok.pad)
+
+    def examples_of(self, records, bad="stop"):
+        cfg = self.vlm.cfg
+        shape = (cfg.vision, cfg.image_mode, cfg.decoder.block_size)
+        examples = Examples(records, self.tok, cfg.template, *shape, bad)
+        return (examples[i] for i in range(len(records)))
 
     def look(self, run, step):
-        """Log the loss, with each question's picture and with another's, and print a few answers."""
+        """Log the loss, with each question's pictures and with others, and print a few answers."""
         with not_training(self.vlm, self.cfg):
-            loss = self.mean_loss(self.batches)
-            loss_shuffled = self.mean_loss([with_other_pictures(batch) for batch in self.batches])
+            values = {"val_loss": self.mean_loss(self.batches)}
+            text = f"held-out loss {values['val_loss']:.4f}"
+            if self.shuffled:
+                values["val_loss_shuffled"] = self.mean_loss(self.shuffled)
+                text += f", with pictures shuffled {values['val_loss_shuffled']:.4f}"
+                if values["val_loss_shuffled"] < 1.01 * values["val_loss"]:
+                    text += ": the model makes no use of the pictures"
             answers = self.some_answers(step)
-        text = f"held-out loss {loss:.4f}, with pictures shuffled {loss_shuffled:.4f}"
-        if loss_shuffled < 1.01 * loss and any(len(batch["pixels"]) for batch in self.batches):
-            text += ": the model makes no use of the pictures"
-        run.log(step, val_loss=loss, val_loss_shuffled=loss_shuffled)
+        run.log(step, **values)
         run.say(text + "\n" + answers)
 
     @torch.no_grad()
@@ -70,12 +81,6 @@ class HeldOut:
         print(f"{result['cut_off']} of {len(items)} answers were cut off for being too long")
         if rank() == 0:
             write_json(out / "results.json", result)
-
-
-def with_other_pictures(batch):
-    """Each question about a picture half a batch away."""
-    pixels = batch["pixels"]
-    return batch | {"pixels": pixels.roll(len(pixels) // 2, 0)}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from pathlib import Path
 
 import pytest
 from common import ROOT, errors
@@ -11,10 +12,14 @@ from PIL import Image
 import eval as ev
 import sample
 import toyworld
+import train
 from benchmarks import choice, common, reasoning, vqa, yes_no
 from benchmarks.scoring import bootstrap
+from model import VLM
 from support import asking
-from support.cli import run
+from support.cli import UserError, run
+from support.heldout import HeldOut
+from support.io import Progress
 from tools import compare
 
 CASES = ROOT.parent / "shared/benchmarks"
@@ -953,3 +958,157 @@ def test_evaluation_looks_once_at_a_picture_of_several_questions(toy, world, tmp
     assert toy("--batch-size", 1000) == 0
     pictures = {json.loads(line)["image"] for line in (world / "val.jsonl").read_text().splitlines()}
     assert len(looked) == 2 * len(pictures)  # once for the score, once for the shuffled pictures
+
+
+# ---- held-out questions of a training run ----
+
+PICTURE, OTHER = "images/val_00000.png", "images/val_00001.png"
+
+
+def conversation(images, *turns):
+    """A record in which a person and the model speak in turns; "gpt: ..." is the model's."""
+    said = []
+    for turn in turns:
+        role = "gpt" if turn.startswith("gpt: ") else "human"
+        said.append({"from": role, "value": turn.removeprefix("gpt: ")})
+    return {"id": "c", "image": images, "conversations": said}
+
+
+def test_held_out_records_may_be_all_that_training_takes_and_each_question_is_asked(go, world, tmp_path):
+    two = conversation([PICTURE, OTHER], "<image>\nWhat?", "gpt: a cat", "<image>\nAnd this?", "gpt: a dog")
+    greeting = conversation(PICTURE, "gpt: Hello.", "<image>\nWhat?", "gpt: a cat")
+    val = put(tmp_path, "val.jsonl", jsonl([two, greeting]))
+    assert go("--val", val, "--image-root", world, "--max-steps", 1, "--eval-every", 1, "--final-eval") == 0
+    records = json.loads((tmp_path / "run/results.json").read_text())["records"]
+    assert [(record["id"], record["truth"]) for record in records] == [
+        ("c", "a cat"), ("c#2", "a dog"), ("c#3", "a cat")]
+
+
+def test_where_all_questions_share_one_picture_nothing_is_said_of_pictures(go, world, tmp_path, capfd):
+    rows = [{"id": k, "image": PICTURE, "text": f"{k}?", "answer": "x"} for k in range(2)]
+    val = put(tmp_path, "val.jsonl", jsonl(rows))
+    assert go("--val", val, "--image-root", world, "--max-steps", 1, "--eval-every", 1, "--final-eval") == 0
+    said = capfd.readouterr().out
+    assert "held-out loss" in said and "held-out accuracy" in said
+    assert "shuffled" not in said and "no use of the pictures" not in said
+
+
+def test_shuffled_a_question_sees_all_tiles_of_one_other_picture(tiny, tok, tmp_path):
+    vlm = VLM.from_pretrained(tiny)
+    vlm.cfg.image_mode = "internvl"
+    sizes = {"wide.png": (96, 32), "square.png": (32, 32)}
+    for name, size in sizes.items():
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    rows = [{"id": name, "image": name, "text": "What?", "answer": "x"} for name in sizes]
+    cfg = train.TrainConfig(val=str(put(tmp_path, "val.jsonl", jsonl(rows))), image_root=str(tmp_path))
+    held_out = HeldOut(cfg, vlm, tok, train.Answering)
+    (seen,), (shuffled,) = held_out.batches, held_out.shuffled
+    assert len(seen["pixels"]) == len(shuffled["pixels"]) == 4 + 1          # three tiles and the whole; one
+    assert shuffled["lengths"].tolist() == seen["lengths"].tolist()[::-1]
+
+
+def test_a_finished_model_on_ones_own_file_gets_the_table_that_training_printed(go, world, tmp_path, capfd):
+    assert go("--final-eval", "--max-steps", 2) == 0
+    printed = capfd.readouterr().out
+    flags = ["--data", world / "val.jsonl", "--image-root", world, "--model", tmp_path / "run"]
+    compared = ["--compare", tmp_path / "run/results.json", "--show", 2]
+    assert evaluate(*flags, "--out", tmp_path / "exam", *compared) == 0
+    said = capfd.readouterr().out
+    table = said[said.index("score") :].strip()
+    assert len(table.splitlines()) == 1 + 1 + len(toyworld.CATEGORIES) and table in printed
+    assert f"against {tmp_path / 'run/results.json'}: +0.00 (+0.00 to +0.00)" in said
+    ours, theirs = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("exam", "run"))
+    for name in ("records", "columns", "categories", "score", "ci95"):
+        assert ours[name] == theirs[name]
+
+
+# ---- what is answered by whom ----
+
+
+@pytest.mark.parametrize("text", [float("nan"), True, None, ["yes"]])
+def test_an_answer_is_text_or_a_number(tmp_path, capfd, text):
+    put(tmp_path, "test.json", [GOOD])
+    told = put(tmp_path, "told.json", [{"question_id": 1, "text": text}])
+    flags = ["--benchmark", "tallyqa", "--data", tmp_path, "--predictions", told, "--out", tmp_path / "out"]
+    assert evaluate(*flags) == 1
+    assert "record 0: no answer in it" in complaint(capfd)
+
+
+@needs_cases
+def test_answers_that_stand_one_row_too_far_are_refused(tmp_path, capfd):
+    rows = [json.loads(line) for line in (CASES / "scienceqa/predictions_llava.jsonl").read_text().splitlines()]
+    ids = [row["question_id"] for row in rows]
+    shifted = [row | {"question_id": id} for row, id in zip(rows, ids[1:])]
+    told = put(tmp_path, "told.jsonl", jsonl(shifted))
+    flags = ["--benchmark", "scienceqa", "--data", CASES / "scienceqa", "--predictions", told]
+    assert evaluate(*flags, "--out", tmp_path / "out") == 1
+    assert "answers another question" in complaint(capfd)
+
+
+def test_popes_own_lines_have_no_ids_but_the_questions_in_order(tmp_path, capfd):
+    dog = POPE_ROW | {"question_id": 2, "text": "Is there a dog in the image?", "label": "no"}
+    put(tmp_path, "coco_pope_random.json", jsonl([POPE_ROW, dog]))
+    rows = [{"question": row["text"], "answer": row["label"]} for row in (POPE_ROW, dog)]
+    assert scored(tmp_path, "pope", tmp_path, put(tmp_path, "told.jsonl", jsonl(rows)))["score"] == 100
+    told = put(tmp_path, "told.jsonl", jsonl(rows[::-1]))
+    assert evaluate("--benchmark", "pope", "--data", tmp_path, "--predictions", told) == 1
+    assert "line 1: answers another question" in complaint(capfd)
+
+
+def test_a_split_that_nobody_answered_is_left_out_and_not_called_wrong(tmp_path, capsys):
+    for split in ("random", "popular"):
+        put(tmp_path, f"coco_pope_{split}.json", jsonl([POPE_ROW, POPE_ROW | {"question_id": 2, "label": "no"}]))
+    rows = [{"question_id": 10_000_000 + k, "text": text} for k, text in ((1, "Yes"), (2, "No"))]
+    result = scored(tmp_path, "pope", tmp_path, put(tmp_path, "told.jsonl", jsonl(rows)))
+    assert (result["score"], result["n"], list(result["categories"])) == (100, 2, ["random"])
+    said = capsys.readouterr().out
+    assert "nothing of popular is answered, so it is left out" in said and "wrong" not in said
+
+
+def test_an_answer_without_a_review_is_left_out_and_not_called_wrong(tmp_path, capsys):
+    asked = {"imagename": "a.png", "question": "What is x?", "answer": "1", "capability": ["math"]}
+    put(tmp_path, "mm-vet.json", {"v1_0": asked, "v1_1": asked})
+    result = scored(tmp_path, "mm-vet", tmp_path, put(tmp_path, "grades.json", {"v1_0": {"score": 0.5}}))
+    assert (result["score"], result["n"]) == (50, 1)
+    said = capsys.readouterr().out
+    assert "1 not scored, for want of a label or a review" in said and "wrong" not in said
+
+
+def test_limit_takes_as_many_as_it_says_and_keeps_the_last_unit_whole():
+    items = [{"id": k, "unit": k} for k in range(100)]
+    for n in (1, 7, 99):
+        assert len(ev.draw_some(items, n)) == n
+    pairs = [{"id": k, "unit": k // 2} for k in range(100)]
+    assert [len(ev.draw_some(pairs, n)) for n in (1, 2, 3)] == [2, 2, 4]
+
+
+@pytest.mark.parametrize("theirs", [[], {}, {"records": 7}, {"records": [{"unit": 1, "score": "x"}]},
+    {"records": [{"unit": 30, "score": float("nan"), "category": []}]}, {"records": [{"unit": 30, "score": {}}]}])
+def test_odd_values_in_the_file_to_compare_with_are_one_line(tmp_path, by_hand, capfd, theirs):
+    folder, told, _ = by_hand("tallyqa")
+    other = put(tmp_path, "theirs.json", theirs)
+    flags = ["--benchmark", "tallyqa", "--data", folder, "--predictions", told, "--out", tmp_path / "out"]
+    assert evaluate(*flags, "--compare", other) == 1
+    assert "theirs.json" in complaint(capfd)
+
+
+# ---- progress ----
+
+
+def test_progress_keeps_any_text_and_is_cut_at_a_damaged_line(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    texts = ["a\u2028b", "c\u0085d", "\ud800", "e"]
+    Progress(path, {"flag": 1}).add({"answer": text} for text in texts)
+    assert [row["answer"] for row in Progress(path, {"flag": 1}).rows] == texts
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([*lines[:2], b"\xff" + lines[2][5:], *lines[3:]]))
+    assert [row["answer"] for row in Progress(path, {"flag": 1}).rows] == texts[:1]
+    Progress(path, {"flag": 1}).add([{"answer": "again"}])
+    assert [row["answer"] for row in Progress(path, {"flag": 1}).rows] == [texts[0], "again"]
+
+
+def test_a_full_disk_is_said_in_a_line(tmp_path):
+    progress = Progress(tmp_path / "progress.jsonl", {})
+    progress.path = Path("/dev/full")
+    with pytest.raises(UserError, match="could not be written .* free some space, and go on with --resume"):
+        progress.add([{"answer": "x"}])
