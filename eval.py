@@ -178,7 +178,7 @@ def read_own(cfg):
     n_seen = Counter()
     for i in range(len(records)):
         record = records[i]
-        if len(record["turns"]) < 2:
+        if [role for role, _ in record["turns"][-2:]] != ["human", "gpt"]:
             raise UserError(f'{record["where"]}: no answer; a question needs "text" and "answer"')
         *earlier, (_, text), (_, truth) = record["turns"]
         id = record["id"]

@@ -7,7 +7,7 @@ import torch
 
 import sample
 from data import Examples, Records, micro_batches
-from eval import EvalConfig, draw_some, examine, other_pictures, read_items, table
+from eval import EvalConfig, draw_some, examine, other_pictures, phrase, read_items, table
 from support.asking import encode_questions
 from support.distributed import rank
 from support.io import write_json
@@ -64,7 +64,7 @@ class HeldOut:
         n_all = len(self.questions)
         chosen = [self.questions[(step * 7 + i * n_all // n) % n_all] for i in range(n)]
         lines = []
-        asked = [{"turns": [("human", item["text"])], "pictures": item["paths"]} for item in chosen]
+        asked = [phrase(item, "direct", item["paths"], EvalConfig()) for item in chosen]
         prompts = encode_questions(self.vlm, self.tok, asked)
         answers = sample.answer(self.vlm, self.tok, prompts, max_new_tokens=96)
         for question, found in zip(chosen, answers, strict=True):

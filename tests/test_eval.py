@@ -984,6 +984,13 @@ def test_held_out_records_may_be_all_that_training_takes_and_each_question_is_as
         ("c", "a cat"), ("c#2", "a dog"), ("c#3", "a cat")]
 
 
+def test_a_held_out_record_that_ends_with_a_question_has_no_answer(tmp_path, capfd):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    data = put(tmp_path, "val.jsonl", jsonl([conversation("a.png", "gpt: Hello.", "<image>\nWhat?")]))
+    assert evaluate("--data", data, "--predictions", data, "--out", tmp_path / "out") == 1
+    assert "line 1 (id 'c'): no answer" in complaint(capfd)
+
+
 def test_where_all_questions_share_one_picture_nothing_is_said_of_pictures(go, world, tmp_path, capfd):
     rows = [{"id": k, "image": PICTURE, "text": f"{k}?", "answer": "x"} for k in range(2)]
     val = put(tmp_path, "val.jsonl", jsonl(rows))
