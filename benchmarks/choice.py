@@ -243,7 +243,7 @@ def read_tallyqa(cfg):
         category = "complex" if row.get("issimple") is False else "simple"
         more = {"category": category, "candidates": tuple(LETTERS[:16])}
         return question(
-            row["question_id"], row["image"], row["question"] + options, suffix, row["answer"], **more
+            row["question_id"], row["image"] + "", row["question"] + options, suffix, row["answer"], **more
         )
 
     return read_split(cfg, split_files("{}.json", "test train"), ask)

@@ -84,16 +84,16 @@ def question(id, image, text, suffix, truth, **more):
     item |= {"unit": id, "category": [], "asked": text} | more
     if not isinstance(item["category"], list):
         item["category"] = [item["category"]] if item["category"] else []
-    options = item.get("choices") or []
-    texts = [text, item["asked"], *item["category"], *options]
+    choices = item.get("choices")
+    texts = [text, item["asked"], *item["category"], *(choices or [])]
     if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in texts):
         raise ValueError("id, question, category and options must be text")
     if not isinstance(image, (str, bytes, type(None))):
         raise ValueError("the picture must be a name")
     if type(truth) not in (type(None), str, int, list):
         raise ValueError(f"the label is {truth!r}")
-    if options and truth not in (None, *LETTERS[: len(options)], *options):
-        raise ValueError(f"the label {truth!r} is none of {len(options)} options")
+    if choices is not None and truth not in (None, *LETTERS[: len(choices)], *choices):
+        raise ValueError(f"the label {truth!r} is none of {len(choices)} options")
     return item
 
 

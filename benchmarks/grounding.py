@@ -45,8 +45,8 @@ def read_refcoco(name, splits, cfg):
     """InternVL's JSON lines, one sentence a line. (REFER's own pickles would have to be run to be read.)"""
 
     def ask(split, number, row):
-        id = str(row.get("sent_id", number))
-        return ask_region(cfg, id, row["image"], row["sent"], row["bbox"], (row["width"], row["height"]))
+        id, image = str(row.get("sent_id", number)), row["image"] + ""
+        return ask_region(cfg, id, image, row["sent"], row["bbox"], (row["width"], row["height"]))
 
     return read_split(cfg, split_files(name + "_{}.jsonl", splits), ask)
 

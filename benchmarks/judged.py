@@ -36,10 +36,9 @@ def read_llava_bench(cfg):
     def ask(split, key, row):
         id, image = row["question_id"], row["image"]
         caption = pictures[image]["caption"]
-        if isinstance(caption, list):
-            caption = "\n".join(caption)
+        caption = "\n".join([caption] if isinstance(caption, str) else caption)
         category = row["category"].removeprefix("llava_bench_")
-        truth = references[id]["text"]
+        truth = references[id]["text"] + ""
         return question(id, f"images/{image}", row["text"], "", truth, category=category, caption=caption)
 
     return read_split(cfg, {"all": ["questions.jsonl"]}, ask)

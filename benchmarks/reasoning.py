@@ -55,11 +55,12 @@ def read_mathvista(cfg):
         query = queries.get(str(id)) or row.get("query") or mathvista_query(row)
         # A chain of thought has a frame of its own in the place of the hint.
         bare = query.partition("\n")[2] if query.startswith("Hint: ") else query.removesuffix(f"\n{SHORT}")
-        needed = {name: row.get(name) for name in ("choices", "question_type", "answer_type", "precision")}
+        needed = {name: row[name] for name in ("question_type", "answer_type")}
+        needed |= {"choices": row.get("choices") or None, "precision": row.get("precision")}
         category = (row.get("metadata") or {}).get("task")
         truth = row.get("answer") or None
         needed |= {"category": category, "asked": row["question"], "cot": COT + bare}
-        return question(str(id), row["image"], query, "", truth, **needed)
+        return question(str(id), row["image"] + "", query, "", truth, **needed)
 
     return read_split(cfg, split_files("{}.json", "testmini test"), ask)
 

@@ -173,7 +173,7 @@ def read_vsr(cfg):
         text = 'Based on the image, is this statement "True" or "False"? ' + row["caption"]
         suffix = 'Respond with "True" or "False" directly.'
         more = {"category": kinds.get(relation, relation), "candidates": ("True", "False")}
-        return question(str(row.get("id", number)), row["image"], text, suffix, truth, **more)
+        return question(str(row.get("id", number)), row["image"] + "", text, suffix, truth, **more)
 
     return read_split(cfg, split_files("{}.jsonl", "test dev train"), ask)
 
