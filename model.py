@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.cli import UserError
 from support.log_probs import token_log_probs
-from vision import VisionConfig, ViT, check_sizes, find_tiling, random_normal
+from vision import VisionConfig, ViT, check_range, find_tiling, random_normal
 
 IGNORE = -100                        # the label of a token that is not supervised
 # ---- configs ----
@@ -58,7 +58,9 @@ class DecoderConfig:
     tied: bool = False               # the file has no head of its own: it starts as a copy of the embedding
 
     def __post_init__(self):
-        check_sizes(self, vocab_size=2**24, n_layer=1000, n_embd=65536, n_hidden=2**20, block_size=2**24)
+        check_range(self, 1, vocab_size=2**24, n_layer=1000, n_embd=65536, n_hidden=2**20, block_size=2**24)
+        check_range(self, 1, n_head=65536, n_kv_head=65536, head_dim=65536, rope_theta=1e12)
+        check_range(self, 0, norm_eps=1)
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads")
         if self.head_dim % 2:

@@ -57,7 +57,7 @@ from support.optim import PARTS, make_optimizer, part_of
 from support.plan import dry_run, print_parameters
 from support.start import ASSETS, TOY, build, lora_base
 from support.weights import load_adapter
-from vision import MODES
+from vision import MAX_TILES, MODES
 
 
 def fit(cfg, task, run, held_out=None):
@@ -364,14 +364,16 @@ class TrainConfig:
     lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", choices=LORA_TARGETS)
 
     # How a record becomes tokens
-    template: str = arg("", "conversation template; empty: plain in stage pretrain, else the model's own")
+    template: str = arg("", "conversation template; empty: the model's own, in stage pretrain its captions'")
     image_size: int = arg(0,
-        "pixels a side of the tile of a preset's --vision; 0: the tower's own, of two the second's")
+        "pixels a side of the tile of a preset's --vision; 0: the tower's own, of two the second's",
+        at_least=0, at_most=4096)
     image_mode: str = arg("",
         "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
         "internvl: several; empty: the model's own", choices=tuple(MODES))
     max_tiles: int = arg(0,
-        "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12", at_least=0)
+        "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12",
+        at_least=0, at_most=MAX_TILES)
     global_view: str = arg("",
         "where the whole picture stands as one more tile; empty: as the mode has it",
         choices=("first", "last", "none"))

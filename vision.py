@@ -73,7 +73,8 @@ class VisionConfig:
     tiling: "Tiling | None" = None   # where the model cuts tiles otherwise than TILINGS says of its mode
 
     def __post_init__(self):
-        check_sizes(self, image_size=4096, patch_size=4096, n_embd=65536, n_layer=1000, n_hidden=2**20)
+        check_range(self, 1, image_size=4096, patch_size=4096, n_embd=65536, n_layer=1000, n_hidden=2**20)
+        check_range(self, 0, norm_eps=1, n_register=1000)
         colors = *self.mean, *self.std
         if len(colors) != 6 or 0 in self.std or not all(0 <= number <= 1 for number in colors):
             raise UserError(f"mean {self.mean} and std {self.std} must be three numbers of 0 to 1, std no 0")
@@ -114,12 +115,12 @@ class VisionConfig:
         return self.feature_layer if self.feature_layer >= 0 else self.n_layer + 1 + self.feature_layer
 
 
-def check_sizes(config, **largest):
-    """What a file says must be possible: nothing here is larger than the largest model by far."""
+def check_range(config, smallest, **largest):
+    """What a file says must be possible. No model comes near these limits; damage and typing errors do."""
     for name, limit in largest.items():
         value = getattr(config, name)
-        if not 1 <= value <= limit:
-            raise UserError(f"{name} is {value}; it must be 1 to {limit}")
+        if not smallest <= value <= limit:
+            raise UserError(f"{name} is {value}; it must be {smallest} to {limit}")
 
 
 # ---- the tower ----

@@ -165,7 +165,15 @@ def test_the_published_models_have_their_published_numbers_of_parameters():
         assert size(VLM(PRESETS["llava-1.5-7b"])) == 6_738_415_616 + 2 * 64 * 4096 + 20_979_712 + 303_507_456
 
 
-@pytest.mark.parametrize("change", [dict(n_kv_head=3), dict(head_dim=7), dict(n_layer=10**9), dict(n_embd=0)])
+@pytest.mark.parametrize("change", [
+    dict(n_kv_head=3),
+    dict(head_dim=7),
+    dict(n_layer=10**9),
+    dict(n_embd=0),
+    dict(n_head=0),
+    dict(rope_theta=math.nan),
+    dict(norm_eps=-1.0),
+])
 def test_an_impossible_decoder_is_refused(change):
     with pytest.raises(UserError):
         replace(TINY.decoder, **change)

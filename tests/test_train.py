@@ -641,6 +641,8 @@ def test_a_full_disk_while_logging_is_one_line_too(go, at_step, capfd):
         (["--max-steps", "-3"], "--max-steps -3: must be at least 0"),
         (["--epochs", "0"], "--epochs 0.0: must be above 0"),
         (["--log-every", "0"], "--log-every 0: must be at least 1"),
+        (["--max-tiles", "1000000000"], "--max-tiles 1000000000: must be at most 100"),
+        (["--image-size", "1000000000"], "--image-size 1000000000: must be at most 4096"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
         (["--device", "foo"], "--device foo: choose cpu"),
