@@ -13,6 +13,7 @@ Accuracy: the share of answers that, once extracted, are the label.
 """
 
 import re
+from pathlib import Path
 
 from benchmarks.common import (
     COT,
@@ -55,12 +56,16 @@ def read_mathvista(cfg):
         query = queries.get(str(id)) or row.get("query") or mathvista_query(row)
         # A chain of thought has a frame of its own in the place of the hint.
         bare = query.partition("\n")[2] if query.startswith("Hint: ") else query.removesuffix(f"\n{SHORT}")
-        needed = {name: row[name] for name in ("question_type", "answer_type")}
-        needed |= {"choices": row.get("choices") or None, "precision": row.get("precision")}
-        category = (row.get("metadata") or {}).get("task")
-        truth = row.get("answer") or None
-        needed |= {"category": category, "asked": row["question"], "cot": COT + bare}
-        return question(str(id), row["image"] + "", query, "", truth, **needed)
+        more = {
+            "category": (row.get("metadata") or {}).get("task"),
+            "asked": row["question"],
+            "cot": COT + bare,
+            "choices": row.get("choices") or None,
+            "question_type": row["question_type"],
+            "answer_type": row["answer_type"],
+            "precision": row.get("precision"),
+        }
+        return question(str(id), row["image"] + "", query, "", row.get("answer") or None, **more)
 
     return read_split(cfg, split_files("{}.json", "testmini test"), ask)
 
@@ -142,9 +147,8 @@ def read_m3cot(cfg):
     """Without test.jsonl the authors' result file will do, whose lines carry choices and answer too."""
     files = split_files("{}.jsonl", "test dev") | {"validation": ["dev.jsonl"]}
     one_of("--split", cfg.split, list(files))
-    if cfg.predictions and not find_file(cfg, "test.jsonl", "dev.jsonl", optional=True):
-        path = cfg.predictions
-    else:
+    path = cfg.predictions
+    if not path or Path(cfg.data).is_file() or find_file(cfg, "test.jsonl", "dev.jsonl", optional=True):
         _, path = find_split(cfg, files)
     seen = set()
 
@@ -158,20 +162,21 @@ def read_m3cot(cfg):
 
 
 def ask_m3cot(row, family):
-    choices = row["choices"]
-    image = row.get("image_path") or f"images/{row.get('image_id') or row['id']}.png"
-    text, context, truth = row.get("question") or "", row.get("context"), row.get("answer")
+    id, choices, truth = row["id"], row["choices"], row.get("answer")
+    image = row.get("image_path") or f"images/{row.get('image_id') or id}.png"
+    text = row.get("question") or ""
+    context = f"{row['context']}\n" if row.get("context") else ""
     more = {"category": [row["domain"], row["topic"]], "asked": text, "choices": choices, "family": family}
     if family == "internvl":
-        context = f"{context}\n" if context else ""
-        return question(row["id"], image, context + text + lettered(choices), LETTER, truth, **more)
+        return question(id, image, context + text + lettered(choices), LETTER, truth, **more)
 
-    context = f"[Context]\n{context}\n" if context else ""
+    if context:
+        context = f"[Context]\n{context}"
     text = f"{context}[Question]\n{text}\n[Choices]" + lettered(choices, IN_BRACKETS)
     letters = ",".join(f'"({letter})"' for letter in LETTERS[: len(choices)])
     more["cot"] = f"{text}\n\nLet's think step-by-step!"
     more["then"] = f"Please select the correct answer from the [{letters}] options."
-    return question(row["id"], image, text, "", truth, **more)
+    return question(id, image, text, "", truth, **more)
 
 
 def m3cot_letter(text, item):

@@ -82,6 +82,13 @@ def test_twins_that_macos_puts_beside_files_are_no_files(tmp_path, by_hand):
     assert scored(tmp_path, "mme", tmp_path / "mme", told)["n"] == 2
 
 
+def test_a_file_of_m3cot_under_another_name_is_not_passed_over_for_the_answers_own_labels(tmp_path):
+    row = {"id": "a-1", "choices": ["3", "4"], "domain": "mathematics", "topic": "algebra"}
+    data = put(tmp_path, "mine.jsonl", jsonl([row | {"answer": "A"}]))
+    told = put(tmp_path, "told.jsonl", jsonl([row | {"answer": "B", "messages": ["which?", "(A)"]}]))
+    assert scored(tmp_path, "m3cot", data, told)["score"] == 100
+
+
 # ---- what is handed in ----
 
 
