@@ -93,10 +93,11 @@ def make_pairs(cfg, out):
     vlm, tok = open_asked(cfg)
     progress = ask_all(vlm, tok, records, cfg)
     pairs = report(progress.rows, out)
+    if pairs:
+        write_whole(out, lambda tmp: tmp.write_text(json_lines(pairs), encoding="utf-8"))
+    progress.path.unlink()
     if not pairs:
         raise UserError("not one pair could be made; the counts are above")
-    write_whole(out, lambda tmp: tmp.write_text(json_lines(pairs), encoding="utf-8"))
-    progress.path.unlink()
     command = f"python mpo.py --model {cfg.model} --data {out} --image-root {cfg.image_root}"
     print(f"{len(pairs):,} pairs are in {out}; train on them: {command}")
     return 0
@@ -114,7 +115,8 @@ def ask_all(vlm, tok, records, cfg):
     rows = [i * len(records) // n for i in range(n)]  # spread over the file
 
     weights = sorted(Path(cfg.model).glob("*.safetensors"))
-    flags = asdict(cfg) | {"files": fingerprint([file.path for file in records.files] + weights)}
+    files = [file.path for file in records.files] + weights
+    flags = asdict(cfg) | {"data and weights": fingerprint(files)}
     del flags["out"], flags["device"]
     progress = Progress(cfg.out + ".part", flags)
     n_done = len(progress.rows) * size
@@ -150,7 +152,7 @@ def draw_answers(vlm, tok, prompts, cfg, seed):
 @dataclass
 class Question:
     where: str          # file and line
-    image: object       # as the record has it: a name, several or None
+    image: object       # a name, or several, or none
     text: str
     prompt: tuple       # what the model is given to answer
     truth: str
@@ -181,8 +183,9 @@ def read_question(vlm, tok, record, cfg):
             raise UserError(f"its {n_token} tokens leave little room for an answer in {longest}")
     except UserError as error:
         raise UserError(f"{record['where']}: {error}") from None
-    chosen = record.get("chosen")
-    return Question(record["where"], record.get("image"), text, prompt, truth, chosen and chosen.strip())
+    names, chosen = record["images"], record.get("chosen")
+    image = names[0] if len(names) == 1 else names or None
+    return Question(record["where"], image, text, prompt, truth, chosen and chosen.strip())
 
 
 def ask_step_by_step(text, n_image, language="en"):

@@ -901,6 +901,17 @@ def test_cut_off_and_same_completions_make_no_pair(tiny, folder, described, talk
     assert stats()["counts"][f"completions {why}"] == 1
 
 
+def test_a_pair_keeps_the_pictures_of_its_question_whatever_the_record_calls_them(tiny, folder, talkative):
+    talkative("one two three four", "blue bird.")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]
+    later = [{"from": "human", "value": "<image>\nAnd now?"}, {"from": "gpt", "value": "That."}]
+    records = [{"images": ["a.png"], "question": "What?"}]
+    records.append({"image": ["a.png", "b.png"], "conversations": turns + later})
+    write(folder / "questions.jsonl", records)
+    assert build(tiny, folder, "dropout-ntp") == 0
+    assert [pair["image"] for pair in lines("pairs/made.jsonl")] == ["a.png", "a.png", ["a.png", "b.png"]]
+
+
 def test_without_a_chosen_answer_the_model_gives_its_own_with_the_picture(tiny, folder, asked, talkative):
     calls = talkative("one two three four", "blue bird.")
     assert build(tiny, folder, "dropout-ntp", "--batch-size", 2) == 0
@@ -935,7 +946,6 @@ def test_a_model_that_answers_directly_is_told_of_the_format_and_makes_pairs_wit
     assert '"Final answer: ...", or --prompt direct: ' in said
     assert stats()["counts"]["answers no format"] == 3 * 4
 
-    Path("pairs/made.jsonl.part").unlink()
     assert build(tiny, folder, "correctness", "--limit", 4, "--prompt", "direct") == 0
     found = {(pair["question"], pair["chosen"], pair["rejected"]) for pair in lines("pairs/made.jsonl")}
     assert ("<image>\nHow many? 2", "2", "two cats") in found
@@ -948,7 +958,7 @@ def test_other_questions_under_the_same_name_are_refused(tiny, folder, asked, mo
     text = asked.read_text()
     asked.write_text(text.replace("How many", "How few"))
     assert build(tiny, folder, "correctness") == 1
-    assert "made.jsonl.part was written with files" in errors(capfd)[-1]
+    assert "made.jsonl.part was written with data and weights" in errors(capfd)[-1]
 
 
 @pytest.mark.parametrize("method, size", [("correctness", 8), ("dropout-ntp", 2)])
