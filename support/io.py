@@ -126,7 +126,7 @@ def check_flags(path, before, now):
     for name in now:
         if before.get(name) != now[name]:
             raise UserError(f"{path} was written with {name} {before.get(name)!r}, now it is {now[name]!r}; "
-                            "give the same flags, or begin anew")
+                            "give the same flags, or begin anew in another --out")
 
 
 @contextmanager
