@@ -31,6 +31,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import torch
@@ -184,16 +185,20 @@ def load_steps(cfg, task, run):
     task.examples.bad = "skip"  # whether to stop is for all processes to decide
     loader = DataLoader(
         task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu,
-        worker_init_fn=leave_signals_to_parent)
+        worker_init_fn=in_loader_process)
     for batches in loader:
         run.stop_at_bad_records(batches)
         yield batches
 
 
-def leave_signals_to_parent(_):
-    """In a loader process: whatever ends the run, the parent wants this step's records first."""
+def in_loader_process(_):
+    """Whatever ends the run, the parent wants this step's records first.
+
+    Tensors go there through the pipe, as arrays: Docker's shared memory may hold less than a batch.
+    """
     for number in END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    ForkingPickler.register(torch.Tensor, lambda t: (torch.from_numpy, (t.numpy(),)))
 
 
 def lr_at(step, n_step, peak, warmup):

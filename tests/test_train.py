@@ -18,6 +18,7 @@ import termios
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -752,6 +753,26 @@ def test_a_loader_process_that_is_killed_is_one_line(go, monkeypatch, capfd):
     assert go("--workers", 1) == 1
     error = errors(capfd)[-1]
     assert error.startswith("error: DataLoader worker") and "--workers 0" in error
+
+
+def test_a_loader_needs_no_shared_memory(go, beside, monkeypatch):
+    """Docker gives 64 MB of it, where a batch of pictures may be larger."""
+    me, original = os.getpid(), data.micro_batches
+
+    def with_little(*args, **flags):
+        if os.getpid() != child.pid:
+            small_files()  # in the loader process; it holds for shared memory, too
+        return original(*args, **flags)
+
+    def train_with_a_loader():
+        child.pid = os.getpid()
+        monkeypatch.setattr(train, "micro_batches", with_little)
+        os._exit(go("--workers", 1, "--batch-size", 24))
+
+    child = SimpleNamespace(pid=me)
+    process = beside(train_with_a_loader)
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_resuming_with_other_flags_names_the_flag(go, capfd):

@@ -25,7 +25,7 @@ from mpo import PairExamples
 from support.cli import Bar, UserError, arg, run
 from support.start import build
 from tools import tokenizer
-from train import Answering, TrainConfig, draw_toy_world, parse_flags
+from train import Answering, TrainConfig, draw_toy_world, in_loader_process, parse_flags
 
 GREY = "#303030"
 
@@ -218,7 +218,8 @@ def check_records(cfg):
     n = min(cfg.limit or len(examples), len(examples))
     good = []
     problems = defaultdict(list)  # of a kind: what differs are names and numbers
-    loader = DataLoader(Subset(examples, range(n)), batch_size=None, num_workers=cfg.workers)
+    some = Subset(examples, range(n))
+    loader = DataLoader(some, None, num_workers=cfg.workers, worker_init_fn=in_loader_process)
     for example in Bar(loader, "check", unit="record"):
         if "skipped" in example:
             kind = re.sub(r"'[^']*'|\S*/\S*|\d+", "", example["skipped"])
