@@ -21,13 +21,14 @@ people do, without one.
 
 import functools
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -773,8 +774,8 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
         (hidden / "images").mkdir(parents=True)
         jobs = [(split, i) for split, n in (("train", n_train), ("val", n_val)) for i in range(n)]
         draw = functools.partial(make_picture, hidden, size, seed, words)
-        with multiprocessing.Pool(initializer=leave_ctrl_c_to_parent) as pool:
-            made = pool.imap(draw, jobs, chunksize=32)
+        with ProcessPoolExecutor(initializer=leave_ctrl_c_to_parent) as pool:  # Pool waits for one that died
+            made = pool.map(draw, jobs, chunksize=32)
             made = list(Bar(made, f"drawing {out.name}", len(jobs), unit=" pictures", leave=False))
 
         train, val = made[:n_train], made[n_train:]
@@ -789,7 +790,7 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
         except OSError:
             if not is_world(out, world):         # else another process was faster, and ours is the same
                 raise
-    except OSError as error:                     # full disk, folder not writable or taken
+    except (OSError, BrokenProcessPool) as error:  # full disk, folder not writable or taken, no memory
         raise UserError(f"the toy world could not be drawn: {error}") from None
     finally:                                     # gone already unless something went wrong, Ctrl-C included
         shutil.rmtree(hidden, ignore_errors=True)

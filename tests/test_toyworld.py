@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -387,6 +388,16 @@ def test_hello_writes_one_picture_and_another_with_a_seed(tmp_path):
         assert image.size == (480, 480)
         pictures.add(image.tobytes())
     assert len(pictures) == 3
+
+
+def test_a_drawing_process_that_is_killed_ends_in_one_line(tmp_path, monkeypatch):
+    me = os.getpid()
+    picture = toyworld.random_scene
+    monkeypatch.setattr(toyworld, "random_scene", lambda *args, **flags: (
+        os.getpid() != me and os.kill(os.getpid(), signal.SIGKILL), picture(*args, **flags))[1])
+    with pytest.raises(UserError, match="could not be drawn"):
+        toyworld.write_world(tmp_path / "world", 40, 2, 32)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_processes_that_are_no_forks_draw_the_same_world(tmp_path, world):
