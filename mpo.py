@@ -50,7 +50,7 @@ from support.distributed import precision
 from support.io import reading, write_whole
 from support.log_probs import token_log_probs
 from support.lora import lora_off
-from train import TrainConfig, load_steps, teach
+from train import Answering, TrainConfig, load_steps, teach
 
 
 @dataclass
@@ -216,11 +216,8 @@ class Preferring:
     def __init__(self, cfg, records, vlm, tok):
         self.cfg = cfg
         self.device = next(vlm.parameters()).device
-        template = cfg.template or vlm.cfg.template
-        max_length = cfg.max_length or vlm.cfg.decoder.block_size
-        self.examples = PairExamples(
-            records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records
-        )
+        as_answers = Answering(cfg, records, vlm, tok).examples
+        self.examples = PairExamples(**vars(as_answers))  # of the same template, tiles and length
         self.delta, self.n_delta = 0.0, 0  # the running mean of rewards, and of how many pairs
 
     def prepare(self, run):
