@@ -86,10 +86,12 @@ def table_lines(results):
 
 
 def verdict(results, claim, cells):
-    """Shown, or the contrary, only where all seeds agree."""
+    """Shown, or the contrary, only where several seeds agree."""
     (row, column), (other_row, other_column) = cells
     gaps = [a[column] - b[other_column] for a, b in zip(results[row], results[other_row])]
-    if min(gaps) > 0:
+    if len(gaps) == 1:
+        said = "not to be told from one seed"
+    elif min(gaps) > 0:
         said = "shows"
     elif max(gaps) < 0:
         said = "the contrary shows"

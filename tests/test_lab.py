@@ -225,7 +225,7 @@ def test_the_chain_of_preference_learning_draws_up_its_table(tmp_path, capsys):
     folder = tmp_path / "mpo-quick"
     table = (folder / "table.md").read_text()
     assert all(f"| {row} | " in table for row in ["before", *lab.mpo.VARIANTS])
-    assert all(claim in table for claim in lab.mpo.CLAIMS)
+    assert all(f"- {claim}: not to be told from one seed" in table for claim in lab.mpo.CLAIMS)
     assert "in 0." in capsys.readouterr().out
     made = {"correctness-0.jsonl", "dropout-0.25-0.jsonl", "dropout-0.5-0.jsonl", "dropout-0.75-0.jsonl"}
     assert {path.name for path in folder.glob("*-0.jsonl")} == made
