@@ -191,7 +191,7 @@ class Template:
     human: str | None                # each later question; None: there can be no later one
     answer: str
     stop: str = "</s>"               # what ends an answer: a token in < >, or a text (cut_at_stop)
-    tidy: str = "image first"        # what is done to a turn: a lone <image> goes to its front, or "strip"
+    tidy: str = "image first"        # of a turn's text: a lone <image> to its front; or "strip", or "none"
     picture: tuple = ("<image>",)    # an <image> and the control tokens around it
     keep_question: bool = True       # False: of a question only its pictures stay
     captions: str = "plain"          # the template of this model's stage 1, which learns captions
@@ -305,7 +305,8 @@ class Tokenizer:
             # Of two protobufs written one after the other the later wins: this one says normalizer_spec
             # (field 3) { add_dummy_prefix (field 3): false }.
             self.bare = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\x02\x18\x00")
-        self.n_text = self.processor.vocab_size()
+            self.n_text = self.processor.vocab_size()
+            self.bare.decode(list(range(self.n_text)))  # a damaged piece is said here, not in an answer
         self.bos = self.processor.bos_id()
         self.eos = self.processor.eos_id()
         if min(self.bos, self.eos) < 0:
@@ -355,7 +356,7 @@ class Tokenizer:
         return found
 
     def find_seams(self):
-        """A pattern of the places where encode cuts a text in two.
+        """A pattern of the places where encode cuts a text in two, behind the first letter of such a piece:
 
         InternLM2's control tokens are pieces like others: "[UNUSED_TOKEN_145]" in a text would become one.
         """

@@ -40,6 +40,7 @@ from support.log_probs import token_log_probs
 from vision import VisionConfig, ViT, check_range, find_tiling, random_normal
 
 IGNORE = -100                        # the label of a token that is not supervised
+
 # ---- configs ----
 
 
@@ -104,6 +105,8 @@ class VLMConfig:
                 raise UserError(f"two towers need the same pixels and visual tokens; {first} is not {second}")
         if self.image_token <= max(self.bos_token, self.eos_token):
             raise UserError(f"image token {self.image_token} lies among the words; it must come after them")
+        check_range(self, 1, image_token=2**24, pad_token=2**24)
+        check_range(self, 0, bos_token=2**24, eos_token=2**24)
         find_tiling(self.vision, self.image_mode)  # an unknown mode is an error here
 
     @property

@@ -70,7 +70,7 @@ class VisionConfig:
     feature_layer: int = -2          # hidden state to read: 0 = before block 1, -1 = after the last block
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
-    tiling: "Tiling | None" = None   # where the model cuts tiles otherwise than TILINGS says of its mode
+    tiling: "Tiling | None" = None   # how this model cuts tiles, if otherwise than TILINGS says of its mode
 
     def __post_init__(self):
         check_range(self, 1, image_size=4096, patch_size=4096, n_embd=65536, n_layer=1000, n_hidden=2**20)
@@ -136,7 +136,7 @@ class ViT(nn.Module):
             self.class_token = nn.Parameter(random_normal(D, std=D**-0.5))
         if cfg.n_register:
             self.registers = nn.Parameter(random_normal(cfg.n_register, D, std=D**-0.5))
-        self.pos = nn.Parameter(torch.zeros(int(cfg.class_token) + cfg.grid**2, D))
+        self.pos = nn.Parameter(torch.zeros(int(cfg.class_token) + cfg.grid**2, D))  # see init_weights
         self.pre_norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()  # in the files, never run here
@@ -149,7 +149,7 @@ class ViT(nn.Module):
         return merge_patches(x[:, self.cfg.n_prefix :], self.cfg.merge)
 
     def embed(self, pixels):
-        """ViT Eq. 1: (n, 3, S, S) -> (n, T, D), in front the class token and registers if there are any."""
+        """ViT Eq. 1: (n, 3, S, S) -> (n, T, D), the class token and the registers in front of the patches."""
         x = normalize_pixels(pixels, self.cfg, self.patch.weight.dtype)
         x = self.patch(x).flatten(2).transpose(1, 2)  # (n, grid^2, D), row by row
         if self.cfg.class_token:
@@ -284,7 +284,6 @@ def to_rgb(image):
 
 # ---- a picture to tiles ----
 
-
 MAX_TILES = 100  # of a picture; the originals take at most 40
 
 
@@ -316,7 +315,8 @@ class Tiling:
         object.__setattr__(self, "grids", tuple(map(tuple, self.grids)))  # config.json has lists
         if self.global_view not in ("first", "last", "none"):
             raise UserError(f"global_view is {self.global_view!r}; choose one of first, last, none")
-        if not all(columns > 0 < rows and columns * rows <= MAX_TILES for columns, rows in self.grids):
+        fits = [min(grid) > 0 and math.prod(grid) <= MAX_TILES for grid in self.grids]
+        if not fits or not all(fits):
             raise UserError(f"grids of tiles are {self.grids}; each needs 1 to {MAX_TILES} tiles")
 
     @property
@@ -355,7 +355,7 @@ def find_tiling(cfg, mode):
 def cut_tiles(image, cfg, mode, n_picture=1):
     """PIL RGB -> tiles (n, 3, S, S) uint8 and their layout (M, 2) int64. M is the number of visual tokens.
 
-    n_picture: how many pictures stand in one conversation. InternVL's share the most tiles that one may have.
+    n_picture: how many pictures stand in the conversation. InternVL shares out the tiles that one may have.
     """
     S = cfg.image_size
     tiling = find_tiling(cfg, mode)

@@ -627,6 +627,14 @@ def test_broken_files_beside_a_tokenizer_are_named(folder, tmp_path, files, mess
         with_files(folder, tmp_path, **files)
 
 
+def test_a_damaged_piece_is_said_when_the_tokenizer_is_opened(folder, tmp_path):
+    raw = (folder / "tokenizer.model").read_bytes()
+    i = raw.index("▁a".encode())
+    (tmp_path / "tokenizer.model").write_bytes(raw[:i] + b"\xff" + raw[i + 1 :])
+    with pytest.raises(UserError, match="tokenizer.model: .*copy the sentencepiece model again"):
+        Tokenizer(tmp_path)
+
+
 # ---- texts --------
 
 
