@@ -74,7 +74,7 @@ FILES = {                            # file -> the commands that read it
 }
 VALUES = [None, True, "", "x", -1, 0, 1.5, 1e308, float("nan"), 10**30, [], {}, [[]], ["x"], {"x": 1},
           "\ud800", "x" * 100_000, "a\u2028b", "../..", "<image>" * 3]
-WORDS = ["nan", "inf", "-inf", "-1", "0", "1e9", "1e-320", "1" * 20, "", "x", "x,y", "../..", "[", "/dev/null"]
+WORDS = ["nan", "inf", "-inf", "-1", "0", "1e9", "1e-320", "1" * 20, "", "x", "x,y", "../..", "["]
 
 
 def main(n_case, out):
