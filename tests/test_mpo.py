@@ -710,6 +710,9 @@ def test_other_forms_are_no_answer(text):
         ("[0.10, 0.10, 0.50, 0.50]", "[0.10, 0.10, 0.50, 0.55]", True),
         ("[0.60, 0.60, 0.90, 0.90]", "[0.10, 0.10, 0.50, 0.55]", False),
         ("-5", "5", False),
+        ("+", "+", True),
+        ("-", "+", False),
+        ("The", "the", True),
         ("3-5", "35", False),
         ("1,2", "12", False),
         # a letter is an option, and one alone
