@@ -285,15 +285,18 @@ class VLM(nn.Module):
         return int(end.min())
 
     @classmethod
-    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
+    def from_pretrained(
+        cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None, int8=False
+    ):
         """Open a model directory of any layout in support.weights. UserError names what does not fit.
 
         vision (DIR or DIR,DIR) is the tower of a model that was published without one; llm is what a LoRA was
         trained over. dtype None: as stored, but bfloat16 for float16 on a CPU, which is slow at that.
+        int8: the decoder's matrices in 8 bits (support/quantize.py), to be asked and not trained.
         """
         from support.weights import load_model
 
-        return load_model(directory, device, dtype, vision, llm)
+        return load_model(directory, device, dtype, vision, llm, int8)
 
     def save_pretrained(self, directory, state=None):
         """Write config.json and model.safetensors, in the llava-hf layout if that can hold the model.

@@ -29,6 +29,7 @@ from conversation import TEMPLATES, Tokenizer, as_text, cut_at_stop, encode_prom
 from data import no_picture
 from model import VLM, Past
 from support.cli import UserError, arg, parse, pick_device, run
+from support.quantize import widen_products
 from support.weights import check_image_mode, check_tokenizer, tokenizer_home
 from vision import MODES, cut_tiles, join_tiles, open_image
 
@@ -49,6 +50,7 @@ class ModelConfig:
     dtype: str = arg(
         "auto", "of the weights; auto: as stored, but bfloat16 for float16 on a CPU", choices=DTYPES
     )
+    quantize: str = arg("", "int8: the decoder's matrices in 8 bits, half the memory", choices=("int8",))
 
 
 @dataclass
@@ -167,7 +169,9 @@ def open_asked(cfg):
     """
     cfg.model = cfg.model or str(newest_run())
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    vlm = VLM.from_pretrained(cfg.model, pick_device(cfg.device), dtype, cfg.vision, cfg.llm)
+    int8 = cfg.quantize == "int8"
+    vlm = VLM.from_pretrained(cfg.model, pick_device(cfg.device), dtype, cfg.vision, cfg.llm, int8)
+    widen_products(vlm)
     tok = Tokenizer(tokenizer_home(cfg.model, cfg.llm))
     check_tokenizer(vlm, tok)
     vlm.cfg.template = cfg.template or vlm.cfg.template

@@ -38,6 +38,7 @@ from support.configs import (
 )
 from support.io import fingerprint, read_json, reading
 from support.lora import merge_weight
+from support.quantize import to_int8, use_int8
 from vision import find_tiling
 
 # ---- names: public to ours ---------------------------------------------------------------------------------
@@ -301,17 +302,20 @@ def flatten(content, prefix=""):
 # ---- into a model ------------------------------------------------------------------------------------------
 
 
-def load_model(directory, device="cpu", dtype=torch.float32, vision=None, llm=None):
+def load_model(directory, device="cpu", dtype=torch.float32, vision=None, llm=None, int8=False):
     """A directory of any layout -> VLM.
 
     dtype None: as the words are stored, but bfloat16 for float16 on a CPU, which is slower at that.
+    int8: the decoder's matrices in 8 bits (support/quantize.py).
     """
     cfg, parts, lora = read_model(directory, vision, llm)
     if dtype is None:
         dtype = stored_dtype(parts)
         if dtype == torch.float16 and torch.device(device).type == "cpu":
             dtype = torch.bfloat16
-    return fill_model(cfg, parts, lora, directory, device, dtype)
+    if int8 and lora:
+        raise UserError(f"{directory}: merge the LoRA first: python -m tools.weights convert {directory} DIR")
+    return fill_model(cfg, parts, lora, directory, device, dtype, int8)
 
 
 def read_model(directory, vision=None, llm=None):
@@ -348,10 +352,12 @@ def stored_dtype(parts):
 
 
 @torch.no_grad()
-def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32):
+def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8=False):
     """What read_model found -> VLM, a LoRA merged into one matrix at a time."""
     with torch.device("meta"):
         vlm = VLM(cfg)
+        if int8:
+            use_int8(vlm.decoder.layers)
     load_strict(vlm, flatten(parts), source, device, dtype)
     for name, (A, B, scale) in lora.items():
         weight = vlm.get_parameter(name)
@@ -362,7 +368,7 @@ def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32):
 def load_strict(module, found, source, device="cpu", dtype=torch.float32):
     """Fill every parameter from {our name: tensor}. Each is copied out of its mapped file to its device."""
     state = module.state_dict()
-    missing = sorted(state.keys() - found.keys())
+    missing = sorted(name for name in state.keys() - found.keys() if not name.endswith(".scale"))
     unused = sorted(found.keys() - state.keys())
     weights = {}
     with reading(source):
@@ -372,6 +378,8 @@ def load_strict(module, found, source, device="cpu", dtype=torch.float32):
                 f"such as {(missing or unused)[0]}. Check config.json against the weights"
             )
         for name, own in state.items():
+            if name not in found:  # an int8 matrix's scale, which comes with it
+                continue
             tensor = found[name]
             if tensor.shape != own.shape:
                 raise UserError(
@@ -381,7 +389,10 @@ def load_strict(module, found, source, device="cpu", dtype=torch.float32):
             if not tensor.is_floating_point() or tensor.element_size() < 2:
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise UserError(f"tensor {name} is {kind}; only 16 bits or more can be read")
-            weights[name] = torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
+            if own.dtype == torch.int8:
+                weights[name], weights[name.removesuffix("weight") + "scale"] = to_int8(tensor.to(device))
+            else:
+                weights[name] = torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
     module.load_state_dict(weights, strict=True, assign=True)
     if torch.device(device).type != "meta":
         print(f"loaded {len(state)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
