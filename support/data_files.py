@@ -37,6 +37,9 @@ def open_files(data, image_root="", weights=""):
         with reading(f"--data-weights {weights}", "give one number for each file, as 1,0.5"):
             for file, weight in zip(files, weights.split(","), strict=True):
                 file.weight = float(weight)
+    for file in files:
+        if not 0 < file.weight <= 1000:
+            raise UserError(f"{file.path}: a weight of {file.weight:g}; give more than 0 and at most 1000")
     return files
 
 
@@ -91,9 +94,8 @@ class DataFile:
         where = f"{self.path}, record {number}" if self.is_list else f"{self.path}, line {number + 1}"
         with reading(where, f"expected {RECORD}"):
             record = json.loads(self.read(start, end))
-            json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is an error here
             record["id"] = str(record.get("id", record.get("question_id", number)))
-        where += f" (id {record['id']!r})"
+        where += f" (id {record['id']!r:.80})"
         with reading(where, f'expected {RECORD}, or a question in "text"'):
             images, turns = read_images(record), read_turns(record)
             n_marker = count_markers(turns)
@@ -128,8 +130,6 @@ def choose_rows(rows, share, seed):
 
     A smaller share is part of a larger one.
     """
-    if not 0 < share <= 1000:
-        raise UserError(f"a weight of {share:g}: every weight must be above 0 and at most 1000")
     order = np.random.default_rng(seed).permutation(len(rows))
     repeated = np.resize(order, max(1, round(len(rows) * share)))
     return rows[np.sort(repeated)]

@@ -951,7 +951,6 @@ def test_a_question_file_becomes_one_pair_of_turns_and_keeps_its_fields(tmp_path
         ("a.jsonl", '{"id": "x", "conversations": ["hi"]}', "id 'x'.: .*expected {"),
         ("a.jsonl", '{"id": "x", "image": 3, "text": "hi"}', '"image" is 3'),
         ("a.jsonl", '{"id": "x", "text": "what", "answer": ["a"]}', "\"answer\" is \\['a'\\]"),
-        ("a.jsonl", '{"id": "x", "image": "a.png", "text": "\\ud83d"}', "line 1: .*surrogates not allowed"),
         ("a.jsonl", '{"id": "x", "image": "a.png", "images": ["b.png"], "text": "?"}', "different pictures"),
         ("a.jsonl", '{"id": "x", "image_path": "a.png", "text": "?"}', '"image_path" is not read.*"image"'),
         ("a.jsonl", '{"id": "x", "image": "a.png", "video": "a.mp4", "text": "?"}', '"video" is not read'),
@@ -1001,7 +1000,7 @@ def test_pictures_lie_beside_their_own_file_where_no_root_is_given(tmp_path):
 @pytest.mark.parametrize("weight", ["nan", "1e9", "0", "-1"])
 def test_an_absurd_weight_is_refused(tmp_path, weight):
     file = write(tmp_path / "a.json", [record(0)])
-    with pytest.raises(UserError, match="a weight of .*: every weight must be above 0 and at most 1000"):
+    with pytest.raises(UserError, match="a.json: a weight of .*; give more than 0 and at most 1000"):
         Records(file, weights=weight)
     entry = {"annotation": "a.json", "repeat_time": float(weight)}
     (tmp_path / "meta.json").write_text(json.dumps({"x": entry}))
