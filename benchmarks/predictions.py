@@ -81,8 +81,10 @@ def pick_question(where, row, names, found, answers):
 
 
 def shown_question(row):
+    """The first text of the row that says what was asked; MathVista's own files have it in `query`."""
     messages = row.get("messages")
-    shown = [row.get("prompt"), row.get("question"), *(messages[:1] if isinstance(messages, list) else [])]
+    shown = [row.get(name) for name in ("prompt", "query", "question")]
+    shown += messages[:1] if isinstance(messages, list) else []
     return next((text for text in shown if text and isinstance(text, str)), "")
 
 

@@ -27,7 +27,6 @@ from benchmarks.common import (
     question,
     read_each,
     read_split,
-    split_files,
     visible,
 )
 from support.cli import UserError
@@ -37,10 +36,10 @@ LABELS = {"yes": "yes", "no": "no"}  # no other will do
 
 # ---- POPE ----
 
-SOURCES = ("coco", "gqa", "aokvqa", "gqa_pope_seem", "aokvqa_pope_seem")
+SOURCES = ("coco_pope", "aokvqa_pope_seem", "gqa_pope_seem")
 # Each split numbers from 1. LLaVA's one file of all splits adds these.
 OFFSETS = {"random": 10_000_000, "popular": 20_000_000, "adversarial": 0}
-POPE = {split: [f"{source}_pope_{split}.json" for source in SOURCES] for split in OFFSETS}
+POPE = {split: [f"{source}_{split}.json" for source in SOURCES] for split in OFFSETS}
 
 
 def read_pope(cfg):
@@ -175,7 +174,9 @@ def read_vsr(cfg):
         more = {"category": kinds.get(relation, relation), "candidates": ("True", "False")}
         return question(str(row.get("id", number)), row["image"] + "", text, suffix, truth, **more)
 
-    return read_split(cfg, split_files("{}.jsonl", "test dev train"), ask)
+    # Of the two ways to split it the papers take the zero-shot one.
+    splits = {split: [f"zeroshot/{split}.jsonl", f"{split}.jsonl"] for split in ("test", "dev", "train")}
+    return read_split(cfg, splits, ask)
 
 
 def vsr_label(text, item):

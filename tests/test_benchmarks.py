@@ -63,6 +63,23 @@ def test_scienceqa_prints_the_figure_of_the_papers_under_their_name_for_it(tmp_p
     assert "image context: LLaVA-1.5-7B 66.8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("source", ["coco_pope", "aokvqa_pope_seem", "gqa_pope_seem"])
+def test_pope_is_found_under_the_names_of_its_release(tmp_path, source):
+    row = {"image": "1.jpg", "text": "Is there a cat?", "label": "yes", "question_id": 1}
+    for split in "random", "popular", "adversarial":
+        put(tmp_path, f"output/{source}_{split}.json", [row])
+    told = put(tmp_path, "told.json", {"1": "yes", "10000001": "yes", "20000001": "no"})
+    assert scored(tmp_path, "pope", tmp_path, told)["score"] == pytest.approx(200 / 3)
+
+
+def test_of_vsrs_two_ways_to_split_the_papers_zero_shot_one_is_taken(tmp_path):
+    row = {"image": "42.jpg", "caption": "The cup is under the plate.", "label": 0, "relation": "under"}
+    put(tmp_path, "splits/random/test.jsonl", jsonl([row, row]))
+    put(tmp_path, "splits/zeroshot/test.jsonl", jsonl([row]))
+    told = put(tmp_path, "told.json", {"0": "False"})
+    assert scored(tmp_path, "vsr", tmp_path / "splits", told)["n"] == 1
+
+
 TWIN = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        \xb0\xff"
 
 
@@ -135,6 +152,16 @@ def test_llavas_numbers_of_merged_splits_are_known_where_one_split_stands_alone(
         rows = [{"question_id": first, "text": "Yes"}, {"question_id": first + 1, "text": "No"}]
         told = put(tmp_path, "told.jsonl", jsonl(rows))
         assert scored(tmp_path, "pope", tmp_path, told)["score"] == 100
+
+
+def test_mathvistas_own_result_files_say_what_was_asked_in_their_query(tmp_path):
+    """In 62 of them the numbers of `question` are masked."""
+    row = {"image": "images/6.jpg", "choices": ["6cm", "7cm"], "answer": "6cm"}
+    row |= {"question_type": "multi_choice", "answer_type": "text", "question": "If CB = 4.0, how long is AC?"}
+    put(tmp_path, "testmini.json", {"6": row})
+    query = f"Hint: Please answer.\nQuestion: {row['question']}\nChoices:\n(A) 6cm\n(B) 7cm"
+    told = row | {"question": "If CB = N_0, how long is AC?", "query": query, "extraction": "A"}
+    assert scored(tmp_path, "mathvista", tmp_path, put(tmp_path, "told.json", {"6": told}))["score"] == 100
 
 
 # ---- labels and options that cannot be ----
