@@ -504,6 +504,7 @@ def test_answers_are_drawn_as_temperature_top_k_and_top_p_say():
     assert_close(draws(temperature=0.0), torch.tensor([1.0, 0, 0, 0]))
     assert_close(draws(temperature=1e-40), torch.tensor([1.0, 0, 0, 0]))
     assert_close(draws(temperature=1e-320), torch.tensor([1.0, 0, 0, 0]))  # 0 as a float32
+    assert_close(draws(top_p=1e-320), torch.tensor([1.0, 0, 0, 0]))
 
 
 def test_the_seed_settles_the_draws(vlm):
