@@ -10,6 +10,7 @@ reviews) or `score` (MM-Vet's grades), and scored as the authors score it.
   MM-Vet       arXiv:2308.02490. 100 x the mean of grades from 0 to 1
 """
 
+import math
 from functools import partial
 
 from benchmarks.common import Benchmark, question, read_split, rows_by
@@ -47,10 +48,10 @@ def read_llava_bench(cfg):
 def review_scores(review, item):
     """The two scores on the first line of a review: of the reference and of the model."""
     try:
-        reference, model = [float(number) for number in review.split("\n")[0].replace(",", " ").split(" ")]
+        scores = [float(number) for number in review.split("\n")[0].replace(",", " ").split(" ")]
     except ValueError:
         return None
-    return [reference, model]
+    return scores if len(scores) == 2 and all(map(math.isfinite, scores)) else None
 
 
 def model_score(scores, item):
@@ -117,6 +118,8 @@ def read_mm_vet(cfg):
 def mean_grade(grade, item):
     """The mean of the judge's runs, numbers from 0 to 1."""
     grades = [float(number) for number in grade.strip("[]").split(",")]
+    if not all(0 <= number <= 1 for number in grades):
+        raise ValueError(f"grade {grade}; it must be from 0 to 1")
     return sum(grades) / len(grades)
 
 

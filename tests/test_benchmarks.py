@@ -236,6 +236,21 @@ def test_answers_of_people_may_be_hidden_in_a_test_split_alone(tmp_path, capfd):
     assert "val.json, record 0" in refused(capfd, tmp_path, "vizwiz", tmp_path, told)
 
 
+@pytest.mark.parametrize("grade", [float("nan"), 7, -1, "good", [], [0.5, None], "", True])
+def test_a_grade_of_mm_vet_is_a_number_from_0_to_1(tmp_path, capfd, by_hand, grade):
+    folder, _, _ = by_hand("mm-vet")
+    told = put(tmp_path, "grades.json", {"v1_0": {"score": grade}})
+    assert "v1_0" in refused(capfd, tmp_path, "mm-vet", folder, told)
+
+
+@pytest.mark.parametrize("review", ["nan 5", "8 inf", "8", "", "8 6 4", "eight six"])
+def test_a_review_that_cannot_be_read_counts_as_its_authors_count_it(tmp_path, by_hand, review):
+    folder, _, _ = by_hand("llava-bench")
+    told = put(tmp_path, "reviews.jsonl", jsonl([{"question_id": 0, "content": review}]))
+    result = scored(tmp_path, "llava-bench", folder, told)
+    assert (result["n"], result["unparsed"], result["records"][0]["score"]) == (1, 1.0, 0.0)
+
+
 @pytest.mark.parametrize("messages", [True, 3, {}, "x"])
 def test_messages_that_are_no_list_are_no_traceback(tmp_path, capfd, by_hand, messages):
     folder, _, _ = by_hand("tallyqa")
