@@ -167,18 +167,15 @@ def load_records(path, under=None):
             csv.field_size_limit(2**31 - 1)  # a cell may hold a whole picture in base64
             table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", restval="")
             return [(f"{path}, row {i}", i, row) for i, row in enumerate(table, 1)]
-        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         if not lines:
             raise UserError(f"{path}: is empty; get the file again")
 
         # POPE's files are called .json and hold one record a line.
         first = lines[0][1].strip()
-        one_a_line = first.startswith("{") and (
-            path.suffix == ".jsonl" or len(lines) > 1 and first.endswith("}")
-        )
-        if one_a_line:
-            places = [f"{path}, line {i}" for i, _ in lines]
-            return [(where, k, load_line(where, lines[k][1])) for k, where in enumerate(places)]
+        is_record = first.startswith("{") and first.endswith("}")
+        if is_record and (path.suffix == ".jsonl" or len(lines) > 1):
+            return [(where, k, load_line(where, line)) for k, (where, line) in enumerate(lines)]
         found = json.loads(text)
         records = found if under is None else found[under]
         if not isinstance(records, (list, dict)):

@@ -31,6 +31,7 @@ def match_predictions(bench, items, path):
                 about[name].append(item)
     known = about | {str(item["id"]): [item] for item in items}
     known |= {item["also"]: [item] for item in items if "also" in item}
+    known |= {k: [item] for k, item in enumerate(items)}
 
     answers = {}
     rows = load_records(path)
@@ -39,10 +40,9 @@ def match_predictions(bench, items, path):
         names = [str(row[name]) for name in ID_KEYS if is_text(row.get(name))]
         if isinstance(key, str):
             names = [key, *names]
-        found = next((known[name] for name in names if name in known), [])
-        if not names and len(rows) == len(items) and shown_question(row):
-            found = [items[key]]
-        item = pick_question(where, row, names, found, answers)
+        elif not names and len(rows) == len(items) and shown_question(row):
+            names = [key]  # its place
+        item = pick_question(where, row, names, known, answers)
         if item["id"] not in answers:
             answers[item["id"]] = read_prediction(where, row, bench)
         elif "messages" not in row:  # of M3CoT's own files the first record of an id counts
@@ -62,11 +62,12 @@ def unanswered_categories(items, answers):
     return {name for item in items for name in item["category"]} - answered
 
 
-def pick_question(where, row, names, found, answers):
-    """The one of these questions that a row answers. One that is asked twice takes its answers in turn."""
-    if not names and not found:
+def pick_question(where, row, names, known, answers):
+    """The one question that a row answers. One that is asked twice takes its answers in turn."""
+    if not names:
         raise UserError(f"{where}: no id in it; one of {', '.join(ID_KEYS)} is needed")
-    if not found:
+    found = next((known[name] for name in names if name in known), None)
+    if found is None:
         raise UserError(f"{where}: answers {names[0]!r}, which is no question of --data and --split")
     shown = shown_question(row)
     fitting = [item for item in found if is_same_question(shown, item)]
