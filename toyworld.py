@@ -150,7 +150,7 @@ def random_scene(rng, held_out=False):
 
 def random_pairs(rng, held_out):
     """One to four different (kind, color) pairs, often alike in kind or color."""
-    pairs = [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
+    pairs = all_pairs(held_out)
     chosen = [rng.choice(sorted(UNSEEN) if held_out else pairs)]
     first_kind, first_color = chosen[0]
     # Left to chance, nearly every count would be 0 or 1.
@@ -164,6 +164,10 @@ def random_pairs(rng, held_out):
         if (kind, color) in pairs and (kind, color) not in chosen:
             chosen.append((kind, color))
     return chosen
+
+
+def all_pairs(held_out):
+    return [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
 
 
 def random_spots(rng, sides):
@@ -498,8 +502,7 @@ def count_things(scene, kind=None, color=None):
 
 def nameable_pairs(scene):
     """Pairs a question may name: all, but a training scene must not teach that UNSEEN ones do not exist."""
-    held_out = any((thing.kind, thing.color) in UNSEEN for thing in scene.things)
-    return [(kind, color) for kind in KINDS for color in COLORS if held_out or (kind, color) not in UNSEEN]
+    return all_pairs(any((thing.kind, thing.color) in UNSEEN for thing in scene.things))
 
 
 # ---- questions: each function asks one and answers it, or returns None where the scene allows none ----
