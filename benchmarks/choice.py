@@ -177,11 +177,10 @@ def submit_mmbench(items, records):
 
 
 def read_seed(cfg):
-    files = dict.fromkeys(("all", "image", "video"), ["SEED-Bench.json"])
-    _, path = find_split(cfg, files)
+    wanted, path = find_split(cfg, dict.fromkeys(("all", "image", "video"), ["SEED-Bench.json"]))
     kinds = {number: name for _, name, number in load_records(path, "question_type")}
 
-    def ask(split, key, row):
+    def ask(key, row):
         id, kind = str(row["question_id"]), row["question_type_id"]
         media, image = "image", f"SEED-Bench-image/{row['data_id']}"
         if kind > 9:
@@ -189,9 +188,9 @@ def read_seed(cfg):
         choices = [row[f"choice_{letter}"] for letter in "abcd"]
         more = {"category": [kinds[kind], media], "choices": choices, "family": cfg.family}
         asked = question(id, image, row["question"] + lettered(choices), LETTER, row["answer"] + "", **more)
-        return asked if split in ("all", media) else None
+        return asked if wanted in ("all", media) else None
 
-    return read_split(cfg, files, ask, "questions")
+    return read_each(load_records(path, "questions"), ask)
 
 
 def seed_letter(text, item):

@@ -42,8 +42,7 @@ def percent_right(units):
 
 def rounded_percent(units):
     """The same, rounded as the VQA scorers do."""
-    scores = [record["score"] for unit in units for record in unit]
-    return round(100 * sum(scores) / len(scores), 2)
+    return round(percent_right(units), 2)
 
 
 def as_said(text, item):

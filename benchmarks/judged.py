@@ -13,8 +13,10 @@ reviews) or `score` (MM-Vet's grades), and scored as the authors score it.
 import math
 from functools import partial
 
-from benchmarks.common import Benchmark, question, read_split, rows_by
+from benchmarks.common import Benchmark, as_said, percent_right, question, read_split, rows_by
 from support.io import json_lines
+
+# ---- LLaVA-Bench ----
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 RULE = (
@@ -59,8 +61,7 @@ def model_score(scores, item):
 
 
 def score_llava_bench(units):
-    """Each mean is rounded as in the official summary. A review that cannot be read counts as -1 and -1, as
-    there."""
+    """As the official summary does: each mean is rounded, and an unreadable review counts as -1 and -1."""
     pairs = [unit[0]["parsed"] or [-1.0, -1.0] for unit in units]
     reference, model = (round(sum(scores) / len(pairs), 3) for scores in zip(*pairs))
     return round(model / reference * 100, 1) if reference > 0 else float("nan")
@@ -79,6 +80,8 @@ def ask_judge_of_answers(item, answer):
         "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": said}],
     }
 
+
+# ---- MM-Vet ----
 
 MEME = (
     "Can you explain this meme? | This meme is poking fun at the fact that the names of the countries "
@@ -123,12 +126,8 @@ def mean_grade(grade, item):
     return sum(grades) / len(grades)
 
 
-def as_graded(grade, item):
-    return grade
-
-
 def score_mm_vet(units):
-    return round(100 * sum(unit[0]["score"] for unit in units) / len(units), 1)
+    return round(percent_right(units), 1)
 
 
 def ask_judge_of_facts(item, answer):
@@ -140,6 +139,9 @@ def ask_judge_of_facts(item, answer):
         "max_tokens": 3,
         "messages": [{"role": "user", "content": said}],
     }
+
+
+# ---- both ----
 
 
 def submit_requests(ask_judge, items, records):
@@ -164,7 +166,7 @@ BENCHMARKS = {
     "mm-vet": Benchmark(
         read_mm_vet,
         mean_grade,
-        as_graded,
+        as_said,
         score_mm_vet,
         submit=partial(submit_requests, ask_judge_of_facts),
         by_gpt=True,

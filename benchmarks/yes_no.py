@@ -148,8 +148,7 @@ def mme_figures(units):
 
 
 def score_mme(units):
-    """acc and acc+ in percent, summed over the subtasks of perception; where nothing of it was asked, over
-    those of cognition."""
+    """acc and acc+ in percent, summed over perception; over cognition, where that alone was asked."""
     tasks = figures_by_category(mme_figures, units)
     perception = [task for task in tasks if task in PERCEPTION]
     return sum(100 * tasks[task]["acc"] + 100 * tasks[task]["acc_plus"] for task in perception or tasks)

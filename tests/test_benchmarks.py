@@ -51,8 +51,8 @@ def test_later_releases_of_mmbench_are_found(tmp_path, by_hand, file):
 @pytest.mark.parametrize("split, n, score", [("image", 1, 100), ("video", 1, 0)])
 def test_seeds_images_can_be_asked_without_its_videos(tmp_path, by_hand, split, n, score):
     folder, _, _ = by_hand("seed-bench")
-    rows = [{"question_id": "101", "text": "A"}] if split == "image" else [{"question_id": "v1", "text": "B."}]
-    result = scored(tmp_path, "seed-bench", folder, put(tmp_path, "told.json", rows), "--split", split)
+    told = put(tmp_path, "told.json", {"101": "A"} if split == "image" else {"v1": "B."})
+    result = scored(tmp_path, "seed-bench", folder, told, "--split", split)
     assert (result["n"], result["score"], list(result["categories"])[-1]) == (n, score, split)
 
 
@@ -157,10 +157,10 @@ def test_llavas_numbers_of_merged_splits_are_known_where_one_split_stands_alone(
 def test_mathvistas_own_result_files_say_what_was_asked_in_their_query(tmp_path):
     """In 62 of them the numbers of `question` are masked."""
     row = {"image": "images/6.jpg", "choices": ["6cm", "7cm"], "answer": "6cm"}
-    row |= {"question_type": "multi_choice", "answer_type": "text", "question": "If CB = 4.0, how long is AC?"}
+    row |= {"question_type": "multi_choice", "answer_type": "text", "question": "If CB = 4.0, what is AC?"}
     put(tmp_path, "testmini.json", {"6": row})
     query = f"Hint: Please answer.\nQuestion: {row['question']}\nChoices:\n(A) 6cm\n(B) 7cm"
-    told = row | {"question": "If CB = N_0, how long is AC?", "query": query, "extraction": "A"}
+    told = row | {"question": "If CB = N_0, what is AC?", "query": query, "extraction": "A"}
     assert scored(tmp_path, "mathvista", tmp_path, put(tmp_path, "told.json", {"6": told}))["score"] == 100
 
 
