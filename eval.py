@@ -37,7 +37,7 @@ from benchmarks.own import most_frequent, own_right
 from benchmarks.predictions import match_predictions, unanswered_categories
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
-from data import Records, picture_paths
+from data import Records
 from support.asking import ask, read_picture
 from support.cli import UserError, arg, parse, run
 from support.io import Progress, json_lines, lock, read_json, reading, write_whole
@@ -186,7 +186,7 @@ def read_own(cfg):
         if n_seen[id] > 1:  # another question of this record, or another record of this name
             id = f"{id}#{n_seen[id]}"
         item = question(id, None, text, "", truth, category=str(record.get("category", "all")))
-        yield item | {"earlier": earlier, "image": record["images"], "paths": picture_paths(record)}
+        yield item | {"earlier": earlier, "image": record["images"]}
 
 
 SUITE = BENCHMARKS | {"own": Benchmark(read_own, as_said, own_right, max_new_tokens=96)}
@@ -268,13 +268,9 @@ def find_pictures(items, cfg):
     find = cache(partial(find_picture, Path(os.path.abspath(cfg.image_root or folder))))
     pictures = {}
     for item in items:
-        image = item["image"]
-        found = item.get("paths", [])  # of one's own questions, which may have several
-        if isinstance(image, bytes):
-            found = [image]
-        elif image and not found:
-            found = [find(image)]
-        pictures[item["id"]] = found
+        images = item["image"] if isinstance(item["image"], list) else [item["image"]]  # own: several
+        images = [find(image) if isinstance(image, str) else image for image in images]
+        pictures[item["id"]] = [image for image in images if image is not None]
     return pictures
 
 

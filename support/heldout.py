@@ -7,7 +7,7 @@ import torch
 
 import sample
 from data import Examples, Records, micro_batches
-from eval import EvalConfig, draw_some, examine, other_pictures, phrase, read_items, table
+from eval import EvalConfig, columns_of, draw_some, examine, other_pictures, read_items, table
 from support.asking import encode_questions
 from support.distributed import rank
 from support.io import write_json
@@ -19,7 +19,8 @@ class HeldOut:
     def __init__(self, cfg, vlm, tok, task, n=128):
         """task: whose loss is looked at, that of n records spread over the file."""
         self.cfg, self.vlm, self.tok, self.task = cfg, vlm, tok, task
-        self.questions = read_items("own", EvalConfig(data=cfg.val, image_root=cfg.image_root))
+        self.exam = EvalConfig(data=cfg.val, image_root=cfg.image_root)
+        self.questions = read_items("own", self.exam)
         records = Records(cfg.val, cfg.image_root)
         for _ in self.examples_of(records):
             pass  # of all of them, so that a picture that does not open is said before the training
@@ -64,7 +65,7 @@ class HeldOut:
         n_all = len(self.questions)
         chosen = [self.questions[(step * 7 + i * n_all // n) % n_all] for i in range(n)]
         lines = []
-        asked = [phrase(item, "direct", item["paths"], EvalConfig()) for item in chosen]
+        asked = columns_of(chosen, self.exam)["direct"]
         prompts = encode_questions(self.vlm, self.tok, asked)
         answers = sample.answer(self.vlm, self.tok, prompts, max_new_tokens=96)
         for question, found in zip(chosen, answers, strict=True):
@@ -76,7 +77,7 @@ class HeldOut:
     def examine(self, out):
         items = draw_some(self.questions, self.cfg.eval_limit)
         with not_training(self.vlm, self.cfg):
-            result = examine(items, EvalConfig(), self.vlm, self.tok)
+            result = examine(items, self.exam, self.vlm, self.tok)
         print(f"\nheld-out accuracy\n{table([result])}")
         print(f"{result['cut_off']} of {len(items)} answers were cut off for being too long")
         if rank() == 0:

@@ -991,6 +991,15 @@ def test_a_held_out_record_that_ends_with_a_question_has_no_answer(tmp_path, cap
     assert "line 1 (id 'c'): no answer" in complaint(capfd)
 
 
+def test_a_picture_that_is_missing_from_ones_own_file_is_said_before_the_first_answer(tiny, tmp_path, capfd):
+    rows = [{"id": k, "image": f"{k}.png", "text": "What?", "answer": "x"} for k in range(2)]
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    data = put(tmp_path, "val.jsonl", jsonl(rows))
+    assert evaluate("--data", data, "--model", tiny, "--batch-size", 1, "--out", tmp_path / "out") == 1
+    assert "1.png: no such picture" in complaint(capfd)
+    assert len((tmp_path / "out/progress.jsonl").read_text().splitlines()) == 1      # the flags, and no answer
+
+
 def test_where_all_questions_share_one_picture_nothing_is_said_of_pictures(go, world, tmp_path, capfd):
     rows = [{"id": k, "image": PICTURE, "text": f"{k}?", "answer": "x"} for k in range(2)]
     val = put(tmp_path, "val.jsonl", jsonl(rows))

@@ -884,7 +884,7 @@ def test_data_without_a_val_file_trains_without_a_table(go, world, capfd):
     assert not Path("run/results.json").exists() and "accuracy" not in capfd.readouterr().out
 
 
-def test_the_table_of_known_answers_has_these_numbers(monkeypatch):
+def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch):
     asked = [
         ("count", "2"),
         ("count", "2"),
@@ -895,7 +895,8 @@ def test_the_table_of_known_answers_has_these_numbers(monkeypatch):
     items = []
     for k, (category, truth) in enumerate(asked):
         item = question(k, None, "?", "", truth, category=category)
-        items.append(item | {"paths": [f"{k}.png"], "benchmark": "own"})
+        items.append(item | {"image": f"{k}.png", "benchmark": "own"})
+        (tmp_path / f"{k}.png").touch()
     said = {
         "direct": ["2.", "1", "1", "So.\nFinal answer: 3", "3"],
         "shuffled pictures": ["2", "2", "2", "no", "no"],
@@ -911,7 +912,7 @@ def test_the_table_of_known_answers_has_these_numbers(monkeypatch):
         return answers
 
     monkeypatch.setattr(eval, "ask", ask)
-    results = eval.examine(items, eval.EvalConfig(), None, None)
+    results = eval.examine(items, eval.EvalConfig(image_root=str(tmp_path)), None, None)
     table = {"count": (3, 2 / 3, 2 / 3, 2 / 3), "cot": (2, 1 / 2, 1, 0), "all": (5, 3 / 5, 4 / 5, 2 / 5)}
     others = results["columns"]
     for category, row in table.items():
