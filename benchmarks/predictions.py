@@ -65,7 +65,10 @@ def unanswered_categories(items, answers):
 def pick_question(where, row, names, known, answers):
     """The one question that a row answers. One that is asked twice takes its answers in turn."""
     if not names:
-        raise UserError(f"{where}: no id in it; one of {', '.join(ID_KEYS)} is needed")
+        raise UserError(
+            f"{where}: no id in it; one of {', '.join(ID_KEYS)} is needed, or a row with its question "
+            "for each question of --data and --split, in order"
+        )
     found = next((known[name] for name in names if name in known), None)
     if found is None:
         raise UserError(f"{where}: answers {names[0]!r}, which is no question of --data and --split")

@@ -140,6 +140,7 @@ def test_popes_own_lines_have_no_ids_and_are_taken_in_order(tmp_path, capfd):
     told = put(tmp_path, "told.json", jsonl(rows))
     result = scored(tmp_path, "pope", CASES / "pope", told, "--split", "random")
     assert result["score"] == pytest.approx(69.84, abs=0.01)
+    assert "for each question of --data and --split" in refused(capfd, tmp_path, "pope", CASES / "pope", told)
     told = put(tmp_path, "told.json", jsonl(rows[1:] + rows[:1]))
     said = refused(capfd, tmp_path, "pope", CASES / "pope", told, "--split", "random")
     assert "answers another question" in said
