@@ -6,9 +6,10 @@
     python eval.py --data val.jsonl --image-root DIR    # one's own questions: text, answer, category
 
 What a benchmark asks and how its authors score it stands in benchmarks/, one file a family; scoring.py there
-adds up. Here its questions are put in batches and answered. --out gets results.json (every prompt, answer and
-verdict), answers.jsonl (LLaVA's form, which --predictions reads), what an official server takes, and
-progress.jsonl, from which --resume goes on.
+adds up. support/asking.py has the questions answered, in batches. Here is the way from files to a table: what
+is asked, in which ways, and what is written. --out gets results.json (every prompt, answer and verdict),
+answers.jsonl (LLaVA's form, which --predictions reads), what an official server takes, and progress.jsonl,
+from which --resume goes on.
 
 Where this departs from the originals:
   - several questions at once, each picture looked at once for all of its questions in a batch; the originals
@@ -117,7 +118,7 @@ def evaluate(name, cfg, vlm, tok, out):
         result["compare"] = found | {"with": cfg.compare}
     files = write_results(bench, result, items, out)
     if cfg.show:
-        files.append(draw_wrong(items, result["records"], cfg, out / "wrong.png"))
+        files.append(draw_wrong(result["records"], cfg, out / "wrong.png"))
     print(report(result) + "\n  " + ", ".join(files), flush=True)
     return result
 
@@ -142,7 +143,7 @@ def add_up(columns, answers):
     graded = {column: grade(bench, asked, answers[column]) for column, asked in columns.items()}
     if name == "own":
         graded["most frequent answer"] = grade(bench, questions, most_frequent(questions))
-    result = {"benchmark": name, "asked": main, "metric": bench.metric, "paper": bench.paper}
+    result = {"benchmark": name, "column": main, "metric": bench.metric, "paper": bench.paper}
     return result | graded.pop(main) | {"columns": graded}
 
 
@@ -237,11 +238,11 @@ def phrase(item, column, pictures, cfg):
     # In an official question <image> is a word, in one's own it is the place of a picture.
     typed = prompt if item["benchmark"] == "own" else as_text(prompt)
     turns = [*item.get("earlier", ()), ("human", typed)]
-    asked = item | {"column": column, "worked": worked, "prompt": prompt, "turns": turns}
-    asked |= {"pictures": pictures, "limit": cfg.max_new_tokens or limit}
+    phrased = item | {"column": column, "worked": worked, "prompt": prompt, "turns": turns}
+    phrased |= {"pictures": pictures, "limit": cfg.max_new_tokens or limit}
     if worked or cfg.likelihood != "yes":
-        asked.pop("candidates", None)
-    return asked
+        phrased.pop("candidates", None)
+    return phrased
 
 
 def ask_again(questions, answers):
@@ -298,7 +299,8 @@ def write_results(bench, result, items, out):
         {"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"], "model_id": result["model"]}
         for r in result["records"]
     ]
-    files = {"results.json": json.dumps(result, indent=1), "answers.jsonl": json_lines(answers)}
+    text = json.dumps(result, indent=1, default=lambda picture: None)  # MMBench's are bytes
+    files = {"results.json": text, "answers.jsonl": json_lines(answers)}
     if bench.submit:
         name, files[name] = bench.submit(items, result["records"])
     for name, text in files.items():
@@ -308,7 +310,7 @@ def write_results(bench, result, items, out):
 
 def report(result):
     """What else must be known of one benchmark."""
-    said = [f"{result['benchmark']}: {result['n']} questions, {result['asked']}"]
+    said = [f"{result['benchmark']}: {result['n']} questions, {result['column']}"]
     if result.get("left_out"):
         said.append(f"nothing of {', '.join(result['left_out'])} is answered, so it is left out")
     scored = [record for record in result["records"] if record["score"] is not None]
@@ -356,13 +358,12 @@ def table_row(name, columns, notes, unparsed=""):
     return [name, score, interval, str(n), unparsed, *beside, notes]
 
 
-def draw_wrong(items, records, cfg, path):
+def draw_wrong(records, cfg, path):
     """--show: wrong answers, spread over the file: the picture, beside it question, answer and truth."""
     wrong = [record for record in records if record["score"] is not None and record["score"] < 0.5]
     n = min(cfg.show, len(wrong))
     chosen = [wrong[i * len(wrong) // n] for i in range(n)]
-    ids = [record["id"] for record in chosen]
-    pictures = find_pictures([item for item in items if item["id"] in ids], cfg)
+    pictures = find_pictures(chosen, cfg)
     sheet = Image.new("RGB", (1024, max(1, n) * 248), "white")
     pen = ImageDraw.Draw(sheet)
     for k, record in enumerate(chosen):

@@ -39,8 +39,7 @@ def grade(bench, questions, answers):
 
 def judge_one(bench, item, answer):
     """-> record. Its score is None where the label is hidden, or GPT-4 has not reviewed the answer yet."""
-    record = {name: item[name] for name in ("id", "unit", "category", "prompt", "truth")}
-    record["image"] = None if isinstance(item["image"], bytes) else item["image"]
+    record = {name: item[name] for name in ("id", "unit", "category", "image", "prompt", "truth")}
     record |= {"answer": None, "parsed": None, "score": 0.0} | answer
     text = record["answer"]
     is_review = record.get("is_review", False)
