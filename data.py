@@ -119,7 +119,7 @@ def collate(examples, pad, multiple=1, more=None):
     more: {name: padding} of further rows beside tokens and labels.
     """
     used = [e for e in examples if "skipped" not in e]
-    lengths = [n_tokens(e) for e in used]
+    lengths = [length_of(e) for e in used]
     batch = {
         "lengths": torch.tensor(lengths, dtype=torch.int64),
         "ids": [e["id"] for e in used],
@@ -131,7 +131,7 @@ def collate(examples, pad, multiple=1, more=None):
     for name, padding in {"tokens": pad, "labels": IGNORE, **(more or {})}.items():
         batch[name] = torch.full((len(used), width), padding)
         for row, example in zip(batch[name], used):
-            row[: n_tokens(example)] = example[name]
+            row[: length_of(example)] = example[name]
 
     # Pictures (N, 3, S, S) and (M, 2). Those that questions share are there once, for the towers to look at.
     pictures = [(e["pixels"], e["layout"]) for e in used]
@@ -155,8 +155,8 @@ def group_by_length(examples, budget, waste=64):
     anew."""
     groups = []
     width = 0
-    for example in sorted(examples, key=n_tokens, reverse=True):
-        length = n_tokens(example)
+    for example in sorted(examples, key=length_of, reverse=True):
+        length = length_of(example)
         has_room = groups and (len(groups[-1]) + 1) * width <= budget
         if not has_room or width - length > waste:
             groups.append([])
@@ -165,7 +165,7 @@ def group_by_length(examples, budget, waste=64):
     return groups
 
 
-def n_tokens(example):
+def length_of(example):
     return len(example.get("tokens", ()))  # a skipped record has none
 
 
