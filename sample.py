@@ -4,11 +4,12 @@
     python sample.py --image cat.jpg --prompt "What color is the cat?"
     python sample.py --image a.png b.png --prompt "What differs?"       # several pictures, in this order
     python sample.py --image cat.jpg < questions.txt  # one after the other, an answer each
+    python sample.py --file QUESTIONS.jsonl --image-root DIR --out ANSWERS.jsonl   # LLaVA's files, in batches
 
 Without --model the newest finished run under out/ answers. The answer is printed while it is written. In the
 chat every question is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy
-unless --temperature is above 0. Pictures stand before the first question; an <image> or </s> in what is typed
-is text.
+unless --temperature is above 0. Pictures stand where --prompt has <image>, else before the first question; an
+<image> or </s> in what is typed is text.
 
 A *prompt* is what a model continues: (token ids, [(tiles, layout) of each picture, in their order]).
 encode_question makes one; answer() completes any number of them, and every program that asks a model many
@@ -71,7 +72,11 @@ class AskConfig(ModelConfig):
 @dataclass
 class SampleConfig(AskConfig):
     image: tuple = arg((), "picture files, in the order the question speaks of them")
-    prompt: str = arg("", "one question; empty: describe the picture, then chat if this is a terminal")
+    prompt: str = arg("", "one question; empty: describe the picture, then what is typed or piped")
+    file: str = arg("", "questions to answer, JSON lines of {question_id, image, text}; they go to --out")
+    image_root: str = arg("", "folder that the pictures' names in --file start from; empty: that of --file")
+    out: str = arg("", "file for the answers to --file, JSON lines of {question_id, prompt, text, model_id}")
+    resume: bool = arg(False, "go on with the answers of an interrupted --file")
 
 
 # ---- prompts and answers ----
@@ -227,7 +232,7 @@ def read_questions(cfg):
     """--prompt; without it a caption is asked for, where there are pictures, and then each line that is typed
     or piped, up to an empty one."""
     if cfg.prompt:
-        yield cfg.prompt
+        yield cfg.prompt if cfg.image else as_text(cfg.prompt)
         return
     if cfg.image:
         print(f"> {DESCRIBE}")
@@ -235,7 +240,7 @@ def read_questions(cfg):
     on_terminal = sys.stdin and sys.stdin.isatty()
     try:
         while sys.stdin and (question := input("\n> " if on_terminal else "").strip()):
-            yield question
+            yield as_text(question)
     except (EOFError, KeyboardInterrupt):
         if on_terminal:
             print()
@@ -243,6 +248,12 @@ def read_questions(cfg):
 
 def main(argv=None):
     cfg = parse(SampleConfig, argv, description=__doc__)
+    if cfg.file or cfg.out:
+        if not (cfg.file and cfg.out) or cfg.image or cfg.prompt:
+            raise UserError("--file FILE and --out FILE go together, without --image and --prompt")
+        from support.asking import answer_file
+
+        return answer_file(cfg)
     if not (cfg.prompt or cfg.image or sys.stdin):
         raise UserError("nothing to answer: give --image, --prompt or both")
     images = [open_image(path) for path in cfg.image]  # before a model is read: they may not be there
@@ -251,10 +262,10 @@ def main(argv=None):
     turns = []
     past = Past()
     for question in read_questions(cfg):
-        prompt = encode_question(vlm, tok, as_text(question), pictures, turns)
+        prompt = encode_question(vlm, tok, question, pictures, turns)
         found = stream_answer(vlm, tok, prompt, cfg, past)
         if found.text:  # an empty answer is no turn to go on from
-            turns += [("human", as_text(question)), ("gpt", as_text(found.text))]
+            turns += [("human", question), ("gpt", as_text(found.text))]
     return 0
 
 

@@ -7,15 +7,18 @@ the next batch is prepared while this one is answered.
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 from PIL import Image
 
 import sample
 from benchmarks.common import COT, LETTER, SHORT
+from data import Records, picture_paths
 from support.cli import Bar, UserError
-from support.io import reading
+from support.io import Progress, fingerprint, json_lines, lock, reading, write_whole
 from vision import FORMATS, open_image, to_rgb
 
 
@@ -91,7 +94,7 @@ def read_picture(picture):
 
 
 def write_answers(vlm, tok, questions, prompts):
-    """Greedy; nothing to a question that is too long for the model."""
+    """Greedy, unless the questions say "sampling"; nothing to one that is too long for the model."""
     block_size = vlm.cfg.decoder.block_size
     limit = min(questions[0]["limit"], block_size // 2)
     lengths = [len(ids) for ids, _ in prompts]
@@ -99,7 +102,8 @@ def write_answers(vlm, tok, questions, prompts):
     # Near the model's length each is asked alone: nobody's answer depends on its neighbours.
     batch_size = len(prompts) if max(lengths) + limit <= block_size else 1
     fitting = [prompt for prompt, n in zip(prompts, lengths) if n < block_size]
-    answers = iter(sample.answer(vlm, tok, fitting, limit, batch_size))
+    sampling = questions[0].get("sampling", {})
+    answers = iter(sample.answer(vlm, tok, fitting, limit, batch_size, **sampling))
     rows = []
     for n in lengths:
         found = next(answers) if n < block_size else None
@@ -122,3 +126,52 @@ def likeliest(vlm, tok, questions, prompts):
     logits = vlm.decoder.lm_head(vlm.decoder(x, wanted=ends)).float()  # (B, V)
     p = logits[:, [id for (id,) in choices]].softmax(-1).cpu()  # (B, candidates)
     return [{"answer": candidates[int(row.argmax())], "p": [round(x, 6) for x in row.tolist()]} for row in p]
+
+
+# ---- sample.py --file ----
+
+
+def answer_file(cfg):
+    """LLaVA's file of questions -> its file of answers, in the same order."""
+    out = Path(cfg.out)
+    with lock(out.with_name(f".{out.name}.lock")):
+        if out.exists():
+            raise UserError(f"--out {out} is there already; remove it, or give another")
+        records = Records(cfg.file, cfg.image_root)
+        questions = [file_question(records, i, cfg) for i in range(len(records))]
+        vlm, tok = sample.open_asked(cfg)
+        weights = sorted(Path(cfg.model).glob("*.safetensors"))
+        files = [file.path for file in records.files] + weights
+        flags = asdict(cfg) | {"questions and weights": fingerprint(files)}
+        del flags["out"], flags["device"], flags["resume"]
+        progress = Progress(f"{out}.part", flags, cfg.resume)
+        found = ask(vlm, tok, questions, 48, progress)
+
+        rows = []
+        for item in questions:
+            row = item["row"] | {"text": found[item["id"]].get("answer", ""), "model_id": cfg.model}
+            rows.append(row)
+        write_whole(out, lambda tmp: tmp.write_text(json_lines(rows)))
+        progress.path.unlink()
+    n_cut = sum(answer.get("cut_off", False) for answer in found.values())
+    n_long = sum("answer" not in answer for answer in found.values())
+    print(f"{len(rows):,} answers are in {out}; {n_cut} were cut off, raise --max-new-tokens; {n_long} are "
+          "empty, to questions too long for the model")
+    return 0
+
+
+def file_question(records, i, cfg):
+    record = records[i]
+    turns = record["turns"]
+    if turns[-1][0] == "gpt":
+        turns = turns[:-1]
+    if not turns:
+        raise UserError(f"{record['where']}: no question")
+    pictures = picture_paths(record)
+    for path in pictures:
+        if not path.exists():
+            raise UserError(f"{record['where']}: {path}: no such picture; check the path and --image-root")
+    sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    asked = {"id": i, "turns": turns, "pictures": pictures, "column": "answers"}
+    row = {"question_id": record.get("question_id", record["id"]), "prompt": turns[-1][1]}
+    return asked | {"limit": cfg.max_new_tokens, "sampling": sampling, "row": row}

@@ -91,7 +91,7 @@ def add_flag(parser, f, default):
     if f.type is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif f.type is tuple:
-        options |= {"nargs": "+", "metavar": "TEXT"}
+        options |= {"nargs": "+", "metavar": "TEXT", "action": AddWords}
     else:
         metavar = {int: "N", float: "X", str: "TEXT"}[f.type]
         options |= {"type": f.type, "metavar": metavar}
@@ -100,6 +100,14 @@ def add_flag(parser, f, default):
     else:
         options["default"] = default
     parser.add_argument(name, **options)
+
+
+class AddWords(argparse.Action):
+    """A flag that is given again adds to its words."""
+
+    def __call__(self, parser, found, words, flag=None):
+        before = getattr(found, self.dest)
+        setattr(found, self.dest, words if before is self.default else [*before, *words])
 
 
 def check_values(cfg):

@@ -35,6 +35,7 @@ LATE = {                             # three-line methods, and the toy's world w
     ("model", "support.weights"),
     ("model", "support.export"),
     ("train", "toyworld"),
+    ("sample", "support.asking"),
 }
 
 

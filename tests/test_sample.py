@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +98,14 @@ def test_several_pictures_are_given_in_their_order(ask, tiny, tok, capfd):
             answers[-1] == expected(tiny, tok, [("human", "<image><image>\nWhat differs?")], names, 20) + "\n"
         )
     assert answers[0] != answers[1]
+
+
+def test_a_prompt_may_say_where_its_pictures_stand_and_a_second_image_flag_adds(ask, tiny, tok, capfd):
+    text = "Is <image> like <image>?"
+    assert ask("--image", "a.png", "--image", "b.png", "--prompt", text, "--max-new-tokens", 20) == 0
+    assert capfd.readouterr().out == expected(tiny, tok, [("human", text)], ["a.png", "b.png"], 20) + "\n"
+    assert ask("--image", "a.png", "--prompt", text) == 1
+    assert "2 <image> for 1 picture" in errors(capfd)[-1]
 
 
 def test_a_question_needs_no_picture(ask, tiny, tok, capfd):
@@ -273,6 +283,60 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeyp
 
 
 # ---- many prompts at once ----
+
+
+@pytest.fixture
+def questions(ask):
+    """A file of 100 questions as LLaVA has them, about two pictures and about none."""
+    rows = []
+    for i in range(100):
+        image = {"image": ("a.png", "b.png")[i % 2]} if i % 5 else {}
+        rows.append({"question_id": 100 - i, "text": "What is it? " * (1 + i % 7)} | image)
+    Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_a_file_of_questions_becomes_one_of_answers_in_its_order(ask, questions, tiny, tok, capfd):
+    assert ask("--file", "q.jsonl", "--out", "a.jsonl", "--max-new-tokens", 8) == 0
+    answers = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in answers] == [row["question_id"] for row in questions]
+    assert [row["prompt"] for row in answers] == [row["text"] for row in questions]
+    for i in 0, 1, 7:
+        pictures = [questions[i]["image"]] if i else []
+        turns = [("human", "<image>\n" * len(pictures) + questions[i]["text"])]
+        assert answers[i]["text"] == expected(tiny, tok, turns, pictures, 8)
+    assert "100 answers are in a.jsonl" in capfd.readouterr().out
+    assert ask("--file", "q.jsonl", "--out", "a.jsonl") == 1
+    assert "is there already" in errors(capfd)[-1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature", 2, "--top-k", 9]], ids=["greedy", "drawn"])
+def test_a_file_of_answers_that_was_interrupted_ends_the_same(ask, questions, monkeypatch, flags, capfd):
+    flags = ["--file", "q.jsonl", "--max-new-tokens", 8, *flags]
+    assert ask(*flags, "--out", "whole.jsonl") == 0
+    original, n_batch = VLM.generate, []
+
+    def generate(self, *args, **options):
+        n_batch.append(1)
+        if len(n_batch) == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(VLM, "generate", generate)
+    assert ask(*flags, "--out", "half.jsonl") == 130
+    assert not Path("half.jsonl").exists()
+    assert ask(*flags, "--out", "half.jsonl", "--resume") == 0
+    assert len(n_batch) == 2 + 2  # of three batches the first was kept
+    assert Path("half.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert sorted(path.name for path in Path().glob("half*")) == ["half.jsonl"]
+
+
+def test_what_is_wrong_with_a_file_of_questions_is_said_before_a_model_is_read(ask, capfd):
+    Path("q.jsonl").write_text('{"question_id": 3, "image": "none.png", "text": "What?"}\n')
+    assert ask("--file", "q.jsonl", "--out", "a.jsonl", "--model", "none") == 1
+    assert re.search("line 1 .id '3'.: .*none.png: no such picture", errors(capfd)[-1])
+    assert ask("--file", "q.jsonl") == 1
+    assert "--file FILE and --out FILE go together" in errors(capfd)[-1]
 
 
 def make_prompts(vlm, tok, world):
