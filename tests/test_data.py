@@ -635,6 +635,12 @@ def test_a_damaged_piece_is_said_when_the_tokenizer_is_opened(folder, tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_a_family_without_a_sentencepiece_model_is_not_told_to_copy_one(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")  # all that Llama-3 and Qwen have
+    with pytest.raises(UserError, match="such as Llama-3 and Qwen, are not supported"):
+        Tokenizer(tmp_path)
+
+
 # ---- texts --------
 
 
