@@ -24,8 +24,11 @@ save a checkpoint first; a second one ends the run at once.
 """
 
 import math
+import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -192,13 +195,20 @@ def load_steps(cfg, task, run):
 
 
 def in_loader_process(_):
-    """Whatever ends the run, the parent wants this step's records first.
+    """Whatever ends the run, the parent wants this step's records first; without a parent nobody does.
 
     Tensors go there through the pipe, as arrays: Docker's shared memory may hold less than a batch.
     """
     for number in END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=die_with, args=[os.getppid()], daemon=True).start()
     ForkingPickler.register(torch.Tensor, lambda t: (torch.from_numpy, (t.numpy(),)))
+
+
+def die_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)  # whatever it waits for
 
 
 def lr_at(step, n_step, peak, warmup):
@@ -294,7 +304,7 @@ def teach(cfg, Task):
             return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
 
         # The model, as --resume left it or from its ingredients; and which of its parameters train.
-        run = Run(cfg, n_step)
+        run = Run(cfg, n_step, [file.path for file in records.files])
         torch.manual_seed(cfg.seed)
         vlm, tok = build(cfg, run.checkpoint)
         make_trainable(vlm, cfg)

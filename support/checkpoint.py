@@ -28,7 +28,7 @@ from tqdm import tqdm
 from support.cli import UserError
 from support.distributed import barrier, gather_numbers, gather_on_first, placed_like, rank, world_size
 from support.export import save_adapter
-from support.io import check_flags, json_lines, lock, read_rows, reading, write_whole
+from support.io import check_flags, fingerprint, json_lines, lock, read_rows, reading, write_whole
 from support.plots import curve, plot
 from support.processor import save_processor
 
@@ -45,12 +45,14 @@ END_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster send
 class Run:
     """Every process calls the same methods; rank 0 writes."""
 
-    def __init__(self, cfg, n_step):
+    def __init__(self, cfg, n_step, data_files=()):
         self.cfg, self.n_step = cfg, n_step
         self.out = Path(cfg.out)
+        flags = {flag_of(name): value for name, value in asdict(cfg).items() if name not in FREE_TO_CHANGE}
+        self.flags = flags | {"--data of checksum": fingerprint(data_files)}
         if rank() == 0 and self.out.is_dir():
             self.lock = lock(self.out / "lock")
-        self.checkpoint, self.state = find_checkpoint(self.out, cfg) if cfg.resume else (None, {})
+        self.checkpoint, self.state = self.find_checkpoint() if cfg.resume else (None, {})
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.step = self.saved = self.state.get("step", 0)  # the last that is done, and on the disk
         self.first_step = self.step + 1
@@ -60,6 +62,20 @@ class Run:
         self.pressed = False  # whether a signal came to this process
         self.interrupted = False  # or to any, as all know after each step
 
+    def find_checkpoint(self):
+        """The newest and what its trainer.pt holds. Refuses what would make it another run."""
+        if not checkpoints(self.out):
+            if not (self.out / "log.jsonl").exists():
+                raise UserError(f"--resume: there is no run in {self.out}; check --out, or leave it out")
+            print(f"--resume: no checkpoint in {self.out} yet; starting from the beginning")
+            return None, {}
+        newest = checkpoints(self.out)[-1]
+        with reading(newest / "trainer.pt", f"remove {newest} and start anew"):
+            state = torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
+            check_flags(newest, state["flags"], self.flags)
+        print(f"resuming after step {state['step']}")
+        return newest, state
+
     def open(self, vlm, tok, task):
         """Make the folder: that of the checkpoint is rewound to it, an earlier run's is moved aside."""
         self.vlm, self.tok, self.task = vlm, tok, task
@@ -67,6 +83,7 @@ class Run:
             base = self.out / "base"
             if self.checkpoint:
                 self.rewind()
+                self.remove_older()
             else:
                 move_aside(self.out, self.cfg)
                 self.lock = lock(self.out / "lock")
@@ -170,12 +187,18 @@ class Run:
         if step % self.cfg.log_every == 0 or step in (self.first_step, self.n_step):
             left = tqdm.format_interval(elapsed / (step - self.first_step + 1) * (self.n_step - step))
             self.say(f"step {step:5d}/{self.n_step}  {text}  lr {metrics['lr']:.2e}  {left} left")
-        if rank() == 0 and (step % 50 == 0 or step == self.n_step):
-            for file, panels in self.task.plots.items():
-                curves = {}
-                for title, names in panels.items():
-                    curves[title] = {label: curve(self.lines, name) for label, name in names.items()}
+        if rank() == 0 and (step % max(50, self.n_step // 100) == 0 or step == self.n_step):
+            self.draw_plots()
+
+    def draw_plots(self):
+        for file, panels in self.task.plots.items():
+            curves = {}
+            for title, names in panels.items():
+                curves[title] = {label: curve(self.lines, name) for label, name in names.items()}
+            try:
                 plot(self.out / file, curves)
+            except UserError as error:  # no reason to end a run
+                self.say(str(error))
 
     def log(self, step, **values):
         self.lines.append({"step": step, **values})
@@ -194,9 +217,7 @@ class Run:
             self.save_state(hidden)
             if rank() == 0:
                 os.replace(hidden, final)
-                for old in checkpoints(self.out)[:-1]:
-                    os.replace(old, hidden)
-                    shutil.rmtree(hidden)
+                self.remove_older()
             barrier()
             self.saved = self.step
         except UserError as error:
@@ -204,6 +225,12 @@ class Run:
         finally:
             if rank() == 0:
                 shutil.rmtree(hidden, ignore_errors=True)
+
+    def remove_older(self):
+        for old in checkpoints(self.out)[:-1]:
+            hidden = self.out / f".{old.name}.tmp"
+            os.replace(old, hidden)
+            shutil.rmtree(hidden)
 
     def save_state(self, directory):
         """All that a step depends on besides the weights."""
@@ -213,7 +240,7 @@ class Run:
                 moments[name] = {key: gather_on_first(t) for key, t in self.optimizer.state[p].items()}
         if rank() == 0:
             state = {"step": self.step, "skipped": self.skipped}
-            state |= {"flags": fixed_flags(self.cfg), "task": self.task.state_dict()}
+            state |= {"flags": self.flags, "task": self.task.state_dict()}
             write_whole(directory / "optimizer.pt", lambda tmp: torch.save(moments, tmp))
             write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))
 
@@ -252,25 +279,6 @@ def checkpoints(out):
     """Oldest first; a copy such as checkpoint-000100.bak is none."""
     found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[11:]))
-
-
-def find_checkpoint(out, cfg):
-    """The newest checkpoint and what its trainer.pt holds. Refuses flags that would make it another run."""
-    if not checkpoints(out):
-        if not (out / "log.jsonl").exists():
-            raise UserError(f"--resume: there is no run in {out}; check --out, or leave out --resume")
-        print(f"--resume: no checkpoint in {out} yet; starting from the beginning")
-        return None, {}
-    newest = checkpoints(out)[-1]
-    with reading(newest / "trainer.pt", f"remove {newest} and start anew"):
-        state = torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
-        check_flags(newest, state["flags"], fixed_flags(cfg))
-    print(f"resuming after step {state['step']}")
-    return newest, state
-
-
-def fixed_flags(cfg):
-    return {flag_of(name): value for name, value in asdict(cfg).items() if name not in FREE_TO_CHANGE}
 
 
 def move_aside(out, cfg):

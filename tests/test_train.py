@@ -510,6 +510,17 @@ def wait_for(path):
         time.sleep(0.01)
 
 
+def processes():
+    """{pid: (state, pid of the parent)} of this machine, if it is Linux."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = file.read_text().rpartition(")")[2].split()[:2]
+            found[int(file.parent.name)] = state, int(parent)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_folder_in_which_a_run_still_writes_is_refused_until_that_is_killed(
     go, at_step, beside, capfd, workers
@@ -522,6 +533,8 @@ def test_a_folder_in_which_a_run_still_writes_is_refused_until_that_is_killed(
 
     child = beside(stop_at_5)
     wait_for("there")
+    loaders = [pid for pid, (_, parent) in processes().items() if parent == child.pid]
+    assert len(loaders) == workers
     before = sorted(path.name for path in Path("run").iterdir())
     capfd.readouterr()
     for flags in [], ["--resume"]:
@@ -530,6 +543,9 @@ def test_a_folder_in_which_a_run_still_writes_is_refused_until_that_is_killed(
     child.kill()
     child.join()
     assert go("--resume") == 0 and same("whole", "run")
+    began = time.time()
+    while any(processes().get(pid, "Z")[0] != "Z" for pid in loaders):
+        assert time.time() - began < 20, "a loader process outlives its parent"
 
 
 def test_of_two_runs_that_begin_at_once_one_is_refused(go, beside, monkeypatch, capfd):
@@ -780,8 +796,21 @@ def test_resuming_with_other_flags_names_the_flag(go, capfd):
     assert go("--max-steps", 2, "--lr", "0.5", "--resume") == 1
     assert "--lr 0.003, now it is 0.5" in errors(capfd)[-1]
     torch.save({}, "run/checkpoint-000002/trainer.pt")
+    assert go("--max-steps", 2, "--resume") == 1 and "trainer.pt: damaged" in errors(capfd)[-1]
+    Path("run/checkpoint-000002/trainer.pt").write_bytes(b"")
+    assert go("--max-steps", 2, "--resume") == 1 and "trainer.pt: damaged" in errors(capfd)[-1]
     Path("run/checkpoint-000002/trainer.pt").write_bytes(b"PK\x03\x04 cut")
     assert go("--max-steps", 2, "--resume") == 1 and "trainer.pt: damaged" in errors(capfd)[-1]
+
+
+def test_resuming_over_other_records_is_refused(go, world, capfd):
+    records = json.loads((world / "train.json").read_text())
+    write_json("own.json", records)
+    flags = ["--data", "own.json", "--image-root", world]
+    assert go(*flags, "--max-steps", 2) == 0
+    records[3]["conversations"][1]["value"] = "another answer"
+    write_json("own.json", records)
+    assert go(*flags, "--max-steps", 2, "--resume") == 1 and "--data of checksum" in errors(capfd)[-1]
 
 
 def test_an_earlier_run_is_moved_aside_whole_and_only_when_the_new_one_can_begin(go, capfd, tiny):
@@ -794,6 +823,23 @@ def test_an_earlier_run_is_moved_aside_whole_and_only_when_the_new_one_can_begin
         p.relative_to("out/x.1"): p.read_bytes() for p in Path("out/x.1").rglob("*") if p.is_file()
     } == before
     assert not same("out/x.1", "out/x.2") and not same("out/x", "out/x.2")
+
+
+def test_what_others_put_or_broke_in_the_folder_ends_no_run(go, capfd):
+    assert go("--save-every", 2, "--max-steps", 4, "--eval-every", 0) == 0
+    newest = Path("run/checkpoint-000004")
+    shutil.copytree(newest, "run/checkpoint-000004.bak")
+    shutil.copytree(newest, "run/checkpoint-000002")  # as a kill leaves it between the save and the removal
+    log = Path("run/log.jsonl").read_text().splitlines(keepends=True)
+    Path("run/log.jsonl").write_text(log[0] + '{"step": 2, "lo\x00\n' + "".join(log[2:]))
+    Path("run/loss.png").unlink()
+    Path("run/loss.png").mkdir()
+    assert go("--save-every", 2, "--max-steps", 4, "--resume") == 0
+    assert sorted(path.name for path in Path("run").glob("check*")) == [newest.name, f"{newest.name}.bak"]
+    assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))] == [1, 3, 4]
+
+    Path("run2/loss.png").mkdir(parents=True)
+    assert go("--max-steps", 2, out="run2") == 0 and "loss.png: could not be written" in capfd.readouterr().out
 
 
 def test_a_folder_of_other_things_is_not_moved(go):
