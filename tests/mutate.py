@@ -31,16 +31,13 @@ import train
 from conversation import Tokenizer
 from model import VLM
 from support.io import json_lines
-from support.start import init_weights
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 ONE_STEP = " ".join([*QUICK, "--max-steps", "1"])
 TRAIN = f"--model model --data world/train.json {ONE_STEP}"
 ASK = "--model model --max-new-tokens 3"
 COMMANDS = {                         # name -> program and flags
-    "show": "tools.show world/train.json --model model",
     "check": "tools.show check world/train.json --model model --workers 0",
-    "check val": "tools.show check world/val.jsonl --model model --workers 0",
     "check pairs": "tools.show check pairs.jsonl --image-root world --model model --workers 0",
     "train": f"train {TRAIN} --out new",
     "train val": f"train {TRAIN} --val world/val.jsonl --final-eval --out new",
@@ -58,10 +55,8 @@ COMMANDS = {                         # name -> program and flags
     "convert lora": "tools.weights convert lora new",
 }
 FILES = {                            # file -> the commands that read it
-    "world/images/train_00000.png": ["check", "show", "train", "sample"],
-    "world/train.json": ["check", "show", "train"],
-    "world/val.jsonl": ["check val", "train val", "eval", "score", "pairs"],
-    "pairs.jsonl": ["check pairs", "mpo"],
+    "world/images/train_00000.png": ["check", "train", "sample"], "world/train.json": ["check", "train"],
+    "world/val.jsonl": ["train val", "eval", "score", "pairs"], "pairs.jsonl": ["check pairs", "mpo"],
     "meta.json": ["meta"], "predictions.jsonl": ["score"], "results.json": ["compare"],
     "model/config.json": ["sample", "info", "convert", "train", "eval", "mpo"],
     "model/model.safetensors": ["sample", "convert", "train", "info"],
@@ -70,7 +65,6 @@ FILES = {                            # file -> the commands that read it
     "clip/config.json": ["parts"], "vicuna/config.json": ["parts"], "vicuna/tokenizer.model": ["parts"],
     "lora/adapter_config.json": ["convert lora"], "lora/adapter_model.safetensors": ["convert lora"],
     "run/log.jsonl": ["resume"], "run/checkpoint-000001/trainer.pt": ["resume"],
-    "run/checkpoint-000001/optimizer.pt": ["resume"],
 }
 VALUES = [None, True, "", "x", -1, 0, 1.5, 1e308, float("nan"), 10**30, [], {}, [[]], ["x"], {"x": 1},
           "\ud800", "x" * 100_000, "a\u2028b", "../..", "<image>" * 3]
@@ -82,26 +76,32 @@ def main(n_case, out):
     make_good_set(out / "good")
     usual = {}
     for name in COMMANDS:
-        usual[name] = call_command(name, out / "good", out / "case")
+        shutil.copytree(out / "good", out / name)
+        usual[name] = call_command(name, out / name)
         assert usual[name][0] in (0, 1), usual[name]
 
-    ends = Counter()
+    ends = []
     for i in range(int(n_case)):
-        rng = random.Random(i)
+        rng = random.Random(f"case {i}")
         case = out / f"case-{i:04d}"
-        damaged = rng.choice([*FILES, *["a flag"] * (len(FILES) // 4)])
-        name = rng.choice(FILES.get(damaged, list(COMMANDS)))
-        odd = odd_flag(rng, name) if damaged == "a flag" else []
-        code, said = call_command(name, out / "good", case, damaged, rng, odd)
-        end = judge(code, said, usual[name], damaged)
-        ends[end] += 1
+        shutil.copytree(out / "good", case)
+        if rng.random() < 0.8:
+            file = rng.choice(list(FILES))
+            name = rng.choice(FILES[file])
+            done, odd = f"{file}, {damage(case / file, rng)}", []
+        else:
+            file = None
+            name = rng.choice(list(COMMANDS))
+            done, odd = "a flag", odd_flag(rng, name)
+        code, said = call_command(name, case, odd)
+        end = judge(code, said, usual[name], file)
+        ends.append(end)
         if end == "fine":
             shutil.rmtree(case)
-            continue
-        last = said.strip().splitlines()[-1:]
-        print(f"{end:9} {case.name}  {damaged}: python -m {COMMANDS[name]} {odd}\n"
-              f"          {code} {ascii(last)[:200]}", flush=True)
-    print(f"{n_case} cases: " + ", ".join(f"{n} {end}" for end, n in ends.most_common()))
+        else:
+            print(f"{end:9} {case.name}  {done}\n    python -m {COMMANDS[name]} {odd}", flush=True)
+            print(f"    {code} {ascii(said.strip().splitlines()[-1:])[:200]}", flush=True)
+    print(f"{n_case} cases: {dict(Counter(ends))}")
 
 
 def make_good_set(good):
@@ -109,9 +109,8 @@ def make_good_set(good):
     good.mkdir(parents=True)
     os.chdir(good)
     toyworld.write_world("world", 8, 6, 32)
-    vlm = VLM(tiny_config(Tokenizer(ROOT / "assets/toy-vicuna")))
-    init_weights(vlm.decoder)
-    save(vlm, Tokenizer(ROOT / "assets/toy-vicuna"), Path("model"))
+    tok = Tokenizer(ROOT / "assets/toy-vicuna")
+    save(VLM(tiny_config(tok)), tok, Path("model"))
     for part in "clip", "vicuna":
         shutil.copytree(ROOT / f"assets/toy-{part}", part, ignore=shutil.ignore_patterns("*.safetensors"))
 
@@ -127,17 +126,13 @@ def make_good_set(good):
     shutil.copy("scored/results.json", "results.json")
 
 
-def call_command(name, good, case, damaged="", rng=None, odd=()):
+def call_command(name, case, odd=()):
     """-> its exit code, or "hang"; all that it printed"""
-    shutil.rmtree(case, ignore_errors=True)
-    shutil.copytree(good, case)
-    if damaged in FILES:
-        damage(case / damaged, rng)
     words = [sys.executable, "-m", *COMMANDS[name].split(), *odd]
-    with open(case / "said.txt", "w") as said:
+    with open(case / "said.txt", "w") as file:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         try:
-            code = subprocess.call(words, cwd=case, env=ENVIRONMENT, timeout=60, stdin=subprocess.DEVNULL,
-                                   stdout=said, stderr=said)
+            code = subprocess.call(words, cwd=case, env=ENVIRONMENT, timeout=60, **streams)
         except subprocess.TimeoutExpired:
             code = "hang"
     return code, (case / "said.txt").read_text(errors="replace")
@@ -153,45 +148,44 @@ def odd_flag(rng, name):
 
 
 def damage(path, rng):
+    """-> what was done to it"""
     raw = path.read_bytes()
-    is_bytes = rng.random() < 0.25
-    if path.suffix == ".safetensors" and not is_bytes:
-        n = int.from_bytes(raw[:8], "little")
-        header = json.dumps(change_value(json.loads(raw[8 : 8 + n]), rng)).encode()
-        raw = len(header).to_bytes(8, "little") + header + raw[8 + n :]
-    elif path.suffix in (".json", ".jsonl") and not is_bytes:
-        lines = raw.decode().splitlines() if path.suffix == ".jsonl" else [raw.decode()]
-        k = rng.randrange(len(lines))
-        lines[k] = json.dumps(change_value(json.loads(lines[k]), rng))
-        raw = "\n".join(lines).encode()
-    else:
-        raw = change_bytes(raw, rng)
-    path.write_bytes(raw)
+    if path.suffix not in (".json", ".jsonl", ".safetensors") or rng.random() < 0.25:
+        path.write_bytes(change_bytes(raw, rng))
+        return "bytes"
+    head, text, tensors = b"", raw, b""
+    if path.suffix == ".safetensors":
+        end = 8 + int.from_bytes(raw[:8], "little")
+        text, tensors = raw[8:end], raw[end:]
+    lines = text.decode().splitlines() if path.suffix == ".jsonl" else [text.decode()]
+    k = rng.randrange(len(lines))
+    lines[k], what = change_value(json.loads(lines[k]), rng)
+    text = "\n".join(lines).encode()
+    if path.suffix == ".safetensors":
+        head = len(text).to_bytes(8, "little")
+    path.write_bytes(head + text + tensors)
+    return f"line {k + 1}: {what}"
 
 
 def change_value(tree, rng):
-    """Another value somewhere in a JSON tree, or a key or an item less."""
-    if rng.random() < 0.05:
-        return rng.choice(VALUES)
-    node = tree
-    while True:
-        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
-        if not isinstance(node[key], (dict, list)) or not node[key] or rng.random() < 0.2:
-            break
+    """Another value somewhere in a JSON tree, or a key or an item less -> its text, and what was done."""
+    value = rng.choice([*VALUES, "gone", "gone", "gone"])
+    node, key = {"": tree}, ""                           # so that the whole can be another, too
+    while isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.9:
         node = node[key]
-    if rng.random() < 0.25:
+        key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+    if value == "gone" and key != "":
         del node[key]
     else:
-        node[key] = rng.choice(VALUES)
-    return tree
+        node[key] = value
+    return json.dumps(tree if key != "" else node[""]), f"{key} = {ascii(value)[:60]}"
 
 
 def change_bytes(raw, rng):
     k = rng.randrange(len(raw))
-    changed = [raw[:k], raw[:k] + rng.randbytes(1) + raw[k + 1 :], raw[:k] + rng.randbytes(50) + raw[k:]]
-    changed += [raw[:k] + bytes(len(raw) - k)]           # what a full disk leaves
-    changed += [b"", b"[" * 100_000, raw.decode("latin1").encode("utf-16"), b"\xef\xbb\xbf" + raw]
-    return rng.choice([*changed, rng.randbytes(1000)])
+    cut_off, torn, longer = raw[:k], raw[:k] + bytes(len(raw) - k), raw[:k] + rng.randbytes(50) + raw[k:]
+    utf16, one_byte = raw.decode("latin1").encode("utf-16"), raw[:k] + rng.randbytes(1) + raw[k + 1 :]
+    return rng.choice([b"", b"[" * 100_000, rng.randbytes(1000), cut_off, torn, longer, utf16, one_byte])
 
 
 def judge(code, said, usual, damaged):
@@ -199,12 +193,12 @@ def judge(code, said, usual, damaged):
         return "hang"
     if "Traceback" in said or code not in (0, 1):
         return "traceback"
-    if damaged not in FILES:
-        return "fine"                                    # an odd value may be a good one
+    if not damaged:  # an odd value may be a good one
+        return "fine"
     words, usual_words = [sorted(re.sub(r"\S*\d\S*", "", text).split()) for text in (said, usual[1])]
     if (code, words) == (usual[0], usual_words):
         return "silent"
-    error = said[said.rfind("error: ") :]
+    error = said[max(0, said.rfind("error: ")) :]
     return "fine" if code == 0 or any(part in error for part in Path(damaged).parts) else "unnamed"
 
 
