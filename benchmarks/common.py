@@ -28,8 +28,7 @@ LETTER = "Answer with the option's letter from the given choices directly."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 COT = (
     "Your task is to answer the question below. Give step by step reasoning before you answer, and when "
-    "you're ready to "
-    'answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
+    'you\'re ready to answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
 )
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -23,7 +23,7 @@ class HeldOut:
         self.questions = read_items("own", self.exam)
         records = Records(cfg.val, cfg.image_root)
         for _ in self.examples_of(records):
-            pass  # of all of them, so that a picture that does not open is said before the training
+            pass  # what is wrong with any of them, a picture that does not open, is said before the training
         some = [records[i] for i in range(0, len(records), math.ceil(len(records) / n))]
         self.batches = micro_batches(list(self.examples_of(some)), 32, tok.pad)
 
@@ -35,6 +35,7 @@ class HeldOut:
             self.shuffled = micro_batches(list(self.examples_of(shuffled, bad="skip")), 32, tok.pad)
 
     def examples_of(self, records, bad="stop"):
+        """One after the other, as training takes them."""
         cfg = self.vlm.cfg
         shape = (cfg.vision, cfg.image_mode, cfg.decoder.block_size)
         examples = Examples(records, self.tok, cfg.template, *shape, bad)
@@ -64,15 +65,14 @@ class HeldOut:
         """A few questions, other ones at each look, with the model's answers."""
         n_all = len(self.questions)
         chosen = [self.questions[(step * 7 + i * n_all // n) % n_all] for i in range(n)]
-        lines = []
-        asked = columns_of(chosen, self.exam)["direct"]
-        prompts = encode_questions(self.vlm, self.tok, asked)
+        prompts = encode_questions(self.vlm, self.tok, columns_of(chosen, self.exam)["direct"])
         answers = sample.answer(self.vlm, self.tok, prompts, max_new_tokens=96)
+        shown = []
         for question, found in zip(chosen, answers, strict=True):
-            asked = question["text"].replace("<image>", "").strip().split("\n")
-            asked = next((line for line in asked if "?" in line), asked[0])  # without its format prompt
-            lines.append(f"  Q: {asked}\n  A: {found.text!r}   truth: {question['truth']!r}")
-        return "\n".join(lines)
+            lines = question["text"].replace("<image>", "").strip().split("\n")
+            asked = next((line for line in lines if "?" in line), lines[0])  # without its format prompt
+            shown.append(f"  Q: {asked}\n  A: {found.text!r}   truth: {question['truth']!r}")
+        return "\n".join(shown)
 
     def examine(self, out):
         items = draw_some(self.questions, self.cfg.eval_limit)

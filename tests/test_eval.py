@@ -1000,6 +1000,15 @@ def test_a_picture_that_is_missing_from_ones_own_file_is_said_before_the_first_a
     assert len((tmp_path / "out/progress.jsonl").read_text().splitlines()) == 1      # the flags, and no answer
 
 
+def test_any_held_out_picture_that_does_not_open_is_said_before_the_training(tiny, tok, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    put(tmp_path, "1.png", "no picture")
+    rows = [{"id": k, "image": f"{k}.png", "text": "What?", "answer": "x"} for k in range(2)]
+    cfg = train.TrainConfig(val=str(put(tmp_path, "val.jsonl", jsonl(rows))), image_root=str(tmp_path))
+    with pytest.raises(UserError, match="line 2 .*1.png"):
+        HeldOut(cfg, VLM.from_pretrained(tiny), tok, train.Answering, n=1)      # whose loss is of the first alone
+
+
 def test_where_all_questions_share_one_picture_nothing_is_said_of_pictures(go, world, tmp_path, capfd):
     rows = [{"id": k, "image": PICTURE, "text": f"{k}?", "answer": "x"} for k in range(2)]
     val = put(tmp_path, "val.jsonl", jsonl(rows))
