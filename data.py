@@ -12,7 +12,8 @@ FILE is a JSON list, or has one record per line (JSON lines). A record is one of
     {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
     {"question_id", "image", "text", "answer"}       a question; "question" may stand for "text"
     {"image", "question", "chosen", "rejected"}      a preference pair; here its answer is the chosen one
-"image", or "images", is a file name below --image-root, a list of them, or not there.
+"image", or "images", is a file name below --image-root, a list of them, or not there. Each <image> in a
+question is the place of one.
 
 Where this departs from LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL
 (arXiv:2411.10442): a conversation that is too long is an error or a counted skip. They cut it, or set all
@@ -40,7 +41,8 @@ from support.data_files import choose_rows, count_markers, open_files
 
 @dataclass(eq=False)
 class Examples(Dataset):
-    """Records as the model takes them."""
+    """Records as the model takes them: {"tokens" (T,), "labels" (T,), "pixels" (n, 3, S, S), "layout" (M, 2),
+    "n_visual" (visual tokens of each picture), "id", "index"}, or {"skipped": why, "index"}."""
 
     records: "Records"
     tok: Tokenizer
@@ -80,12 +82,13 @@ class Examples(Dataset):
         They are kept for the next record: another question about the same pictures gets the same tensors,
         and of such tensors collate takes one.
         """
-        of, pictures, n_visual = self.last_shown
-        if of != (record["group"], record["images"]):
+        shown_for, pictures, n_visual = self.last_shown
+        wanted_for = record["group"], record["images"]
+        if shown_for != wanted_for:
             cut = self.cut_pictures(record)
             pictures = vision.join_tiles(cut or [no_picture(self.vision_cfg.image_size)])
             n_visual = [len(layout) for _, layout in cut]
-            self.last_shown = (record["group"], record["images"]), pictures, n_visual
+            self.last_shown = wanted_for, pictures, n_visual
         return pictures, n_visual
 
     def cut_pictures(self, record):

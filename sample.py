@@ -251,7 +251,7 @@ def main(argv=None):
     if cfg.file or cfg.out:
         if not (cfg.file and cfg.out) or cfg.image or cfg.prompt:
             raise UserError("--file FILE and --out FILE go together, without --image and --prompt")
-        from support.asking import answer_file
+        from support.asking import answer_file  # which imports this file
 
         return answer_file(cfg)
     if not (cfg.prompt or cfg.image or sys.stdin):

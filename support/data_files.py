@@ -17,7 +17,6 @@ from support.cli import UserError
 from support.io import read_json, reading
 
 RECORD = '{"id", "image", "conversations": [{"from": "human" or "gpt", "value": text}, ...]}'
-OTHER_MEDIA = "(image|img|picture|photo|video|audio)s?(_?(path|file|name|url)s?)?"  # fields nobody reads
 
 # A record's place: its file, its number there, its first byte, the byte behind its last; and which of its
 # questions is meant, -1 for all.
@@ -70,6 +69,8 @@ def file_head(path):
 
 
 class DataFile:
+    """One file of records; a folder for the names of its pictures."""
+
     weight = 1.0  # how often an epoch shows each of its records
     recompress = False  # MMPR's data_augment, which mpo.py minds
 
@@ -137,15 +138,18 @@ def choose_rows(rows, share, seed):
 
 def read_images(record):
     """-> the names of its pictures"""
-    for name in record.keys() - {"image", "images"}:
-        if re.fullmatch(OTHER_MEDIA, name) and record[name]:
-            raise UserError(f'"{name}" is not read; name pictures in "image", or drop the record')
     found = [record[name] for name in ("image", "images") if record.get(name)]
     lists = [names if isinstance(names, list) else [names] for names in found] or [[]]
     if lists[0] != lists[-1]:
         raise UserError('"image" and "images" name different pictures; keep one of the two')
     if not all(isinstance(name, str) and name for name in lists[0]):
         raise TypeError(f'"image" is {found[0]!r:.80}, not a file name or a list of file names')
+
+    # What a record shows besides must not get lost in silence.
+    other_media = "video|audio" if found else "video|audio|image|img|picture|photo"
+    for name in record:
+        if re.fullmatch(f"({other_media})s?(_?(path|file|name|url)s?)?", name) and record[name]:
+            raise UserError(f'"{name}" is not read; name pictures in "image", or drop the record')
     return lists[0]
 
 

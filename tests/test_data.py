@@ -976,9 +976,10 @@ def test_images_is_read_like_image_and_both_may_say_the_same(tmp_path):
     lines = [
         {"images": ["a.png"], "text": "<image>?"},
         {"images": ["a.png"], "image": "a.png", "video": None, "image_id": 3, "text": "?"},
+        {"image": "a.png", "image_url": "where it came from", "text": "?"},
         {"image": None, "images": [], "text": "?"},
     ]
-    assert [r["images"] for r in Records(write(tmp_path / "a.jsonl", lines))] == [["a.png"], ["a.png"], []]
+    assert [r["images"] for r in Records(write(tmp_path / "a.jsonl", lines))] == [["a.png"]] * 3 + [[]]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
