@@ -505,23 +505,26 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return y.to(x.dtype) * self.weight
 
 
 def rotary_angles(positions, cfg):
-    """Positions (1 or B, T) -> cos, sin (1 or B, 1, T, d) in float32: arXiv:2104.09864v5, section 3.2.2."""
+    """Positions (1 or B, T) -> cos, sin (1 or B, 1, T, d) in float32: arXiv:2104.09864v5, section 3.2.2. The
+    sines of the first half of the channels are negative, as rotate wants them."""
     pairs = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
     frequency = cfg.rope_theta ** (-pairs / cfg.head_dim)                   # (d/2,)
     angle = positions[:, None, :, None].float() * frequency                 # (1 or B, 1, T, d/2)
-    angle = angle.repeat(1, 1, 1, 2)                                        # (1 or B, 1, T, d)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)    # (1 or B, 1, T, d)
 
 
 def rotate(x, cos, sin):
     """Turn each pair of channels by its angle, Eq. 34 of arXiv:2104.09864v5. Channels i and i + d/2 are a
     pair, as in the public Llama weights; in the paper neighbours are."""
     a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
 
 
 # ---- a chat's memory ------------------------------------------------------------------------------------
