@@ -23,6 +23,7 @@ import json
 import os
 import sys
 import textwrap
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -41,7 +42,7 @@ from conversation import as_text
 from data import Records
 from support.asking import ask, read_picture
 from support.cli import UserError, arg, parse, run
-from support.io import Progress, json_lines, lock, read_json, reading, write_whole
+from support.io import Progress, fingerprint, json_lines, lock, read_json, reading, write_whole
 
 
 @dataclass
@@ -108,7 +109,9 @@ def evaluate(name, cfg, vlm, tok, out):
         items = draw_some(items, cfg.limit)
         free = ("out", "resume", "device", "compare", "show")  # flags that --resume may change
         flags = {flag: value for flag, value in asdict(cfg).items() if flag not in free}
-        flags |= {"benchmark": name, "questions": len(items), "weights": weights_stamp(cfg.model)}
+        asked = repr([(item["id"], item["text"]) for item in items])
+        flags |= {"benchmark": name, "questions of checksum": zlib.crc32(asked.encode())}
+        flags |= {"weights of checksum": fingerprint(sorted(Path(cfg.model).glob("*.safetensors")))}
         result = examine(items, cfg, vlm, tok, Progress(out / "progress.jsonl", flags, cfg.resume))
 
     result["model"] = cfg.model
@@ -145,12 +148,6 @@ def add_up(columns, answers):
         graded["most frequent answer"] = grade(bench, questions, most_frequent(questions))
     result = {"benchmark": name, "column": main, "metric": bench.metric, "paper": bench.paper}
     return result | graded.pop(main) | {"columns": graded}
-
-
-def weights_stamp(directory):
-    """Size and time of the weights: two models under one name must not mix."""
-    files = sorted(Path(directory).glob("*.safetensors"))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 # ---- questions ----

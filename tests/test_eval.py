@@ -909,6 +909,15 @@ def test_resume_refuses_other_flags(toy, capfd):
     assert toy("--resume", "--cot") == 1 and "written with cot False, now it is True" in complaint(capfd)
 
 
+def test_resume_refuses_other_questions_behind_the_same_flags(toy, tmp_path, tiny, world, capfd):
+    rows = [json.loads(line) for line in (world / "val.jsonl").read_text().splitlines()[:4]]
+    data = put(tmp_path, "val.jsonl", jsonl(rows))
+    flags = ["--data", data, "--image-root", world, "--model", tiny, "--max-new-tokens", 2, "--out", tmp_path / "out"]
+    assert evaluate(*flags) == 0
+    put(tmp_path, "val.jsonl", jsonl([rows[0] | {"text": "Why?"}, *rows[1:]]))
+    assert evaluate(*flags, "--resume") == 1 and "questions of checksum" in complaint(capfd)
+
+
 def test_limit_keeps_circular_groups_whole(tmp_path, by_hand):
     folder, told, _ = by_hand("mmbench-cn")
     result = scored(tmp_path, "mmbench-cn", folder, told, "--limit", 1)
