@@ -1397,6 +1397,6 @@ def test_a_held_out_question_is_asked_after_the_turns_before_it(tmp_path, pictur
     turns = [{"from": ("gpt", "human")[k % 2], "value": text} for k, text in enumerate(talk)]
     file = write(tmp_path / "v.json", [{"id": "v", "images": ["a.png", "b.png"], "conversations": turns}])
     first, second = eval.read_own(eval.EvalConfig(data=str(file), image_root=str(pictures)))
-    assert (first["text"], first["truth"], len(first["paths"])) == ("<image>\nWhat is it?", "Red.", 1)
-    assert (second["text"], second["truth"], len(second["paths"])) == ("And <image>?", "Blue.", 2)
+    assert (first["text"], first["truth"], len(first["image"])) == ("<image>\nWhat is it?", "Red.", 1)
+    assert (second["text"], second["truth"], len(second["image"])) == ("And <image>?", "Blue.", 2)
     assert [text for _, text in second["earlier"]] == talk[:3]
