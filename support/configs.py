@@ -194,7 +194,7 @@ def llava_hf(c, processor, parts, given):
             found.setdefault("template", "mistral_instruct")
     elif processor.get("do_center_crop") and not processor.get("do_pad"):
         found.setdefault("image_mode", "crop")
-    return VLMConfig(tower, decoder_config(c["text_config"]), **found)
+    return VLMConfig(tower, decoder_config(c["text_config"], c), **found)
 
 
 def original_llava(c, processor, parts, given):
@@ -232,11 +232,13 @@ def internvl(c, processor, parts, given):
     """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table."""
     only_values(c, ps_version="v2", downsample_ratio=0.5, min_dynamic_patch=1)
     tower = replace(use_tower(vision_config(c["vision_config"]), c), merge=2)
-    decoder = decoder_config(c["llm_config"])
+    decoder = decoder_config(c["llm_config"], c)
     if c.get("dynamic_image_size"):
-        grids = grids_up_to(c.get("max_dynamic_patch") or 6)
+        n_tile = c.get("max_dynamic_patch") or 6
+        if not 1 <= n_tile <= 100:
+            raise UserError(f"max_dynamic_patch is {n_tile}; it must be 1 to 100")
         view = "last" if c.get("use_thumbnail") else "none"
-        tower.tiling = unusual_tiling("internvl", grids=grids, global_view=view)
+        tower.tiling = unusual_tiling("internvl", grids=grids_up_to(n_tile), global_view=view)
     return VLMConfig(
         tower,
         decoder,
@@ -348,8 +350,15 @@ def vision_config(c, processor=None):
     return replace(base, **found)
 
 
-def decoder_config(c):
-    """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig."""
+def read_decoder(directory):
+    """A decoder's directory -> DecoderConfig."""
+    c = config_json(directory)
+    with reading(config_file(directory)):
+        return decoder_config(c)
+
+
+def decoder_config(c, whole=None):
+    """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig. whole: that of the larger model."""
     kind = c.get("model_type", "llama")
     if kind not in DECODERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(DECODERS)} are implemented")
@@ -358,8 +367,9 @@ def decoder_config(c):
     if "dynamic" not in rope.values():   # changes nothing up to the longest sequence
         only_values(rope, rope_type="default", type="default")
 
-    names = LLAMA_FIELDS | {"tie_word_embeddings": "tied"}
-    found = {"n_head": 32, "n_embd": 4096} | DECODERS[kind] | read_fields(c | rope, DecoderConfig, names)
+    found = {"n_head": 32, "n_embd": 4096} | DECODERS[kind]
+    found |= read_fields(c | rope, DecoderConfig, LLAMA_FIELDS)
+    found["tied"] = True in (c.get("tie_word_embeddings"), (whole or {}).get("tie_word_embeddings"))
     found.setdefault("n_kv_head", found["n_head"])
     found.setdefault("head_dim", found["n_embd"] // found["n_head"])
     if kind == "mistral":                # one window; null: none, as in v0.2

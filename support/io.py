@@ -34,7 +34,10 @@ def write_whole(path, write):
     tmp = path.with_name(f".{path.name}.tmp")
     make_folder(path.parent)
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as the umask wants it; safetensors makes its files for their owner alone
         write(tmp)
+        tmp.chmod(mode)
         with open(tmp, "rb+") as f:  # Windows wants it open for writing
             os.fsync(f.fileno())
         os.replace(tmp, path)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from conversation import Tokenizer
 from model import PRESETS, VLM
 from support.cli import UserError, one_of
-from support.configs import config_json, decoder_config
-from support.io import reading
+from support.configs import read_decoder
 from support.weights import (
     base_of,
     check_tokenizer,
@@ -135,10 +134,7 @@ def preset_plan(cfg):
     if len(towers) == 2:
         connector = "fused_gelu"
 
-    decoder = preset.decoder
-    if cfg.llm:
-        with reading(cfg.llm, "look at its config.json"):
-            decoder = decoder_config(config_json(cfg.llm))
+    decoder = read_decoder(cfg.llm) if cfg.llm else preset.decoder
     tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
     if cfg.llm and not tok.n_text <= decoder.vocab_size <= tok.vocab_size + 64:  # some are padded
         raise UserError(

@@ -209,16 +209,17 @@ def tower_tensors(tensors):
 
 
 def fit_tower(tensors, cfg):
-    """Resize a tower's position table to the grid of its config. The class token's row stays.
+    """Resize a tower's position table to the grid of its config: bicubic. The class token's row stays.
 
-    Bicubic with antialiasing, as timm and DINOv2 with registers do.
+    With antialiasing, as timm and DINOv2 with registers do; DINOv2 without and InternViT do without.
     """
     pos, n_class = tensors["pos"], int(cfg.class_token)
     side = math.isqrt(len(pos) - n_class)
     if side == cfg.grid:
         return
+    smooth = not cfg.layer_scale or cfg.n_register > 0
     table = pos[n_class:].float().unflatten(0, (1, side, side)).permute(0, 3, 1, 2)     # (1, D, side, side)
-    table = F.interpolate(table, size=(cfg.grid, cfg.grid), mode="bicubic", antialias=True)
+    table = F.interpolate(table, size=(cfg.grid, cfg.grid), mode="bicubic", antialias=smooth)
     tensors["pos"] = torch.cat([pos[:n_class].float(), table[0].flatten(1).T])
 
 
@@ -278,6 +279,7 @@ def read_tensors(path):
 def open_weights(file):
     """{public name: tensor} of a .safetensors, .bin or .pt file, memory-mapped."""
     with reading(file):
+        file.open("rb").close()          # safetensors says that a file is not there when it may not be read
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 return {name: f.get_tensor(name) for name in f.keys()}
@@ -354,14 +356,15 @@ def stored_dtype(parts):
 @torch.no_grad()
 def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8=False):
     """What read_model found -> VLM, a LoRA merged into one matrix at a time."""
-    with torch.device("meta"):
+    with reading(source), torch.device("meta"):
         vlm = VLM(cfg)
         if int8:
             use_int8(vlm.decoder.layers)
     load_strict(vlm, flatten(parts), source, device, dtype)
-    for name, (A, B, scale) in lora.items():
-        weight = vlm.get_parameter(name)
-        weight.copy_(merge_weight(weight, A.to(device), B.to(device), scale))
+    with reading(source):
+        for name, (A, B, scale) in lora.items():
+            weight = vlm.get_parameter(name)
+            weight.copy_(merge_weight(weight, A.to(device), B.to(device), scale))
     return vlm.eval()
 
 

@@ -99,9 +99,10 @@ def test_timms_names_are_the_same_towers(tmp_path, kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["registers", "dinov2"])
 @pytest.mark.parametrize("S", [42, 98])
-def test_a_position_table_is_resized_as_dinov2_with_registers_does_at_run_time(tmp_path, S):
-    theirs = lively(TOWERS["registers"]())
+def test_a_position_table_is_resized_as_dinov2_does_at_run_time(tmp_path, kind, S):
+    theirs = lively(TOWERS[kind]())
     theirs.save_pretrained(tmp_path)
     pixels = torch.randn(1, 3, S, S)
     close(open_tower(tmp_path, image_size=S)(pixels), features_of(theirs, pixels))
@@ -231,6 +232,16 @@ def test_a_lora_is_merged_over_its_base(tmp_path, file):
         VLM.from_pretrained(lora, vision=clip, llm=under)
 
 
+@torch.no_grad()
+def test_a_tied_llava_opens_whose_flag_stands_only_at_the_top_of_its_config(tmp_path):
+    config = llava_config(TINY, "float32") | {"tie_word_embeddings": True}
+    theirs = lively(tr.LlavaForConditionalGeneration(tr.LlavaConfig(**config)))
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["text_config"]["tie_word_embeddings"] is False
+    tokens = torch.tensor([[1, 5, 6, 7]])
+    close(VLM.from_pretrained(tmp_path)(tokens), theirs(input_ids=tokens).logits)
+
+
 # ---- Prismatic ---------------------------------------------------------------------------------------------
 
 
@@ -328,6 +339,17 @@ def test_internvl_equals_transformers_port_renamed(tmp_path, big):
     close(vlm(tokens, PIXELS), theirs(input_ids=tokens, pixel_values=PIXELS).logits)
     vlm.save_pretrained(tmp_path / "ours")
     assert same(VLM.from_pretrained(tmp_path / "ours"), vlm)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("S", [28, 84])
+def test_internvls_positions_are_resized_as_its_own_code_does_at_run_time(tmp_path, S):
+    folder, theirs = internvl(tmp_path / "m")
+    change_config(force_image_size=S)(folder)
+    vlm = VLM.from_pretrained(folder)
+    tokens = torch.tensor([[1, 5] + [89] * vlm.cfg.vision.n_token + [7, 8]])
+    pixels = torch.randn(1, 3, S, S)
+    close(vlm(tokens, pixels), theirs(input_ids=tokens, pixel_values=pixels).logits)
 
 
 # ---- templates ---------------------------------------------------------------------------------------------
@@ -614,6 +636,116 @@ def test_a_damaged_directory_is_one_error_that_names_it(tmp_path, damage):
     with pytest.raises(UserError, match=f"^{folder}.*{says}") as error:
         VLM.from_pretrained(folder)
     assert "\n" not in str(error.value)
+
+
+ODD_VALUES = [True, -1, 10**9, "x", []]
+
+
+def places(content, path=()):
+    """Where all values of a JSON object stand."""
+    for name, value in content.items():
+        yield (*path, name)
+        if isinstance(value, dict):
+            yield from places(value, (*path, name))
+
+
+@pytest.mark.parametrize("connector", ["linear", "mlp2x_gelu"], ids=["own layout", "llava-hf"])
+def test_whatever_a_config_says_a_model_opens_or_one_line_names_it(tmp_path, connector):
+    folder = tmp_path / "m"
+    VLM(replace(TINY, connector=connector)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    refused = 0
+    for *path, name in places(config):
+        for value in ODD_VALUES:
+            changed = json.loads(json.dumps(config))
+            inner = changed
+            for step in path:
+                inner = inner[step]
+            inner[name] = value
+            (folder / "config.json").write_text(json.dumps(changed))
+            try:
+                VLM.from_pretrained(folder)
+            except UserError as error:
+                assert str(folder) in str(error) and "\n" not in str(error), (path, name, value)
+                refused += 1
+    assert refused > 50
+
+
+ODD_TENSORS = {
+    "no dimension": lambda t: torch.tensor(1.0),
+    "one dimension": lambda t: t.flatten().clone(),
+    "nothing": lambda t: torch.zeros(0),
+    "half": lambda t: t[: len(t) // 2].clone(),
+    "whole numbers": lambda t: t.to(torch.int64),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TENSORS)
+@pytest.mark.parametrize("make", [llava, intern_vl])
+def test_whatever_a_tensor_looks_like_a_model_opens_or_one_line_names_it(tmp_path, make, odd):
+    folder = make(tmp_path / "m")
+    file = next(path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
+    read, save = (torch.load, torch.save) if file.suffix == ".bin" else (load_file, save_file)
+    tensors = read(file)
+    refused = 0
+    for name in list(tensors)[::3]:
+        save(tensors | {name: ODD_TENSORS[odd](tensors[name])}, file)
+        try:
+            VLM.from_pretrained(folder)
+        except UserError as error:
+            assert str(folder) in str(error) and "\n" not in str(error), name
+            refused += 1
+    assert refused > 5
+
+
+def test_a_model_type_that_is_no_text_is_one_clear_error(tmp_path, capfd):
+    (tmp_path / "config.json").write_text('{"model_type": ["llava"]}')
+    assert info(tmp_path) == 1
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path}")
+
+
+def test_shards_may_lie_in_a_folder_of_their_own(tmp_path):
+    vlm = narrow()
+    folder = original(tmp_path / "m", vlm, tower=True)
+    tensors = torch.load(folder / BIN, weights_only=True)
+    (folder / BIN).unlink()
+    write(folder / "shards", None, tensors, BIN)
+    index = {"weight_map": {name: f"shards/{BIN}" for name in tensors}}
+    (folder / f"{BIN}.index.json").write_text(json.dumps(index))
+    assert same(VLM.from_pretrained(folder), vlm)
+
+
+def test_what_is_wrong_with_a_decoders_or_an_adapters_config_is_said_with_its_file(tmp_path, capfd):
+    write(tmp_path / "llm", llama_json(TINY.decoder) | {"hidden_act": "relu"}, {})
+    assert info(tmp_path / "llm") == 1
+    assert f"{tmp_path / 'llm/config.json'}: hidden_act is 'relu'" in capfd.readouterr().err
+    base = original(tmp_path / "base", narrow(), tower=True)
+    lora, _, _ = original_lora(tmp_path / "lora", base, narrow())
+    (lora / "adapter_config.json").write_text('{"r": 0, "lora_alpha": 4}')
+    with pytest.raises(UserError, match=f"^{lora}/adapter_config.json: .*division by zero"):
+        VLM.from_pretrained(lora, llm=str(base))
+
+
+def test_weights_that_may_not_be_read_are_not_called_absent(tmp_path, monkeypatch):
+    VLM(TINY).save_pretrained(tmp_path)
+
+    def open_but_weights(path, *how, **more):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return open(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", open_but_weights)                     # root may read everything
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be read \(Permission denied\)"):
+        VLM.from_pretrained(tmp_path)
+
+
+def test_the_umask_decides_who_may_read_the_weights(tmp_path):
+    before = os.umask(0o027)
+    try:
+        VLM(TINY).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_a_tokenizer_of_another_model_is_one_clear_error():

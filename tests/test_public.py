@@ -299,7 +299,7 @@ def random_conversation(draw, pictures_later):
     return turns, messages, n_picture
 
 
-CHATS = ["vicuna_v1", "llava_v1", "llava_llama_2", "prism_pure", "prism_vicuna", "prism_llama_2", "prism_mistral"]
+CHATS = ["vicuna_v1", "llava_v1", "llava_llama_2", "mistral_instruct", "prism_pure", "prism_vicuna", "prism_llama_2", "prism_mistral"]
 
 
 @pytest.mark.parametrize("template", CHATS)

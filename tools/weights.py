@@ -19,13 +19,13 @@ from support.configs import (
     DECODERS,
     READERS,
     config_file,
-    decoder_config,
     layout_of,
     processor_json,
     read_config,
+    read_decoder,
 )
 from support.export import fits_llava, write_tensors
-from support.io import read_json, write_whole
+from support.io import read_json, reading, write_whole
 from support.processor import save_processor
 from support.weights import (
     fill_model,
@@ -117,7 +117,7 @@ def convert_model(src, out, vision, llm):
 
 def info(args):
     cfg = find_config(Path(args.model), args.vision, args.llm)
-    with torch.device("meta"):
+    with reading(args.model), torch.device("meta"):
         if isinstance(cfg, DecoderConfig):
             parts = {"decoder": Decoder(cfg)}
         elif isinstance(cfg, VisionConfig):
@@ -153,7 +153,7 @@ def find_config(folder, vision, llm):
         return read_model(folder, vision, llm)[0]        # shapes say what these leave unsaid
     if layout in READERS:
         return read_config(folder)
-    return decoder_config(c) if layout in DECODERS else read_tower(folder)
+    return read_decoder(folder) if layout in DECODERS else read_tower(folder)
 
 
 def print_pictures(cfg, folder):
