@@ -458,6 +458,12 @@ def test_a_reference_is_asked_about_no_more_pairs_than_the_steps_will_show(tiny,
     assert (known["checksum"] == -1).sum() == 1
 
 
+def test_the_held_out_loss_of_a_token_is_not_drawn_beside_the_loss_of_a_pair():
+    for panels in mpo.Preferring.plots.values():
+        for names in panels.values():
+            assert "val_loss" not in names.values() or len(names) == 1
+
+
 def test_a_dry_run_of_preferences_says_their_length_and_reads_no_weights(tiny, folder, capfd):
     assert go(tiny, folder, "--dry-run") == 0
     assert "in 4 of them" in capfd.readouterr().out
