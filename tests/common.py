@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 fork = multiprocessing.get_context("fork").Process
 # A run of seconds, without a look at held-out questions.
 QUICK = (
-    "--batch-size 4 --max-steps 4 --save-every 2 --lr 3e-3 --eval-every 0 --no-final-eval --workers 0 --device cpu"
+    "--batch-size 4 --max-steps 4 --save-every 2 --lr 3e-3 --eval-every 0 --no-final-eval "
+    "--workers 0 --device cpu"
 ).split()
 TOWER = VisionConfig(image_size=32, patch_size=8, n_embd=32, n_layer=2, n_head=2, n_hidden=64)
 

@@ -648,7 +648,8 @@ def test_what_does_not_fit_together_is_said_before_any_weight_is_read(go, tiny, 
 
     # The words of another decoder; a tower of another width than the connector's.
     llama = support_export.llama_json(replace(tiny_config(tok).decoder, vocab_size=300))
-    for name, config in {"llama": llama, "clip": support_export.clip_json(model.PRESETS["toy"].vision)}.items():
+    clip = support_export.clip_json(model.PRESETS["toy"].vision)
+    for name, config in ("llama", llama), ("clip", clip):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     ingredients = ["--model", "toy", "--llm", tmp_path / "llama", "--tokenizer", ROOT / "assets/toy-vicuna"]
@@ -749,7 +750,8 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(
         connector = {"model.mm_projector.weight": (4096, 1024), "model.mm_projector.bias": (4096,)}
     else:
         connector = {f"model.mm_projector.{k}.bias": (4096,) for k in (0, 2)}
-        connector |= {"model.mm_projector.0.weight": (4096, 1024), "model.mm_projector.2.weight": (4096, 4096)}
+        connector["model.mm_projector.0.weight"] = (4096, 1024)
+        connector["model.mm_projector.2.weight"] = (4096, 4096)
     without_content(tmp_path / "stage1.safetensors", connector)
     flags = subprocess.run(
         [recipe, "--dry-run", "--device", "cpu"],

@@ -76,7 +76,8 @@ def test_a_dry_run_counts_the_tiles(start, capfd):
 def test_questions_about_one_picture_of_tiles_share_its_look(start, mode):
     assert go(mode, out="tiled") == 0
     vlm, tok = sample.open_asked(sample.ModelConfig("tiled", device="cpu"))
-    looks = [sample.cut_picture(vlm, open_image(path)) for path in sorted(Path("world/images").glob("train*"))[:2]]
+    paths = sorted(Path("world/images").glob("train*"))[:2]
+    looks = [sample.cut_picture(vlm, open_image(path)) for path in paths]
     asked = [(f"Is there a {kind}?", [looks[k % 2]]) for k, kind in enumerate(toyworld.KINDS[:6])]
     prompts = [sample.encode_question(vlm, tok, text, pictures) for text, pictures in asked]
     batch = sample.make_batch(vlm, tok, prompts, 6)

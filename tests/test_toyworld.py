@@ -1,4 +1,4 @@
-"""The toy world is right by construction: pictures show the scene, answers follow from it, files are whole."""
+"""The toy world is right by construction: pictures show the scene, answers follow from it."""
 
 import json
 import os
