@@ -109,7 +109,7 @@ class Examples(Dataset):
     def check_length(self, n, n_visual):
         if n > self.max_length:  # nothing is cut: half a picture or half an answer teaches nonsense
             raise UserError(f"{n} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; "
-                            "raise --max-length, or drop or split the record")
+                            "drop or split the record, or raise --max-length if the decoder takes more")
 
 
 def no_picture(S):

@@ -147,7 +147,10 @@ class Answering:
         template = cfg.template or vlm.cfg.template
         if cfg.stage == "pretrain" and not cfg.template:
             template = find_template(template).captions
-        max_length = cfg.max_length or vlm.cfg.decoder.block_size
+        longest = vlm.cfg.decoder.block_size
+        if cfg.max_length > longest:  # what is learned beyond it could never be asked
+            raise UserError(f"--max-length {cfg.max_length}: the decoder takes {longest} tokens, and no more")
+        max_length = cfg.max_length or longest
         self.examples = Examples(
             records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records)
 
@@ -212,11 +215,14 @@ def die_with(parent):
 
 
 def lr_at(step, n_step, peak, warmup):
-    """Linear rise over a share of the steps, then half a cosine, 0 after the last. `step` counts from 1."""
-    n_warmup = max(1, int(warmup * n_step))
-    if step <= n_warmup:
-        return peak * step / n_warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - 1 - n_warmup) / (n_step - n_warmup)))
+    """From 0 in a line to the peak, over a share of the steps; then half a cosine, to 0 after the last step.
+
+    `step` counts from 1. As LLaVA's and InternVL's code has it; Prismatic's rounds the warmup down.
+    """
+    n_done, n_warmup = step - 1, math.ceil(warmup * n_step)
+    if n_done < n_warmup:
+        return peak * n_done / n_warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (n_done - n_warmup) / (n_step - n_warmup)))
 
 
 def freeze(vlm, cfg):

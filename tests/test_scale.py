@@ -389,7 +389,7 @@ def test_a_lora_run_saves_an_adapter_leaves_the_rest_alone_and_resumes_bit_for_b
 
 
 def test_a_lora_over_a_preset_saves_its_base_beside_it(go):
-    flags = ["--model", "toy", "--max-steps", 1, "--lora-r", 2]
+    flags = ["--model", "toy", "--max-steps", 2, "--lora-r", 2]
     assert go(*flags) == {0}
     Path("run").rename("moved")
     base, merged = VLM.from_pretrained("moved/base").state_dict(), VLM.from_pretrained("moved").state_dict()
@@ -591,6 +591,8 @@ def test_a_dry_run_says_it_all_and_reads_no_weights(go, tiny, capfd, tok, tmp_pa
         tmp_path / "llama",
         "--lora-r",
         4,
+        "--max-length",
+        512,
         "--dry-run",
     ) == {0}
     said = capfd.readouterr().out
