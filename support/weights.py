@@ -433,7 +433,8 @@ def load_decoder(decoder, directory):
 
 def load_connector(connector, path, device="cpu"):
     """The connector of a whole model, or what stage 1 wrote, here or in the original code."""
-    found = our_parts(read_tensors(path))["connector"]
+    with reading(path, "give what --stage pretrain wrote, or a mm_projector.bin"):
+        found = our_parts(read_tensors(path))["connector"]
     if connector.row_end is not None:  # after a stage 1 without tiles: as it began
         found.setdefault("row_end", connector.row_end.detach())
     load_strict(connector, found, f"--projector {path}", device)
