@@ -46,6 +46,7 @@ from model import IGNORE, PRESETS
 from support.checkpoint import END_SIGNALS, FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, parse, run
 from support.distributed import (
+    compiles,
     full_tensor,
     gather_numbers,
     parallelize,
@@ -297,6 +298,7 @@ def teach(cfg, Task):
     """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
     fill_in_paths(cfg)
     with processes(cfg) as device:
+        cfg.compile = compiles(cfg, device)
         print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
         records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
         if cfg.split_questions:
@@ -439,14 +441,15 @@ class TrainConfig:
     recompute: int = arg(0,
         "blocks of the decoder, from the first, that keep no activations but compute them twice: less "
         "memory, more time", at_least=0)
-    compile: bool = arg(False, "torch.compile the blocks: a minute or two first, then faster")
+    compile: bool = arg(None,
+        "torch.compile the blocks: a minute or two first, then faster; auto: on a GPU")
     shard: bool = arg(False, "under torchrun: FSDP2, weights and optimizer in shards; --no-shard: DDP")
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
 
 
 # What a preset changes; a flag on the command line still wins. llava-1.5 has the published values: their
 # DeepSpeed settings name no limit of the gradient's norm, so nothing was clipped.
-LLAVA = dict(clip=math.inf, max_length=2048, compile=True)
+LLAVA = dict(clip=math.inf, max_length=2048)
 LLAVA_PRETRAIN = LLAVA | dict(lr=1e-3, batch_size=256, image_mode="crop", token_budget=16384)
 LLAVA_FINETUNE = LLAVA | dict(lr=2e-5, batch_size=128, token_budget=8192)
 PHOTO = dict(lr=1e-3, batch_size=128, max_steps=3000, split_questions=True, eval_every=250, save_every=500)

@@ -14,5 +14,5 @@ exec ${LAUNCH:-python} "$(dirname "$0")/../train.py" \
     --image-root "$IMAGES" --projector "${PROJECTOR:-out/llava-1.5-${SIZE:-7b}-pretrain}" \
     --data-fraction "${FRACTION:-0.5}" --image-mode pad --batch-size 128 --lr 2e-5 --warmup 0.03 \
     --weight-decay 0 --clip inf --epochs 1 --max-length 2048 --dtype bfloat16 --token-budget 8192 \
-    --compile --bad-records skip --eval-every 0 --save-every 500 \
+    --bad-records skip --eval-every 0 --save-every 500 \
     --out "out/llava-1.5-${SIZE:-7b}-${FRACTION:-0.5}" "$@"

@@ -14,5 +14,5 @@ exec ${LAUNCH:-python} "$(dirname "$0")/../train.py" \
     --image-root "$IMAGES" --projector "${PROJECTOR:-out/llava-1.5-${SIZE:-7b}-pretrain}" --lora-r 128 \
     --lora-alpha 256 --lora-dropout 0.05 --lr 2e-4 --lr-connector 2e-5 --image-mode pad --batch-size 128 \
     --warmup 0.03 --weight-decay 0 --clip inf --epochs 1 --max-length 2048 --weights bfloat16 \
-    --token-budget 2048 --recompute 40 --compile --bad-records skip --eval-every 0 --save-every 500 \
+    --token-budget 2048 --recompute 40 --bad-records skip --eval-every 0 --save-every 500 \
     --out "out/llava-1.5-${SIZE:-7b}-lora" "$@"

@@ -12,5 +12,5 @@ exec ${LAUNCH:-python} "$(dirname "$0")/../train.py" \
     --stage finetune --model llava-v1-7b --vision "$CLIP" --llm "$VICUNA" --data "$DATA" \
     --image-root "$IMAGES" --projector "${PROJECTOR:-out/llava-v1-pretrain}" --image-mode crop \
     --batch-size 32 --lr 2e-5 --warmup 0.03 --weight-decay 0 --clip inf --epochs 3 --max-length 2048 \
-    --dtype bfloat16 --token-budget 8192 --compile --bad-records skip --eval-every 0 --save-every 500 \
+    --dtype bfloat16 --token-budget 8192 --bad-records skip --eval-every 0 --save-every 500 \
     --out out/llava-v1 "$@"

@@ -11,5 +11,5 @@ set -eu
 exec ${LAUNCH:-python} "$(dirname "$0")/../train.py" \
     --stage pretrain --model llava-v1-7b --vision "$CLIP" --llm "$VICUNA" --data "$DATA" \
     --image-root "$IMAGES" --image-mode crop --batch-size 128 --lr 2e-3 --warmup 0.03 --weight-decay 0 \
-    --clip inf --epochs 1 --max-length 2048 --dtype bfloat16 --token-budget 16384 --compile \
+    --clip inf --epochs 1 --max-length 2048 --dtype bfloat16 --token-budget 16384 \
     --bad-records skip --eval-every 0 --save-every 500 --out out/llava-v1-pretrain "$@"

@@ -14,5 +14,5 @@ exec ${LAUNCH:-python} "$(dirname "$0")/../train.py" \
     --stage finetune --model llava-1.5-7b --vision "$DINO,$SIGLIP" --llm "$LLAMA" --train connector,llm \
     --data "$DATA" --image-root "$IMAGES" --image-size 384 --image-mode resize --template prism_pure \
     --batch-size 128 --lr 2e-5 --warmup 0.03 --weight-decay 0.1 --clip 1 --epochs ${EPOCHS:-2} \
-    --max-length 2048 --dtype bfloat16 --token-budget 8192 --compile --seed 7 --bad-records skip \
+    --max-length 2048 --dtype bfloat16 --token-budget 8192 --seed 7 --bad-records skip \
     --eval-every 0 --save-every 500 --out out/prism-7b-mix "$@"

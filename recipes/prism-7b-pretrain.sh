@@ -14,5 +14,5 @@ exec ${LAUNCH:-python} "$(dirname "$0")/../train.py" \
     --stage pretrain --model llava-1.5-7b --vision "$DINO,$SIGLIP" --llm "$LLAMA" --data "$DATA" \
     --image-root "$IMAGES" --image-size 384 --image-mode resize --template prism_plain --batch-size 256 \
     --lr 1e-3 --warmup 0.03 --weight-decay 0 --clip 1 --epochs 1 --max-length 2048 --dtype bfloat16 \
-    --token-budget 16384 --compile --seed 7 --bad-records skip --eval-every 0 --save-every 500 \
+    --token-budget 16384 --seed 7 --bad-records skip --eval-every 0 --save-every 500 \
     --out out/prism-7b-pretrain "$@"

@@ -80,7 +80,7 @@ def add_flag(parser, f, default):
     if f.metadata["choices"]:
         text += f" ({', '.join(f.metadata['choices'])})"
     if default is not REQUIRED and default not in ("", ()):
-        shown = {True: "yes", False: "no"}[default] if f.type is bool else default
+        shown = {True: "yes", False: "no", None: "auto"}[default] if f.type is bool else default
         text += f" (default {shown})"
     options = {"help": text}
     if f.metadata["positional"]:

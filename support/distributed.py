@@ -6,6 +6,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 
 import torch
@@ -86,6 +87,15 @@ def uses_autocast(cfg, device):
 
 def precision(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_autocast(cfg, device))
+
+
+def compiles(cfg, device):
+    """Whether --compile, or its auto, can be had: PyTorch's compiler needs one for C++ on any device."""
+    wanted = device.type == "cuda" if cfg.compile is None else cfg.compile
+    found = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))
+    if wanted and not found:
+        print("no C++ compiler is found (g++, clang++ or $CXX), so nothing is compiled: slower, and the same")
+    return wanted and found
 
 
 def parallelize(vlm, cfg, device):
