@@ -239,7 +239,7 @@ def fit_decoder(tensors, cfg):
 
 def grow_words(tensors, n_row):
     """Both tables of a decoder's words get more rows (<image>, <pad>), the mean of the others."""
-    for name in "embed_tokens.weight", "lm_head.weight":
+    for name in {"embed_tokens.weight", "lm_head.weight"} & tensors.keys():
         table = tensors[name]
         mean = table.mean(0, keepdim=True, dtype=torch.float32).to(table.dtype)
         tensors[name] = torch.cat([table, mean.expand(n_row - len(table), -1)])

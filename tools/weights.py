@@ -65,11 +65,6 @@ def main(argv=None):
     return 0
 
 
-def is_whole(folder):
-    """Whether a directory holds a vision-language model, and no tower or decoder alone."""
-    return is_lora(folder) or layout_of(read_json(folder / "config.json", {})) in READERS
-
-
 # ---- convert -----------------------------------------------------------------------------------------------
 
 
@@ -78,7 +73,7 @@ def convert(cfg):
     folder = src if src.is_dir() else src.parent
     if out.exists() and out.resolve() == folder.resolve():
         raise UserError(f"{out}: is where the weights are read from; choose another directory to write")
-    if is_whole(src):
+    if is_lora(src) or layout_of(read_json(src / "config.json", {})) in READERS:
         convert_model(src, out, cfg.vision, cfg.llm)
     else:
         convert_part(src, out)
