@@ -46,6 +46,7 @@ from model import IGNORE, PRESETS
 from support.checkpoint import END_SIGNALS, FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, parse, run
 from support.distributed import (
+    average_gradients,
     compiles,
     full_tensor,
     gather_numbers,
@@ -125,7 +126,7 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
         return None, {task.unit: 0}
 
     loss, metrics = 0.0, Counter({task.unit: n})
-    for batch, share in shares_of_step(vlm, batches, counts):
+    for batch, share in shares_of_step(batches, counts):
         with autocast:
             mean, more = task.loss(vlm, batch)
         part = mean * share
@@ -133,6 +134,7 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
             part.backward()
         loss += part.item()
         metrics.update({name: value * share for name, value in more.items()})
+    average_gradients(vlm, batches)
     return gather_numbers([loss]).mean().item(), dict(metrics)
 
 

@@ -130,25 +130,28 @@ def add_blank_tile(vlm, batch):
     return tokens, blank, labels, layout
 
 
-def shares_of_step(vlm, batches, counts):
+def shares_of_step(batches, counts):
     """-> (batch, share) for each micro-batch: what it counts of the whole step, over all processes.
 
     All go through as many as the one that has most; what is missing is a text that counts nothing. Because
     gradients are averaged over the processes, shares are larger by their number.
     """
-    n_picture = sum(len(batch["pixels"]) for batch in batches)
-    found = gather_numbers([sum(counts), len(batches), n_picture])
-    total, _, n_picture = found.sum(0).tolist()
+    found = gather_numbers([sum(counts), len(batches)])
+    total = found[:, 0].sum().item()
     n_filler = int(found[:, 1].max()) - len(batches)
-    for batch, count in [*zip(batches, counts), *[(filler_batch(), 0)] * n_filler]:
-        yield batch, count / total * world_size()
+    all_batches = [*zip(batches, counts), *[(filler_batch(), 0)] * n_filler]
+    return [(batch, count / total * world_size()) for batch, count in all_batches]
 
+
+def average_gradients(vlm, batches):
+    """Over the processes, once a step; FSDP2 has averaged its own."""
     if world_size() == 1:
         return
+    n_picture = gather_numbers([sum(len(batch["pixels"]) for batch in batches)]).sum()
     for name, p in vlm.named_parameters():
         if n_picture == 0 and part_of(name) in ("vision", "connector"):
             p.grad = None  # that of the blank tiles: one process would have none
-        elif p.grad is not None and not isinstance(p, DTensor):  # FSDP2 has averaged its own
+        elif p.grad is not None and not isinstance(p, DTensor):
             dist.all_reduce(p.grad)
             p.grad /= world_size()
 
