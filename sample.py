@@ -47,7 +47,7 @@ class ModelConfig:
     llm: str = arg("", "directory of the base of a LoRA")
     template: str = arg("", "conversation template; empty: the model's own", choices=tuple(TEMPLATES))
     image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=MODES)
-    device: str = arg("auto", "cpu, cuda, cuda:N or auto")
+    device: str = arg("auto", "cpu, cuda, cuda:N, mps (Apple's; untested) or auto")
     dtype: str = arg(
         "auto", "of the weights; auto: as stored, but bfloat16 for float16 on a CPU", choices=DTYPES
     )

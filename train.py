@@ -383,8 +383,10 @@ class TrainConfig:
     # What trains
     train: str = arg("",
         "parts to train; empty: those of the stage, and all that start from random weights", choices=PARTS)
-    lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none", at_least=0)
-    lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it", at_least=0)
+    lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none",
+        at_least=0, at_most=65536)
+    lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it",
+        at_least=0, below=math.inf)
     lora_dropout: float = arg(0.0, "share of a LoRA's inputs that are dropped", at_least=0, below=1)
     lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", choices=LORA_TARGETS)
 
@@ -407,19 +409,19 @@ class TrainConfig:
         "what to do with a record that cannot be used: stop, or skip and count", choices=("stop", "skip"))
 
     # Steps and rates
-    batch_size: int = arg(16, "records a step", at_least=1)
+    batch_size: int = arg(16, "records a step", at_least=1, at_most=2**20)
     micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's", at_least=0)
     token_budget: int = arg(0,
         "tokens in memory at once, padding counted: a step's records are sorted by length and cut to fit; 0: "
         "as --micro-batch-size", at_least=0)
-    lr: float = arg(1e-3, "peak learning rate, after warmup", above=0)
-    lr_connector: float = arg(0.0, "the connector's own; 0: as --lr", at_least=0)
-    lr_vision: float = arg(0.0, "the towers' own; 0: as --lr", at_least=0)
-    weight_decay: float = arg(0.0, "AdamW's, on matrices only", at_least=0)
+    lr: float = arg(1e-3, "peak learning rate, after warmup", above=0, below=math.inf)
+    lr_connector: float = arg(0.0, "the connector's own; 0: as --lr", at_least=0, below=math.inf)
+    lr_vision: float = arg(0.0, "the towers' own; 0: as --lr", at_least=0, below=math.inf)
+    weight_decay: float = arg(0.0, "AdamW's, on matrices only", at_least=0, below=math.inf)
     warmup: float = arg(0.03, "share of the steps with a rising learning rate", at_least=0, at_most=1)
     clip: float = arg(1.0, "largest norm of the gradient; inf: no limit", above=0)
-    epochs: float = arg(1.0, "passes over the data", above=0)
-    max_steps: int = arg(0, "steps; 0: as --epochs says", at_least=0)
+    epochs: float = arg(1.0, "passes over the data", above=0, at_most=1e6)
+    max_steps: int = arg(0, "steps; 0: as --epochs says", at_least=0, at_most=10**12)
     seed: int = arg(0, "for weights and the order of the records", at_least=0, below=2**63)
 
     # Now and then
@@ -432,8 +434,8 @@ class TrainConfig:
         f"go on from the newest checkpoint in --out, with the same flags but for {', '.join(FREE_TO_CHANGE)}")
 
     # The machine
-    workers: int = arg(1, "processes that prepare records; 0: none", at_least=0)
-    device: str = arg("auto", "cpu, cuda, cuda:N or auto")
+    workers: int = arg(1, "processes that prepare records; 0: none", at_least=0, at_most=256)
+    device: str = arg("auto", "cpu, cuda, cuda:N, mps (Apple's; untested) or auto")
     dtype: str = arg("auto",
         "bfloat16: autocast; auto: that on a GPU, float32 on a CPU",
         choices=("float32", "bfloat16", "auto"))

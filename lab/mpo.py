@@ -102,8 +102,8 @@ def write_questions(out, n):
         image = f"images/train_{i:05d}.png"
         reasoning.append({"image": image, "question": f"{question}\n{toyworld.SHORT}", "answer": str(truth)})
         captions.append({"image": image, "question": toyworld.CAPTION})
-    (out / "reasoning.jsonl").write_text(json_lines(reasoning))
-    (out / "captions.jsonl").write_text(json_lines(captions))
+    (out / "reasoning.jsonl").write_text(json_lines(reasoning), encoding="utf-8")
+    (out / "captions.jsonl").write_text(json_lines(captions), encoding="utf-8")
 
 
 def score(model, quick):

@@ -151,7 +151,7 @@ def answer_file(cfg):
         for item in questions:
             row = item["row"] | {"text": found[item["id"]].get("answer", ""), "model_id": cfg.model}
             rows.append(row)
-        write_whole(out, lambda tmp: tmp.write_text(json_lines(rows)))
+        write_whole(out, lambda tmp: tmp.write_text(json_lines(rows), encoding="utf-8"))
         progress.path.unlink()
     n_cut = sum(answer.get("cut_off", False) for answer in found.values())
     n_long = sum("answer" not in answer for answer in found.values())

@@ -52,9 +52,12 @@ def parse(Config, argv=None, description="", defaults=None):
         add_flag(parser, f, (defaults or {}).get(f.name, f.default))
     found, unknown = parser.parse_known_args([with_dashes(word) for word in argv])
     if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
+        known = {flag: action.help for action in parser._actions for flag in action.option_strings}
         flag = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument {unknown[0]}{nearest(flag, known)}; see --help")
+        words = flag.strip("-").replace("-", " ")
+        alike = [flag for flag, text in known.items() if words and words in text]   # learning rate: --lr
+        hint = nearest(flag, known) or nearest(flag, alike, cutoff=0)
+        raise UserError(f"unknown argument {unknown[0]}{hint}; see --help")
     cfg = Config(**vars(found))
     check_values(cfg)
     return cfg
@@ -137,8 +140,8 @@ def one_of(name, value, known):
         raise UserError(f"{name} {value}: unknown{nearest(value, known)}. Known are {', '.join(known)}")
 
 
-def nearest(word, known):
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+def nearest(word, known, cutoff=0.65):
+    close = difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -164,15 +167,17 @@ class Bar(tqdm):
 
 
 def pick_device(name):
-    """cpu, cuda, cuda:N or auto -> torch.device, one that is there."""
+    """cpu, cuda, cuda:N, mps or auto -> torch.device, one that is there."""
     import torch
 
     n = torch.cuda.device_count()
+    has_mps = torch.backends.mps.is_available()                         # Apple's; nobody has tried it yet
     if name == "auto":
-        return torch.device("cuda" if n else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: choose cpu, cuda, cuda:N or auto")
-    if name != "cpu" and int(name[5:] or 0) >= n:
+        return torch.device("cuda" if n else "mps" if has_mps else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: choose cpu, cuda, cuda:N, mps or auto")
+    is_there = {"cpu": True, "mps": has_mps}.get(name, int(name.partition(":")[2] or 0) < n)
+    if not is_there:
         raise UserError(f"--device {name}: PyTorch sees {n} GPUs here; choose cpu, or auto")
     return torch.device(name)
 

@@ -103,13 +103,13 @@ class Progress:
                 whole = takewhile(lambda row: row is not None, read_rows(self.path))
                 before, *self.rows = list(whole) or [flags]
                 check_flags(self.path, before, flags)
-        write_whole(self.path, lambda tmp: tmp.write_text(json_lines([flags, *self.rows])))
+        write_whole(self.path, lambda tmp: tmp.write_text(json_lines([flags, *self.rows]), encoding="utf-8"))
 
     def add(self, rows):
         rows = list(rows)
         self.rows += rows
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json_lines(rows))
         except OSError as error:
             why = f"could not be written ({error.strerror})"

@@ -41,7 +41,8 @@ def save_processor(directory, tokenizer_file, cfg):
     })  # fmt: skip
     form = find_template(cfg.template)
     if form.human:                       # stage 1 has no chat
-        write_whole(directory / "chat_template.jinja", lambda tmp: tmp.write_text(chat_template(form)))
+        text = chat_template(form)
+        write_whole(directory / "chat_template.jinja", lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 
 def preprocessor_config(cfg):

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -658,6 +659,12 @@ def test_records_longer_than_the_decoder_takes_are_refused_not_trained(go, capfd
         (["--micro-batch-size", "-1"], "--micro-batch-size -1: must be at least 0"),
         (["--lr", "0"], "--lr 0.0: must be above 0"),
         (["--lr", "nan"], "--lr nan: must be above 0"),
+        (["--lr", "inf"], "--lr inf: must be below inf"),
+        (["--epochs", "inf"], "--epochs inf: must be at most 1e+06"),
+        (["--seed", "20000000000000000000"], "--seed 20000000000000000000: must be below 9.22337e+18"),
+        (["--batch-size", "1000000000000"], "must be at most"),
+        (["--learning-rate", "1"], "unknown argument --learning-rate; did you mean --lr?"),
+        (["--device", "mps"], "--device mps: PyTorch sees"),
         (["--max-steps", "-3"], "--max-steps -3: must be at least 0"),
         (["--epochs", "0"], "--epochs 0.0: must be above 0"),
         (["--log-every", "0"], "--log-every 0: must be at least 1"),
@@ -1090,3 +1097,19 @@ def test_what_the_terminal_cannot_show_ends_no_run(tiny, world, tmp_path):
     child = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True,
                            env=os.environ | {"PYTHONIOENCODING": "cp1252"})
     assert child.returncode == 0 and rb"truth: '\u7ea2\u8272\u3002'" in child.stdout
+
+
+def test_a_run_whose_loader_processes_are_no_forks_is_the_same(go, tiny, world, tmp_path):
+    """As on Windows and macOS."""
+    assert go("--workers", 1, out="whole") == 0
+    flags = ["--model", tiny, "--data", world / "train.json", *QUICK, "--max-steps", 8, "--workers", 1]
+    code = f"""
+        import multiprocessing, sys, train
+        if __name__ == "__main__":
+            multiprocessing.set_start_method("spawn")
+            sys.exit(train.main({[str(flag) for flag in [*flags, "--out", tmp_path / "run"]]!r}))
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(code))
+    path = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=path).returncode == 0
+    assert same("whole", "run")
