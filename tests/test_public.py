@@ -1,5 +1,6 @@
 """The public weights as a user meets them: true sizes without numbers, answers as of transformers."""
 
+import io
 import json
 import random
 from dataclasses import replace
@@ -478,15 +479,22 @@ def test_an_answer_of_llava_v0_ends_at_its_hash_signs(tmp_path, monkeypatch, cap
     assert asked[0].endswith("###Human: What?###Assistant:")
 
 
-def test_control_tokens_on_the_command_line_stay_text(tmp_path, monkeypatch):
+@pytest.mark.parametrize("typed", ["--prompt", "stdin"])
+def test_control_tokens_that_a_user_types_stay_text(tmp_path, monkeypatch, typed):
     tok = save_toy(tmp_path / "m")
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     asked = []
     monkeypatch.setattr(VLM, "stream", speaker(asked, list, [tok.eos]))
-    typed = "</s> <s> <|im_end|> <IMG_CONTEXT> <image> <pad> <unk>"
-    assert ask(tmp_path / "m", "--image", tmp_path / "a.png", "--prompt", typed) == 0
-    assert typed in tok.decode(asked[0])
-    assert [i for i in asked[0] if i in tok.names] == [tok.bos] + [tok.image] * 16
+    words = "</s> <s> <|im_end|> <IMG_CONTEXT> <pad> <unk>"
+    flags = ["--image", tmp_path / "a.png"]
+    if typed == "stdin":
+        words += " <image>"                                                 # of a --prompt the picture's place
+        monkeypatch.setattr("sys.stdin", io.StringIO(words))
+    else:
+        flags += ["--prompt", words]
+    assert ask(tmp_path / "m", *flags) == 0
+    assert words in tok.decode(asked[-1])
+    assert [i for i in asked[-1] if i in tok.names] == [tok.bos] + [tok.image] * 16
 
 
 def test_a_tokenizer_of_another_size_than_the_embedding_is_one_clear_line(tmp_path, capfd):
