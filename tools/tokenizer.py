@@ -24,7 +24,8 @@ class TokenizerConfig:
     file: str = arg(REQUIRED, "JSON list or JSON lines of records", positional=True)
     out: str = arg(REQUIRED, "folder for tokenizer.model")
     vocab_size: int = arg(512,
-        "tokens in all: 259 bytes and marks, then characters, parts of words, words", at_least=260)
+        "tokens in all, of few words fewer: 259 bytes and marks, then characters, parts of words, words",
+        at_least=260)
 
 
 def main(argv=None):
@@ -45,13 +46,14 @@ def main(argv=None):
     n_whole = sum(count for word, count in counts.items() if len(tok.encode(word)) == 1)
     n = counts.total()
     share = f"of {n:,} words in {len(records):,} records {n_whole / max(1, n):.1%} are one token"
-    print(f"{path}: {cfg.vocab_size} tokens; {share}")
+    print(f"{path}: {tok.n_text} tokens; {share}")
     return 0
 
 
 def train_tokenizer(path, lines, vocab_size, required=""):
     """Write Llama's kind of sentencepiece model: byte pairs, no piece for a newline or two spaces.
 
+    It has fewer than `vocab_size` tokens where the lines have no more parts of words.
     `required`: characters that become pieces however rare they are. The same lines give the same file.
     """
     model = io.BytesIO()
@@ -60,7 +62,8 @@ def train_tokenizer(path, lines, vocab_size, required=""):
             sentence_iterator=iter(line.strip() for line in lines), model_writer=model, vocab_size=vocab_size,
             model_type="bpe", byte_fallback=True, character_coverage=1.0, required_chars=required,
             normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
-            split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+            hard_vocab_limit=False, split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            num_threads=1, minloglevel=2)
     except (RuntimeError, TypeError, ValueError) as error:  # also where a text holds half a surrogate pair
         why = str(error).rpartition("] ")[2].split(" or decrease character_coverage")[0]
         why = why or "they hold no words"
