@@ -1,0 +1,197 @@
+"""From your own photos to records: pictures and questions in LLaVA's format, a tenth of the photos held out.
+
+    python -m tools.photos FOLDER --out DIR           # FOLDER/cat/1.jpg, FOLDER/dog/2.jpg, ...: what is it?
+    python -m tools.photos FOLDER --out DIR --four    # four photos to a picture: what, where, count, exist
+    python -m tools.photos TABLE.csv --out DIR        # your own questions: columns image, question, answer
+    python train.py --model photo --data DIR/train.json
+
+A kind is the name of a folder. DIR gets images/, train.json and val.jsonl, the held-out questions. What is
+held out is drawn before anything is put together, the same in every run: no held-out photo is trained on.
+"""
+
+import csv
+import io
+import random
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageOps
+
+from benchmarks.common import SHORT
+from model import PRESETS
+from support.cli import REQUIRED, Bar, UserError, arg, parse, run
+from support.io import json_lines, reading, write_json, write_whole
+from toyworld import llava_record
+from vision import open_image
+
+
+@dataclass
+class PhotosConfig:
+    source: str = arg(REQUIRED, "folder of folders named by what they show, or a .csv", positional=True)
+    out: str = arg(REQUIRED, "folder to write; not one with a train.json")
+    four: bool = arg(False, "four photos to a picture")
+    size: int = arg(PRESETS["photo"].vision.image_size,
+        "longest side of a picture in pixels: that of the tower it is for", at_least=2)
+
+
+class Page(NamedTuple):
+    """A picture to be, and what is asked about it."""
+
+    photos: list                         # paths: one, or four from top left to bottom right
+    asked: list                          # [(category, question, answer), ...]
+
+
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+
+
+def main(argv=None):
+    cfg = parse(PhotosConfig, argv, __doc__)
+    source, out = Path(cfg.source), Path(cfg.out)
+    is_table = source.suffix == ".csv"
+    if is_table and cfg.four:
+        raise UserError("--four is for a folder of photos; a table brings its own questions")
+    if (out / "train.json").exists():
+        raise UserError(f"--out {out}: a train.json is there; remove the folder, or give another")
+    rng = random.Random(0)
+    train, val = table_pages(source, rng) if is_table else folder_pages(source, cfg.four, rng)
+
+    write_pictures(out, "train", train, cfg.size)
+    write_pictures(out, "val", val, cfg.size)
+    questions = held_out_questions(val)
+    write_whole(out / "val.jsonl", lambda tmp: tmp.write_text(json_lines(questions)))
+    records = [training_record(i, page) for i, page in enumerate(train)]
+    write_json(out / "train.json", records, indent=1)  # last: a folder that has it is whole
+    print(f"{out}: {len(train):,} pictures to train on; {len(val):,} held out, {len(questions):,} questions")
+    return 0
+
+
+# ---- what there is ----
+
+
+def folder_pages(folder, four, rng):
+    """-> pages to train on, pages held out"""
+    photos = defaultdict(list)
+    for path in sorted(folder.glob("*/*")):
+        hidden = path.name.startswith(".") or path.parent.name.startswith(".")
+        if path.is_file() and not hidden:
+            photos[path.parent.name.replace("_", " ")].append(path)
+    if len(photos) < 2:
+        raise UserError(f"{folder}: photos in {len(photos)} of its folders, at least two kinds are needed; "
+                        f"expected {folder}/cat/1.jpg, {folder}/dog/2.jpg, ...")
+    train, val = {}, {}
+    for kind, paths in photos.items():
+        train[kind], val[kind] = hold_out(paths, rng, f"{folder}: {kind}")
+    make = four_pages if four else single_pages
+    return make(train, rng), make(val, rng)
+
+
+def table_pages(table, rng):
+    """The rows about one picture become one page. Names of pictures start at the table's folder."""
+    asked = defaultdict(list)
+    with reading(table, "save it as CSV in UTF-8"):
+        rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline=""))
+        for row in rows:
+            cells = [row.get(column) for column in ("image", "question", "answer")]
+            if not all(cells):
+                raise UserError(f"line {rows.line_num}: one of image, question, answer is missing; its first "
+                                f"line names the columns {', '.join(rows.fieldnames)}")
+            image, question, answer = cells
+            asked[image].append(("all", question, answer))
+    pages = [Page([table.parent / image], questions) for image, questions in asked.items()]
+    return hold_out(pages, rng, table)
+
+
+def hold_out(items, rng, where):
+    """-> those to train on, those held out: at least one of each"""
+    if len(items) < 2:
+        raise UserError(f"{where}: fewer than two photos; one is to train on, one to hold out")
+    shuffled = rng.sample(items, len(items))
+    n_held_out = max(1, len(items) // 10)
+    return shuffled[n_held_out:], shuffled[:n_held_out]
+
+
+# ---- what is asked ----
+
+
+def single_pages(photos, rng):
+    question = f"What is in the picture?\n{SHORT}"
+    pages = [Page([path], [("what", question, kind)]) for kind, paths in photos.items() for path in paths]
+    return rng.sample(pages, len(pages))
+
+
+def four_pages(photos, rng):
+    """As many as show each photo once on average; all kinds alike, however many photos they have."""
+    pages = []
+    n_photo = sum(map(len, photos.values()))
+    for _ in range(max(1, n_photo // 4)):
+        # Out of a few kinds, else hardly one would be there twice.
+        kinds = rng.sample(list(photos), min(rng.randint(2, 6), len(photos)))
+        shown = rng.choices(kinds, k=4)
+        asked = ask_four(shown, kinds, list(photos), rng)
+        pages.append(Page([rng.choice(photos[kind]) for kind in shown], asked))
+    return pages
+
+
+def ask_four(shown, kinds, all_kinds, rng):
+    """A question of each category about four photos, drawn from `kinds`; none of where if none is single."""
+    place = rng.randrange(4)
+    asked = [("what", f"What is at the {PLACES[place]}?", shown[place])]
+    once = [kind for kind in shown if shown.count(kind) == 1]
+    if once:
+        kind = rng.choice(once)
+        asked.append(("where", f"Where is the {kind}?", PLACES[shown.index(kind)]))
+    kind = rng.choice(kinds)
+    asked.append(("count", f"How many of the photos are of the kind {kind}?", str(shown.count(kind))))
+    absent = [kind for kind in all_kinds if kind not in shown]
+    kind = rng.choice(rng.choice([shown, absent or shown]))
+    asked.append(("exist", f"Is any of the photos of the kind {kind}?", "yes" if kind in shown else "no"))
+    return [(category, f"{question}\n{SHORT}", answer) for category, question, answer in asked]
+
+
+# ---- what is written ----
+
+
+def training_record(i, page):
+    pairs = [(question, answer) for _, question, answer in page.asked]
+    return llava_record(f"train-{i}", picture_name("train", i), pairs)
+
+
+def held_out_questions(pages):
+    lines = []
+    for i, page in enumerate(pages):
+        for k, (category, question, answer) in enumerate(page.asked):
+            place = {"question_id": f"val-{i}-{k}", "image": picture_name("val", i)}
+            lines.append(place | {"text": question, "answer": answer, "category": category})
+    return lines
+
+
+def picture_name(split, i):
+    return f"images/{split}_{i:06d}.jpg"
+
+
+def write_pictures(out, split, pages, size):
+    for i, page in enumerate(Bar(pages, f"{split} pictures", leave=False)):
+        image = draw_page(page.photos, size)
+        write_whole(out / picture_name(split, i), partial(image.save, format="JPEG", quality=95))
+
+
+def draw_page(photos, size):
+    """One photo, made smaller where it is too large; or four, each cut to a square."""
+    if len(photos) == 1:
+        image = open_image(photos[0])
+        image.thumbnail((size, size))
+        return image
+    side = size // 2
+    page = Image.new("RGB", (2 * side, 2 * side))
+    for k, path in enumerate(photos):
+        tile = ImageOps.fit(open_image(path), (side, side))
+        page.paste(tile, (k % 2 * side, k // 2 * side))
+    return page
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
