@@ -14,7 +14,7 @@ Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2
     control token. ("###", which parts the turns of llava_v0, is no control token: a user who types it
     ends his turn, as there.)
   - llava_v0 is trained as it is asked. The original trained on
-    "\\n\\n### Human: q\\n### Assistant: a\\n### ", and supervised the first ### of it, too.
+    "\\n\\n### Human: q\\n### Assistant: a\\n### ", and supervised the "###" before Human, too.
   - After </s> comes "USER" without a leading space, one id in Llama's vocabulary, which is what
     `legacy=false` in the public tokenizer configs means today. The weights were probably trained with a
     version that split it in two. Folders that say `legacy: true` are read the same way.
@@ -23,19 +23,22 @@ Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2
 import difflib
 import re
 from dataclasses import dataclass
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece
-
 from model import IGNORE
 from support.cli import UserError
-from support.configs import prismatic_llm
-from support.io import read_json, reading
+from support.control_tokens import (
+    NOWHERE,
+    find_control_tokens,
+    find_seams,
+    image_and_pad,
+    read_sentencepiece,
+)
+from support.io import reading
 
 CONTROL = r"(</?s>|<\|im_start\|>|<\|im_end\|>|<image>|[«»])"  # what is special in a template
-NOWHERE = "((?!))"                   # a pattern that matches nowhere
 TYPED = "<\0image>"                  # an <image> that is a word. Nobody can type a NUL
 
 # ---- conversations ----
@@ -74,7 +77,7 @@ def put_in_front(turns, n_image):
 
 
 def arrange_turns(turns, template_name, n_image):
-    """Check the turns, and bring every <image> to its place. Without pictures "<image>" is a word."""
+    """Check the turns, and bring every <image> to its place."""
     template = find_template(template_name)
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]
@@ -105,7 +108,7 @@ def tidy_text(text, role, template, n_image):
     """A turn's text as the original model's data code leaves it."""
     if role == "human" and not template.keep_question:
         return "<image>" * text.count("<image>")
-    if "<image>" in template.first:
+    if "<image>" in template.first:  # Prismatic puts all pictures right after <s>
         text = text.replace("<image>", "")
     bare = text.strip()
     at_either_end = bare.startswith("<image>") or bare.endswith("\n<image>")
@@ -133,7 +136,8 @@ def split_turns(turns, template, n_image):
             frame = template.first.replace("<image>", "<image>" * n_image)
         before, after = frame.split("{}")
 
-        # Control tokens come from the template alone. What a user types may hold pictures, nothing else.
+        # Control tokens come from the template alone. What a user types may hold pictures, nothing
+        # else; where there are none, "<image>" is a word.
         typed = "(<image>)" if n_image else NOWHERE
         for part, specials in (before, CONTROL), (text, typed), (after, CONTROL):
             for j, piece in enumerate(re.split(specials, part)):  # text, special, text, ..., special, text
@@ -150,10 +154,9 @@ def split_turns(turns, template, n_image):
 def encode_turns(tok, turns, template_name, n_visual):
     """-> tokens, labels.
 
-    Adjacent texts are encoded as one, so that no word is cut where they meet. A cut falls at control tokens,
-    at pictures, and where supervision begins or ends, so a prompt's ids are the first ids of the training
-    example. Before the space that opens an answer it changes nothing: "ASSISTANT:" and " A cat." have the ids
-    of "ASSISTANT: A cat.", since a Llama piece has spaces only at its start.
+    Adjacent texts are encoded as one. Cuts are made at control tokens, at pictures, and where supervision
+    begins or ends; hence the ids of a prompt are the first ids of the training example. Cutting "ASSISTANT:"
+    from " A cat." yields the ids of the uncut text, since a Llama piece has a space only at its start.
     """
     template = find_template(template_name)
     tokens, labels = [tok.bos], [IGNORE]
@@ -197,52 +200,56 @@ class Template:
     captions: str = "plain"          # the template of this model's stage 1, which learns captions
 
 
-VICUNA = (
+SYSTEM_VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-HUMAN = VICUNA.replace("user", "human")
-LLAMA_2 = (
+SYSTEM_LLAVA_V1 = SYSTEM_VICUNA.replace("user", "human")
+SYSTEM_LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content "
     "that the user provides, and assist the user with a variety of tasks using natural language.")
-INTERNVL2 = (
+SYSTEM_INTERNVL2 = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
     "英文名叫InternVL, 是一个有用无害的人工智能助手。")
-INTERNVL2_5 = (
+SYSTEM_INTERNVL2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。")
-ASK = "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n"
-ASK_LINES = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-INTERN = {"stop": "<|im_end|>", "picture": ("<img>", "<image>", "</img>")}
-PRISM = {"tidy": "strip", "captions": "prism_plain"}
+INTERNVL2_QUESTION = "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n"
+INTERNVL2_5_QUESTION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+INTERNVL_FIELDS = {"stop": "<|im_end|>", "picture": ("<img>", "<image>", "</img>")}
+PRISM_FIELDS = {"tidy": "strip", "captions": "prism_plain"}
 
 TEMPLATES = {
     # LLaVA-1.5 is vicuna_v1, its stage 1 plain. LLaVA-NeXT over Mistral is mistral_instruct.
-    "vicuna_v1": Template(VICUNA + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
-    "llava_v1": Template(HUMAN + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
+    "vicuna_v1": Template(SYSTEM_VICUNA + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
+    "llava_v1": Template(SYSTEM_LLAVA_V1 + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
     "llava_v0": Template(
-        HUMAN + "###Human: {}«###Assistant:»", "Human: {}«###Assistant:»", "« {}###»", stop="###"),
+        SYSTEM_LLAVA_V1 + "###Human: {}«###Assistant:»", "Human: {}«###Assistant:»", "« {}###»",
+        stop="###"),
     "llava_llama_2": Template(
-        f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]", "<s>[INST] {} [/INST]", "« {} </s>»"),
+        f"[INST] <<SYS>>\n{SYSTEM_LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]",
+        "<s>[INST] {} [/INST]", "« {} </s>»"),
     "mistral_instruct": Template("[INST] {} [/INST]", "[INST] {} [/INST]", "« {} </s>»"),
     "plain": Template("{}", None, "«{}\n»", stop="\n", keep_question=False),
 
     # Prismatic encodes each turn by itself, with its own dummy prefix: that is the space before a later
     # question, a byte that its strings lack and its ids have. Its pictures come right after <s>; prism_plain
     # is its align stage. "<<SYS>" is its own misspelling, which its weights have learned.
-    "prism_plain": Template("{}", None, "«{}</s>»", keep_question=False, **PRISM),
-    "prism_pure": Template("<image>In: {}\nOut:", " In: {}\nOut:", "« {}</s>»", **PRISM),
+    "prism_plain": Template("{}", None, "«{}</s>»", keep_question=False, **PRISM_FIELDS),
+    "prism_pure": Template("<image>In: {}\nOut:", " In: {}\nOut:", "« {}</s>»", **PRISM_FIELDS),
     "prism_vicuna": Template(
-        f"<image>{VICUNA} USER: {{}} ASSISTANT:", " USER: {} ASSISTANT:", "« {}</s>»", **PRISM),
+        f"<image>{SYSTEM_VICUNA} USER: {{}} ASSISTANT:", " USER: {} ASSISTANT:", "« {}</s>»",
+        **PRISM_FIELDS),
     "prism_llama_2": Template(
-        f"<image>[INST] <<SYS>\n{LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]", " [INST] {} [/INST]", "« {}</s>»",
-        **PRISM),
-    "prism_mistral": Template("<image>[INST] {} [/INST]", " [INST] {} [/INST]", "« {}</s>»", **PRISM),
+        f"<image>[INST] <<SYS>\n{SYSTEM_LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]",
+        " [INST] {} [/INST]", "« {}</s>»", **PRISM_FIELDS),
+    "prism_mistral": Template("<image>[INST] {} [/INST]", " [INST] {} [/INST]", "« {}</s>»", **PRISM_FIELDS),
 
     # InternVL-2 and InternVL-2.5.
     "internlm2-chat": Template(
-        f"<|im_start|>system\n{INTERNVL2}<|im_end|>{ASK}", ASK, "«{}<|im_end|>»", tidy="strip", **INTERN),
+        f"<|im_start|>system\n{SYSTEM_INTERNVL2}<|im_end|>{INTERNVL2_QUESTION}",
+        INTERNVL2_QUESTION, "«{}<|im_end|>»", tidy="strip", **INTERNVL_FIELDS),
     "internvl2_5": Template(
-        f"<|im_start|>system\n{INTERNVL2_5}<|im_end|>\n{ASK_LINES}", ASK_LINES, "«{}<|im_end|>»\n",
-        tidy="none", **INTERN),
+        f"<|im_start|>system\n{SYSTEM_INTERNVL2_5}<|im_end|>\n{INTERNVL2_5_QUESTION}",
+        INTERNVL2_5_QUESTION, "«{}<|im_end|>»\n", tidy="none", **INTERNVL_FIELDS),
 }
 
 
@@ -256,7 +263,10 @@ def find_template(name):
 
 
 def stop_ids(tok, template_name):
-    """Ids that end an answer: </s>, and the template's own if that is a token."""
+    """Ids that end an answer: </s>, and the template's own if that is a token.
+
+    A text as stop, such as ###, ends nothing: answers run on, and cut_at_stop cuts them.
+    """
     stop = find_template(template_name).stop
     is_token = stop.startswith("<") and stop != "</s>"
     return [tok.eos, tok.control_id(stop)] if is_token else [tok.eos]
@@ -271,7 +281,10 @@ def cut_at_stop(text, template_name, partial=False):
     if stop.startswith("<"):
         return text
     text, found, _ = text.partition(stop)
-    return text.rstrip(stop[0]) if partial and not found else text  # both are runs of one character
+    if partial and not found:
+        # "###" and "\n" each repeat one character, so trailing ones may begin a stop.
+        text = text.rstrip(stop[0])
+    return text
 
 
 # ---- tokenizer ----
@@ -280,90 +293,29 @@ def cut_at_stop(text, template_name, partial=False):
 class Tokenizer:
     """A sentencepiece model, and its control tokens {string: id}, which never come from a text.
 
-    `image` stands for one visual token, and `pad` fills up a batch. Where no file names them they take the
-    next free ids, 32000 and 32001 in Llama as in llava-hf. Prismatic adds <PAD> as 32000 and has no token
-    for a picture: that is 32001 then, a row that it never uses.
+    `image` stands for one visual token, and `pad` fills up a batch.
     """
 
     def __init__(self, path):
         path = Path(path)
         self.path = path / "tokenizer.model" if path.is_dir() else path
-        self.read_model()
-        self.control = self.control_tokens(self.path.parent)
-        self.number_tokens()
-        self.seams = self.find_seams()
-
-    def read_model(self):
-        """The sentencepiece model, with and without the space that it puts before a text."""
-        if not self.path.exists():
-            raise UserError(
-                f"{self.path}: no tokenizer there; copy the language model's tokenizer.model. Families that "
-                "have none, such as Llama-3 and Qwen, are not supported")
-        with reading(self.path, "copy the sentencepiece model again"):
-            raw = self.path.read_bytes() or b"empty"
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
-            # Of two protobufs written one after the other the later wins: this one says normalizer_spec
-            # (field 3) { add_dummy_prefix (field 3): false }.
-            self.bare = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\x02\x18\x00")
-            self.n_text = self.processor.vocab_size()
-            self.bare.decode(list(range(self.n_text)))  # a damaged piece is said here, not in an answer
-        self.bos = self.processor.bos_id()
-        self.eos = self.processor.eos_id()
-        if min(self.bos, self.eos) < 0:
-            raise UserError(f"{self.path}: has no <s> or no </s>; train it with both, as Llama's has")
-        if self.bare.decode(self.bare.encode("a  b\n")) != "a  b\n":  # the texts of a prompt would not add up
-            raise UserError(
-                f"{self.path}: does not keep spaces and newlines; train it as Llama's was: "
-                "normalization_rule_name='identity', remove_extra_whitespaces=False, byte_fallback=True")
+        self.processor, self.bare = read_sentencepiece(self.path)
+        self.n_text = self.bare.vocab_size()
+        self.bos = self.bare.bos_id()
+        self.eos = self.bare.eos_id()
         puts_space = self.processor.encode("a") != self.bare.encode("a")  # InternLM2 does not
         self.prefix = " " if puts_space else ""
 
-    def number_tokens(self):
-        """The ids of <image> and <pad>, and how many ids there are. InternLM2 pads with </s>."""
-        known = self.control
-        free = count(max(self.n_text, max(known.values()) + 1))
-        self.image = known.get("<IMG_CONTEXT>", known.get("<image>"))
-        if self.image is None:
-            self.image = next(free)
-        self.pad = self.eos if "<|im_end|>" in known else known.get("<pad>", known.get("<PAD>"))
-        if self.pad is None:
-            self.pad = next(free)
-        self.names = {self.image: "<image>", self.pad: "<pad>"} | {i: name for name, i in known.items()}
+        # What never comes from a text
+        self.control = find_control_tokens(self.processor, self.path.parent)
+        self.image, self.pad = image_and_pad(self.control, self.n_text, self.eos)
+        self.names = {self.image: "<image>", self.pad: "<pad>"}
+        self.names |= {i: name for name, i in self.control.items()}
+        self.seams = find_seams(self.processor, self.bare, self.names)
 
         # Every id is below n_id. vocab_size: rows of a new embedding, 32064 for Llama, 92553 for InternVL.
         self.n_id = max(self.n_text, max(self.names) + 1)
-        self.vocab_size = self.n_id if "<IMG_CONTEXT>" in known else -(-self.n_id // 64) * 64
-
-    def control_tokens(self, folder):
-        """{string: id} of <s>, </s>, InternLM2's placeholder pieces, and what the files beside it declare."""
-        found = {"<s>": self.bos, "</s>": self.eos}
-        placeholders = [self.processor.piece_to_id(f"[UNUSED_TOKEN_{i}]") for i in range(141, 147)]
-        if placeholders[-1] != self.processor.unk_id():
-            found |= zip(INTERNLM2_CONTROL, placeholders)
-            found |= zip(INTERNVL_CONTROL, count(self.n_text))
-        if prismatic_llm(read_json(folder / "config.json", {})):
-            found["<PAD>"] = self.n_text
-
-        added = read_json(folder / "added_tokens.json", {})
-        declared = read_json(folder / "tokenizer_config.json", {})
-        with reading(f"{folder}: added_tokens.json or tokenizer_config.json", "copy both again"):
-            found |= {name: int(i) for name, i in added.items()}
-            for i, token in declared.get("added_tokens_decoder", {}).items():
-                if token.get("special") or int(i) >= self.n_text:
-                    found[token["content"]] = int(i)
-            if min(found.values()) < 0 or max(found.values()) > self.n_text + 10_000:
-                raise UserError(f"ids of tokens are to be 0 to {self.n_text + 10_000:,}; copy both again")
-        return found
-
-    def find_seams(self):
-        """A pattern of the places where encode cuts a text in two, behind the first letter of such a piece:
-
-        InternLM2's control tokens are pieces like others: "[UNUSED_TOKEN_145]" in a text would become one.
-        """
-        pieces = [self.processor.id_to_piece(i) for i in self.names if i < self.n_text]
-        pieces = [p for p in pieces if self.bare.encode(p) == [self.processor.piece_to_id(p)]]
-        seams = [f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in pieces]
-        return re.compile("|".join(seams) or NOWHERE)
+        self.vocab_size = self.n_id if "<IMG_CONTEXT>" in self.control else -(-self.n_id // 64) * 64
 
     def encode(self, text, dummy_prefix=True):
         """Ids of a text, without <s> and </s>, and never a control token whatever the text says.
@@ -396,8 +348,3 @@ class Tokenizer:
         if name not in self.control:
             raise UserError(f"{self.path}: has no token {name}; use another --template, or another tokenizer")
         return self.control[name]
-
-
-INTERNLM2_CONTROL = (
-    "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
-INTERNVL_CONTROL = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()

@@ -42,7 +42,8 @@ from support.data_files import choose_rows, count_markers, open_files
 @dataclass(eq=False)
 class Examples(Dataset):
     """Records as the model takes them: {"tokens" (T,), "labels" (T,), "pixels" (n, 3, S, S), "layout" (M, 2),
-    "n_visual" (visual tokens of each picture), "id", "index"}, or {"skipped": why, "index"}."""
+    "n_visual" (visual tokens of each picture), "id", "number" (the record's)}, or {"skipped": why, "number"}.
+    """
 
     records: "Records"
     tok: Tokenizer
@@ -50,11 +51,13 @@ class Examples(Dataset):
     vision_cfg: vision.VisionConfig
     image_mode: str
     max_length: int  # of a record in tokens
-    bad: str = "stop"  # at a record that cannot be used whole; or "skip" it and say why
-    last_shown: tuple = (None, None, None)  # see show_pictures
+    # At a record that cannot be used whole: stop, or skip it and say why. train.py sets "skip": whether to
+    # stop is for all processes to decide, in stop_at_bad_records of support/checkpoint.py.
+    bad: str = "stop"
+    last_pictures: tuple = (None, None, None)  # of the record before; see show_pictures
 
     def __post_init__(self):
-        find_template(self.template)  # an unknown one is said before any work
+        find_template(self.template)  # an unknown one is an error before any work
 
     def __len__(self):
         return len(self.records)
@@ -65,7 +68,7 @@ class Examples(Dataset):
         except UserError as error:
             if self.bad == "stop":
                 raise
-            return {"skipped": str(error), "index": i}
+            return {"skipped": str(error), "number": i}
 
     def make_example(self, record):
         try:
@@ -74,21 +77,21 @@ class Examples(Dataset):
         except UserError as error:
             raise UserError(f"{record['where']}: {error}") from None
         example |= {"pixels": pixels, "layout": layout}
-        return example | {"id": record["id"], "index": record["row"]}
+        return example | {"id": record["id"], "number": record["number"]}
 
     def show_pictures(self, record):
         """-> (pixels, layout) of all its pictures, and how many visual tokens each becomes.
 
-        They are kept for the next record: another question about the same pictures gets the same tensors,
-        and of such tensors collate takes one.
+        The last record's pictures are cached. Consecutive questions on the same pictures share the same
+        tensor objects, which vision.join_tiles recognises by id() and stacks once.
         """
-        shown_for, pictures, n_visual = self.last_shown
+        cached_for, pictures, n_visual = self.last_pictures
         wanted_for = record["group"], record["images"]
-        if shown_for != wanted_for:
+        if cached_for != wanted_for:
             cut = self.cut_pictures(record)
             pictures = vision.join_tiles(cut or [no_picture(self.vision_cfg.image_size)])
             n_visual = [len(layout) for _, layout in cut]
-            self.last_shown = wanted_for, pictures, n_visual
+            self.last_pictures = wanted_for, pictures, n_visual
         return pictures, n_visual
 
     def cut_pictures(self, record):
@@ -125,7 +128,7 @@ def collate(examples, pad, multiple=1, more=None):
     lengths = [length_of(e) for e in used]
     batch = {
         "lengths": torch.tensor(lengths, dtype=torch.int64),
-        "ids": [e["id"] for e in used],
+        "record_ids": [e["id"] for e in used],
         "skipped": [e["skipped"] for e in examples if "skipped" in e],  # why the others are not in it
     }
 
@@ -136,7 +139,7 @@ def collate(examples, pad, multiple=1, more=None):
         for row, example in zip(batch[name], used):
             row[: length_of(example)] = example[name]
 
-    # Pictures (N, 3, S, S) and (M, 2). Those that questions share are there once, for the towers to look at.
+    # Pictures (N, 3, S, S) and (M, 2). Those that questions share go through the towers once.
     pictures = [(e["pixels"], e["layout"]) for e in used]
     batch["pixels"], batch["layout"] = vision.join_tiles(pictures or [no_picture(0)])
     return batch
@@ -154,8 +157,8 @@ def micro_batches(examples, size, pad, budget=0, collate=collate):
 
 
 def group_by_length(examples, budget, waste=64):
-    """Longest first: if memory is short, it is at once. Rows that would be padded by more than `waste` start
-    anew."""
+    """Longest first, so that running out of memory happens at once. A row that would be padded by more than
+    `waste` starts a new batch."""
     groups = []
     width = 0
     for example in sorted(examples, key=length_of, reverse=True):
@@ -199,12 +202,12 @@ def draw_steps(group_sizes, size, n_step, seed):
         yield list(islice(order, size))
 
 
-def share_by_rank(indices, records, n_visual, rank=0, world=1):
+def share_by_rank(indices, records, tokens_per_tile, rank=0, world=1):
     """What this process takes of a step's records: dealt out longest first, each to whoever has least so far.
     """
     if world == 1:
         return indices
-    tokens = {i: records.guess_tokens(i, n_visual) for i in indices}
+    tokens = {i: records.guess_tokens(i, tokens_per_tile) for i in indices}
     hands = [[] for _ in range(world)]
     load = [0] * world
     for i in sorted(indices, key=lambda i: -tokens[i]):
@@ -246,28 +249,27 @@ class Records:
 
     def __getitem__(self, i):
         """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)]; and
-        where it comes from: where (for errors), file (a DataFile), row (i), group (its first question's row).
+        where it comes from: where (for errors), file (a DataFile), number (i), group (its first question's).
         """
-        k, number, start, end, question = self.index[i].tolist()
-        record = self.files[k].read_record(number, start, end)
-        record |= {"row": i, "group": i - max(0, question)}
+        k, line, start, end, question = self.index[i].tolist()
+        record = self.files[k].read_record(line, start, end)
+        record |= {"number": i, "group": i - max(0, question)}
         if question < 0:
             return record
         asked = answered_questions(record)[question]
         return asked if self.with_earlier else ask_alone(asked)
 
     def split_questions(self, with_earlier=False):
-        """Make a row of every question with its answer; with_earlier: and with the turns before it.
+        """Make a record of every question with its answer; with_earlier: and with the turns before it.
 
-        All records are read once, to count their questions. A decoder that starts from nothing learns from
-        short rows which words matter, long before it does so in long ones.
+        All records are read once, to count their questions.
         """
         self.with_earlier = with_earlier
         counts = []
         for i in range(len(self)):
             try:
                 counts.append(len(answered_questions(self[i])))
-            except UserError:  # said, or counted, when it is this record's turn
+            except UserError:  # raised, or counted, when it is this record's turn
                 counts.append(0)
         self.index = self.index.repeat(np.maximum(counts, 1))
         self.index["question"] = np.concatenate([np.arange(n) if n else [-1] for n in counts])
@@ -279,12 +281,11 @@ class Records:
         first = np.flatnonzero(self.index["question"] <= 0)
         return np.diff(first, append=len(self))
 
-    def guess_tokens(self, i, n_visual):
-        """Good enough to share out work, and without parsing: 4 bytes a token, one picture of n_visual
-        tokens."""
+    def guess_tokens(self, i, tokens_per_tile):
+        """Good enough to share out work, and without parsing: 4 bytes a token, one picture of one tile."""
         k, _, start, end, _ = self.index[i].tolist()
         has_picture = b'"image' in self.files[k].read(start, end)
-        return (end - start) / 4 + n_visual * has_picture
+        return (end - start) / 4 + tokens_per_tile * has_picture
 
 
 def picture_paths(record):
@@ -304,7 +305,7 @@ def answered_questions(record):
 
 
 def ask_alone(record):
-    """Its last question without the turns before it, whose pictures then stand in front."""
+    """A record's last question without the turns before it, whose pictures then stand in front."""
     *earlier, (role, text), answer = record["turns"]
     text = "<image>\n" * count_markers(earlier) + text
     return record | {"turns": [(role, text), answer]}

@@ -154,7 +154,7 @@ def collate_pairs(examples, pad, multiple=1):
     """data.collate, with all that a pair's row has, which pairs they are, and what is known of them."""
     batch = collate(examples, pad, multiple, {"part": PADDING, "positions": 0, "predictor": 0})
     used = [example for example in examples if "skipped" not in example]
-    for name in "index", "checksum", "s_ref":
+    for name in "number", "checksum", "s_ref":
         batch[name] = torch.tensor([example[name] for example in used if name in example])
     return batch
 
@@ -243,7 +243,7 @@ class Preferring:
         with precision(self.cfg, self.device):
             for batches in Bar(steps, "reference", n_step, unit="step"):
                 for batch in batches:
-                    i = batch["index"]
+                    i = batch["number"]
                     if len(i):
                         checksum[i] = batch["checksum"]
                         s_ref[i] = pair_log_probs(run.vlm, to_device(batch, self.device))[0].cpu()
@@ -252,7 +252,7 @@ class Preferring:
 
     @staticmethod
     def count(batch):
-        return len(batch["ids"])
+        return len(batch["record_ids"])
 
     def loss(self, vlm, batch):
         """-> the mean of L over the pairs of a batch; further means for the log."""
@@ -303,7 +303,7 @@ class PairExamples(Examples):
         content = example["tokens"].numpy().tobytes() + example["pixels"].numpy().tobytes()
         example["checksum"] = zlib.crc32(content)
         if self.known:
-            i = record["row"]
+            i = record["number"]
             if example["checksum"] != self.known["checksum"][i]:
                 raise UserError(
                     f"{record['where']}: the reference was asked about another pair before step 1, or about "
@@ -314,7 +314,7 @@ class PairExamples(Examples):
 
     def open_picture(self, path, record):
         image = super().open_picture(path, record)
-        return recompress(image, record["row"]) if record["file"].recompress else image
+        return recompress(image, record["number"]) if record["file"].recompress else image
 
     def encode(self, record, n_visual):
         question, *answers = pair_texts(record)

@@ -106,14 +106,15 @@ def answer(vlm, tok, prompts, max_new_tokens, batch_size=48, seed=0, **sampling)
 
 
 def order_prompts(prompts):
-    """Indices of prompts: about one length side by side, for little padding; about one picture, to read it
-    once."""
-    group = []
-    first = {}  # the tiles of a prompt -> the first prompt that has them
+    """-> indices of prompts. Those with the same pictures are neighbours (their shared prefix is prefilled
+    once), and groups of similar length meet (little padding)."""
+    group = []  # of each prompt: the first that has its pictures
+    first = {}
     longest = Counter()
     for i, (ids, pictures) in enumerate(prompts):
         tiles = tuple(id(tiles) for tiles, _ in pictures)
-        group.append(first.setdefault(tiles or i, i))
+        key = tiles or ("no picture", i)
+        group.append(first.setdefault(key, i))
         longest[group[i]] = max(longest[group[i]], len(ids))
     return sorted(range(len(prompts)), key=lambda i: (longest[group[i]], group[i]))
 
@@ -160,7 +161,7 @@ def encode_question(vlm, tok, text, pictures=(), earlier=()):
 
 
 def cut_picture(vlm, image, n_picture=1):
-    """One of a prompt's n pictures -> tiles (n, 3, S, S) and layout (M, 2), as this model looks at it."""
+    """One of a prompt's n_picture pictures -> its tiles (n, 3, S, S) and layout (M, 2) for this model."""
     return cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode, n_picture)
 
 
@@ -176,7 +177,7 @@ def open_asked(cfg):
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     int8 = cfg.quantize == "int8"
     vlm = VLM.from_pretrained(cfg.model, pick_device(cfg.device), dtype, cfg.vision, cfg.llm, int8)
-    widen_products(vlm)
+    widen_products(vlm)  # 16 bits on a CPU: prompts in float32, far faster without bfloat16 instructions
     tok = Tokenizer(tokenizer_home(cfg.model, cfg.llm))
     check_tokenizer(vlm, tok)
     vlm.cfg.template = cfg.template or vlm.cfg.template

@@ -87,7 +87,7 @@ def fit(cfg, task, run, held_out=None):
             loss, metrics = backward(vlm, task, batches, autocast)
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
             if not math.isfinite((loss or 0.0) + grad_norm):
-                ids = ", ".join(record_id for batch in batches for record_id in batch["ids"])
+                ids = ", ".join(record_id for batch in batches for record_id in batch["record_ids"])
                 raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
                                 f"lower --lr, or look at the records {ids}")
             optimizer.step()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import toyworld
 from benchmarks.own import is_right
-from conversation import VICUNA, Tokenizer, encode_conversation
+from conversation import SYSTEM_VICUNA, Tokenizer, encode_conversation
 from lab.common import fit_part, shares_line, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder
 from support.export import llama_json, llama_name, write_model
@@ -50,7 +50,7 @@ def sayings(n_scenes=2000):
         pairs.append((rng.choice(BRIEF), toyworld.caption(scene)))
         pairs.append(("", toyworld.describe(scene, boxes=False)))
 
-        texts = [f"{VICUNA} USER: {question} ASSISTANT: {answer}" for question, answer in pairs]
+        texts = [f"{SYSTEM_VICUNA} USER: {question} ASSISTANT: {answer}" for question, answer in pairs]
         texts += [f"[{n}, {n}" for n in numbers]         # all of them alike: in boxes some would be rare
         for text in texts:
             # Split where a piece must end: "5," or "3." as one piece would break the numbers up.

@@ -18,9 +18,9 @@ from support.io import read_json, reading
 
 RECORD = '{"id", "image", "conversations": [{"from": "human" or "gpt", "value": text}, ...]}'
 
-# A record's place: its file, its number there, its first byte, the byte behind its last; and which of its
+# A record's place: its file, its line there, its first byte, the byte behind its last; and which of its
 # questions is meant, -1 for all.
-ROW = np.dtype([(name, np.int64) for name in ("file", "number", "start", "end", "question")])
+ROW = np.dtype([(name, np.int64) for name in ("file", "line", "start", "end", "question")])
 
 
 def open_files(data, image_root="", weights=""):
@@ -91,11 +91,11 @@ class DataFile:
             lines.seek(start)
             return lines.read(end - start)
 
-    def read_record(self, number, start, end):
-        where = f"{self.path}, record {number}" if self.is_list else f"{self.path}, line {number + 1}"
+    def read_record(self, line, start, end):
+        where = f"{self.path}, record {line}" if self.is_list else f"{self.path}, line {line + 1}"
         with reading(where, f"expected {RECORD}"):
             record = json.loads(self.read(start, end))
-            record["id"] = str(record.get("id", record.get("question_id", number)))
+            record["id"] = str(record.get("id", record.get("question_id", line)))
         where += f" (id {record['id']!r:.80})"
         with reading(where, f'expected {RECORD}, or a question in "text"'):
             images, turns = read_images(record), read_turns(record)

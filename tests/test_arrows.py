@@ -15,6 +15,7 @@ ORDER = [                            # files of one row may know each other
     {"support.lora"},
     {"support.configs"},
     {"support.weights", "support.export"},
+    {"support.control_tokens"},
     {"conversation"},
     {"support.processor"},
     {"support.data_files"},

@@ -84,7 +84,7 @@ TEXTS = [
 def train(folder, **change):
     """A sentencepiece model of a few hundred pieces, as Llama's was trained."""
     model = io.BytesIO()
-    text = f"{conversation.VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. {' '.join(string.printable[:95])}"
+    text = f"{conversation.SYSTEM_VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. {' '.join(string.printable[:95])}"
     sentencepiece.SentencePieceTrainer.train(
         **{
             "sentence_iterator": iter([text] * 20),
@@ -464,7 +464,7 @@ def test_text_of_a_conversation_has_the_ids_of_one_encoding_of_the_whole_string(
             question, answer = question.replace("<image>", ""), answer.replace("<image>", "")
             tokens, _ = encode_conversation(t, [("human", question), ("gpt", answer)], "vicuna_v1", [])
             assert tokens == [t.bos] + t.encode(
-                f"{conversation.VICUNA} USER: {question} ASSISTANT: {answer}"
+                f"{conversation.SYSTEM_VICUNA} USER: {question} ASSISTANT: {answer}"
             ) + [t.eos]
 
 
@@ -516,7 +516,7 @@ def test_encoding_equals_the_reference_tokenizer_on_1000_strings(llama, tmp_path
         )  # runs of spaces: transformers 5 departs from sentencepiece, which the next test pins
         assert llama.encode(text) == reference.encode(text, add_special_tokens=False), text
     turns = [("human", "What is it?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Its fur.")]
-    whole = f"{conversation.VICUNA} USER: What is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Its fur.</s>"
+    whole = f"{conversation.SYSTEM_VICUNA} USER: What is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Its fur.</s>"
     assert encode_conversation(llama, turns, "vicuna_v1", [])[0][1:] == reference.encode(
         whole, add_special_tokens=False
     )
@@ -700,7 +700,7 @@ def test_several_pictures_stay_where_they_were_written_each_with_its_own_length(
     )
     assert (
         text
-        == f" {conversation.VICUNA} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>USER: And this: #  here? ASSISTANT: Left.</s>"
+        == f" {conversation.SYSTEM_VICUNA} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>USER: And this: #  here? ASSISTANT: Left.</s>"
     )
     assert all(label == IGNORE for token, label in zip(tokens, labels) if token == tok.image)
 
@@ -1110,7 +1110,7 @@ def test_a_batch_is_padded_on_the_right_and_its_padding_costs_nothing(tmp_path, 
         B == 3
         and batch["labels"].shape == (B, T)
         and T == max(batch["lengths"])
-        and batch["ids"] == ["r0", "r1", "r2"]
+        and batch["record_ids"] == ["r0", "r1", "r2"]
     )
     for row, n in enumerate(batch["lengths"]):
         assert torch.equal(batch["tokens"][row, :n], items[row]["tokens"]) and torch.equal(
@@ -1152,7 +1152,7 @@ def test_a_record_that_cannot_be_used_whole_stops_the_program_by_name(tmp_path, 
 def test_where_bad_records_are_skipped_each_is_counted_with_its_reason(tmp_path, pictures, tok):
     items = examples(tmp_path / "a.json", pictures, tok, BAD, bad="skip")
     batch = collate([items[i] for i in range(5)], tok.pad)
-    assert batch["ids"] == ["r0"] and len(batch["tokens"]) == 1 and len(batch["skipped"]) == 4
+    assert batch["record_ids"] == ["r0"] and len(batch["tokens"]) == 1 and len(batch["skipped"]) == 4
     assert "gone.png" in batch["skipped"][0]
     assert collate([items[1]], tok.pad)["tokens"].shape == (0, 0)
 

@@ -278,8 +278,8 @@ def test_two_processes_stop_at_a_bad_record_of_one_and_save_first(go, mixed, fla
 
 def test_shares_are_even_and_together_the_batch():
     class Sized:
-        def guess_tokens(self, i, n_visual):
-            return 25 * (i % 7) + 12.5 + n_visual * (i % 3 == 0)
+        def guess_tokens(self, i, tokens_per_tile):
+            return 25 * (i % 7) + 12.5 + tokens_per_tile * (i % 3 == 0)
 
     hands = [data.share_by_rank(list(range(64)), Sized(), 576, rank, 4) for rank in range(4)]
     assert sorted(i for hand in hands for i in hand) == list(range(64))
@@ -461,7 +461,7 @@ def test_batches_under_a_token_budget_waste_less_than_5_percent_on_llava_like_le
             for t in llava_like(128, step)
         ]
         made = data.micro_batches(rows, 0, 0, budget=16384)
-        assert sorted(i for m in made for i in m["ids"]) == sorted(r["id"] for r in rows)
+        assert sorted(i for m in made for i in m["record_ids"]) == sorted(r["id"] for r in rows)
         assert all(
             m["tokens"].numel() <= 16384
             and m["tokens"].shape == m["labels"].shape

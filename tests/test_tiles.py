@@ -311,7 +311,7 @@ def test_an_anyres_model_opens_in_transformers_as_llava_next_and_says_the_same(t
     )
     assert not any(report.values())
     processor, question = transformers.AutoProcessor.from_pretrained(tmp_path), "<image>\nWhat is this?"
-    text = f"{conversation.VICUNA} USER: {question} ASSISTANT:"
+    text = f"{conversation.SYSTEM_VICUNA} USER: {question} ASSISTANT:"
     for size in (28, 28), (60, 31), (31, 60), (100, 90), (300, 40), (200, 5), (2, 300):
         pixels, layout = cut_tiles(noise(*size), ours.cfg.vision, "anyres")
         tokens = torch.tensor([encode_prompt(tok, [("human", question)], "vicuna_v1", [len(layout)])])

@@ -17,7 +17,7 @@ import sentencepiece
 from PIL import Image
 
 import toyworld
-from conversation import VICUNA
+from conversation import SYSTEM_VICUNA
 from lab.vicuna import BRIEF, sayings
 from support.cli import UserError
 from tools.tokenizer import train_tokenizer
@@ -433,7 +433,7 @@ def test_tokenizer_round_trips_any_text(tokenizer):
 
 def test_every_word_of_a_question_with_its_format_prompt_is_one_piece_and_every_box_eight(tokenizer):
     train = [text for _, _, *pair in asked(60) for text in pair] + [describe(scene) for scene in scenes(30)]
-    lists = [*KINDS, *COLORS, *PLACES, *toyworld.SIZES, *toyworld.WORDS, *BRIEF, VICUNA, "USER ASSISTANT"]
+    lists = [*KINDS, *COLORS, *PLACES, *toyworld.SIZES, *toyworld.WORDS, *BRIEF, SYSTEM_VICUNA, "USER ASSISTANT"]
     words = {word for text in train + lists for word in re.findall("[A-Za-z]+", text)}
     assert [w for w in words if len(tokenizer.encode(w)) > 1] == []
     for x in range(21):

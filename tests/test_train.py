@@ -446,7 +446,7 @@ def test_a_signal_to_all_processes_lets_the_loader_finish_the_step_which_is_save
     original = data.micro_batches
 
     def slow(examples, **flags):
-        if examples[0]["index"] in later:  # of step 3, the loader is two ahead
+        if examples[0]["number"] in later:  # of step 3, the loader is two ahead
             Path("there").touch()
             time.sleep(1)
         return original(examples, **flags)

@@ -252,7 +252,7 @@ def pairs_in_a_row(model, n, batch):
     examples = []
     for i, ids in enumerate(tokens.tolist()):
         example = mpo.pair_row(ids[: -2 * n], ids[-2 * n : -n], ids[-n:])
-        example |= {"pixels": pixels[i : i + 1], "layout": layout, "id": "", "index": i}
+        example |= {"pixels": pixels[i : i + 1], "layout": layout, "id": "", "number": i}
         examples.append(example)
     pairs = mpo.collate_pairs(examples, model.cfg.pad_token)
 
