@@ -24,17 +24,12 @@ save a checkpoint first; a second one ends the run at once.
 """
 
 import math
-import os
-import signal
 import sys
-import threading
-import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import torch
@@ -43,13 +38,14 @@ from torch.utils.data import DataLoader
 from conversation import find_template
 from data import Examples, Records, collate, draw_steps, micro_batches, share_by_rank
 from model import IGNORE, PRESETS
-from support.checkpoint import END_SIGNALS, FREE_TO_CHANGE, Run
+from support.checkpoint import FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, parse, run
 from support.distributed import (
     average_gradients,
     compiles,
     full_tensor,
     gather_numbers,
+    in_loader_process,
     parallelize,
     precision,
     processes,
@@ -98,11 +94,11 @@ def fit(cfg, task, run, held_out=None):
             metrics |= task.state_dict()  # mpo.py's delta
             run.log_step(step, batches, loss, metrics)
 
-            # Now and then: look at held-out questions, and save.
-            if held_out and is_due(step, cfg.eval_every, run.n_step):
-                held_out.look(run, step)
+            # Now and then: save, and look at held-out questions.
             if is_due(step, cfg.save_every, run.n_step) or run.interrupted or step == run.n_step:
                 run.save()
+            if held_out and is_due(step, cfg.eval_every, run.n_step):
+                held_out.look(run, step)
             if run.interrupted:
                 run.say(f"interrupted: step {step} is saved; go on with the same command and --resume")
                 return 130
@@ -198,23 +194,6 @@ def load_steps(cfg, task, run):
     for batches in loader:
         run.stop_at_bad_records(batches)
         yield batches
-
-
-def in_loader_process(_):
-    """Whatever ends the run, the parent wants this step's records first; without a parent nobody does.
-
-    Tensors go there through the pipe, as arrays: Docker's shared memory may hold less than a batch.
-    """
-    for number in END_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=die_with, args=[os.getppid()], daemon=True).start()
-    ForkingPickler.register(torch.Tensor, lambda t: (torch.from_numpy, (t.numpy(),)))
-
-
-def die_with(parent):
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)  # whatever it waits for
 
 
 def lr_at(step, n_step, peak, warmup):

@@ -26,7 +26,15 @@ import torch
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.distributed import barrier, gather_numbers, gather_on_first, placed_like, rank, world_size
+from support.distributed import (
+    END_SIGNALS,
+    barrier,
+    gather_numbers,
+    gather_on_first,
+    placed_like,
+    rank,
+    world_size,
+)
 from support.export import save_adapter
 from support.io import check_flags, fingerprint, json_lines, lock, read_rows, reading, write_whole
 from support.plots import curve, plot
@@ -37,9 +45,6 @@ FREE_TO_CHANGE = (
     "resume", "out", "workers", "device", "dry_run", "compile", "shard", "recompute", "micro_batch_size",
     "token_budget", "log_every", "eval_every", "save_every", "final_eval", "eval_limit", "bad_records",
 )
-
-
-END_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster sends before it takes the machine
 
 
 class Run:
@@ -141,7 +146,7 @@ class Run:
             signal.signal(number, signal.SIG_IGN if world_size() > 1 else self.old_handlers[number])
         with contextlib.suppress(OSError):
             # print is not safe in a handler
-            os.write(2, b"\nCtrl-C: ending this step, then saving; once more to stop at once\n")
+            os.write(2, b"\nending this step, then saving; once more to stop at once\n")
 
     def stop_at_bad_records(self, batches):
         """If --bad-records says so. What was done before it is saved first."""

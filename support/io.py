@@ -3,7 +3,7 @@
 import json
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import takewhile
 from pathlib import Path
 
@@ -63,15 +63,16 @@ def lock(path):
 
     lockf and not flock: a loader process, which outlives a killed parent by seconds, does not inherit it.
     """
+    if fcntl is None:
+        return nullcontext()
     path = Path(path)
     make_folder(path.parent)
     file = open(path, "a")
-    if fcntl:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{path}: held by another run, which still writes there; wait until it ends, or "
-                            "choose another --out") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{path}: held by another run, which still writes there; wait until it ends, or "
+                        "choose another --out") from None
     return file
 
 

@@ -23,9 +23,10 @@ from data import Examples, Records
 from model import IGNORE
 from mpo import PairExamples
 from support.cli import Bar, UserError, arg, run
+from support.distributed import in_loader_process
 from support.start import build
 from tools import tokenizer
-from train import Answering, TrainConfig, draw_toy_world, in_loader_process, parse_flags
+from train import Answering, TrainConfig, draw_toy_world, parse_flags
 
 GREY = "#303030"
 
