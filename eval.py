@@ -12,9 +12,9 @@ answers.jsonl (LLaVA's form, which --predictions reads), what an official server
 from which --resume goes on.
 
 Where this departs from the originals:
-  - several questions at once, each picture looked at once for all of its questions in a batch; the originals
-    ask one by one. Answers are the same but for float rounding;
-  - a question too long for the model is counted as wrong, and said; the originals cut it;
+  - several questions at once, and each picture goes through the tower once for all of its questions in a
+    batch; the originals ask one by one. Answers are the same but for float rounding;
+  - a question too long for the model is counted as wrong, and reported; the originals cut it;
   - what GPT-4 grades ends with requests to it (benchmarks/judged.py), and MathVista's answers are extracted
     by rule (benchmarks/reasoning.py).
 """
@@ -90,12 +90,12 @@ def main(argv=None):
         if len(cfg.benchmark) > 1 or not cfg.out:
             out = out / name
         with lock(out / "lock"):
-            results.append(evaluate(name, cfg, vlm, tok, out))
+            results.append(evaluate_benchmark(name, cfg, vlm, tok, out))
     print("\n" + table(results))
     return 0
 
 
-def evaluate(name, cfg, vlm, tok, out):
+def evaluate_benchmark(name, cfg, vlm, tok, out):
     """One benchmark from its files to results.json, which is returned."""
     bench = SUITE[name]
     items = read_items(name, cfg)
@@ -112,7 +112,7 @@ def evaluate(name, cfg, vlm, tok, out):
         asked = repr([(item["id"], item["text"]) for item in items])
         flags |= {"benchmark": name, "questions of checksum": zlib.crc32(asked.encode())}
         flags |= {"weights of checksum": fingerprint(sorted(Path(cfg.model).glob("*.safetensors")))}
-        result = examine(items, cfg, vlm, tok, Progress(out / "progress.jsonl", flags, cfg.resume))
+        result = evaluate(items, cfg, vlm, tok, Progress(out / "progress.jsonl", flags, cfg.resume))
 
     result["model"] = cfg.model
     if cfg.compare:
@@ -126,7 +126,7 @@ def evaluate(name, cfg, vlm, tok, out):
     return result
 
 
-def examine(items, cfg, vlm, tok, progress=None):
+def evaluate(items, cfg, vlm, tok, progress=None):
     """Ask all questions in every way, and add up. A training run ends with this, too."""
     columns = columns_of(items, cfg)
     answers = {}
@@ -208,18 +208,18 @@ def draw_some(items, limit):
 def columns_of(items, cfg):
     """-> {name: questions}; the first is the score."""
     pictures = find_pictures(items, cfg)
-    shown = {"chain of thought": pictures} if cfg.cot else {}
-    shown["direct"] = pictures
+    pictures_of_column = {"chain of thought": pictures} if cfg.cot else {}
+    pictures_of_column["direct"] = pictures
     if cfg.blind == "none":
-        shown["no pictures"] = {}
+        pictures_of_column["no pictures"] = {}
     elif cfg.blind or items[0]["benchmark"] == "own":
         other = other_pictures(pictures.values())
         if len(other) > 1:
             shuffled = {id: [other[picture] for picture in found] for id, found in pictures.items()}
-            shown["shuffled pictures"] = shuffled
+            pictures_of_column["shuffled pictures"] = shuffled
     columns = {}
-    for column, seen in shown.items():
-        columns[column] = [phrase(item, column, seen.get(item["id"], []), cfg) for item in items]
+    for column, found in pictures_of_column.items():
+        columns[column] = [phrase(item, column, found.get(item["id"], []), cfg) for item in items]
     return columns
 
 
@@ -246,22 +246,22 @@ def ask_again(questions, answers):
     """M3CoT asks a second time, for the letter; an empty first answer is no turn to go on from."""
     again = []
     for item in questions:
-        said = answers[item["id"]].get("answer")
-        if said and "then" in item:
-            turns = [*item["turns"], ("gpt", as_text(said)), ("human", item["then"])]
+        first = answers[item["id"]].get("answer")
+        if first and "then" in item:
+            turns = [*item["turns"], ("gpt", as_text(first)), ("human", item["then"])]
             again.append(item | {"turns": turns, "column": item["column"] + ", then"})
     return again
 
 
-def other_pictures(shown):
+def other_pictures(pictures):
     """[[picture, ...], ...] -> {picture: one far away}; what is right about that was not seen."""
-    some = list(dict.fromkeys(picture for pictures in shown for picture in pictures))
+    some = list(dict.fromkeys(picture for its_pictures in pictures for picture in its_pictures))
     half = len(some) // 2
     return dict(zip(some, some[half:] + some[:half]))
 
 
 def find_pictures(items, cfg):
-    """{id: [path or bytes, ...]}; what is missing is said before the first answer."""
+    """{id: [path or bytes, ...]}; what is missing is an error before the first answer."""
     folder = Path(cfg.data).parent if Path(cfg.data).is_file() else cfg.data
     find = cache(partial(find_picture, Path(os.path.abspath(cfg.image_root or folder))))
     pictures = {}
@@ -307,22 +307,22 @@ def write_results(bench, result, items, out):
 
 def report(result):
     """What else must be known of one benchmark."""
-    said = [f"{result['benchmark']}: {result['n']} questions, {result['column']}"]
+    notes = [f"{result['benchmark']}: {result['n']} questions, {result['column']}"]
     if result.get("left_out"):
-        said.append(f"nothing of {', '.join(result['left_out'])} is answered, so it is left out")
+        notes.append(f"nothing of {', '.join(result['left_out'])} is answered, so it is left out")
     scored = [record for record in result["records"] if record["score"] is not None]
     n_missing = sum(record["answer"] is None for record in scored)
     if n_missing:
-        said.append(f"{n_missing} without an answer, counted as wrong")
+        notes.append(f"{n_missing} without an answer, counted as wrong")
     if 0 < len(scored) < len(result["records"]):
-        said.append(f"{len(result['records']) - len(scored)} not scored, for want of a label or a review")
+        notes.append(f"{len(result['records']) - len(scored)} not scored, for want of a label or a review")
     if result["cut_off"]:
-        said.append(f"{result['cut_off']} answers cut off")
+        notes.append(f"{result['cut_off']} answers cut off")
     if result["score"] is None:
-        said.append("no score without labels or grades: hand it in, or send judge_requests.jsonl to GPT-4")
+        notes.append("no score without labels or grades: hand it in, or send judge_requests.jsonl to GPT-4")
     if "compare" in result:
-        said.append(f"against {result['compare']['with']}: {describe_comparison(result['compare'])}")
-    return "; ".join(said)
+        notes.append(f"against {result['compare']['with']}: {describe_comparison(result['compare'])}")
+    return "; ".join(notes)
 
 
 def table(results):

@@ -2,8 +2,9 @@
 
 For a prompt x (picture and question), a chosen answer y_c and a rejected one y_r:
 
-    s(y) = sum over the tokens of y of log pi(token | x, tokens before)   beta 0.1 is made for sums, not means
+    s(y) = sum over the tokens of y of log pi(token | x, tokens before)
     r(y) = beta (s(y) - s_ref(y))                 the reward; the reference is the model before training
+    beta = 0.1                                    made for sums over tokens, not for means
     L    = w_p L_p + w_q L_q + w_g L_g            L_p  which of the two is better (DPO)
                                                   L_q  is each one good by itself (BCO, rewards minus delta)
                                                   L_g  keep writing good answers (SFT on y_c)
@@ -19,9 +20,9 @@ s_ref of every pair is computed before the first step, in the batches of trainin
 exactly 0. It is kept in the run's folder with a checksum of the pair. A pair that is not what it was then, or
 whose picture was missing, is skipped like any that cannot be used.
 
-Deviations from the authors' code, all of them:
+Where this departs from the authors' code:
   - delta, the running mean of all rewards, is saved in the checkpoint (the original restarts it at 0). As
-    there it grows with every micro-batch, but each pair counts the same: --micro-batch-size changes nothing
+    there it is updated after every micro-batch, but weighted by its pairs: --micro-batch-size changes nothing
     but delta within a step;
   - L_g is the mean over the pairs of each one's mean over its tokens, as the paper has it (the code: one mean
     over the tokens of a batch);
@@ -207,7 +208,7 @@ class Preferring:
             },
             "share of pairs with the chosen answer ahead": {"accuracy": "accuracy"},
             "delta, the mean of all rewards so far": {"delta": "delta"},
-            "NLL of the chosen answer per token": {"nll": "nll"},
+            "NLL of the chosen answer per token": {"nll": "sft"},
         },
     }
     collate = staticmethod(collate_pairs)
@@ -270,7 +271,6 @@ class Preferring:
             "accuracy": (margin > 0).float(),
             "logp_chosen": s[:, 0],
             "logp_rejected": s[:, 1],
-            "nll": terms["sft"][1],
         }
         return loss, {name: value.detach().mean().item() for name, value in metrics.items()}
 
@@ -280,7 +280,7 @@ class Preferring:
             s, n_token = pair_log_probs(vlm, batch)
             return s, batch["s_ref"], n_token
         with torch.no_grad():
-            features = vlm.features(batch["pixels"])  # of a frozen tower: one look for both
+            features = vlm.features(batch["pixels"])  # of a frozen tower: computed once for both
             with lora_off(vlm):
                 s_ref, _ = pair_log_probs(vlm, batch, features)
         s, n_token = pair_log_probs(vlm, batch, features)
@@ -331,7 +331,7 @@ class PairExamples(Examples):
         tokens, labels = encode_conversation(self.tok, turns, self.template, n_visual)
         while labels[-1] == IGNORE:
             labels.pop()
-        n_prompt = len(labels) - labels[::-1].index(IGNORE)
+        n_prompt = len(labels) - labels[::-1].index(IGNORE)  # just after the last IGNORE
         return tokens[:n_prompt], labels[n_prompt:]
 
 

@@ -56,7 +56,7 @@ class ModelConfig:
 
 @dataclass
 class AskConfig(ModelConfig):
-    """And how, unless it is an examination."""
+    """And how, unless it is an evaluation."""
 
     temperature: float = arg(
         0.0, "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf

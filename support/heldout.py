@@ -7,7 +7,7 @@ import torch
 
 import sample
 from data import Examples, Records, micro_batches
-from eval import EvalConfig, columns_of, draw_some, examine, other_pictures, read_items, table
+from eval import EvalConfig, columns_of, draw_some, evaluate, other_pictures, read_items, table
 from support.asking import encode_questions
 from support.distributed import rank
 from support.io import write_json
@@ -17,13 +17,13 @@ class HeldOut:
     """The questions of --val: now and then their loss and some answers, at the end the table."""
 
     def __init__(self, cfg, vlm, tok, task, n=128):
-        """task: whose loss is looked at, that of n records spread over the file."""
+        """task: whose loss is measured, that of n records spread over the file."""
         self.cfg, self.vlm, self.tok, self.task = cfg, vlm, tok, task
         self.exam = EvalConfig(data=cfg.val, image_root=cfg.image_root)
         self.questions = read_items("own", self.exam)
         records = Records(cfg.val, cfg.image_root)
         for _ in self.examples_of(records):
-            pass  # what is wrong with any of them, a picture that does not open, is said before the training
+            pass  # what is wrong with any, as a picture that does not open, ends the run before it trains
         some = [records[i] for i in range(0, len(records), math.ceil(len(records) / n))]
         self.batches = micro_batches(list(self.examples_of(some)), 32, tok.pad)
 
@@ -77,7 +77,7 @@ class HeldOut:
     def examine(self, out):
         items = draw_some(self.questions, self.cfg.eval_limit)
         with not_training(self.vlm, self.cfg):
-            result = examine(items, self.exam, self.vlm, self.tok)
+            result = evaluate(items, self.exam, self.vlm, self.tok)
         print(f"\nheld-out accuracy\n{table([result])}")
         print(f"{result['cut_off']} of {len(items)} answers were cut off for being too long")
         if rank() == 0:

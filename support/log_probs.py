@@ -23,7 +23,7 @@ class TokenLogProbs(torch.autograd.Function):
     """A slice of rows at a time, so that the logits of all rows, (K, V) in float32, never exist.
 
     The gradient of a target's log-probability by its logits is onehot(target) - p. The first slices keep it
-    for the way back, where their logits were. For more there may be no room: they compute it once more.
+    for backward, where their logits were. For more there may be no room: they compute it once more.
     """
 
     slice_size = {"cpu": 2**23, "cuda": 2**26}  # logits: 32 MB in float32 stay in a cache, 256 MB fill a GPU

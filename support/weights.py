@@ -328,7 +328,7 @@ def read_model(directory, vision=None, llm=None):
     directory = Path(directory)
     paths = vision.split(",") if vision else []
     with reading(directory, "look at its files and config.json"):
-        config_json(directory)       # said first where it is lacking
+        config_json(directory)       # first: an error where it is lacking
         if is_lora(directory):
             parts, lora = read_lora(directory, llm)
         elif llm:

@@ -968,7 +968,7 @@ def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch):
         return answers
 
     monkeypatch.setattr(eval, "ask", ask)
-    results = eval.examine(items, eval.EvalConfig(image_root=str(tmp_path)), None, None)
+    results = eval.evaluate(items, eval.EvalConfig(image_root=str(tmp_path)), None, None)
     table = {"count": (3, 2 / 3, 2 / 3, 2 / 3), "cot": (2, 1 / 2, 1, 0), "all": (5, 3 / 5, 4 / 5, 2 / 5)}
     others = results["columns"]
     for category, row in table.items():
