@@ -41,7 +41,7 @@ from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
 from data import Records
 from support.asking import ask, read_picture
-from support.cli import UserError, arg, parse, run
+from support.cli import UserError, arg, parse, run_program
 from support.io import Progress, fingerprint, json_lines, lock, read_json, reading, write_whole
 
 
@@ -374,4 +374,4 @@ def draw_wrong(records, cfg, path):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

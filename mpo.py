@@ -46,7 +46,7 @@ from conversation import encode_conversation
 from data import Examples, collate
 from model import IGNORE, PRESETS
 from sample import newest_run
-from support.cli import REQUIRED, Bar, UserError, arg, parse, run
+from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.distributed import precision
 from support.io import reading, write_whole
 from support.log_probs import token_log_probs
@@ -375,4 +375,4 @@ def main(argv=None, Config=MPOConfig, Task=Preferring):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -34,7 +34,7 @@ from benchmarks.own import is_right
 from conversation import find_template
 from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
-from support.cli import REQUIRED, Bar, UserError, arg, parse, run
+from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.io import Progress, fingerprint, json_lines, lock, write_json, write_whole
 from vision import open_image
 
@@ -356,4 +356,4 @@ def report(groups, out):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -29,7 +29,7 @@ import torch
 from conversation import TEMPLATES, Tokenizer, as_text, cut_at_stop, encode_prompt, put_in_front, stop_ids
 from data import no_picture
 from model import VLM, Past
-from support.cli import UserError, arg, parse, pick_device, run
+from support.cli import UserError, arg, parse, pick_device, run_program
 from support.quantize import widen_products
 from support.weights import check_image_mode, check_tokenizer, tokenizer_home
 from vision import MODES, cut_tiles, join_tiles, open_image
@@ -271,4 +271,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -35,7 +35,7 @@ from pathlib import Path
 from PIL import Image, ImageColor, ImageDraw
 
 from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
-from support.cli import Bar, UserError, arg, parse, run
+from support.cli import Bar, UserError, arg, parse, run_program
 from support.io import json_lines, read_json, write_json
 
 
@@ -887,4 +887,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

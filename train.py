@@ -39,7 +39,7 @@ from conversation import find_template
 from data import Examples, Records, collate, draw_steps, micro_batches, share_by_rank
 from model import IGNORE, PRESETS
 from support.checkpoint import FREE_TO_CHANGE, Run
-from support.cli import UserError, arg, parse, run
+from support.cli import UserError, arg, parse, run_program
 from support.distributed import (
     average_gradients,
     compiles,
@@ -448,4 +448,4 @@ RECIPES |= {(llava, "finetune"): LLAVA_FINETUNE for llava in LLAVAS}
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -24,7 +24,7 @@ import train
 from data import Records
 from lab.common import patch_owners
 from model import IGNORE, PRESETS, VLM
-from support.cli import run
+from support.cli import run_program
 from support.io import read_json
 from support.plan import look_at_records
 from support.start import build, set_image_mode
@@ -148,4 +148,4 @@ def measure_speed(B=8, rounds=15):
 
 
 if __name__ == "__main__":
-    sys.exit(run(measure_speed))
+    sys.exit(run_program(measure_speed))

@@ -17,7 +17,7 @@ from pathlib import Path
 from lab.clip import make_clip
 from lab.connector import make_connector
 from lab.vicuna import make_vicuna, sayings
-from support.cli import arg, parse, run
+from support.cli import arg, parse, run_program
 from tools.tokenizer import train_tokenizer
 
 
@@ -48,4 +48,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import mpo
-from support.cli import REQUIRED, arg, run
+from support.cli import REQUIRED, arg, run_program
 
 
 def cdpo_loss(r_c, r_r, epsilon):
@@ -98,4 +98,4 @@ class Comparing(mpo.Preferring):
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: mpo.main(None, LossConfig, Comparing)))
+    sys.exit(run_program(lambda: mpo.main(None, LossConfig, Comparing)))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import lab.hd
 import lab.mpo
-from support.cli import REQUIRED, UserError, arg, parse, run
+from support.cli import REQUIRED, UserError, arg, parse, run_program
 from support.io import read_json, write_json
 
 EXPERIMENTS = {"hd": lab.hd, "mpo": lab.mpo}
@@ -102,4 +102,4 @@ def verdict(results, claim, cells):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

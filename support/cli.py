@@ -11,7 +11,7 @@
         cfg = parse(Config, argv, description=__doc__)
 
     if __name__ == "__main__":
-        sys.exit(run(main))
+        sys.exit(run_program(main))
 
 Type, default, help, choices and range of a flag stand on its field and nowhere else. Flags take _ for -, too.
 """
@@ -182,7 +182,7 @@ def pick_device(name):
     return torch.device(name)
 
 
-def run(program):
+def run_program(program):
     """Call a program and return its exit code: 0 done, 1 said in a line on stderr, 130 interrupted."""
     harden_output("stdout")
     harden_output("stderr")

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from model import DecoderConfig, VLMConfig
-from support.cli import run
+from support.cli import run_program
 from support.processor import save_processor
 from vision import VisionConfig
 
@@ -36,7 +36,7 @@ def save(vlm, tok, directory):
 
 def call(program, *flags):
     """-> exit code of a program's main with these flags, of any type."""
-    return run(lambda: program([str(flag) for flag in flags]))
+    return run_program(lambda: program([str(flag) for flag in flags]))
 
 
 def losses(out):

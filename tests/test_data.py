@@ -1166,7 +1166,7 @@ def program(capfd):
     """
 
     def program(*argv):
-        code = support_cli.run(lambda: tools_show.main([str(word) for word in argv]))
+        code = support_cli.run_program(lambda: tools_show.main([str(word) for word in argv]))
         return code, *capfd.readouterr()
 
     return program
@@ -1274,7 +1274,7 @@ def test_an_error_in_a_loader_process_is_still_one_line(tmp_path, tok, pictures,
         ):  # what a loader process does with an error: sends it over with its traceback in the text
             torch._utils.ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
-    assert support_cli.run(program) == 1
+    assert support_cli.run_program(program) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"error: {tmp_path / 'a.json'}, record 1 (id 'r1'): ") and err.count("\n") == 1
 

@@ -17,7 +17,7 @@ from benchmarks import choice, common, reasoning, vqa, yes_no
 from benchmarks.scoring import bootstrap
 from model import VLM
 from support import asking
-from support.cli import UserError, run
+from support.cli import UserError, run_program
 from support.heldout import HeldOut
 from support.io import Progress
 from tools import compare
@@ -29,7 +29,7 @@ needs_cases = pytest.mark.skipif(
 
 
 def evaluate(*flags):
-    return run(lambda: ev.main([str(flag) for flag in flags]))
+    return run_program(lambda: ev.main([str(flag) for flag in flags]))
 
 
 def scored(tmp_path, name, data, predictions, *flags):

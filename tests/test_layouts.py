@@ -45,7 +45,7 @@ import support.start as start
 import train
 from conversation import Tokenizer
 from model import VLM, Connector, Decoder, DecoderConfig
-from support.cli import UserError, run
+from support.cli import UserError, run_program
 from support.configs import decoder_config, read_config
 from support.export import clip_json, llama_json, llava_config, llava_name
 from support.io import read_json
@@ -58,11 +58,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def convert(src, out, *flags):
-    return run(lambda: main(["convert", str(src), str(out), *map(str, flags)]))
+    return run_program(lambda: main(["convert", str(src), str(out), *map(str, flags)]))
 
 
 def info(name, *flags):
-    return run(lambda: main(["info", str(name), *map(str, flags)]))
+    return run_program(lambda: main(["info", str(name), *map(str, flags)]))
 
 
 # ---- towers ------------------------------------------------------------------------------------------------

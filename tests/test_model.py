@@ -37,7 +37,7 @@ from model import (
     rotary_angles,
     rotate,
 )
-from support.cli import UserError, run
+from support.cli import UserError, run_program
 from support.configs import decoder_config, read_config, vision_config
 from support.distributed import add_blank_tile
 from support.export import clip_json, llama_json, llama_name, llava_config, llava_name
@@ -906,7 +906,7 @@ def test_a_file_limit_of_the_system_leaves_the_old_file_and_nothing_else(saved, 
         )  # Python ignores the signal that comes with it
         VLM.from_pretrained(saved).save_pretrained(saved)
 
-    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run(save_in_little_space)))
+    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run_program(save_in_little_space)))
     child.start()
     child.join()
     said = capfd.readouterr().err.splitlines()[-1]

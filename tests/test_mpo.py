@@ -24,7 +24,7 @@ from benchmarks.own import is_right
 from conversation import Tokenizer, encode_conversation
 from data import Records
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
-from support.cli import parse, run
+from support.cli import parse, run_program
 from tools import show
 from vision import VisionConfig
 
@@ -797,7 +797,7 @@ def build(tiny, folder, method, *flags, out="pairs/made.jsonl"):
         out,
     ]
     base += ["--samples", 4, "--batch-size", 8, "--max-new-tokens", 12]
-    return run(lambda: pairs.main([str(word) for word in [*base, *flags]]))
+    return run_program(lambda: pairs.main([str(word) for word in [*base, *flags]]))
 
 
 @pytest.fixture

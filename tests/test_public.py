@@ -32,7 +32,7 @@ import sample
 from conversation import Tokenizer, encode_prompt
 from model import PRESETS, VLM, Connector, Decoder, DecoderConfig, VLMConfig
 from sample import ModelConfig, open_asked
-from support.cli import UserError, run
+from support.cli import UserError, run_program
 from support.configs import decoder_config, vision_config
 from support.export import llava_config, llava_name, save_adapter
 from support.lora import add_lora
@@ -197,7 +197,7 @@ def save_toy(folder, **changes):
 
 
 def ask(folder, *flags):
-    return run(lambda: sample.main(["--model", str(folder), *map(str, flags)]))
+    return run_program(lambda: sample.main(["--model", str(folder), *map(str, flags)]))
 
 
 def as_transformers_writes(folder, mode, old=True):
@@ -427,7 +427,7 @@ def test_a_lora_takes_the_tokenizer_of_its_base(tmp_path, capfd, named):
     job = ["--method", "dropout-ntp", "--data", tmp_path / "q.jsonl", "--out", tmp_path / "pairs.jsonl"]
     job += ["--image-root", tmp_path]
     job = [str(word) for word in [*job, "--model", lora, *flags, "--max-new-tokens", 2]]
-    assert run(lambda: pairs.main(job)) == 1
+    assert run_program(lambda: pairs.main(job)) == 1
     assert "not one pair could be made" in capfd.readouterr().err
 
 

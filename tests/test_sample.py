@@ -17,7 +17,7 @@ from common import ROOT, errors
 import sample
 from conversation import encode_prompt
 from model import VLM
-from support.cli import UserError, run
+from support.cli import UserError, run_program
 from vision import cut_tiles, open_image
 
 NO_IMAGE = "nothing to answer: give --image, --prompt or both"
@@ -31,7 +31,7 @@ def ask(tiny, world, tmp_path, monkeypatch):
     Path("out/tiny").symlink_to(tiny)
     for name, i in ("a.png", 0), ("b.png", 1):
         Path(name).symlink_to(world / f"images/val_{i:05d}.png")
-    return lambda *flags: run(lambda: sample.main([str(word) for word in flags]))
+    return lambda *flags: run_program(lambda: sample.main([str(word) for word in flags]))
 
 
 @pytest.fixture

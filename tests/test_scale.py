@@ -30,7 +30,7 @@ import tools.weights as tools_weights
 import train
 from data import IGNORE, Records, picture_paths
 from model import VLM
-from support.cli import Bar, UserError, run
+from support.cli import Bar, UserError, run_program
 from support.export import save_adapter, write_model
 from support.lora import add_lora, lora_off, merged_state
 from support.weights import load_adapter
@@ -773,7 +773,7 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(
     if "pretrain" in recipe.stem:  # captions: each record has a picture
         records = [r for r in json.loads(mixed.read_text()) if "image" in r]
         mixed.write_text(json.dumps(records))
-    assert run(lambda: train.main(flags[1:])) == 0
+    assert run_program(lambda: train.main(flags[1:])) == 0
     said = capfd.readouterr().out
     assert re.search(r"llm +6,[0-9]{3}", said) and "frozen" in said and "GB" in said
 

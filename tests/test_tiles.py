@@ -592,7 +592,7 @@ def test_a_choice_of_tiles_that_cannot_be_is_one_line(go, capfd):
         assert go(*flags, out="x") == 1
         assert says in capfd.readouterr().err.splitlines()[-1]
     assert (
-        support_cli.run(
+        support_cli.run_program(
             lambda: sample.main(
                 [
                     "--model",

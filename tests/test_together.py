@@ -133,5 +133,5 @@ def test_recomputed_blocks_change_no_gradient_of_a_row_of_two_answers(start, tok
 def test_one_process_is_asked_for_where_only_one_can_be(start, monkeypatch, capfd):
     Path("pairs.jsonl").write_text(json.dumps({"question": "What?", "chosen": "a", "rejected": "b"}) + "\n")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert support_cli.run(lambda: mpo.main(["--model", "start", "--data", "pairs.jsonl"])) == 1
+    assert support_cli.run_program(lambda: mpo.main(["--model", "start", "--data", "pairs.jsonl"])) == 1
     assert "without torchrun" in capfd.readouterr().err.splitlines()[-1]

@@ -30,7 +30,7 @@ import torch
 
 import mpo
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
-from support.cli import REQUIRED, UserError, arg, parse, run
+from support.cli import REQUIRED, UserError, arg, parse, run_program
 from support.start import init_weights
 from vision import VisionConfig
 
@@ -334,4 +334,4 @@ def process_bytes(key):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.scoring import compare, describe_comparison
 from eval import SUITE
-from support.cli import REQUIRED, UserError, arg, parse, run
+from support.cli import REQUIRED, UserError, arg, parse, run_program
 from support.io import read_json, reading
 
 
@@ -32,4 +32,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from benchmarks.common import SHORT
 from model import PRESETS
-from support.cli import REQUIRED, Bar, UserError, arg, parse, run
+from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.io import json_lines, reading, write_json, write_whole
 from toyworld import llava_record
 from vision import open_image
@@ -194,4 +194,4 @@ def draw_page(photos, size):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from data import Examples, Records
 from model import IGNORE
 from mpo import PairExamples
-from support.cli import Bar, UserError, arg, run
+from support.cli import Bar, UserError, arg, run_program
 from support.distributed import in_loader_process
 from support.start import build
 from tools import tokenizer
@@ -247,4 +247,4 @@ def check_records(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

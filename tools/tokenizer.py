@@ -15,7 +15,7 @@ import sentencepiece
 
 from conversation import Tokenizer
 from data import Records
-from support.cli import REQUIRED, UserError, arg, parse, run
+from support.cli import REQUIRED, UserError, arg, parse, run_program
 from support.io import write_whole
 
 
@@ -72,4 +72,4 @@ def train_tokenizer(path, lines, vocab_size, required=""):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

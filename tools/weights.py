@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from model import PRESETS, VLM, Decoder, DecoderConfig
-from support.cli import REQUIRED, UserError, arg, parse, run
+from support.cli import REQUIRED, UserError, arg, parse, run_program
 from support.configs import (
     DECODERS,
     READERS,
@@ -167,4 +167,4 @@ def print_pictures(cfg, folder):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))
