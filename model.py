@@ -1,9 +1,11 @@
 """The vision-language model: a ViT looks, a connector translates, a Llama-style decoder reads and writes
 (arXiv:2310.03744).
 
-    pixels --ViT--> features of patches --connector--> visual tokens, as wide as the embeddings of text
-    tokens --embedding--> rows; over those of the image tokens the visual tokens are written
-    rows   --decoder--> hidden states --lm_head--> logits of the next token
+    pixels     --ViT--> features of patches --connector--> visual tokens, as wide as the embeddings of text
+    tokens     --embed--> embeddings, of which visual tokens replace those at the image-token positions
+    embeddings --decoder--> hidden states --lm_head--> logits of the next token
+
+Flags call the decoder llm, and a connector's file projector.
 
     h   = x + Attention(RMSNorm(x))         the decoder is Llama's (arXiv:2302.13971):
     out = h + SwiGLU(RMSNorm(h))            pre-norm, rotary positions, no biases
@@ -15,8 +17,8 @@
     vlm.save_pretrained(DIR)                # transformers opens it, if its tower is a CLIP
 
 Letters: B rows of a batch, T tokens of a row, n tiles of all pictures, S pixels a side of a tile, N features
-of a tile, M visual tokens of all pictures, K rows that are wanted of all B T, D channels, H heads, d channels
-of a head, V tokens of the vocabulary.
+of a tile, n_feature channels of a feature, M visual tokens of all pictures, K wanted positions of all B T,
+D channels of the decoder, H heads, d channels of a head, V tokens of the vocabulary.
 
 Rows are padded on the right, in training and in generation alike: under a causal mask no token ever sees the
 padding behind it, so no mask is needed for it. Deviations from the originals:
@@ -35,9 +37,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from support.cache import end_of_pictures, prefill_shared_prefix
 from support.cli import UserError
 from support.log_probs import token_log_probs
-from vision import VisionConfig, ViT, check_range, find_tiling, random_normal
+from vision import VisionConfig, ViT, find_tiling
 
 IGNORE = -100                        # the label of a token that is not supervised
 
@@ -56,16 +59,13 @@ class DecoderConfig:
     block_size: int = 4096           # longest sequence
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    tied: bool = False               # the file has no head of its own: it starts as a copy of the embedding
+    head_from_embedding: bool = False  # the file has no head of its own: it starts as a copy of the embedding
 
     def __post_init__(self):
-        check_range(self, 1, vocab_size=2**24, n_layer=1000, n_embd=65536, n_hidden=2**20, block_size=2**24)
-        check_range(self, 1, n_head=65536, n_kv_head=65536, head_dim=65536, rope_theta=1e12)
-        check_range(self, 0, norm_eps=1)
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} query heads cannot share {self.n_kv_head} key-value heads")
-        if self.head_dim % 2:
-            raise UserError(f"rotary positions turn channels in pairs; {self.head_dim} in a head is odd")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(f"rotary positions turn channels in pairs; a head cannot have {self.head_dim}")
 
 
 class ConnectorKind(NamedTuple):
@@ -105,8 +105,6 @@ class VLMConfig:
                 raise UserError(f"two towers need the same pixels and visual tokens; {first} is not {second}")
         if self.image_token <= max(self.bos_token, self.eos_token):
             raise UserError(f"image token {self.image_token} lies among the words; it must come after them")
-        check_range(self, 1, image_token=2**24, pad_token=2**24)
-        check_range(self, 0, bos_token=2**24, eos_token=2**24)
         find_tiling(self.vision, self.image_mode)  # an unknown mode is an error here
 
     @property
@@ -126,8 +124,10 @@ class VLMConfig:
 
     @property
     def never_generated(self):
-        """The ids of <image>, <pad> and what else lies behind the text."""
-        if self.pad_token == self.eos_token:  # InternVL, whose text tokens go on behind <image>
+        """The ids that no answer may have."""
+        # InternVL (the family that pads with </s>) has control tokens after <image>; only <image> is
+        # forbidden. Others: everything from the first of <image>, <pad> on.
+        if self.pad_token == self.eos_token:
             return slice(self.image_token, self.image_token + 1)
         return slice(min(self.image_token, self.pad_token), None)
 
@@ -138,7 +138,8 @@ TOY_TOWER = VisionConfig(image_size=96, patch_size=12, n_embd=128, n_layer=5, n_
 TOY_DECODER = DecoderConfig(
     vocab_size=960, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024
 )
-# photo: for 64 px pictures of four 32 px photos, from random weights. A photo becomes one visual token.
+# photo: from random weights, for a run on your own pictures (README). Four photos of 32 px make a picture of
+# 64 px, and each becomes one visual token.
 PHOTO_TOWER = replace(TOY_TOWER, image_size=64, patch_size=16, n_layer=4, feature_layer=-1, merge=2)
 TOWER_224 = VisionConfig(image_size=224)
 VICUNA_7B = DecoderConfig(vocab_size=32064)
@@ -173,8 +174,8 @@ class VLM(nn.Module):
         """(B, T) int64, (n, 3, S, S) -> logits (B, T, V); with labels (B, T) -> their loss, a scalar.
 
         An image is a run of image tokens, one for each of its visual tokens, in the order of the pictures.
-        layout (M, 2) says which tile and which patch of it each visual token is (vision.cut_tiles), so that
-        several runs can show one picture; None: each patch of each tile, in order.
+        layout (M, 2) says of which tile each visual token is, and at which place in it (vision.py), so that
+        several runs can show one picture; None: all of each tile, in order.
         labels stand under their own token, not shifted; IGNORE where it is not supervised. The loss is the
         mean over the others of - log p(token | tokens before it), Eq. 3 of the first LLaVA paper
         (arXiv:2304.08485v2).
@@ -196,15 +197,16 @@ class VLM(nn.Module):
         return [self.vision, self.vision2] if self.cfg.vision2 else [self.vision]
 
     def features(self, pixels):
-        """What the towers see: (n, 3, S, S) -> (n, N, D_vision). None where there is no picture."""
+        """Tiles (n, 3, S, S) -> features (n, N, n_feature) of all towers. None where there is no picture."""
         if pixels is None or len(pixels) == 0:
             return None
         return torch.cat([tower(pixels) for tower in self.towers], dim=-1)
 
     def embed(self, tokens, features=None, layout=None):
-        """Tokens (B, T) -> their embeddings (B, T, D). Over those of the image tokens the visual tokens are
-        written, into which the connector turns the features (n, N, D_vision)."""
-        # <image> and <pad> may lie beyond the table (LLaVA's own has 32,000 rows); any row will do for them.
+        """Embed the tokens (B, T) -> (B, T, D). The connector turns features (n, N, n_feature) into M visual
+        tokens, which replace the embeddings at the M image-token positions."""
+        # In a 32,000-row table (LLaVA's own) these ids have no row: look up row 0. The result is replaced or
+        # never seen.
         is_image = tokens == self.cfg.image_token                           # (B, T)
         no_row = is_image
         if self.cfg.pad_token >= self.cfg.decoder.vocab_size:
@@ -218,7 +220,7 @@ class VLM(nn.Module):
         if n_image != len(visual):
             raise ValueError(
                 f"{n_image} image tokens in the batch, {len(visual)} visual tokens from the pictures: each "
-                "picture needs as many image tokens as its layout has rows (encode_conversation makes them)"
+                "picture needs as many image tokens as its layout has entries (conversation.py makes them)"
             )
         return x.masked_scatter(is_image[:, :, None], visual.to(x.dtype))
 
@@ -231,13 +233,13 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, tokens, pixels, max_new_tokens, layout=None, lengths=None, stop=None, past=None, **sampling
+        self, tokens, pixels, max_new_tokens, layout=None, lengths=None, stop=None, history=None, **sampling
     ):
         """The same, a token of each row at a time: yields ids (B,) until every row has ended.
 
         lengths (B,): how many tokens of each row are prompt, where rows are padded on the right.
         stop: the ids that end an answer, if not </s> alone.
-        past: a Past that a chat hands on from question to question, each of one row.
+        history: the support.cache.KVHistory of a chat, handed on from question to question, each of one row.
         sampling: temperature, top_p, top_k and seed, the fields of Sampling; greedy without them.
         """
         B, T = tokens.shape
@@ -252,17 +254,18 @@ class VLM(nn.Module):
         lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=device)
         stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
 
-        # Read the prompts. What padding leaves in the cache is overwritten before anything sees it.
+        # Prefill. What padding leaves in the cache is overwritten before anything sees it.
         cache = self.decoder.new_cache(B, T + max_new_tokens)
-        if past is None:
+        if history is None:
             x = self.embed(tokens, self.features(pixels), layout)           # (B, T, D)
-            start = self.decoder.read_alike(x, self.end_of_pictures(tokens, lengths), cache)
+            end = end_of_pictures(tokens == self.cfg.image_token, lengths)
+            start = prefill_shared_prefix(self.decoder, x, end, cache)
         else:
-            x = self.embed(tokens, past.look(self, pixels), layout)         # (1, T, D)
-            start = past.recall(x, cache)
-        h = self.decoder.read(x, start, lengths, cache)                     # (B, D)
+            x = self.embed(tokens, history.features(self, pixels), layout)  # (1, T, D)
+            start = history.reuse_prefix(x, cache)
+        h = self.decoder.prefill(x, start, lengths, cache)                  # (B, D)
 
-        # Write, one token a row and step.
+        # Decode, one token a row and step.
         ended = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             logits = self.decoder.lm_head(h).float()                        # (B, V)
@@ -273,16 +276,9 @@ class VLM(nn.Module):
             if ended.all() or step + 1 == max_new_tokens:
                 return
             x = self.decoder.embed_tokens(new.masked_fill(ended, 0))        # (B, D)
-            h = self.decoder.step(x, lengths + step, T + step + 1, cache)   # (B, D)
-            if past:
-                past.x = torch.cat([past.x, x[None]], dim=1)
-
-    def end_of_pictures(self, tokens, lengths):
-        """Up to where prompts about one picture may be alike in all rows: behind their pictures."""
-        is_image = tokens == self.cfg.image_token                           # (B, T)
-        place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        end = torch.minimum((is_image * place).amax(1), lengths - 1)        # (B,)
-        return int(end.min())
+            h = self.decoder.decode_step(x, lengths + step, T + step + 1, cache)
+            if history:
+                history.x = torch.cat([history.x, x[None]], dim=1)
 
     @classmethod
     def from_pretrained(
@@ -309,7 +305,7 @@ class VLM(nn.Module):
 
 
 class Connector(nn.Module):
-    """Features (n, N, D_vision) -> visual tokens (M, D), which the decoder reads like embeddings of text.
+    """Features (n, N, n_feature) -> visual tokens (M, D), which the decoder reads like embeddings of text.
 
     One linear layer is Eq. 1 of the first LLaVA paper (arXiv:2304.08485v2); LLaVA-1.5 has two.
     """
@@ -334,17 +330,16 @@ class Connector(nn.Module):
         if not wanted:
             self.row_end = None
         elif self.row_end is None:
-            like = self.linear_1.bias
-            fresh = random_normal(self.D, std=self.D**-0.5, device=like.device, dtype=like.dtype)
-            self.row_end = nn.Parameter(fresh)
+            self.row_end = nn.Parameter(self.linear_1.bias.new_empty(self.D))
+            nn.init.normal_(self.row_end, std=self.D**-0.5)
 
     def forward(self, features, layout=None):
-        """Features of all tiles (n, N, D_vision) -> visual tokens (M, D) in the order of the layout."""
+        """Features of all tiles (n, N, n_feature) -> visual tokens (M, D) in the order of the layout."""
         N = features.shape[-2]
-        x = features.flatten(0, -2)                                         # (n N, D_vision)
+        x = features.flatten(0, -2)                                         # (n N, n_feature)
         if layout is not None:
             index = layout[:, 0] * N + layout[:, 1]                         # (M,), negative for a row end
-            x = x.index_select(0, index.clamp(min=0))                       # (M, D_vision)
+            x = x.index_select(0, index.clamp(min=0))                       # (M, n_feature)
         x = self.linear_1(self.norm(x))
         for i in range(2, self.n_linear + 1):
             x = self.get_submodule(f"linear_{i}")(F.gelu(x))
@@ -362,14 +357,12 @@ class Connector(nn.Module):
 
 
 class Decoder(nn.Module):
-    recompute = 0  # so many blocks keep only their input in training, and run again on the way back
+    recompute = 0  # so many blocks keep only their input in training, and run again in the backward pass
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        # nn.Embedding would draw a table of its own, on the meta device as well: see random_normal.
-        table = random_normal(cfg.vocab_size, cfg.n_embd)
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
@@ -378,10 +371,11 @@ class Decoder(nn.Module):
         """Embeddings (B, T, D) -> hidden states (B, T, D), ready for lm_head.
 
         positions (1 or B, T): 0 to T - 1 without.
-        mask (1 or B, 1, T, keys), True where a token may look: itself and those before it without.
-        wanted (K,): those of the B T rows that are wanted, -> (K, D). The last block's MLP runs on no others.
-        cache: keys and values are written into it, at the positions. With a mask the first `keys` of its
-        places are what a token may look at; without one only these T tokens are.
+        wanted (K,): flat positions b * T + t whose outputs are returned, as (K, D); the last block drops the
+        others after attention.
+        cache: keys and values of x are stored in it at `positions`.
+        mask None: a fresh prompt, causal among these T tokens; what the cache holds is not read.
+        mask (1 or B, 1, T, keys), True where a token may attend to cache[..., :keys].
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]     # (1, T)
@@ -397,8 +391,8 @@ class Decoder(nn.Module):
                 x = layer(*inputs)
         return self.norm(x)
 
-    def read(self, x, start, lengths, cache):
-        """Prompts (B, T, D), of which the cache holds the first `start` tokens -> the last of each (B, D)."""
+    def prefill(self, x, start, lengths, cache):
+        """Prompts (B, T, D), their first `start` tokens in the cache -> hidden states (B, D) of the last."""
         B, T, _ = x.shape
         positions = torch.arange(start, T, device=x.device)[None]           # (1, T - start)
         mask = None
@@ -408,22 +402,8 @@ class Decoder(nn.Module):
         last = torch.arange(B, device=x.device) * (T - start) + lengths - 1 - start
         return self(x[:, start:], positions, mask, last, cache)
 
-    def read_alike(self, x, end, cache):
-        """Questions about one picture begin alike: of neighbouring rows that are the same up to `end` the
-        first is read, for all of them. -> how many tokens the cache holds now, `end` or 0."""
-        differs = (x[1:, :end] != x[:-1, :end]).flatten(1).any(1)           # (B - 1,)
-        if end == 0 or differs.all():
-            return 0
-        is_first = F.pad(differs, (1, 0), value=True)                       # (B,)
-        first = is_first.cumsum(0) - 1                                      # (B,), which of the first rows
-        read = self.new_cache(int(first[-1]) + 1, end)
-        self(x[is_first, :end], cache=read)
-        for layer, layer_read in zip(cache, read):
-            layer[:, :, :, :end] = layer_read[:, first]
-        return end
-
-    def step(self, x, positions, end, cache):
-        """One more token a row: (B, D) at positions (B,), all below end, after those in the cache."""
+    def decode_step(self, x, positions, end, cache):
+        """One more token a row: (B, D) at positions (B,), all below end -> its hidden state (B, D)."""
         positions = positions[:, None]                                      # (B, 1)
         mask = torch.arange(end, device=x.device) <= positions              # (B, end)
         return self(x[:, None], positions, mask[:, None, None], cache=cache)[:, 0]
@@ -438,6 +418,7 @@ class Decoder(nn.Module):
 class DecoderBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
+        # The norms have the names of the public Llama weights.
         self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.self_attn = CausalAttention(cfg)
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
@@ -473,8 +454,10 @@ class CausalAttention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             each_row = torch.arange(B, device=x.device)[:, None]
-            cache.transpose(2, 3)[:, each_row, positions] = torch.stack([k, v]).transpose(2, 3)
-            if mask is not None:  # these tokens see what was written before them, too
+            places = cache.transpose(2, 3)                                  # a view: (2, B, length, H_kv, d)
+            places[0, each_row, positions] = k.transpose(1, 2)
+            places[1, each_row, positions] = v.transpose(1, 2)
+            if mask is not None:  # these tokens see what was stored before them, too
                 k, v = cache[:, :, :, : mask.shape[-1]]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.is_grouped)
         y = y.transpose(1, 2).reshape(B, T, -1)                             # (B, T, H d)
@@ -525,38 +508,6 @@ def rotate(x, cos, sin):
     pair, as in the public Llama weights; in the paper neighbours are."""
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
-
-
-# ---- a chat's memory ------------------------------------------------------------------------------------
-
-
-class Past:
-    """What a chat has seen, read and written: its next question costs its own tokens and tiles alone."""
-
-    def __init__(self):
-        self.features = []           # of its tiles, (n, N, D_vision) each time some were new
-        self.x = None                # embeddings (1, L, D) of all tokens read and written
-        self.cache = None            # their keys and values
-
-    def look(self, vlm, pixels):
-        """All tiles of the chat so far (n, 3, S, S) -> their features (n, N, D_vision), or None."""
-        n_seen = sum(len(features) for features in self.features)
-        if pixels is not None and len(pixels) > n_seen:
-            self.features.append(vlm.features(pixels[n_seen:]))
-        return torch.cat(self.features) if self.features else None
-
-    def recall(self, x, cache):
-        """Fill a new cache with what is known of a prompt (1, T, D), its last token excepted. -> how many."""
-        start = 0
-        if self.x is not None:
-            T = min(x.shape[1] - 1, self.x.shape[1])
-            alike = (x[0, :T] == self.x[0, :T]).all(-1)                     # (T,)
-            start = int(alike.cumprod(0).sum())
-            for layer, old in zip(cache, self.cache):
-                layer[:, :, :, :start] = old[:, :, :, :start]
-        self.x = x
-        self.cache = cache
-        return start
 
 
 # ---- the choice of a token ----

@@ -28,7 +28,8 @@ import torch
 
 from conversation import TEMPLATES, Tokenizer, as_text, cut_at_stop, encode_prompt, put_in_front, stop_ids
 from data import no_picture
-from model import VLM, Past
+from model import VLM
+from support.cache import KVHistory
 from support.cli import UserError, arg, parse, pick_device, run_program
 from support.quantize import widen_products
 from support.weights import check_image_mode, check_tokenizer, tokenizer_home
@@ -201,13 +202,13 @@ def newest_run(root="out"):
 # ---- stream and chat ----
 
 
-def stream_answer(vlm, tok, prompt, cfg, past=None):
-    """Print the answer word by word -> Answer. past: what the chat before it has read."""
+def stream_answer(vlm, tok, prompt, cfg, history=None):
+    """Print the answer word by word -> Answer. history: the chat's KVHistory."""
     template = vlm.cfg.template
     batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
     sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k, "seed": cfg.seed}
     ids, shown = [], ""
-    for new in vlm.stream(**batch, past=past, **sampling):
+    for new in vlm.stream(**batch, history=history, **sampling):
         ids.append(int(new))
         so_far = read_answer(tok, template, ids)
         if so_far.whole:
@@ -261,10 +262,10 @@ def main(argv=None):
     vlm, tok = open_asked(cfg)
     pictures = [cut_picture(vlm, image, len(images)) for image in images]
     turns = []
-    past = Past()
+    history = KVHistory()
     for question in read_questions(cfg):
         prompt = encode_question(vlm, tok, question, pictures, turns)
-        found = stream_answer(vlm, tok, prompt, cfg, past)
+        found = stream_answer(vlm, tok, prompt, cfg, history)
         if found.text:  # an empty answer is no turn to go on from
             turns += [("human", question), ("gpt", as_text(found.text))]
     return 0

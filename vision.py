@@ -1,11 +1,13 @@
-"""Pictures: a file to tiles of pixels, and the vision transformer (ViT, arXiv:2010.11929) that looks at them.
+"""Pictures: a file to tiles of pixels, and the vision transformer (ViT, arXiv:2010.11929) that encodes them.
 
     file --open_image--> upright RGB --cut_tiles--> tiles (n, 3, S, S) uint8, layout (M, 2) of M visual tokens
-    tiles --ViT--> features (n, N, D): one for each patch of a tile, read after an inner block of the ViT
+    tiles --ViT--> features (n, N, n_feature), taken after an inner block of the ViT
 
-A layout has a row for each visual token, in the order in which the decoder reads them: the tile and the patch
-that it shows, or (-1, 0) for the learned embedding that ends a row of patches. So the model picks its
-features by one indexing, however the tiles were cut, and M is counted nowhere else.
+A layout lists the visual tokens in the order in which the decoder reads them: each one's tile, and its place
+among the token_grid x token_grid visual tokens of that tile; or (-1, 0) for the learned embedding that ends a
+row of them. One tile of 2 x 2 with row ends is
+    [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]]
+So the model picks its features by one indexing, however the tiles were cut, and M is counted nowhere else.
 
 ViT is one class with switches for CLIP, SigLIP, DINOv2, InternViT and the plain ImageNet ViT. The defaults
 are CLIP's: no bias on the patches, QuickGELU, and a LayerNorm before the first block. LLaVA-1.5
@@ -18,12 +20,15 @@ Where this departs from the originals:
     is padded (beyond 10,000 px);
   - Prismatic's two towers see the same tile, letterboxed in the mean colour of the first; the original pads
     once for each. (Its best models resize, which is the same for both.)
-  - a tile of which no patch is kept is not looked at; LLaVA-NeXT runs it and drops its features.
+  - a tile of which no visual token is kept is not run; LLaVA-NeXT runs it and drops its features.
+
+Letters: n tiles, S pixels a side of a tile, P of a patch, D_v channels inside the ViT, T tokens inside it, N
+features of a tile (one for each patch, or for merge x merge of them), n_feature = merge^2 D_v their channels.
 """
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -53,7 +58,7 @@ ACTIVATIONS = {
 class VisionConfig:
     image_size: int = 336            # S, pixels a side
     patch_size: int = 14             # P, pixels a side
-    n_embd: int = 1024               # D
+    n_embd: int = 1024               # D_v
     n_layer: int = 24
     n_head: int = 16
     n_hidden: int = 4096             # width of the MLP
@@ -64,23 +69,18 @@ class VisionConfig:
     pre_norm: bool = True            # a LayerNorm between the position table and the first block (CLIP)
     patch_bias: bool = False
     layer_scale: bool = False        # a learned factor per channel on each branch (DINOv2, InternViT)
-    final_norm: bool = True
+    final_norm: bool = True          # kept so that every tensor of the file has a place; never run
     rms_norm: bool = False           # InternViT-6B: RMSNorm, of queries and keys, too; q, k, v without bias
     merge: int = 1                   # InternVL: merge x merge patches become one token, merge^2 as wide
     feature_layer: int = -2          # hidden state to read: 0 = before block 1, -1 = after the last block
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
-    tiling: "Tiling | None" = None   # how this model cuts tiles, if otherwise than TILINGS says of its mode
+    tiling: "Tiling | None" = None   # None: TILINGS[image_mode]; set by --max-tiles or --global-view
 
     def __post_init__(self):
-        check_range(self, 1, image_size=4096, patch_size=4096, n_embd=65536, n_layer=1000, n_hidden=2**20)
-        check_range(self, 0, norm_eps=1, n_register=1000)
         colors = *self.mean, *self.std
         if len(colors) != 6 or 0 in self.std or not all(0 <= number <= 1 for number in colors):
             raise UserError(f"mean {self.mean} and std {self.std} must be three numbers of 0 to 1, std no 0")
-        if isinstance(self.tiling, dict):  # as config.json has it
-            chosen = {name: self.tiling[name] for name in ("grids", "global_view")}
-            self.tiling = replace(TILINGS[self.tiling["mode"]], **chosen)
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise UserError(f"a tower {self.n_embd} wide cannot be shared by {self.n_head} heads")
         if not self.grid or self.grid % self.merge:
@@ -107,20 +107,12 @@ class VisionConfig:
         return self.n_embd * self.merge**2
 
     @property
-    def n_prefix(self):  # rows before the first patch
+    def n_prefix(self):  # tokens before the first patch
         return self.class_token + self.n_register
 
     @property
     def depth(self):  # blocks to run for `feature_layer`
         return self.feature_layer if self.feature_layer >= 0 else self.n_layer + 1 + self.feature_layer
-
-
-def check_range(config, smallest, **largest):
-    """What a file says must be possible. No model comes near these limits; damage and typing errors do."""
-    for name, limit in largest.items():
-        value = getattr(config, name)
-        if not smallest <= value <= limit:
-            raise UserError(f"{name} is {value}; it must be {smallest} to {limit}")
 
 
 # ---- the tower ----
@@ -130,28 +122,31 @@ class ViT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        D, P = cfg.n_embd, cfg.patch_size
-        self.patch = nn.Conv2d(3, D, kernel_size=P, stride=P, bias=cfg.patch_bias)
+        D_v, P = cfg.n_embd, cfg.patch_size
+        self.patch = nn.Conv2d(3, D_v, kernel_size=P, stride=P, bias=cfg.patch_bias)
         if cfg.class_token:
-            self.class_token = nn.Parameter(random_normal(D, std=D**-0.5))
+            self.class_token = nn.Parameter(torch.empty(D_v))
+            nn.init.normal_(self.class_token, std=D_v**-0.5)
         if cfg.n_register:
-            self.registers = nn.Parameter(random_normal(cfg.n_register, D, std=D**-0.5))
-        self.pos = nn.Parameter(torch.zeros(int(cfg.class_token) + cfg.grid**2, D))  # see init_weights
-        self.pre_norm = nn.LayerNorm(D, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
+            self.registers = nn.Parameter(torch.empty(cfg.n_register, D_v))
+            nn.init.normal_(self.registers, std=D_v**-0.5)
+        # Zeros until loaded; a fresh tower gets sine waves (support/start.py).
+        self.pos = nn.Parameter(torch.zeros(int(cfg.class_token) + cfg.grid**2, D_v))
+        self.pre_norm = nn.LayerNorm(D_v, eps=cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()  # in the files, never run here
+        self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()
 
     def forward(self, pixels):
-        """(n, 3, S, S), uint8 or normalised floats -> features (n, N, D) of the patches."""
+        """(n, 3, S, S), uint8 or normalised floats -> features (n, N, n_feature)."""
         x = self.embed(pixels)
         for block in self.blocks[: self.cfg.depth]:
             x = block(x)
         return merge_patches(x[:, self.cfg.n_prefix :], self.cfg.merge)
 
     def embed(self, pixels):
-        """ViT Eq. 1: (n, 3, S, S) -> (n, T, D), the class token and the registers in front of the patches."""
+        """ViT Eq. 1: (n, 3, S, S) -> (n, T, D_v), class token and registers in front of the patches."""
         x = normalize_pixels(pixels, self.cfg, self.patch.weight.dtype)
-        x = self.patch(x).flatten(2).transpose(1, 2)  # (n, grid^2, D), row by row
+        x = self.patch(x).flatten(2).transpose(1, 2)  # (n, grid^2, D_v), row by row
         if self.cfg.class_token:
             class_token = self.class_token.expand(len(x), 1, -1)
             x = torch.cat([class_token, x], dim=1)
@@ -182,23 +177,23 @@ class Block(nn.Module):
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        D = cfg.n_embd
+        D_v = cfg.n_embd
         self.n_head = cfg.n_head
-        self.q_proj = nn.Linear(D, D, bias=not cfg.rms_norm)
-        self.k_proj = nn.Linear(D, D, bias=not cfg.rms_norm)
-        self.v_proj = nn.Linear(D, D, bias=not cfg.rms_norm)
-        self.out_proj = nn.Linear(D, D)
+        self.q_proj = nn.Linear(D_v, D_v, bias=not cfg.rms_norm)
+        self.k_proj = nn.Linear(D_v, D_v, bias=not cfg.rms_norm)
+        self.v_proj = nn.Linear(D_v, D_v, bias=not cfg.rms_norm)
+        self.out_proj = nn.Linear(D_v, D_v)
         self.q_norm = make_norm(cfg) if cfg.rms_norm else nn.Identity()  # over all heads at once
         self.k_norm = make_norm(cfg) if cfg.rms_norm else nn.Identity()
 
     def forward(self, x):
-        n, T, D = x.shape  # T: prefix and patches
-        split_heads = lambda y: y.view(n, T, self.n_head, -1).transpose(1, 2)  # (n, H, T, D/H)
+        n, T, D_v = x.shape  # T: prefix and patches
+        split_heads = lambda y: y.view(n, T, self.n_head, -1).transpose(1, 2)  # (n, H, T, D_v/H)
         q = split_heads(self.q_norm(self.q_proj(x)))
         k = split_heads(self.k_norm(self.k_proj(x)))
         v = split_heads(self.v_proj(x))
         y = F.scaled_dot_product_attention(q, k, v)  # every patch sees every patch
-        return self.out_proj(y.transpose(1, 2).reshape(n, T, D))
+        return self.out_proj(y.transpose(1, 2).reshape(n, T, D_v))
 
 
 class MLP(nn.Module):
@@ -218,13 +213,13 @@ def make_norm(cfg):
 
 
 def merge_patches(x, m):
-    """InternVL's pixel shuffle: m x m patches become one feature, (n, grid^2, D) -> (n, N, m^2 D)."""
+    """InternVL's pixel shuffle: m x m patches become one feature, (n, grid^2, D_v) -> (n, N, m^2 D_v)."""
     if m == 1:
         return x
-    n, n_patch, D = x.shape
+    n, n_patch, D_v = x.shape
     side = math.isqrt(n_patch) // m
-    x = x.view(n, side, m, side, m, D).transpose(2, 3)  # (n, side, side, m, m, D)
-    return x.reshape(n, side * side, m * m * D)
+    x = x.view(n, side, m, side, m, D_v).transpose(2, 3)  # (n, side, side, m, m, D_v)
+    return x.reshape(n, side * side, m * m * D_v)
 
 
 def normalize_pixels(pixels, cfg, dtype):
@@ -233,17 +228,6 @@ def normalize_pixels(pixels, cfg, dtype):
         return pixels.to(dtype)
     mean, std = torch.tensor([cfg.mean, cfg.std], device=pixels.device)[:, :, None, None]  # (3, 1, 1) each
     return ((pixels.float() / 255 - mean) / std).to(dtype)
-
-
-def random_normal(*shape, std=1.0, device=None, dtype=None):
-    """N(0, std^2). On the meta device nothing but the shape.
-
-    To compute there, PyTorch would import its compiler: a second and 75 MB.
-    """
-    device = device or torch.get_default_device()
-    if device.type == "meta":
-        return torch.empty(shape, device=device, dtype=dtype)
-    return torch.randn(shape, device=device, dtype=dtype) * std
 
 
 # ---- a file to a picture ----
@@ -309,7 +293,7 @@ class Tiling:
     margin: str = "mean"             # colour of the padding: the tower's mean, or black
     global_view: str = "first"       # where the tile of the whole picture stands: first, last or none
     global_mode: str = "pad"         # how the picture becomes square there: one of SQUARE_MODES
-    least: int = 1                   # fewest rows or columns of patches to keep
+    least: int = 1                   # fewest rows or columns of visual tokens to keep
 
     def __post_init__(self):
         object.__setattr__(self, "grids", tuple(map(tuple, self.grids)))  # config.json has lists
@@ -355,7 +339,7 @@ def find_tiling(cfg, mode):
 def cut_tiles(image, cfg, mode, n_picture=1):
     """PIL RGB -> tiles (n, 3, S, S) uint8 and their layout (M, 2) int64. M is the number of visual tokens.
 
-    n_picture: how many pictures stand in the conversation. InternVL shares out the tiles that one may have.
+    n_picture: how many pictures stand in the conversation; see choose_grid.
     """
     S = cfg.image_size
     tiling = find_tiling(cfg, mode)
@@ -370,43 +354,46 @@ def cut_tiles(image, cfg, mode, n_picture=1):
         local_view = row_by_row(image, columns, rows, cfg, tiling)
 
     # The whole picture in one more tile, unless a grid of one tile shows just that.
-    is_whole = columns * rows == 1 and tiling.by_tile == (tiling.global_mode == "resize")
-    if tiling.global_view == "none" or is_whole:
+    stretches = tiling.global_mode == "resize"
+    same_look = tiling.by_tile == stretches  # by_tile stretches, else pads
+    if tiling.global_view == "none" or (columns * rows == 1 and same_look):
         return local_view
     views = [tile_by_tile(make_square(image, cfg, tiling.global_mode), cfg), local_view]
     return join_tiles(views if tiling.global_view == "first" else views[::-1])
 
 
 def tile_by_tile(canvas, cfg):
-    """A canvas of whole tiles -> tiles and layout: all patches of a tile, then those of the next."""
+    """A canvas of whole tiles -> tiles and layout: all of a tile, then all of the next."""
     tiles = split_canvas(canvas, cfg.image_size)
-    return tiles, patch_layout(1, len(tiles), cfg.token_grid)
+    # As if they were stacked in 1 column: row by row across that column is tile by tile.
+    return tiles, make_layout(1, len(tiles), cfg.token_grid)
 
 
 def row_by_row(image, columns, rows, cfg, tiling):
-    """Centred on the grid -> tiles and layout: rows of patches run across the tiles, without the padding."""
+    """Centred on the grid -> tiles and layout: each row runs across all tiles, without the padding."""
     S, g = cfg.image_size, cfg.token_grid
     size = columns * S, rows * S
     color = (0, 0, 0) if tiling.margin == "black" else mean_color(cfg)
     canvas = center_on_canvas(scale_into(image, *size), size, color)
     tiles = split_canvas(canvas, S)
 
-    # Patches of padding alone are dropped. Something is kept of a picture that has no other view.
+    # What shows padding alone is dropped. Something is kept of a picture that has no other view.
     least = 1 if tiling.global_view == "none" else tiling.least
-    kept = kept_patches(image.size, columns * g, rows * g, least)
-    layout = patch_layout(columns, rows, g, kept, row_end=True)
+    kept = kept_tokens(image.size, columns * g, rows * g, least)
+    layout = make_layout(columns, rows, g, kept, row_end=True)
 
-    # Tiles of which nothing is kept are left out, and the others numbered anew. -1, a row's end, sorts first.
-    seen, number = layout[:, 0].unique(return_inverse=True)
-    layout[:, 0] = number - 1
-    return tiles[seen[1:]], layout
+    # Tiles of which nothing is kept are left out, and the others numbered anew.
+    is_patch = layout[:, 0] >= 0  # not a row's end
+    seen = layout[is_patch, 0].unique()
+    layout[is_patch, 0] = torch.searchsorted(seen, layout[is_patch, 0])
+    return tiles[seen], layout
 
 
 def join_tiles(parts):
     """[(tiles, layout), ...] of several pictures, or of the views of one -> (tiles, layout) of them all.
 
-    Tiles are numbered through. Where the same tiles come twice, for two questions about a picture, they are
-    taken once: the tower looks at them once.
+    Tiles are numbered through. Where the same tensor of tiles comes twice, for two questions about a picture,
+    it is taken once, and goes through the tower once.
     """
     all_tiles, layouts = [], []
     n_tile = 0
@@ -422,25 +409,25 @@ def join_tiles(parts):
     return torch.cat(all_tiles), torch.cat(layouts)
 
 
-def patch_layout(columns, rows, g, kept=None, row_end=False):
-    """Tiles of g x g patches in a grid -> (M, 2): tile and patch, row by row across the tiles.
+def make_layout(columns, rows, g, kept=None, row_end=False):
+    """A grid of tiles of g x g visual tokens -> (M, 2): tile and place in it, row by row across the tiles.
 
-    kept: ((first row, end), (first column, end)) of the patches that are read; all without.
+    kept: ((first row, end), (first column, end)) of those that are read; all without.
     """
     (top, bottom), (left, right) = kept or ((0, rows * g), (0, columns * g))
     y = torch.arange(top, bottom)[:, None]
     x = torch.arange(left, right)[None]
     tile = y // g * columns + x // g
-    patch = y % g * g + x % g
-    layout = torch.stack([tile, patch], dim=-1)  # (rows of patches, columns of patches, 2)
+    place = y % g * g + x % g
+    layout = torch.stack([tile, place], dim=-1)  # (rows of tokens, columns of tokens, 2)
     if row_end:
         ends = torch.tensor([-1, 0]).expand(len(layout), 1, 2)
         layout = torch.cat([layout, ends], dim=1)
     return layout.flatten(0, 1)
 
 
-def kept_patches(size, n_across, n_down, least):
-    """Which of n_across x n_down patches show the picture, not padding alone, by LLaVA-NeXT's rule.
+def kept_tokens(size, n_across, n_down, least):
+    """Which of n_across x n_down visual tokens show the picture, not padding alone, by LLaVA-NeXT's rule.
 
     -> ((first row, end), (first column, end)). Computed in whole numbers: in floating point the original gets
     one row less where 36 - 1e-15 is rounded down.
@@ -458,8 +445,8 @@ def choose_grid(size, S, tiling, n_picture=1):
     w, h = size
 
     def shape_match(grid):
-        """InternVL takes the grid whose shape is nearest to the picture's. Of equally near ones it takes the
-        largest of which the picture has half the pixels."""
+        """InternVL takes the grid whose shape is nearest to the picture's. Ties: the largest grid whose area
+        the picture fills by more than half; if none, the first."""
         columns, rows = grid
         area = columns * rows * S * S
         is_half_full = w * h > 0.5 * area
@@ -474,6 +461,8 @@ def choose_grid(size, S, tiling, n_picture=1):
 
     if not tiling.by_tile:
         return max(tiling.grids, key=detail)
+
+    # InternVL's rule, for every mode that is read by tile: the pictures of a conversation share the tiles.
     most = max(math.prod(grid) for grid in tiling.grids) // n_picture
     fitting = [grid for grid in tiling.grids if math.prod(grid) <= most]
     return max(fitting, key=shape_match, default=(1, 1))
@@ -486,7 +475,7 @@ def make_square(image, cfg, mode):
     """PIL RGB of any size -> S x S. The four ways of LLaVA-1.5 and Prismatic:
 
     pad        square canvas in the mean colour, picture in the middle, then scale (LLaVA-1.5, stage 2)
-    letterbox  the same with both margins floored: an odd difference loses a pixel in the crop (Prismatic)
+    letterbox  the same with both margins floored (Prismatic)
     crop       scale the short side to S, keep the middle of the long one (LLaVA v1, LLaVA-1.5 stage 1)
     resize     scale both sides to S, whatever the shape (Prismatic's best)
     """
@@ -505,7 +494,7 @@ def make_square(image, cfg, mode):
         image = image.resize((w, h), Image.BICUBIC)
 
     side = max(w, h)
-    if mode == "letterbox":
+    if mode == "letterbox":  # both margins are (side - w) // 2: an odd difference makes it 1 px narrower
         canvas_size = side - (side - w) % 2, side - (side - h) % 2
     else:
         canvas_size = side, side

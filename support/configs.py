@@ -97,6 +97,36 @@ PRISMATIC_TEMPLATES = {                  # by a word in the name of the language
     "instruct": "prism_mistral",
 }
 
+# Ours: smallest, largest. No model comes near these; damage and typing errors do.
+LIMITS = {
+    "image_size": (1, 4096),
+    "patch_size": (1, 4096),
+    "n_register": (0, 1000),
+    "vocab_size": (1, 2**24),
+    "n_layer": (1, 1000),
+    "n_head": (1, 65536),
+    "n_kv_head": (1, 65536),
+    "n_embd": (1, 65536),
+    "head_dim": (1, 65536),
+    "n_hidden": (1, 2**20),
+    "block_size": (1, 2**24),
+    "norm_eps": (0, 1),
+    "rope_theta": (1, 1e12),
+    "image_token": (-1000, 2**24),       # LLaVA's own code has -200, of which VLMConfig says more
+    "pad_token": (1, 2**24),
+    "bos_token": (0, 2**24),
+    "eos_token": (0, 2**24),
+}
+
+
+def check_limits(name, value):
+    """A value that a config names or leads to, if it is possible."""
+    if name in LIMITS:
+        smallest, largest = LIMITS[name]
+        if not smallest <= value <= largest:  # NaN is not
+            raise UserError(f"{name} is {value}; it must be {smallest} to {largest}")
+    return value
+
 
 def read_fields(c, Config, names=None):
     """{our name: value} of the fields that a config gives, each of the type that our class declares.
@@ -113,7 +143,7 @@ def read_fields(c, Config, names=None):
             value = kind(value)          # JSON has lists, and whole numbers
         if isinstance(kind, type) and type(value) is not kind:
             raise TypeError(f"{theirs} is {value!r}, not {kind.__name__}")
-        found[ours] = value
+        found[ours] = check_limits(ours, value)
     return found
 
 
@@ -264,7 +294,8 @@ def prismatic(c, processor, parts, given):
         takes = "two towers, DINOv2 first: --vision DIR,DIR" if is_fused else "one tower: --vision DIR"
         raise UserError(f"vision_backbone_id {tower_id!r} takes {takes}")
     size = re.search(r"(\d+)px", tower_id)
-    towers = [replace(tower, image_size=int(size[1]) if size else 224, activation="gelu") for tower in towers]
+    image_size = check_limits("image_size", int(size[1]) if size else 224)
+    towers = [replace(tower, image_size=image_size, activation="gelu") for tower in towers]
     if towers[0].pre_norm:               # every tower runs with the exact GELU but CLIP alone
         towers[0].activation = "quick_gelu"
     return VLMConfig(
@@ -292,10 +323,16 @@ def prismatic_llm(c):
 def own_layout(c, processor, parts, given):
     """What VLM.save_pretrained writes where no public layout holds the model."""
     c = {name: value for name, value in c.items() if name not in ("model_type", "dtype", "base_fingerprint")}
+    if "tied" in c["decoder"]:           # the older name
+        c["decoder"]["head_from_embedding"] = c["decoder"].pop("tied")
     for part in "vision", "vision2", "decoder":
         Config = DecoderConfig if part == "decoder" else VisionConfig
         if c[part]:
             c[part] = Config(**read_fields(c[part], Config))
+    for tower in c["vision"], c["vision2"]:
+        if tower and tower.tiling:       # a dict still
+            chosen = {name: tower.tiling[name] for name in ("grids", "global_view")}
+            tower.tiling = unusual_tiling(tower.tiling["mode"], **chosen)
     return VLMConfig(**read_fields(c, VLMConfig))
 
 
@@ -346,7 +383,8 @@ def vision_config(c, processor=None):
     if kind == "intern_vit_6b":          # 6B has RMS norms, 300M has not
         found["rms_norm"] = inner.get("norm_type", "rms_norm") == "rms_norm"
     if kind.startswith("dinov2"):
-        found["n_hidden"] = int(found.get("n_embd", base.n_embd) * (inner.get("mlp_ratio") or 4))
+        n_hidden = int(found.get("n_embd", base.n_embd) * (inner.get("mlp_ratio") or 4))
+        found["n_hidden"] = check_limits("n_hidden", n_hidden)
     return replace(base, **found)
 
 
@@ -369,7 +407,8 @@ def decoder_config(c, whole=None):
 
     found = {"n_head": 32, "n_embd": 4096} | DECODERS[kind]
     found |= read_fields(c | rope, DecoderConfig, LLAMA_FIELDS)
-    found["tied"] = True in (c.get("tie_word_embeddings"), (whole or {}).get("tie_word_embeddings"))
+    ties = c.get("tie_word_embeddings"), (whole or {}).get("tie_word_embeddings")
+    found["head_from_embedding"] = True in ties
     found.setdefault("n_kv_head", found["n_head"])
     found.setdefault("head_dim", found["n_embd"] // found["n_head"])
     if kind == "mistral":                # one window; null: none, as in v0.2

@@ -18,6 +18,7 @@ from model import PRESETS, VLM
 from support.cli import UserError, one_of
 from support.configs import read_decoder
 from support.weights import (
+    NothingDrawn,
     base_of,
     check_tokenizer,
     is_lora,
@@ -50,7 +51,7 @@ def build(cfg, checkpoint=None, device="cpu"):
             raise UserError(f"--model {cfg.model} is whole; --tokenizer and --from-scratch are for presets")
         vlm, tok = open_directory(cfg.model, cfg.vision, cfg.llm, device)
     check_tokenizer(vlm, tok)
-    with torch.device(device):
+    with torch.device(device), NothingDrawn():
         set_tiles(vlm, cfg)
     if cfg.projector and not checkpoint:
         load_connector(vlm.connector, cfg.projector, device)
@@ -67,7 +68,7 @@ def open_directory(directory, vision="", llm="", device="cpu"):
 
 def build_preset(cfg, device):
     plan, tok = preset_plan(cfg)
-    with torch.device(device):
+    with torch.device(device), NothingDrawn():
         vlm = VLM(plan)
     if device == "meta":  # of the ingredients their configs are enough
         return vlm, tok

@@ -23,8 +23,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 
 from model import VLM
 from support.cli import UserError
@@ -224,7 +226,7 @@ def fit_tower(tensors, cfg):
 
 
 def fit_decoder(tensors, cfg):
-    """Take InternLM2's q, k and v apart, and give a tied decoder its head.
+    """Take InternLM2's q, k and v apart, and a decoder without a head its embedding as one.
 
     InternLM2's rows lie by key-value head: its queries, its key, its value.
     """
@@ -233,7 +235,7 @@ def fit_decoder(tensors, cfg):
         heads = tensors.pop(name).view(cfg.n_kv_head, group + 2, cfg.head_dim, -1)
         for own, rows in zip(QKV, heads.split((group, 1, 1), dim=1)):
             tensors[name.replace("attention.wqkv", f"self_attn.{own}")] = rows.flatten(0, 2)
-    if cfg.tied:
+    if cfg.head_from_embedding:
         tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
 
 
@@ -353,10 +355,20 @@ def stored_dtype(parts):
     return torch.float32 if words is None or words.dtype == torch.float64 else words.dtype
 
 
+class NothingDrawn(TorchFunctionMode):
+    """On the meta device no normal numbers are drawn: PyTorch would import its compiler for that, which costs
+    a second and 75 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.init.normal_ and kwargs["tensor"].is_meta:
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8=False):
     """What read_model found -> VLM, a LoRA merged into one matrix at a time."""
-    with reading(source), torch.device("meta"):
+    with reading(source), torch.device("meta"), NothingDrawn():
         vlm = VLM(cfg)
         if int8:
             use_int8(vlm.decoder.layers)

@@ -29,7 +29,6 @@ from model import (
     Connector,
     Decoder,
     DecoderConfig,
-    Past,
     RMSNorm,
     Sampling,
     VLMConfig,
@@ -37,6 +36,7 @@ from model import (
     rotary_angles,
     rotate,
 )
+from support.cache import KVHistory
 from support.cli import UserError, run_program
 from support.configs import decoder_config, read_config, vision_config
 from support.distributed import add_blank_tile
@@ -168,11 +168,7 @@ def test_the_published_models_have_their_published_numbers_of_parameters():
 @pytest.mark.parametrize("change", [
     dict(n_kv_head=3),
     dict(head_dim=7),
-    dict(n_layer=10**9),
-    dict(n_embd=0),
-    dict(n_head=0),
-    dict(rope_theta=math.nan),
-    dict(norm_eps=-1.0),
+    dict(head_dim=0),
 ])
 def test_an_impossible_decoder_is_refused(change):
     with pytest.raises(UserError):
@@ -388,7 +384,7 @@ def test_a_cached_step_computes_what_the_whole_sequence_would_in_rows_of_unequal
     decoder(x[:, :7], cache=cache)  # rows 1 and 2 leave keys of padding behind
     for step in range(2):
         new = torch.stack([x[i, n + step] for i, n in enumerate(lengths)])
-        h = decoder.step(new, lengths + step, 8 + step, cache)
+        h = decoder.decode_step(new, lengths + step, 8 + step, cache)
         for i, n in enumerate(lengths):
             assert_close(h[i], decoder(x[i : i + 1, : n + step + 1])[0, -1], rtol=1e-4, atol=1e-5)
 
@@ -431,11 +427,11 @@ def test_neighbours_that_ask_about_one_picture_read_it_once_and_are_answered_as_
 def test_a_second_question_of_a_chat_costs_its_own_tokens_and_the_tower_looks_once(vlm, monkeypatch):
     looks = []
     hook = vlm.vision.register_forward_hook(lambda tower, inputs, out: looks.append(len(inputs[0])))
-    past, first = Past(), prompt(6, 1)
-    said = vlm.generate(torch.tensor([first]), pictures(1), 5, past=past)[0].tolist()
+    history, first = KVHistory(), prompt(6, 1)
+    said = vlm.generate(torch.tensor([first]), pictures(1), 5, history=history)[0].tolist()
     second = [*first, *said, 7, 8, 9]
     read = lengths_read(vlm, monkeypatch)
-    new = vlm.generate(torch.tensor([second]), pictures(1), 5, past=past)[0].tolist()
+    new = vlm.generate(torch.tensor([second]), pictures(1), 5, history=history)[0].tolist()
     assert read[0] == (1, 4)  # the last word of the answer was never read, and three are new
     hook.remove()
     assert looks == [1]
@@ -786,8 +782,35 @@ DAMAGES = {
     ),
     "a size of zero": (
         lambda d: change_config(d, "vision_config", num_attention_heads=0),
-        "shared by 0 heads",
+        "n_head is 0; it must be 1 to 65536",
     ),
+    "a tower of too many layers": (
+        lambda d: change_config(d, "vision_config", num_hidden_layers=10**9),
+        "n_layer is 1000000000; it must be 1 to 1000",
+    ),
+    "a tile that is too large": (
+        lambda d: change_config(d, "vision_config", image_size=10**9),
+        "image_size is 1000000000",
+    ),
+    "a patch of nothing": (
+        lambda d: change_config(d, "vision_config", patch_size=0),
+        "patch_size is 0",
+    ),
+    "a decoder of too many layers": (
+        lambda d: change_config(d, "text_config", num_hidden_layers=10**9),
+        "n_layer is 1000000000",
+    ),
+    "a decoder of no width": (lambda d: change_config(d, "text_config", hidden_size=0), "n_embd is 0"),
+    "a decoder without heads": (
+        lambda d: change_config(d, "text_config", num_attention_heads=0),
+        "n_head is 0",
+    ),
+    "angles that are no number": (
+        lambda d: change_config(d, "text_config", rope_theta=math.nan),
+        "rope_theta is nan",
+    ),
+    "an eps below 0": (lambda d: change_config(d, "text_config", rms_norm_eps=-1.0), "norm_eps is -1.0"),
+    "a token beyond any table": (lambda d: change_config(d, pad_token_id=2**30), "pad_token is 1073741824"),
     "several layers": (
         lambda d: change_config(d, vision_feature_layer=[-2, -5]),
         "config.json: damaged or of another kind",

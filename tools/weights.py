@@ -28,6 +28,7 @@ from support.export import fits_llava, write_tensors
 from support.io import read_json, reading, write_whole
 from support.processor import save_processor
 from support.weights import (
+    NothingDrawn,
     fill_model,
     grow_words,
     is_lora,
@@ -112,7 +113,7 @@ def convert_model(src, out, vision, llm):
 
 def info(args):
     cfg = find_config(Path(args.model), args.vision, args.llm)
-    with reading(args.model), torch.device("meta"):
+    with reading(args.model), torch.device("meta"), NothingDrawn():
         if isinstance(cfg, DecoderConfig):
             parts = {"decoder": Decoder(cfg)}
         elif isinstance(cfg, VisionConfig):

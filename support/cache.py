@@ -1,0 +1,59 @@
+"""What need not be computed again: the KV cache of a prefix that prompts share, and that of a chat.
+
+model.py has the plain case, Decoder.prefill and Decoder.decode_step. A cache is a list of layers' keys
+and values (2, B, H_kv, length, d).
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def prefill_shared_prefix(decoder, x, end, cache):
+    """Prompts (B, T, D) about one picture begin alike. Of neighbouring rows that are equal up to `end` the
+    first is computed, and its keys and values go to the others, too. -> how many tokens the cache holds."""
+    differs = (x[1:, :end] != x[:-1, :end]).flatten(1).any(1)               # (B - 1,)
+    if end == 0 or differs.all():
+        return 0
+    is_first = F.pad(differs, (1, 0), value=True)                           # (B,)
+    which_first = is_first.cumsum(0) - 1                                    # (B,), each row's among the first
+    shared = decoder.new_cache(int(is_first.sum()), end)
+    decoder(x[is_first, :end], cache=shared)
+    for layer, layer_shared in zip(cache, shared):
+        layer[:, :, :, :end] = layer_shared[:, which_first]
+    return end
+
+
+def end_of_pictures(is_image, lengths):
+    """Where the pictures of all rows (B, T) have ended: prompts about one picture may be equal up to it."""
+    place = torch.arange(1, is_image.shape[1] + 1, device=is_image.device)
+    end = torch.minimum((is_image * place).amax(1), lengths - 1)            # (B,)
+    return int(end.min())
+
+
+class KVHistory:
+    """What a chat has computed so far: its next question costs its own tokens and tiles alone."""
+
+    def __init__(self):
+        self.tile_features = []      # (n, N, n_feature) each time some tiles were new
+        self.x = None                # embeddings (1, L, D) of all tokens read and written
+        self.cache = None            # their keys and values
+
+    def features(self, vlm, pixels):
+        """All tiles of the chat so far (n, 3, S, S) -> their features (n, N, n_feature), or None."""
+        n_known = sum(len(features) for features in self.tile_features)
+        if pixels is not None and len(pixels) > n_known:
+            self.tile_features.append(vlm.features(pixels[n_known:]))
+        return torch.cat(self.tile_features) if self.tile_features else None
+
+    def reuse_prefix(self, x, cache):
+        """Copy what is known of a prompt (1, T, D), not its last token, into a new cache. -> how many."""
+        start = 0
+        if self.x is not None:
+            T = min(x.shape[1] - 1, self.x.shape[1])
+            is_equal = (x[0, :T] == self.x[0, :T]).all(-1)                  # (T,)
+            start = int(is_equal.cumprod(0).sum())
+            for layer, old in zip(cache, self.cache):
+                layer[:, :, :, :start] = old[:, :, :, :start]
+        self.x = x
+        self.cache = cache
+        return start
