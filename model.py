@@ -5,8 +5,6 @@
     tokens     --embed--> embeddings, of which visual tokens replace those at the image-token positions
     embeddings --decoder--> hidden states --lm_head--> logits of the next token
 
-Flags call the decoder llm, and a connector's file projector.
-
     h   = x + Attention(RMSNorm(x))         the decoder is Llama's (arXiv:2302.13971):
     out = h + SwiGLU(RMSNorm(h))            pre-norm, rotary positions, no biases
 
@@ -16,6 +14,7 @@ Flags call the decoder llm, and a connector's file projector.
     ids    = vlm.generate(tokens, pixels, max_new_tokens=64)
     vlm.save_pretrained(DIR)                # transformers opens it, if its tower is a CLIP
 
+Flags call the decoder llm, the tower vision, and a connector's file projector.
 Letters: B rows of a batch, T tokens of a row, n tiles of all pictures, S pixels a side of a tile, N features
 of a tile, n_feature channels of a feature, M visual tokens of all pictures, K wanted positions of all B T,
 D channels of the decoder, H heads, d channels of a head, V tokens of the vocabulary.
@@ -49,7 +48,7 @@ IGNORE = -100                        # the label of a token that is not supervis
 
 @dataclass
 class DecoderConfig:
-    vocab_size: int = 32000          # V, rows of the embedding table
+    vocab_size: int = 32000          # V, entries of the embedding table
     n_layer: int = 32
     n_head: int = 32                 # H
     n_kv_head: int = 32              # grouped-query attention: each serves n_head / n_kv_head query heads

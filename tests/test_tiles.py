@@ -26,6 +26,7 @@ from data import Examples, Records, collate, picture_paths
 from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.configs import read_config
+from support.io import read_json
 from support.start import set_image_mode
 from vision import (
     MODES,
@@ -35,6 +36,7 @@ from vision import (
     cut_tiles,
     find_tiling,
     grids_up_to,
+    make_layout,
     normalize_pixels,
     open_image,
 )
@@ -363,6 +365,12 @@ def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
             read_config(tmp_path)
 
 
+def test_a_layout_names_the_tile_and_the_place_of_each_visual_token():
+    with_ends = [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]]  # vision.py's example
+    assert make_layout(1, 1, 2, row_end=True).tolist() == with_ends
+    assert make_layout(2, 1, 1).tolist() == [[0, 0], [1, 0]]
+
+
 @torch.no_grad()
 def test_a_row_end_stands_where_the_layout_says_and_a_patch_everywhere_else():
     connector = lively(Connector(VLMConfig(TOWERS["hd"], DecoderConfig(n_embd=32), image_mode="hd")))
@@ -496,6 +504,15 @@ def test_a_saved_model_is_the_same_with_all_its_choices(tmp_path, tok, mode, cap
     assert torch.equal(again(tokens, pixels, layout=layout), vlm(tokens, pixels, layout=layout))
     tools_weights.main(["info", str(tmp_path)])
     assert f"global view {choices['global_view']}" in capsys.readouterr().out
+
+
+def test_a_config_of_ours_opens_under_the_older_name_of_a_field(tmp_path, tok):
+    vlm = tiny(tok, "internvl")
+    path = save(vlm, tok, tmp_path) / "config.json"
+    c = read_json(path)
+    c["decoder"]["tied"] = c["decoder"].pop("head_from_embedding")
+    path.write_text(json.dumps(c))
+    assert read_config(tmp_path) == vlm.cfg
 
 
 def test_an_impossible_tiling_is_refused():
