@@ -183,7 +183,7 @@ def round_up(n, multiple):
 
 
 def draw_steps(group_sizes, size, n_step, seed):
-    """The indices of `size` records for each step. Every epoch has all in a new order; a step may reach into
+    """The numbers of `size` records for each step. Every epoch has all in a new order; a step may reach into
     the next epoch.
 
     group_sizes: how many neighbours stay together each time, the questions of one record. Of [3, 1] the
@@ -202,15 +202,15 @@ def draw_steps(group_sizes, size, n_step, seed):
         yield list(islice(order, size))
 
 
-def share_by_rank(indices, records, tokens_per_tile, rank=0, world=1):
+def share_by_rank(numbers, records, tokens_per_tile, rank=0, world=1):
     """What this process takes of a step's records: dealt out longest first, each to whoever has least so far.
     """
     if world == 1:
-        return indices
-    tokens = {i: records.guess_tokens(i, tokens_per_tile) for i in indices}
+        return numbers
+    tokens = {i: records.guess_tokens(i, tokens_per_tile) for i in numbers}
     hands = [[] for _ in range(world)]
     load = [0] * world
-    for i in sorted(indices, key=lambda i: -tokens[i]):
+    for i in sorted(numbers, key=lambda i: -tokens[i]):
         least = load.index(min(load))
         hands[least].append(i)
         load[least] += tokens[i]

@@ -45,12 +45,12 @@ from PIL import Image
 from conversation import encode_conversation
 from data import Examples, collate
 from model import IGNORE, PRESETS
-from sample import newest_run
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.distributed import precision
 from support.io import reading, write_whole
 from support.log_probs import token_log_probs
 from support.lora import lora_off
+from support.weights import newest_run
 from train import Answering, TrainConfig, load_steps, teach
 
 
@@ -370,7 +370,7 @@ def main(argv=None, Config=MPOConfig, Task=Preferring):
             "--reference lora-off: the policy without its LoRA must stay what it began as; give "
             "--lora-r N --train llm, or --reference precomputed"
         )
-    cfg.model = cfg.model or str(newest_run())
+    cfg.model = cfg.model or newest_run()
     return teach(cfg, Task)
 
 

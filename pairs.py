@@ -16,8 +16,8 @@ QUESTIONS: JSON lines of {"image", "question", "answer"}, or LLaVA's JSON. PAIRS
 dropped, and why. A killed run goes on where it was: PAIRS.jsonl.part holds what is done. With the same seed
 it ends as if nothing had happened.
 
-Deviations from the authors' code, all of them: an answer that ran out of tokens makes no pair (theirs takes
-it for a wrong one, or for a whole one), nor does a completion that equals the answer, nor DropoutNTP of a
+Where this departs from the authors' code: an answer that ran out of tokens makes no pair (theirs takes it
+for a wrong one, or for a whole one), nor does a completion that equals the answer, nor DropoutNTP of a
 question without a picture; an answer is judged as benchmarks/own.py has it, for all kinds of questions alike,
 and not by math-verify (formulas must be written alike).
 """

@@ -18,10 +18,8 @@ questions does so through it.
 
 import math
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -32,11 +30,10 @@ from model import VLM
 from support.cache import KVHistory
 from support.cli import UserError, arg, parse, pick_device, run_program
 from support.quantize import widen_products
-from support.weights import check_image_mode, check_tokenizer, tokenizer_home
+from support.weights import check_image_mode, check_tokenizer, newest_run, tokenizer_home
 from vision import MODES, cut_tiles, join_tiles, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -46,11 +43,13 @@ class ModelConfig:
     model: str = arg("", "model directory; empty: the newest finished run under out/")
     vision: str = arg("", "tower of a model that was published without, DIR or DIR,DIR")
     llm: str = arg("", "directory of the base of a LoRA")
-    template: str = arg("", "conversation template; empty: the model's own", choices=tuple(TEMPLATES))
+    template: str = arg("", "conversation template; empty: the model's own", choices=TEMPLATES)
     image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=MODES)
     device: str = arg("auto", "cpu, cuda, cuda:N, mps (Apple's; untested) or auto")
     dtype: str = arg(
-        "auto", "of the weights; auto: as stored, but bfloat16 for float16 on a CPU", choices=DTYPES
+        "auto",
+        "of the weights; auto: as stored, but bfloat16 for float16 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantize: str = arg("", "int8: the decoder's matrices in 8 bits, half the memory", choices=("int8",))
 
@@ -89,7 +88,6 @@ class Answer(NamedTuple):
     ids: list  # every token it cost, the stop among them
 
 
-@torch.no_grad()
 def answer(vlm, tok, prompts, max_new_tokens, batch_size=48, seed=0, **sampling):
     """Prompts of any number -> [Answer, ...] in their order.
 
@@ -109,15 +107,12 @@ def answer(vlm, tok, prompts, max_new_tokens, batch_size=48, seed=0, **sampling)
 def order_prompts(prompts):
     """-> indices of prompts. Those with the same pictures are neighbours (their shared prefix is prefilled
     once), and groups of similar length meet (little padding)."""
-    group = []  # of each prompt: the first that has its pictures
-    first = {}
-    longest = Counter()
-    for i, (ids, pictures) in enumerate(prompts):
+    groups = {}
+    for i, (_, pictures) in enumerate(prompts):
         tiles = tuple(id(tiles) for tiles, _ in pictures)
-        key = tiles or ("no picture", i)
-        group.append(first.setdefault(key, i))
-        longest[group[i]] = max(longest[group[i]], len(ids))
-    return sorted(range(len(prompts)), key=lambda i: (longest[group[i]], group[i]))
+        groups.setdefault(tiles or ("no picture", i), []).append(i)
+    by_length = sorted(groups.values(), key=lambda group: max(len(prompts[i][0]) for i in group))
+    return [i for group in by_length for i in group]
 
 
 def make_batch(vlm, tok, prompts, max_new_tokens):
@@ -174,7 +169,7 @@ def open_asked(cfg):
 
     An empty cfg.model becomes the name of the run that answers.
     """
-    cfg.model = cfg.model or str(newest_run())
+    cfg.model = cfg.model or newest_run()
     dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
     int8 = cfg.quantize == "int8"
     vlm = VLM.from_pretrained(cfg.model, pick_device(cfg.device), dtype, cfg.vision, cfg.llm, int8)
@@ -183,20 +178,8 @@ def open_asked(cfg):
     check_tokenizer(vlm, tok)
     vlm.cfg.template = cfg.template or vlm.cfg.template
     vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode
-    check_image_mode(vlm, vlm.cfg.image_mode, cfg.model)
+    check_image_mode(vlm, cfg.model)
     return vlm, tok
-
-
-def newest_run(root="out"):
-    """The model directory under out/ that was finished last: its config is the last file a run writes."""
-    finished = [*Path(root).glob("*/config.json"), *Path(root).glob("*/plainvlm.json")]
-    newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise UserError(
-            f"no finished run under {root}/; train one (python train.py --stage finetune), or give "
-            "--model DIR, such as the checkpoint-N of an unfinished one"
-        )
-    return newest.parent
 
 
 # ---- stream and chat ----
@@ -206,8 +189,9 @@ def stream_answer(vlm, tok, prompt, cfg, history=None):
     """Print the answer word by word -> Answer. history: the chat's KVHistory."""
     template = vlm.cfg.template
     batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
-    sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k, "seed": cfg.seed}
-    ids, shown = [], ""
+    sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    ids = []
+    shown = ""
     for new in vlm.stream(**batch, history=history, **sampling):
         ids.append(int(new))
         so_far = read_answer(tok, template, ids)
@@ -249,10 +233,8 @@ def read_questions(cfg):
 
 
 def main(argv=None):
-    cfg = parse(SampleConfig, argv, description=__doc__)
+    cfg = parse(SampleConfig, argv, __doc__)
     if cfg.file or cfg.out:
-        if not (cfg.file and cfg.out) or cfg.image or cfg.prompt:
-            raise UserError("--file FILE and --out FILE go together, without --image and --prompt")
         from support.asking import answer_file  # which imports this file
 
         return answer_file(cfg)

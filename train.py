@@ -9,7 +9,7 @@
 A micro-batch counts by its share of these n tokens. (The original averages the micro-batches' means, so that
 short answers weigh more; its curves differ a little.)
 
-    python train.py --stage finetune                       # the toy: draws its world, trains, and is examined
+    python train.py --stage finetune                       # the toy: draws its world, trains, is evaluated
     python train.py --model out/finetune --data FILE.json --image-root DIR --out out/mine
     python train.py --model llava-1.5-7b --vision CLIP --llm VICUNA --data MIX.json --image-root DIR --dry-run
     torchrun --nproc-per-node 8 train.py --shard ...       # FSDP2: weights and optimizer in eighths; else DDP
@@ -30,7 +30,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,6 +39,7 @@ from data import Examples, Records, collate, draw_steps, micro_batches, share_by
 from model import IGNORE, PRESETS
 from support.checkpoint import FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, parse, run_program
+from support.data_files import fill_in_paths
 from support.distributed import (
     average_gradients,
     compiles,
@@ -63,12 +63,22 @@ from vision import MAX_TILES, MODES
 
 
 def fit(cfg, task, run, held_out=None):
-    """The loop. `run` is the folder: its log, its checkpoints, Ctrl-C."""
+    """The loop.
+
+    run: a support.checkpoint.Run, which holds vlm, tok, the count of steps, log and checkpoints.
+    task, as Answering and mpo.Preferring are:
+        examples, collate   a Dataset of records as tensors; a list of those -> a batch
+        count(batch)        how many of `unit` (supervised tokens, pairs) a batch has
+        loss(vlm, batch)    -> L, the mean over what count counts; more such means by name, for the log
+        prepare(run)        before the first step of a run, new or resumed
+        state_dict(), load_state_dict()   numbers for checkpoints and the log, besides weights and optimizer
+        unit, shown, plots  names for the log: what is counted, what is printed, what is drawn
+    """
     vlm = run.vlm
     device = next(vlm.parameters()).device
     autocast = precision(cfg, device)
     parallelize(vlm, cfg, device)
-    params = [p for p in vlm.parameters() if p.requires_grad]  # after it: FSDP2 puts others in their place
+    params = [p for p in vlm.parameters() if p.requires_grad]  # after parallelize: FSDP2 replaces them
     optimizer = make_optimizer(vlm, cfg)
     run.restore(optimizer)
 
@@ -94,18 +104,18 @@ def fit(cfg, task, run, held_out=None):
             metrics |= task.state_dict()  # mpo.py's delta
             run.log_step(step, batches, loss, metrics)
 
-            # Now and then: save, and look at held-out questions.
+            # Now and then: save, and ask held-out questions. The last step is saved even at save_every 0.
             if is_due(step, cfg.save_every, run.n_step) or run.interrupted or step == run.n_step:
                 run.save()
             if held_out and is_due(step, cfg.eval_every, run.n_step):
-                held_out.look(run, step)
+                held_out.measure(run, step)
             if run.interrupted:
                 run.say(f"interrupted: step {step} is saved; go on with the same command and --resume")
-                return 130
+                return 130  # the shell's code for Ctrl-C
 
     run.finish()
     if held_out and cfg.final_eval:
-        held_out.examine(run.out)
+        held_out.evaluate(run.out)
     print(f"the model is in {run.out}; ask it: python sample.py --model {run.out} --image FILE --prompt TEXT")
     return 0
 
@@ -135,7 +145,7 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
 
 
 class Answering:
-    """The task of LLaVA: to give the answers of conversations. mpo.py's has the same members."""
+    """The task of LLaVA: to give the answers of conversations. fit says what a task has."""
 
     unit = "supervised"  # what count() counts, in the words of the log
     shown = ()  # metrics to print beside the loss
@@ -160,17 +170,17 @@ class Answering:
 
     @staticmethod
     def loss(vlm, batch):
-        """-> the mean over what count() counts; more such means by name, for the log."""
+        """-> the mean over the supervised tokens; no further means."""
         device = next(vlm.parameters()).device
         names = ("tokens", "pixels", "labels", "layout")
         return vlm(*[batch[name].to(device, non_blocking=True) for name in names]), {}
 
     def prepare(self, run):
-        """The run's folder is there, and in a new run its model is as it was before training."""
+        """Here nothing. The run's folder is there, and a new run's model is as it was before training."""
 
     @staticmethod
     def state_dict():
-        """What a checkpoint must hold besides weights and optimizer: numbers, which the log shows as well."""
+        """What a checkpoint must hold besides weights and optimizer: here nothing."""
         return {}
 
     def load_state_dict(self, state):
@@ -183,11 +193,11 @@ def load_steps(cfg, task, run):
     steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
     to_do = islice(steps, run.first_step - 1, None)
     n_token = run.vlm.cfg.vision.n_token
-    own = (share_by_rank(rows, records, n_token, rank(), world_size()) for rows in to_do)
+    own = (share_by_rank(numbers, records, n_token, rank(), world_size()) for numbers in to_do)
     cut = partial(micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
                   collate=task.collate)
     on_gpu = next(run.vlm.parameters()).is_cuda
-    task.examples.bad = "skip"  # whether to stop is for all processes to decide
+    task.examples.bad = "skip"  # stop_at_bad_records decides, for all processes
     loader = DataLoader(
         task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu,
         worker_init_fn=in_loader_process)
@@ -271,7 +281,8 @@ def parse_flags(argv=None, Config=None, description=__doc__):
     if given.from_scratch:
         recipe |= dict(vision="", llm="", projector="")
     elif given.vision or given.llm or given.image_mode == "internvl":
-        recipe["projector"] = ""  # the recipe's connector was made for none of these
+        # Other widths than the recipe's connector has: another tower or decoder, or internvl's pixel shuffle.
+        recipe["projector"] = ""
     return parse(Config, argv, description, recipe)
 
 
@@ -285,12 +296,13 @@ def teach(cfg, Task):
         if cfg.split_questions:
             records.split_questions()
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
-        if cfg.dry_run or not cfg.resume:  # what does not fit together is said before any weight is read
-            vlm, tok = build(cfg, device="meta")
         if cfg.dry_run:
+            vlm, tok = build(cfg, device="meta")
             make_trainable(vlm, cfg)
             cfg.bad_records = "skip"
             return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
+        if not cfg.resume:
+            build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read
 
         # The model, as --resume left it or from its ingredients; and which of its parameters train.
         run = Run(cfg, n_step, [file.path for file in records.files])
@@ -301,7 +313,7 @@ def teach(cfg, Task):
             load_adapter(vlm, run.checkpoint)
         vlm.to(device).train()
 
-        # What is wrong with the questions is said before the folder is made, and not after the training.
+        # What is wrong with the questions is an error before the folder is made, not after the training.
         held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
         task = Task(cfg, records, vlm, tok)
         run.open(vlm, tok, task)
@@ -309,18 +321,6 @@ def teach(cfg, Task):
         print(f"{n_step:,} steps of {cfg.batch_size}, from {len(records):,} records", flush=True)
         task.prepare(run)
         return fit(cfg, task, run, held_out)
-
-
-def fill_in_paths(cfg):
-    """What was not given stands beside --data. Then check that the files are there."""
-    folder = Path(cfg.data.split(",")[0]).parent
-    cfg.out = cfg.out or f"out/{cfg.stage}"
-    if not cfg.val and (folder / "val.jsonl").exists():
-        cfg.val = str(folder / "val.jsonl")
-    for flag, files in ("--data", cfg.data), ("--val", cfg.val):
-        for file in filter(None, files.split(",")):
-            if not Path(file).is_file():
-                raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
 
 
 # ---- flags and recipes ----
@@ -376,7 +376,7 @@ class TrainConfig:
         at_least=0, at_most=4096)
     image_mode: str = arg("",
         "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
-        "internvl: several; empty: the model's own", choices=tuple(MODES))
+        "internvl: several; empty: the model's own", choices=MODES)
     max_tiles: int = arg(0,
         "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12",
         at_least=0, at_most=MAX_TILES)
@@ -404,7 +404,7 @@ class TrainConfig:
     seed: int = arg(0, "for weights and the order of the records", at_least=0, below=2**63)
 
     # Now and then
-    eval_every: int = arg(100, "steps between looks at held-out loss and answers; 0: never", at_least=0)
+    eval_every: int = arg(100, "steps between held-out losses and answers; 0: never", at_least=0)
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end", at_least=0)
     log_every: int = arg(10, "steps between printed lines", at_least=1)
     final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
@@ -437,7 +437,7 @@ LLAVA_PRETRAIN = LLAVA | dict(lr=1e-3, batch_size=256, image_mode="crop", token_
 LLAVA_FINETUNE = LLAVA | dict(lr=2e-5, batch_size=128, token_budget=8192)
 PHOTO = dict(lr=1e-3, batch_size=128, max_steps=3000, split_questions=True, eval_every=250, save_every=500)
 RECIPES = {
-    # Not plain: toy-vicuna has never seen a text without this frame.
+    # LLaVA's stage 1 uses template "plain"; the toy's uses vicuna_v1, the only format its decoder has seen.
     ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),
     ("toy", "finetune"): TOY | dict(lr=3e-4, max_steps=400, projector=str(ASSETS / "toy-connector")),
     ("photo", "finetune"): PHOTO,

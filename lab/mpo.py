@@ -2,8 +2,8 @@
 
     python -m lab.run mpo            # out/lab/mpo/table.md
 
-Finetune, let the model make its own pairs, train each variant on them, examine all. The questions to make
-pairs from are about training pictures, those of the examination about held-out ones.
+Finetune, let the model make its own pairs, train each variant on them, evaluate all. The questions to make
+pairs from are about training pictures, those of the evaluation about held-out ones.
 """
 
 import random
@@ -83,7 +83,7 @@ def make_rows(folder, seed, quick):
     return rows
 
 
-# ---- questions and their examination ----
+# ---- questions and their evaluation ----
 
 
 def scene_of(split, i):

@@ -133,6 +133,8 @@ def likeliest(vlm, tok, questions, prompts):
 
 def answer_file(cfg):
     """LLaVA's file of questions -> its file of answers, in the same order."""
+    if not (cfg.file and cfg.out) or cfg.image or cfg.prompt:
+        raise UserError("--file FILE and --out FILE go together, without --image and --prompt")
     out = Path(cfg.out)
     with lock(out.with_name(f".{out.name}.lock")):
         if out.exists():

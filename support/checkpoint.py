@@ -1,7 +1,7 @@
 """The folder of a run: its log and plots, its checkpoints, at its end the model; Ctrl-C and SIGTERM.
 
     lock                              held by the run that writes here
-    log.jsonl  *.png                  a line for each step and each look at held-out questions; plots
+    log.jsonl  *.png                  a line for each step and each held-out loss; plots
     tokenizer.model ...               and what transformers' AutoProcessor wants beside it
     base/                             of a LoRA over a preset: the model under it
     checkpoint-000100/                a whole model directory; AdamW's moments in optimizer.pt;

@@ -183,7 +183,7 @@ def pick_device(name):
 
 
 def run_program(program):
-    """Call a program and return its exit code: 0 done, 1 said in a line on stderr, 130 interrupted."""
+    """Call a program and return its exit code: 0 done, 1 an error in a line on stderr, 130 interrupted."""
     harden_output("stdout")
     harden_output("stderr")
     try:

@@ -23,6 +23,18 @@ RECORD = '{"id", "image", "conversations": [{"from": "human" or "gpt", "value": 
 ROW = np.dtype([(name, np.int64) for name in ("file", "line", "start", "end", "question")])
 
 
+def fill_in_paths(cfg):
+    """What was not given stands beside --data. Then check that the files are there."""
+    folder = Path(cfg.data.split(",")[0]).parent
+    cfg.out = cfg.out or f"out/{cfg.stage}"
+    if not cfg.val and (folder / "val.jsonl").exists():
+        cfg.val = str(folder / "val.jsonl")
+    for flag, files in ("--data", cfg.data), ("--val", cfg.val):
+        for file in filter(None, files.split(",")):
+            if not Path(file).is_file():
+                raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
+
+
 def open_files(data, image_root="", weights=""):
     """FILE, or FILE,FILE, or a meta.json as MMPR's; weights "X,X", one for each file. -> [DataFile]"""
     paths = [Path(path) for path in data.split(",")]

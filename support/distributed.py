@@ -40,7 +40,7 @@ def barrier():
 
 @contextlib.contextmanager
 def processes(cfg):
-    """Join the others; inside, this process has its device. What the machine lacks is said in one line."""
+    """Join the others; inside, this process has its device. What the machine lacks is a one-line error."""
     try:
         yield join_processes(cfg)
     except (OSError, RuntimeError) as error:

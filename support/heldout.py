@@ -41,7 +41,7 @@ class HeldOut:
         examples = Examples(records, self.tok, cfg.template, *shape, bad)
         return (examples[i] for i in range(len(records)))
 
-    def look(self, run, step):
+    def measure(self, run, step):
         """Log the loss, with each question's pictures and with others, and print a few answers."""
         with not_training(self.vlm, self.cfg):
             values = {"val_loss": self.mean_loss(self.batches)}
@@ -62,7 +62,7 @@ class HeldOut:
         return sum(n * mean for n, mean in zip(counts, means)) / sum(counts)
 
     def some_answers(self, step, n=3):
-        """A few questions, other ones at each look, with the model's answers."""
+        """A few questions, other ones each time, with the model's answers."""
         n_all = len(self.questions)
         chosen = [self.questions[(step * 7 + i * n_all // n) % n_all] for i in range(n)]
         prompts = encode_questions(self.vlm, self.tok, columns_of(chosen, self.exam)["direct"])
@@ -74,7 +74,7 @@ class HeldOut:
             shown.append(f"  Q: {asked}\n  A: {found.text!r}   truth: {question['truth']!r}")
         return "\n".join(shown)
 
-    def examine(self, out):
+    def evaluate(self, out):
         items = draw_some(self.questions, self.cfg.eval_limit)
         with not_training(self.vlm, self.cfg):
             result = evaluate(items, self.exam, self.vlm, self.tok)

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all; what is wrong with one that is read is said in one line."""
+"""Files: written whole or not at all; what is wrong with one that is read is an error of one line."""
 
 import json
 import os

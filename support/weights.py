@@ -306,6 +306,18 @@ def flatten(content, prefix=""):
 # ---- into a model ------------------------------------------------------------------------------------------
 
 
+def newest_run(root="out"):
+    """The model directory under out/ that was finished last: its config is the last file a run writes."""
+    finished = [*Path(root).glob("*/config.json"), *Path(root).glob("*/plainvlm.json")]
+    newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError(
+            f"no finished run under {root}/; train one (python train.py --stage finetune), or give "
+            "--model DIR, such as the checkpoint-N of an unfinished one"
+        )
+    return str(newest.parent)
+
+
 def load_model(directory, device="cpu", dtype=torch.float32, vision=None, llm=None, int8=False):
     """A directory of any layout -> VLM.
 
@@ -462,7 +474,8 @@ def check_tokenizer(vlm, tok):
         )
 
 
-def check_image_mode(vlm, mode, directory):
+def check_image_mode(vlm, directory):
+    mode = vlm.cfg.image_mode
     tiling = find_tiling(vlm.cfg.vision, mode)
     if tiling and tiling.row_end and vlm.connector.row_end is None:
         raise UserError(

@@ -18,6 +18,7 @@ import sample
 from conversation import encode_prompt
 from model import VLM
 from support.cli import UserError, run_program
+from support.weights import newest_run
 from vision import cut_tiles, open_image
 
 NO_IMAGE = "nothing to answer: give --image, --prompt or both"
@@ -406,10 +407,10 @@ def test_the_newest_finished_run_answers_and_no_unfinished_one(tmp_path):
 
     finish("b/checkpoint-000100", 5)
     with pytest.raises(UserError, match="no finished run under .*train one"):
-        sample.newest_run(tmp_path)
+        newest_run(tmp_path)
     finish("old", 1)
     finish("new", 2)
-    assert sample.newest_run(tmp_path) == tmp_path / "new"
+    assert newest_run(tmp_path) == str(tmp_path / "new")
 
 
 def test_help_gives_every_flag_with_its_default(capsys):
