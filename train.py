@@ -439,7 +439,8 @@ PHOTO = dict(lr=1e-3, batch_size=128, max_steps=3000, split_questions=True, eval
 RECIPES = {
     # LLaVA's stage 1 uses template "plain"; the toy's uses vicuna_v1, the only format its decoder has seen.
     ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),
-    ("toy", "finetune"): TOY | dict(lr=3e-4, max_steps=400, projector=str(ASSETS / "toy-connector")),
+    ("toy", "finetune"): TOY | dict(
+        lr=4e-4, max_steps=280, token_budget=2048, projector=str(ASSETS / "toy-connector")),
     ("photo", "finetune"): PHOTO,
 }
 LLAVAS = ("llava-1.5-7b", "llava-1.5-hd-7b", "llava-1.5-13b")
