@@ -102,7 +102,8 @@ class Run:
     def rewind(self):
         """Drop log lines after the checkpoint, damaged ones, and what a kill left half-written."""
         log = self.out / "log.jsonl"
-        self.lines = [row for row in read_rows(log) if row and row["step"] < self.first_step]
+        rows = [row for row in read_rows(log) if isinstance(row, dict) and isinstance(row.get("step"), int)]
+        self.lines = [row for row in rows if row["step"] < self.first_step]
         write_whole(log, lambda tmp: tmp.write_text(json_lines(self.lines), encoding="utf-8"))
         for left in self.out.glob(".*.tmp"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()

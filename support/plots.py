@@ -20,7 +20,7 @@ WIDTH = 800
 
 def curve(lines, name):
     """The values of that name in the lines of log.jsonl -> (xs, ys)."""
-    found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
     return [step for step, _ in found], [value for _, value in found]
 
 
