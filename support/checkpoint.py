@@ -55,8 +55,9 @@ class Run:
         self.out = Path(cfg.out)
         flags = {flag_of(name): value for name, value in asdict(cfg).items() if name not in FREE_TO_CHANGE}
         self.flags = flags | {"--data of checksum": fingerprint(data_files)}
+        self.locks = []  # files that stay open: when one is closed, a second lock of the same file goes, too
         if rank() == 0 and self.out.is_dir():
-            self.lock = lock(self.out / "lock")
+            self.locks.append(lock(self.out / "lock"))
         self.checkpoint, self.state = self.find_checkpoint() if cfg.resume else (None, {})
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.step = self.saved = self.state.get("step", 0)  # the last that is done, and on the disk
@@ -91,7 +92,7 @@ class Run:
                 self.remove_older()
             else:
                 move_aside(self.out, self.cfg)
-                self.lock = lock(self.out / "lock")
+                self.locks.append(lock(self.out / "lock"))
                 if vlm.lora and vlm.lora["base"] == base:
                     save_processor(base, tok.path, vlm.cfg)
                     vlm.save_pretrained(base)  # B is still 0

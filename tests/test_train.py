@@ -548,6 +548,17 @@ def test_a_folder_in_which_a_run_still_writes_is_refused_until_that_is_killed(
         assert time.time() - began < 20, "a loader process outlives its parent"
 
 
+def test_a_folder_that_was_made_beforehand_has_one_writer_too(go, beside, at_step, capfd):
+    def train_slowly():
+        at_step(1, lambda: (Path("there").touch(), time.sleep(600)))
+        go("--workers", 0)
+
+    Path("run").mkdir()
+    beside(train_slowly)
+    wait_for("there")
+    assert go() == 1 and "run/lock: held by another run" in errors(capfd)[-1]
+
+
 def test_of_two_runs_that_begin_at_once_one_is_refused(go, beside, monkeypatch, capfd):
     original = support_start.VLM.from_pretrained
     monkeypatch.setattr(support_start.VLM, "from_pretrained", lambda *args, **flags: (
