@@ -25,6 +25,7 @@ its labels to IGNORE.
 
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -233,6 +234,8 @@ class Records:
         """data: FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's. Pictures lie below
         image_root, or below the folder of their file."""
         self.files = open_files(str(data), image_root, weights)
+        given = [Path(path) for path in str(data).split(",")]
+        self.paths = list(dict.fromkeys([file.path for file in self.files] + given))  # a meta.json, too
         parts = []
         for k, file in enumerate(self.files):
             rows = file.find_rows(k)

@@ -183,7 +183,7 @@ def read_own(cfg):
         n_seen[id] += 1
         if n_seen[id] > 1:  # another question of this record, or another record of this name
             id = f"{id}#{n_seen[id]}"
-        item = question(id, None, text, "", truth, category=str(record.get("category", "all")))
+        item = question(id, None, text, "", truth, category=str(record.get("category") or "all"))
         yield item | {"earlier": earlier, "image": record["images"]}
 
 

@@ -115,7 +115,7 @@ def ask_all(vlm, tok, records, cfg):
     rows = [i * len(records) // n for i in range(n)]  # spread over the file
 
     weights = sorted(Path(cfg.model).glob("*.safetensors"))
-    files = [file.path for file in records.files] + weights
+    files = records.paths + weights
     flags = asdict(cfg) | {"data and weights": fingerprint(files)}
     del flags["out"], flags["device"]
     progress = Progress(cfg.out + ".part", flags)

@@ -305,7 +305,7 @@ def teach(cfg, Task):
             build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read
 
         # The model, as --resume left it or from its ingredients; and which of its parameters train.
-        run = Run(cfg, n_step, [file.path for file in records.files])
+        run = Run(cfg, n_step, records.paths)
         torch.manual_seed(cfg.seed)
         vlm, tok = build(cfg, run.checkpoint)
         make_trainable(vlm, cfg)

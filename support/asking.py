@@ -143,7 +143,7 @@ def answer_file(cfg):
         questions = [file_question(records, i, cfg) for i in range(len(records))]
         vlm, tok = sample.open_asked(cfg)
         weights = sorted(Path(cfg.model).glob("*.safetensors"))
-        files = [file.path for file in records.files] + weights
+        files = records.paths + weights
         flags = asdict(cfg) | {"questions and weights": fingerprint(files)}
         del flags["out"], flags["device"], flags["resume"]
         progress = Progress(f"{out}.part", flags, cfg.resume)

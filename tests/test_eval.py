@@ -13,7 +13,7 @@ import eval as ev
 import sample
 import toyworld
 import train
-from benchmarks import choice, common, reasoning, vqa, yes_no
+from benchmarks import choice, common, own, reasoning, vqa, yes_no
 from benchmarks.scoring import bootstrap
 from model import VLM
 from support import asking
@@ -1007,6 +1007,13 @@ def test_a_picture_that_is_missing_from_ones_own_file_is_said_before_the_first_a
     assert evaluate("--data", data, "--model", tiny, "--batch-size", 1, "--out", tmp_path / "out") == 1
     assert "1.png: no such picture" in complaint(capfd)
     assert len((tmp_path / "out/progress.jsonl").read_text().splitlines()) == 1      # the flags, and no answer
+
+
+@pytest.mark.parametrize("category", ["", None])
+def test_a_question_of_no_category_is_one_of_all(tmp_path, category):
+    data = put(tmp_path, "val.jsonl", jsonl([{"text": "What?", "answer": "x", "category": category}]))
+    item, = ev.read_own(ev.EvalConfig(data=str(data)))
+    assert item["category"] == ["all"] and own.most_frequent([item]) == {item["id"]: {"answer": "x"}}
 
 
 def test_any_held_out_picture_that_does_not_open_is_said_before_the_training(tiny, tok, tmp_path):

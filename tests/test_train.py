@@ -834,6 +834,14 @@ def test_resuming_over_other_records_is_refused(go, world, capfd):
     assert go(*flags, "--max-steps", 2, "--resume") == 1 and "--data of checksum" in errors(capfd)[-1]
 
 
+def test_resuming_with_other_repeats_in_meta_json_is_refused(go, world, capfd):
+    write_json("meta.json", {"x": {"root": str(world), "annotation": str(world / "train.json")}})
+    flags = ["--data", "meta.json", "--max-steps", 2]
+    assert go(*flags) == 0
+    write_json("meta.json", {"x": {"root": str(world), "annotation": str(world / "train.json"), "repeat_time": 2}})
+    assert go(*flags, "--resume") == 1 and "--data of checksum" in errors(capfd)[-1]
+
+
 def test_an_earlier_run_is_moved_aside_whole_and_only_when_the_new_one_can_begin(go, capfd, tiny):
     assert go(out="out/x") == 0
     before = {p.relative_to("out/x"): p.read_bytes() for p in Path("out/x").rglob("*") if p.is_file()}
