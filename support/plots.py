@@ -20,8 +20,8 @@ WIDTH = 800
 
 def curve(lines, name):
     """The values of that name in the lines of log.jsonl -> (xs, ys)."""
-    found = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
-    return [step for step, _ in found], [value for _, value in found]
+    found = [line for line in lines if isinstance(line.get(name), (int, float))]
+    return [line["step"] for line in found], [line[name] for line in found]
 
 
 def plot(path, panels):

@@ -49,8 +49,10 @@ def wide_product(x, weight):
 
 def to_int8(weight):
     """(out, in) -> Q, scale"""
-    scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
-    return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    largest = weight.float().abs().amax(1)
+    scale = (largest / 127).clamp(min=1e-30).bfloat16()
+    steps = weight / scale.float()[:, None]
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
 def use_int8(module):
