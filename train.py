@@ -96,6 +96,7 @@ def fit(cfg, task, run, held_out=None):
                 ids = ", ".join(record_id for batch in batches for record_id in batch["record_ids"])
                 raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
                                 f"lower --lr, or look at the records {ids}")
+            run.step = 0  # an error between here and log_step must save nothing: the step is half done
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -61,6 +61,7 @@ class Run:
         self.checkpoint, self.state = self.find_checkpoint() if cfg.resume else (None, {})
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.step = self.saved = self.state.get("step", 0)  # the last that is done, and on the disk
+        self.task_state = self.state.get("task", {})  # after the last that is done
         self.first_step = self.step + 1
         self.skipped = self.state.get("skipped", 0)  # records, since the run began
         self.n_token = 0  # since this program began
@@ -132,7 +133,12 @@ class Run:
         self.old_handlers = {number: signal.signal(number, self.on_signal) for number in END_SIGNALS}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
+        # Whatever error ends the run, the steps before it are saved. Of several processes it may end only
+        # one, which the others would not join in saving.
+        if isinstance(error, Exception) and world_size() == 1 and self.step > self.saved:
+            with contextlib.suppress(Exception):  # the first error says more
+                self.save()
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         self.bar.close()
@@ -164,7 +170,7 @@ class Run:
 
     def log_step(self, step, batches, loss, metrics):
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
-        self.step = step
+        self.step, self.task_state = step, self.task.state_dict()
         skipped = [reason for batch in batches for reason in batch["skipped"]]
         for reason in skipped[: max(0, 5 - self.skipped)]:  # later ones are only counted
             self.say(f"skipped: {reason}")
@@ -247,7 +253,7 @@ class Run:
                 moments[name] = {key: gather_on_first(t) for key, t in self.optimizer.state[p].items()}
         if rank() == 0:
             state = {"step": self.step, "skipped": self.skipped}
-            state |= {"flags": self.flags, "task": self.task.state_dict()}
+            state |= {"flags": self.flags, "task": self.task_state}
             write_whole(directory / "optimizer.pt", lambda tmp: torch.save(moments, tmp))
             write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import pty
 import random
@@ -39,6 +40,7 @@ from conversation import Tokenizer
 from data import IGNORE, Examples, Records, collate
 from model import VLM
 from support.checkpoint import Run
+from support.cli import UserError
 from support.export import clip_json, llama_json, write_model
 from support.io import lock, write_json
 from support.processor import save_processor
@@ -790,6 +792,79 @@ def test_a_loader_process_that_is_killed_is_one_line(go, monkeypatch, capfd):
     assert go("--workers", 1) == 1
     error = errors(capfd)[-1]
     assert error.startswith("error: DataLoader worker") and "--workers 0" in error
+
+
+def break_loss(monkeypatch):
+    """The loss of the fifth step is no number."""
+    calls, original = [], train.Answering.loss
+
+    def loss(*args):
+        if torch.is_grad_enabled():  # not a held-out one
+            calls.append(None)
+        mean, more = original(*args)
+        return mean * (math.nan if len(calls) == 5 else 1), more
+
+    monkeypatch.setattr(train.Answering, "loss", staticmethod(loss))
+
+
+def kill_loader(monkeypatch):
+    """When the fifth step begins."""
+    calls, original = [], train.backward
+
+    def backward(*args):
+        calls.append(None)
+        if len(calls) == 5:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(10)  # PyTorch sees it, and raises
+        return original(*args)
+
+    monkeypatch.setattr(train, "backward", backward)
+
+
+def lose_picture(monkeypatch):
+    """A held-out one is gone after the fourth step."""
+
+    def measure(held_out, run, step):
+        if step == 4:
+            raise UserError("p.png: no such picture")
+
+    monkeypatch.setattr(train.HeldOut, "measure", measure)
+
+
+@pytest.mark.parametrize("stop, words", [
+    (break_loss, "the loss is nan"),
+    (kill_loader, "DataLoader worker"),
+    (lose_picture, "no such picture"),
+])
+def test_whatever_error_ends_a_run_the_steps_before_it_are_saved(go, monkeypatch, capfd, stop, words):
+    flags = ["--save-every", 0, "--workers", 1]
+    assert go(*flags, out="whole") == 0
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        stop(patch)
+        assert go(*flags, "--eval-every", 4) == 1 and words in errors(capfd)[-1]
+    assert newest_step("run") == 4
+    assert go(*flags, "--resume") == 0 and same("whole", "run")
+
+
+def test_an_error_in_the_middle_of_an_update_saves_nothing(go, monkeypatch):
+    original = train.make_optimizer
+
+    def make_optimizer(*args):
+        optimizer = original(*args)
+        calls, update = [], optimizer.step
+
+        def step():
+            calls.append(None)
+            if len(calls) == 4:
+                raise UserError("half done")
+            update()
+
+        monkeypatch.setattr(optimizer, "step", step)
+        return optimizer
+
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    assert go() == 1 and newest_step("run") == 2
 
 
 def test_a_loader_needs_no_shared_memory(go, beside, monkeypatch):
