@@ -243,8 +243,6 @@ def open_image(path):
         warnings.simplefilter("ignore")  # odd EXIF is no news, and our own limit speaks below
         if not Path(path).exists():
             raise UserError(f"{path}: no such picture; check the path and --image-root")
-        if Path(path).is_fifo():  # nobody may ever write into it
-            raise UserError(f"{path}: a named pipe, not a picture; drop the record")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                 most = f"{MAX_PIXELS:,} pixels in all or {MAX_SIDE:,} on a side"

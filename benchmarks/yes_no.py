@@ -162,7 +162,9 @@ def read_vsr(cfg):
     kinds = {}
     relations = find_file(cfg, "rel_meta_category_dict.txt", optional=True)
     if relations:
-        for line in relations.read_text(encoding="utf-8").splitlines():
+        with reading(relations):
+            text = relations.read_text(encoding="utf-8")
+        for line in text.splitlines():
             kind, *names = re.split("[:,]", line)
             kinds |= {name.strip(): kind.strip() for name in names}
 

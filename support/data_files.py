@@ -71,8 +71,6 @@ def open_meta(meta, base):
 def file_head(path):
     """The first bytes of a file, without white space and the mark that Windows editors put in front."""
     with reading(path, "give a file of UTF-8 text"):
-        if path.exists() and not path.is_file():
-            raise OSError("not a file")  # of a named pipe nobody may wait for the other end
         with open(path, "rb") as file:
             head = file.read(4096)
         if b"\0" in head:

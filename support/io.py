@@ -119,7 +119,9 @@ class Progress:
 
 def read_rows(path):
     """The rows of JSON lines; None in place of one that a kill has torn, or that is damaged."""
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    with reading(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.split("\n"):
         try:
             yield json.loads(line)
         except ValueError:
@@ -140,6 +142,8 @@ def reading(path, hint="get the file again"):
     It says which file, what is wrong, and what to do.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise OSError("a named pipe or a device, not a file")  # nobody may ever write into a pipe
         yield
     except UserError as error:
         if str(path) in str(error):

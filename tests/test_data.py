@@ -22,6 +22,7 @@ import conversation
 import eval
 import support.cli as support_cli
 import tools.show as tools_show
+from benchmarks.common import load_records
 from conversation import (
     TEMPLATES,
     Tokenizer,
@@ -34,6 +35,9 @@ from conversation import (
 from data import IGNORE, Examples, Records, collate, picture_paths
 from model import PRESETS, VLM, DecoderConfig, VLMConfig
 from support.cli import UserError
+from support.control_tokens import read_sentencepiece
+from support.io import read_json, read_rows
+from support.weights import open_weights
 from train import Answering
 from vision import VisionConfig, open_image
 
@@ -998,9 +1002,20 @@ def test_text_that_is_not_utf_8_is_called_so(tmp_path, encoding):
 
 def test_a_folder_and_a_pipe_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
-    for path in tmp_path, tmp_path / "pipe.json":
-        with pytest.raises(UserError, match=f"{path.name}: cannot be read .not a file"):
+    for path, why in (tmp_path, "Is a directory"), (tmp_path / "pipe.json", "a named pipe or a device"):
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read .{why}"):
             Records(path)
+
+
+def all_rows(path):
+    return list(read_rows(path))
+
+
+@pytest.mark.parametrize("read", [read_json, load_records, open_weights, read_sentencepiece, all_rows])
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: cannot be read .a named pipe"):
+        read(tmp_path / "pipe")
 
 
 def test_pictures_lie_beside_their_own_file_where_no_root_is_given(tmp_path):
