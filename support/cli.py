@@ -19,6 +19,7 @@ Type, default, help, choices and range of a flag stand on its field and nowhere 
 import argparse
 import difflib
 import io
+import os
 import re
 import sys
 import time
@@ -201,7 +202,9 @@ def run_program(program):
 def harden_output(name):
     """Writing there never fails: not of a character that it cannot encode, not because nobody reads on."""
     stream = getattr(sys, name)
-    if stream and stream is getattr(sys, f"__{name}__"):                # not what a test put in its place
+    if stream is None:               # it was closed when the program began
+        setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
+    elif stream is getattr(sys, f"__{name}__"):                         # not what a test put in its place
         file = io.BufferedWriter(PatientFile(stream.fileno(), "w", closefd=False))
         buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
         setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", **buffering))

@@ -10,6 +10,7 @@ import pty
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -1182,6 +1183,15 @@ def test_a_run_goes_on_when_nobody_reads_its_output(tiny, world, tmp_path, end):
     getattr(child, end).readline()
     getattr(child, end).close()
     assert child.wait() == 0 and (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize("end", [1, 2])
+def test_a_run_goes_on_when_an_output_is_closed_from_the_start(tiny, world, tmp_path, end):
+    flags = ["--model", tiny, "--data", world / "train.json", *QUICK, "--out", tmp_path / "run"]
+    command = shlex.join([sys.executable, str(ROOT / "train.py"), *map(str, flags)])
+    child = subprocess.run(f"{command} {end}>&-", shell=True, capture_output=True)
+    assert child.returncode == 0 and b"Error" not in child.stderr, child.stderr
+    assert (tmp_path / "run/config.json").exists()
 
 
 def test_what_the_terminal_cannot_show_ends_no_run(tiny, world, tmp_path):
