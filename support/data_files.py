@@ -156,9 +156,11 @@ def read_images(record):
         raise TypeError(f'"image" is {found[0]!r:.80}, not a file name or a list of file names')
 
     # What a record shows besides must not get lost in silence.
-    other_media = "video|audio" if found else "video|audio|image|img|picture|photo"
+    pictures = "image|img|picture|photo|frame|media|visual|file_?name"
+    other_media = "video|audio" if found else f"video|audio|{pictures}"
+    suffix = r"_?(path|file|name|url|src|list|data|base64|bytes|\d)s?"  # as in image_file_name, images_1
     for name in record:
-        if re.fullmatch(f"({other_media})s?(_?(path|file|name|url)s?)?", name) and record[name]:
+        if re.fullmatch(f"({other_media})s?({suffix})*", name, re.IGNORECASE) and record[name]:
             raise UserError(f'"{name}" is not read; name pictures in "image", or drop the record')
     return lists[0]
 

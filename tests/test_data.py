@@ -993,6 +993,24 @@ def test_images_is_read_like_image_and_both_may_say_the_same(tmp_path):
     assert [r["images"] for r in Records(write(tmp_path / "a.jsonl", lines))] == [["a.png"]] * 3 + [[]]
 
 
+NAMES_OF_PICTURES = """file_name filename fileName image_file_name image_filename imagePath image_list image_base64
+    image_bytes image_src image1 image_0 img_src media media_path frames visual pictures photo_urls""".split()
+
+
+@pytest.mark.parametrize("name", NAMES_OF_PICTURES)
+def test_a_picture_in_a_field_that_nobody_reads_is_refused_unless_it_is_empty_or_beside_image(tmp_path, name):
+    lines = [{"text": "?", name: None}, {"text": "?", name: []}, {"text": "?", "image": "a.png", name: "a.png"}]
+    assert len(list(Records(write(tmp_path / "a.jsonl", lines)))) == 3
+    with pytest.raises(UserError, match=f'line 1 .*"{name}" is not read; name pictures in "image"'):
+        list(Records(write(tmp_path / "b.jsonl", [{"text": "?", name: "a.png"}])))
+
+
+def test_what_a_text_says_of_itself_is_no_picture(tmp_path):
+    names = "file path url source framework timeframe media_type image_caption image_id visual_genome".split()
+    lines = [{"text": "?", name: "x"} for name in names]
+    assert not any(record["images"] for record in Records(write(tmp_path / "a.jsonl", lines)))
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
 def test_text_that_is_not_utf_8_is_called_so(tmp_path, encoding):
     (tmp_path / "a.json").write_text(json.dumps([record(0)]), encoding=encoding)
