@@ -43,8 +43,9 @@ def final_part(text):
 
 
 def chosen_letter(text):
-    """c of "C", "(c)", "C. cat", "(C) cat"; None of "A dog", "B and C", "(A) or (C)"."""
-    found = re.match(r"\(?([a-z])(?:$|[.:)]+(?:$|\s(?!\s*(?:or|and|&)\b)))", text.lower().strip(" *"))
+    """c of "C", "(c)", "C. cat", "(C) cat"; None of "A dog", "B and C", "(A) or (C)", "A. C."."""
+    another = r"\s*(or\b|and\b|&|\(?(?!\1)[a-z]([.:,)]+\s|[.:,)]*$))"
+    found = re.match(rf"\(?([a-z])(?:$|[.:)]+(?:$|\s(?!{another})))", text.lower().strip(" *"))
     return found and found[1]
 
 
