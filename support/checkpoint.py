@@ -282,8 +282,9 @@ class Run:
         save_processor(directory, self.tok.path, vlm.cfg)
         if vlm.lora:
             base = vlm.lora["base"]
-            is_own = base.is_relative_to(self.out)  # then the run may be moved
-            save_adapter(vlm, directory, os.path.relpath(base, directory) if is_own else base, tensors)
+            if base.is_relative_to(self.out):
+                base = os.path.relpath(base)  # as the run may be moved
+            save_adapter(vlm, directory, base, tensors)
         else:
             vlm.save_pretrained(directory, tensors)
 

@@ -143,7 +143,8 @@ def save_model(vlm, directory, state=None):
 def save_adapter(vlm, directory, base, state=None):
     """What trains, in PEFT's layout: the LoRA, and whole what trains beside it.
 
-    base: the directory under it, absolute or as seen from `directory`.
+    base: the directory under it, absolute or as seen from the working directory, where PEFT looks for it.
+    Ours looks beside the adapter first (support/weights.py: base_of), so a run may be moved with its base.
 
     The directory opens like any other model, with PEFT too where its base opens in transformers.
     `python -m tools.weights convert` makes a whole one of it.
@@ -172,7 +173,7 @@ def save_adapter(vlm, directory, base, state=None):
     if fits_llava(vlm.cfg):
         state = {llava_name(name, PEFT_NAMES): tensor for name, tensor in state.items()}
     write_tensors(Path(directory) / "adapter_model.safetensors", state)
-    found = fingerprint(weight_files(Path(directory) / base))
+    found = fingerprint(weight_files(base))
     write_json(Path(directory) / "plainvlm.json", public_layout(vlm)[1] | {"base_fingerprint": found})
 
 
