@@ -24,6 +24,7 @@ save a checkpoint first; a second one ends the run at once.
 """
 
 import math
+import multiprocessing
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -202,9 +203,15 @@ def load_steps(cfg, task, run):
     loader = DataLoader(
         task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu,
         worker_init_fn=in_loader_process)
-    for batches in loader:
+    steps = iter(loader)
+    loaders = multiprocessing.active_children()
+    for batches in steps:
         run.stop_at_bad_records(batches)
         yield batches
+        # PyTorch raises once, wherever the program is: if a plot has taken it for its own error, the rest of
+        # a torn message would be waited for without end.
+        if any(process.exitcode for process in loaders):
+            raise RuntimeError("DataLoader worker was killed")
 
 
 def lr_at(step, n_step, peak, warmup):

@@ -848,6 +848,21 @@ def test_whatever_error_ends_a_run_the_steps_before_it_are_saved(go, monkeypatch
     assert go(*flags, "--resume") == 0 and same("whole", "run")
 
 
+def test_a_killed_loader_ends_the_run_though_its_error_was_swallowed(go, at_step, beside, capfd):
+    def swallow():
+        with contextlib.suppress(RuntimeError):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(10)
+
+    def train_with_a_loader():
+        at_step(3, lambda: (time.sleep(1), swallow()))  # by then the loader is amid a batch of 72 kB
+        os._exit(go("--workers", 1, "--batch-size", 24))
+
+    process = beside(train_with_a_loader)
+    process.join(30)
+    assert process.exitcode == 1 and "DataLoader worker" in errors(capfd)[-1]
+
+
 def test_an_error_in_the_middle_of_an_update_saves_nothing(go, monkeypatch):
     original = train.make_optimizer
 
