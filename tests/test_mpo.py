@@ -517,6 +517,22 @@ def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, monkeypa
     assert Path("whole/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
 
 
+def test_a_step_that_fails_leaves_no_trace_in_the_delta_that_is_saved(tiny, folder, monkeypatch):
+    original, calls = mpo.Preferring.loss, []
+
+    def loss(*args):
+        calls.append(None)
+        mean, more = original(*args)
+        return mean * (float("nan") if len(calls) == 4 else 1), more
+
+    assert go(tiny, folder, out="whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(mpo.Preferring, "loss", loss)
+        assert go(tiny, folder) == 1
+    assert go(tiny, folder, "--resume") == 0
+    assert [line.get("delta") for line in log("whole")] == [line.get("delta") for line in log("run")]
+
+
 @pytest.mark.parametrize("w_p, w_q, w_g", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
 def test_every_term_trains(tiny, folder, w_p, w_q, w_g):
     weights = ["--w-p", w_p, "--w-q", w_q, "--w-g", w_g]
