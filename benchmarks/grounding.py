@@ -30,7 +30,7 @@ def ask_region(cfg, id, image, sentence, box, size, **more):
     start, end = ("<ref>", "</ref>") if internvl else ('"', '"')
     text = "Please provide the bounding box coordinate of the region this sentence describes: "
     text += start + sentence + end
-    return question(id, image, text, "", truth, **more)
+    return question(id, image, text, "", truth, asked=sentence, **more)
 
 
 def region_box(text, item):

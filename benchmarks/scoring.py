@@ -39,7 +39,7 @@ def grade(bench, questions, answers):
 
 def judge_one(bench, item, answer):
     """-> record. Its score is None where the label is hidden, or GPT-4 has not reviewed the answer yet."""
-    record = {name: item[name] for name in ("id", "unit", "category", "image", "prompt", "truth")}
+    record = {name: item[name] for name in ("id", "unit", "category", "image", "asked", "prompt", "truth")}
     record |= {"answer": None, "parsed": None, "score": 0.0} | answer
     text = record["answer"]
     is_review = record.get("is_review", False)
@@ -91,6 +91,14 @@ def compare(bench, ours, theirs):
     pairs = [(a, b) for a, b in pairs if b]
     if not pairs:
         raise UserError("the two runs share no scored question; are both of one benchmark?")
+
+    # The bare question: a chain of thought and another family have a prompt of their own.
+    for one, other in [rows for pair in pairs for rows in zip(*pair)]:
+        if "asked" in one and "asked" in other and one["asked"] != other["asked"]:
+            raise UserError(
+                f"question {one['id']!r} is {other['asked']!r:.80} there, {one['asked']!r:.80} here; "
+                "compare two runs on the same questions"
+            )
 
     def difference(pairs):
         return bench.score([a for a, _ in pairs]) - bench.score([b for _, b in pairs])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from common import ROOT, errors
+from common import ROOT, call, errors
 from PIL import Image
 
 import eval as ev
@@ -1121,6 +1121,21 @@ def test_limit_takes_as_many_as_it_says_and_keeps_the_last_unit_whole():
         assert len(ev.draw_some(items, n)) == n
     pairs = [{"id": k, "unit": k // 2} for k in range(100)]
     assert [len(ev.draw_some(pairs, n)) for n in (1, 2, 3)] == [2, 2, 4]
+
+
+def test_other_questions_under_the_same_ids_are_not_compared(tmp_path, by_hand, capfd):
+    folder, told, _ = by_hand("tallyqa")
+    flags = ["--benchmark", "tallyqa", "--data", folder, "--predictions", told]
+    assert evaluate(*flags, "--out", tmp_path / "a") == 0
+    ours, theirs = tmp_path / "a/results.json", tmp_path / "b.json"
+    result = json.loads(ours.read_text())
+    result["records"][0]["asked"] = "How many cats?"
+    theirs.write_text(json.dumps(result))
+    capfd.readouterr()
+    assert call(compare.main, ours, theirs) == 1
+    assert "'How many cats?' there" in complaint(capfd)
+    assert evaluate(*flags, "--out", tmp_path / "c", "--compare", theirs) == 1
+    assert "b.json" in complaint(capfd)
 
 
 @pytest.mark.parametrize("theirs", [[], {}, {"records": 7}, {"records": [{"unit": 1, "score": "x"}]},
