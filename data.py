@@ -101,7 +101,7 @@ class Examples(Dataset):
         return [vision.cut_tiles(image, self.vision_cfg, self.image_mode, len(images)) for image in images]
 
     def open_picture(self, path, record):
-        return vision.open_image(path)
+        return vision.open_image(path, "the path and --image-root")
 
     def encode(self, record, n_visual):
         tokens, labels = encode_conversation(self.tok, record["turns"], self.template, n_visual)

@@ -176,7 +176,8 @@ def read_question(vlm, tok, record, cfg):
         elif len(paths) == 1 and "<image>" not in text:
             text = "<image>\n" + text
 
-        pictures = [cut_picture(vlm, open_image(path), len(paths)) for path in paths]
+        images = [open_image(path, "the path and --image-root") for path in paths]
+        pictures = [cut_picture(vlm, image, len(images)) for image in images]
         prompt = encode_question(vlm, tok, text, pictures)
         n_token, longest = len(prompt[0]), vlm.cfg.decoder.block_size
         if n_token >= longest * 3 // 4:

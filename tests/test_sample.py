@@ -263,7 +263,7 @@ def test_a_chat_that_grows_too_long_ends_with_one_line(chat, talkative, capfd):
         (["--top-p", 1.5], "--top-p 1.5: must be at most 1"),
         (["--top-k", -1], "--top-k -1: must be at least 0"),
         (["--max-new-tokens", 0], "--max-new-tokens 0: must be at least 1"),
-        (["--image", "none.png"], "none.png: no such picture"),
+        (["--image", "none.png"], "none.png: no such picture; check the path"),
         (["--image", "text.png"], "text.png: cannot be read"),
         (["--model", "none"], "none/config.json: not found"),
         (["--device", "foo"], "--device foo: choose"),
@@ -281,6 +281,10 @@ def test_what_the_user_got_wrong_is_one_line_and_exit_code_1(ask, capfd, monkeyp
     assert ask("--prompt", "What?", *flags) == 1
     error = errors(capfd)
     assert len(error) == 1 and error[0].startswith("error: ") and words in error[0], error
+
+
+def test_a_missing_picture_of_the_command_line_has_no_image_root_to_check(ask, capfd):
+    assert ask("--image", "none.png") == 1 and "--image-root" not in errors(capfd)[-1]
 
 
 # ---- many prompts at once ----
