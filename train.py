@@ -134,7 +134,7 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
         return None, {task.unit: 0}
 
     loss, metrics = 0.0, Counter({task.unit: n})
-    for batch, share in shares_of_step(batches, counts):
+    for batch, share in shares_of_step(batches, counts, n):
         with autocast:
             mean, more = task.loss(vlm, batch)
         part = mean * share

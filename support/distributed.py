@@ -153,17 +153,15 @@ def add_blank_tile(vlm, batch):
     return tokens, blank, labels, layout
 
 
-def shares_of_step(batches, counts):
-    """-> (batch, share) for each micro-batch: what it counts of the whole step, over all processes.
+def shares_of_step(batches, counts, n):
+    """-> (batch, share) for each micro-batch: what it counts of the whole step's n, over all processes.
 
     All go through as many as the one that has most; what is missing is a text that counts nothing. Because
     gradients are averaged over the processes, shares are larger by their number.
     """
-    found = gather_numbers([sum(counts), len(batches)])
-    total = found[:, 0].sum().item()
-    n_filler = int(found[:, 1].max()) - len(batches)
+    n_filler = int(gather_numbers([len(batches)]).max()) - len(batches)
     all_batches = [*zip(batches, counts), *[(filler_batch(), 0)] * n_filler]
-    return [(batch, count / total * world_size()) for batch, count in all_batches]
+    return [(batch, count / n * world_size()) for batch, count in all_batches]
 
 
 def average_gradients(vlm, batches):
