@@ -140,7 +140,7 @@ def collate(examples, pad, multiple=1, more=None):
         for row, example in zip(batch[name], used):
             row[: length_of(example)] = example[name]
 
-    # Pictures (N, 3, S, S) and (M, 2). Those that questions share go through the towers once.
+    # Pictures (n, 3, S, S) and (M, 2). Those that questions share go through the towers once.
     pictures = [(e["pixels"], e["layout"]) for e in used]
     batch["pixels"], batch["layout"] = vision.join_tiles(pictures or [no_picture(0)])
     return batch

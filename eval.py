@@ -43,6 +43,7 @@ from data import Records
 from support.asking import ask, read_picture
 from support.cli import UserError, arg, parse, run_program
 from support.io import Progress, fingerprint, json_lines, lock, read_json, reading, write_whole
+from support.weights import model_files
 
 
 @dataclass
@@ -111,7 +112,7 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
         flags = {flag: value for flag, value in asdict(cfg).items() if flag not in free}
         asked = repr([(item["id"], item["text"]) for item in items])
         flags |= {"benchmark": name, "questions of checksum": zlib.crc32(asked.encode())}
-        flags |= {"weights of checksum": fingerprint(sorted(Path(cfg.model).glob("*.safetensors")))}
+        flags |= {"weights of checksum": fingerprint(model_files(cfg.model, cfg.llm))}
         result = evaluate(items, cfg, vlm, tok, Progress(out / "progress.jsonl", flags, cfg.resume))
 
     result["model"] = cfg.model

@@ -137,8 +137,8 @@ TOY_TOWER = VisionConfig(image_size=96, patch_size=12, n_embd=128, n_layer=5, n_
 TOY_DECODER = DecoderConfig(
     vocab_size=960, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024
 )
-# photo: from random weights, for a run on your own pictures (README). Four photos of 32 px make a picture of
-# 64 px, and each becomes one visual token.
+# photo: from random weights, for a run on your own pictures (README). A picture of 64 px becomes four visual
+# tokens, one for each photo where tools.photos --four has put four into it.
 PHOTO_TOWER = replace(TOY_TOWER, image_size=64, patch_size=16, n_layer=4, feature_layer=-1, merge=2)
 TOWER_224 = VisionConfig(image_size=224)
 VICUNA_7B = DecoderConfig(vocab_size=32064)

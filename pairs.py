@@ -36,6 +36,7 @@ from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.io import Progress, fingerprint, json_lines, lock, write_json, write_whole
+from support.weights import model_files
 from vision import open_image
 
 # What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
@@ -114,8 +115,7 @@ def ask_all(vlm, tok, records, cfg):
     n = min(cfg.limit or len(records), len(records))
     rows = [i * len(records) // n for i in range(n)]  # spread over the file
 
-    weights = sorted(Path(cfg.model).glob("*.safetensors"))
-    files = records.paths + weights
+    files = records.paths + model_files(cfg.model, cfg.llm)
     flags = asdict(cfg) | {"data and weights": fingerprint(files)}
     del flags["out"], flags["device"]
     progress = Progress(cfg.out + ".part", flags)

@@ -12,7 +12,7 @@ short answers weigh more; its curves differ a little.)
     python train.py --stage finetune                       # the toy: draws its world, trains, is evaluated
     python train.py --model out/finetune --data FILE.json --image-root DIR --out out/mine
     python train.py --model llava-1.5-7b --vision CLIP --llm VICUNA --data MIX.json --image-root DIR --dry-run
-    torchrun --nproc-per-node 8 train.py --shard ...       # FSDP2: weights and optimizer in eighths; else DDP
+    torchrun --nproc-per-node 8 train.py --shard ...       # FSDP2: weights in eighths; else each has all
 
 --help shows the defaults of the --model and --stage given beside it. All that is drawn at random follows
 --seed: on a CPU the same command gives the same weights, bit for bit.
@@ -434,7 +434,8 @@ class TrainConfig:
         "memory, more time", at_least=0)
     compile: bool = arg(None,
         "torch.compile the blocks: a minute or two first, then faster; auto: on a GPU")
-    shard: bool = arg(False, "under torchrun: FSDP2, weights and optimizer in shards; --no-shard: DDP")
+    shard: bool = arg(False,
+        "under torchrun: FSDP2, weights and optimizer in shards; --no-shard: each process has all")
     dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
 
 

@@ -19,6 +19,7 @@ from benchmarks.common import COT, LETTER, SHORT
 from data import Records, picture_paths
 from support.cli import Bar, UserError
 from support.io import Progress, fingerprint, json_lines, lock, reading, write_whole
+from support.weights import model_files
 from vision import FORMATS, open_image, to_rgb
 
 
@@ -142,8 +143,7 @@ def answer_file(cfg):
         records = Records(cfg.file, cfg.image_root)
         questions = [file_question(records, i, cfg) for i in range(len(records))]
         vlm, tok = sample.open_asked(cfg)
-        weights = sorted(Path(cfg.model).glob("*.safetensors"))
-        files = records.paths + weights
+        files = records.paths + model_files(cfg.model, cfg.llm)
         flags = asdict(cfg) | {"questions and weights": fingerprint(files)}
         del flags["out"], flags["device"], flags["resume"]
         progress = Progress(f"{out}.part", flags, cfg.resume)

@@ -510,6 +510,15 @@ def base_of(directory, llm=None):
                     "put it back, or give it by --llm DIR")
 
 
+def model_files(directory, llm=None):
+    """All files of weights that answers depend on: of a LoRA its own, and those of its base."""
+    directory = Path(directory)
+    if not is_lora(directory):
+        return weight_files(directory)
+    own = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    return own + weight_files(base_of(directory, llm))
+
+
 def tokenizer_home(directory, llm=None):
     """Where a model's tokenizer lies: in its own directory, else in --llm or a LoRA's base."""
     has_own = (Path(directory) / "tokenizer.model").exists()

@@ -33,7 +33,7 @@ from model import VLM
 from support.cli import Bar, UserError, run_program
 from support.export import save_adapter, write_model
 from support.lora import add_lora, lora_off, merged_state
-from support.weights import load_adapter
+from support.weights import load_adapter, model_files
 
 
 def a_batch(cfg, rows=3, length=40):
@@ -810,3 +810,12 @@ def test_a_log_file_gets_a_line_now_and_then_and_no_bar(capfd, monkeypatch):
     lines = capfd.readouterr().err.splitlines()
     assert 1 <= len(lines) <= 6
     assert all(re.fullmatch(r"check: \d+ of 50, [\d:]+ left", line) for line in lines)
+
+
+def test_answers_depend_on_the_weights_of_a_model_in_any_format_and_on_those_under_a_lora(go, tmp_path):
+    go("--lora-r", 2, "--max-steps", 1, out="lora")
+    names = [path.name for path in model_files("lora")]
+    assert names == ["adapter_model.safetensors", "model.safetensors"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/pytorch_model.bin").touch()
+    assert model_files("old") == [Path("old/pytorch_model.bin")]
