@@ -235,10 +235,10 @@ def original_llava(c, processor, parts, given):
     """
     only_values(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     towers = given or towers_inside(parts)
-    if parts and not towers:
+    if parts and len(towers) != 1:
         raise UserError(
             f"holds no vision tower (its config names {c.get('mm_vision_tower')}); give the directory of "
-            "that tower by --vision DIR"
+            "that one tower by --vision DIR"
         )
     tower = use_tower(towers[0] if towers else VisionConfig(), c)
     connector = c.get("mm_projector_type") or "linear"

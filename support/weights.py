@@ -210,16 +210,17 @@ def tower_tensors(tensors):
 # ---- shapes ------------------------------------------------------------------------------------------------
 
 
-def fit_tower(tensors, cfg):
+def fit_tower(tensors, cfg, is_timm=False):
     """Resize a tower's position table to the grid of its config: bicubic. The class token's row stays.
 
-    With antialiasing, as timm and DINOv2 with registers do; DINOv2 without and InternViT do without.
+    With antialiasing, as timm does for all; of transformers' towers DINOv2 without registers and InternViT
+    do without.
     """
     pos, n_class = tensors["pos"], int(cfg.class_token)
     side = math.isqrt(len(pos) - n_class)
     if side == cfg.grid:
         return
-    smooth = not cfg.layer_scale or cfg.n_register > 0
+    smooth = is_timm or not cfg.layer_scale or cfg.n_register > 0
     table = pos[n_class:].float().unflatten(0, (1, side, side)).permute(0, 3, 1, 2)     # (1, D, side, side)
     table = F.interpolate(table, size=(cfg.grid, cfg.grid), mode="bicubic", antialias=smooth)
     tensors["pos"] = torch.cat([pos[:n_class].float(), table[0].flatten(1).T])
@@ -353,10 +354,10 @@ def read_model(directory, vision=None, llm=None):
         if paths and parts["vision"]:
             raise UserError("has its own vision tower; --vision is for presets and models published without")
         cfg = read_config(directory, parts, [read_tower(path) for path in paths])
-        for part, path in zip(("vision", "vision2"), paths):
-            parts[part] = tower_tensors(read_tensors(path))
         for part, tower in ("vision", cfg.vision), ("vision2", cfg.vision2):
-            if "pos" in parts[part]:
+            if paths:
+                parts[part] = read_fitted(paths.pop(0), tower)
+            elif "pos" in parts[part]:
                 fit_tower(parts[part], tower)
         fit_decoder(parts["decoder"], cfg.decoder)
     return cfg, parts, lora
@@ -441,9 +442,16 @@ def read_tower(path):
 def load_vision(vit, path):
     """A tower's directory or file, of any family, into a ViT; its positions are resized to the ViT's grid."""
     with reading(path):
-        found = tower_tensors(read_tensors(path))
-        fit_tower(found, vit.cfg)
+        found = read_fitted(path, vit.cfg)
     load_strict(vit, found, path)
+
+
+def read_fitted(path, cfg):
+    """A tower's directory or file -> {our name: tensor}, for the grid of this VisionConfig."""
+    public = read_tensors(path)
+    found = tower_tensors(public)
+    fit_tower(found, cfg, is_timm="pos_embed" in public)
+    return found
 
 
 def load_decoder(decoder, directory):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from layouts import (
     LLAMA,
     LM2,
@@ -106,6 +107,17 @@ def test_a_position_table_is_resized_as_dinov2_does_at_run_time(tmp_path, kind, 
     theirs.save_pretrained(tmp_path)
     pixels = torch.randn(1, 3, S, S)
     close(open_tower(tmp_path, image_size=S)(pixels), features_of(theirs, pixels))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["registers", "dinov2"])
+def test_a_position_table_in_timms_names_is_resized_as_timm_does(tmp_path, kind):
+    lively(TOWERS[kind]()).save_pretrained(tmp_path / "hf")
+    usual = open_tower(tmp_path / "hf")
+    folder = write(tmp_path / "timm", {"architecture": "vit"}, timm_names(usual))
+    table = usual.pos[1:].T.reshape(1, 64, 4, 4)
+    smooth = F.interpolate(table, size=(3, 3), mode="bicubic", antialias=True)
+    assert_close(open_tower(folder, image_size=42).pos[1:], smooth[0].flatten(1).T)
 
 
 def test_a_resized_table_keeps_the_class_row_and_a_constant():
