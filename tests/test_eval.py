@@ -1137,6 +1137,10 @@ def test_other_questions_under_the_same_ids_are_not_compared(tmp_path, by_hand, 
     assert evaluate(*flags, "--out", tmp_path / "c", "--compare", theirs) == 1
     assert "b.json" in complaint(capfd)
 
+    theirs.write_text(json.dumps(json.loads(ours.read_text()) | {"score": {}}))
+    assert call(compare.main, ours, theirs) == 1
+    assert "b.json" in complaint(capfd)
+
 
 @pytest.mark.parametrize("theirs", [[], {}, {"records": 7}, {"records": [{"unit": 1, "score": "x"}]},
     {"records": [{"unit": 30, "score": float("nan"), "category": []}]}, {"records": [{"unit": 30, "score": {}}]}])

@@ -27,7 +27,8 @@ def main(argv=None):
         if ours["benchmark"] != theirs["benchmark"]:
             raise UserError(f"{cfg.ours} is of {ours['benchmark']}, {cfg.theirs} of {theirs['benchmark']}")
         found = compare(SUITE[ours["benchmark"]], ours["records"], theirs["records"])
-    print(f"{ours['benchmark']}: {ours['score']:.2f} and {theirs['score']:.2f}; {describe_comparison(found)}")
+        scores = f"{ours['score']:.2f} and {theirs['score']:.2f}"
+    print(f"{ours['benchmark']}: {scores}; {describe_comparison(found)}")
     return 0
 
 
