@@ -16,22 +16,29 @@ import toyworld
 import train
 from benchmarks.own import is_right
 from conversation import Tokenizer
+from lab.common import run_folder
 from model import VLM
 from pairs import ask_step_by_step, parse_answer
 from sample import answer
 from support.asking import encode_questions
 from support.io import json_lines
 
-MPO = (0.8, 0.2, 1)                  # w_p, w_q, w_g
-VARIANTS = {                         # row -> weights; are there pairs by correctness; ratio of DropoutNTP's
-    "SFT on chosen": ((0, 0, 1), True, 0.5),
-    "DPO": ((1, 0, 0), True, 0.5),
-    "DPO+sft": ((1, 0, 1), True, 0.5),
-    "BCO+sft": ((0, 1, 1), True, 0.5),
-    "MPO": (MPO, True, 0.5),
-    "MPO, DropoutNTP 0.25 alone": (MPO, False, 0.25),
-    "MPO, DropoutNTP 0.5 alone": (MPO, False, 0.5),
-    "MPO, DropoutNTP 0.75 alone": (MPO, False, 0.75),
+SOURCES = {                          # of pairs -> the method of pairs.py, and its flags
+    "correctness": ("correctness", ["--samples", 8, "--min-newlines", 1]),
+    "dropout-0.25": ("dropout-ntp", ["--ratio", 0.25]),
+    "dropout-0.5": ("dropout-ntp", ["--ratio", 0.5]),
+    "dropout-0.75": ("dropout-ntp", ["--ratio", 0.75]),
+}
+BOTH = ("correctness", "dropout-0.5")
+VARIANTS = {                         # row -> w_p, w_q, w_g; the pairs to train on
+    "SFT on chosen": (0, 0, 1, BOTH),
+    "DPO": (1, 0, 0, BOTH),
+    "DPO+sft": (1, 0, 1, BOTH),
+    "BCO+sft": (0, 1, 1, BOTH),
+    "MPO": (0.8, 0.2, 1, BOTH),
+    "MPO, DropoutNTP 0.25 alone": (0.8, 0.2, 1, ["dropout-0.25"]),
+    "MPO, DropoutNTP 0.5 alone": (0.8, 0.2, 1, ["dropout-0.5"]),
+    "MPO, DropoutNTP 0.75 alone": (0.8, 0.2, 1, ["dropout-0.75"]),
 }
 CLAIMS = {
     "MPO is better than SFT on the chosen answers, step by step (Table 3)":
@@ -56,30 +63,25 @@ QUICK = ["--max-steps", 1, "--batch-size", 2, "--workers", 0]
 
 
 def make_rows(folder, seed, quick):
-    """Each variant: the finetuned model, its pairs by both methods, and 60 steps of 16 of them."""
+    """Each variant: the finetuned model, its pairs, and 60 steps of 16 of them."""
     world = folder / "world"
     toyworld.write_world(world, *((16, 4) if quick else ()))
     write_questions(folder, 16 if quick else 300)
     start = folder / "before"
-    finetune = ["--stage", "finetune", "--data", world / "train.json", "--seed", 0, *UNDISTURBED]
-    before = (train, start, finetune + (QUICK if quick else []))
+    before = (train, start, ["--data", world / "train.json", *UNDISTURBED, *(QUICK if quick else [])])
     common = ["--model", start, "--image-root", world, "--seed", seed]
-    asking = [*common, "--max-new-tokens", 96]
 
-    # Questions of two steps, judged; and captions, completed without the picture.
-    by_correctness = folder / f"correctness-{seed}.jsonl"
-    correctness = ["--method", "correctness", "--data", folder / "reasoning.jsonl", *asking]
-    correctness += ["--samples", 4 if quick else 8, "--min-newlines", 1]
     rows = {"before": [before]}
-    for row, ((w_p, w_q, w_g), has_correctness, ratio) in VARIANTS.items():
-        by_dropout = folder / f"dropout-{ratio}-{seed}.jsonl"
-        dropout = ["--method", "dropout-ntp", "--data", folder / "captions.jsonl", "--ratio", ratio, *asking]
-        commands = [before, (pairs, by_correctness, correctness), (pairs, by_dropout, dropout)]
-        data = f"{by_correctness},{by_dropout}" if has_correctness else by_dropout
-        flags = [*common, "--data", data, "--w-p", w_p, "--w-q", w_q, "--w-g", w_g, *UNDISTURBED]
-        flags += QUICK if quick else ["--max-steps", 60]
-        name = re.sub(r"\W+", "-", row.lower())
-        rows[row] = [*commands, (mpo, folder / f"{name}-{seed}", flags)]
+    for row, (w_p, w_q, w_g, sources) in VARIANTS.items():
+        commands, files = [before], []
+        for source in sources:
+            method, flags = SOURCES[source]
+            files.append(folder / f"{source}-{seed}.jsonl")
+            flags = ["--method", method, *flags, "--data", folder / f"{method}.jsonl", *common]
+            commands.append((pairs, files[-1], [*flags, "--max-new-tokens", 96]))
+        flags = ["--w-p", w_p, "--w-q", w_q, "--w-g", w_g, "--data", ",".join(map(str, files)), *common]
+        flags += ["--max-steps", 60, *UNDISTURBED, *(QUICK if quick else [])]
+        rows[row] = [*commands, (mpo, run_folder(folder, row, seed), flags)]
     return rows
 
 
@@ -93,17 +95,16 @@ def scene_of(split, i):
 
 
 def write_questions(out, n):
-    """reasoning.jsonl with answers, captions.jsonl without, both about the first n training pictures."""
+    """About the first n training pictures, for each method: questions of two steps, and for captions."""
     reasoning = []
     captions = []
     for i in range(n):
-        scene, rng = scene_of("train", i)
-        question, truth, _ = toyworld.two_step_question(scene, rng)
+        question, truth, _ = toyworld.two_step_question(*scene_of("train", i))
         image = f"images/train_{i:05d}.png"
         reasoning.append({"image": image, "question": f"{question}\n{toyworld.SHORT}", "answer": str(truth)})
         captions.append({"image": image, "question": toyworld.CAPTION})
-    (out / "reasoning.jsonl").write_text(json_lines(reasoning), encoding="utf-8")
-    (out / "captions.jsonl").write_text(json_lines(captions), encoding="utf-8")
+    (out / "correctness.jsonl").write_text(json_lines(reasoning), encoding="utf-8")
+    (out / "dropout-ntp.jsonl").write_text(json_lines(captions), encoding="utf-8")
 
 
 def score(model, quick):
@@ -111,27 +112,27 @@ def score(model, quick):
     vlm = VLM.from_pretrained(model)
     tok = Tokenizer(model)
     n = 4 if quick else 200
-    pictures = [model.parent / f"world/images/val_{i:05d}.png" for i in range(n)]
+    asked = [toyworld.two_step_question(*scene_of("val", i)) for i in range(n)]
 
     def answers_to(texts):
-        turns = [[("human", text)] for text in texts]
-        asked = [{"turns": said, "pictures": [picture]} for said, picture in zip(turns, pictures)]
-        prompts = encode_questions(vlm, tok, asked)
+        questions = []
+        for i, text in enumerate(texts):
+            picture = model.parent / f"world/images/val_{i:05d}.png"
+            questions.append({"turns": [("human", text)], "pictures": [picture]})
+        prompts = encode_questions(vlm, tok, questions)
         return [found.text for found in answer(vlm, tok, prompts, max_new_tokens=96)]
 
-    scenes = [scene_of("val", i) for i in range(n)]
-    asked = [toyworld.two_step_question(scene, rng) for scene, rng in scenes]
     direct = answers_to([f"{question}\n{toyworld.SHORT}" for question, _, _ in asked])
     by_steps = answers_to([ask_step_by_step(question, 1) for question, _, _ in asked])
     captions = answers_to([toyworld.CAPTION] * n)
 
     marks = Counter()
-    for (scene, _), (_, truth, _), short, long, caption in zip(scenes, asked, direct, by_steps, captions):
-        marks["direct"] += is_right(short, str(truth))
-        final = parse_answer(long, 1)
+    for i, (_, truth, _) in enumerate(asked):
+        marks["direct"] += is_right(direct[i], str(truth))
+        final = parse_answer(by_steps[i], 1)
         marks["no final answer"] += final is None
         marks["step by step"] += final is not None and is_right(final[1], str(truth))
-        n_made_up, n_named = count_made_up(caption, scene)
+        n_made_up, n_named = count_made_up(captions[i], scene_of("val", i)[0])
         marks["captions with one"] += n_made_up > 0
         marks["made up"] += n_made_up
         marks["named"] += n_named
@@ -144,9 +145,8 @@ def count_made_up(caption, scene):
     """How many things of a caption are not in the picture, how many it names (CHAIR, arXiv:1809.02156)."""
     colors = "|".join(toyworld.COLORS)
     kinds = "|".join(toyworld.KINDS)
-    named = Counter(re.findall(rf"({colors}) ({kinds})\b", caption))
-    named.update(re.findall(r"says (\w+)", caption))
-    there = Counter((thing.color, thing.kind) for thing in scene.things)     # a sign counts by its word
-    if scene.sign:
-        there[scene.sign.word] += 1
+    named = Counter(re.findall(rf"(?:{colors}) (?:{kinds})\b", caption))
+    named.update(re.findall(r"says (\w+)", caption))                  # a sign counts by its word
+    there = Counter(f"{thing.color} {thing.kind}" for thing in scene.things)
+    there[scene.sign and scene.sign.word] += 1
     return (named - there).total(), named.total()
