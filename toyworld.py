@@ -601,11 +601,16 @@ def ask_choice(scene, rng):
     others = [getattr(thing, what) for thing in scene.things]
     names = [name for name in others if name in names] + rng.sample(names, len(names))
     wrong = [name for name in dict.fromkeys(names) if name != right]
-    choices = rng.sample(wrong[:3], 3)
+    options, letter = give_letters(right, wrong[:3], rng)
+    return "\n".join([question, *options, LETTER]), letter
+
+
+def give_letters(right, wrong, rng):
+    """-> the right choice among three wrong ones, as ["A. red", ...]; its letter"""
+    choices = rng.sample(wrong, 3)
     place = rng.randrange(4)
     choices.insert(place, right)
-    options = [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices)]
-    return "\n".join([question, *options, LETTER]), "ABCD"[place]
+    return [f"{letter}. {choice}" for letter, choice in zip("ABCD", choices)], "ABCD"[place]
 
 
 def ask_reading(scene, rng):

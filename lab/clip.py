@@ -18,7 +18,6 @@ import math
 import random
 import re
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,26 +25,23 @@ import torch.nn.functional as F
 
 import toyworld
 from conversation import Tokenizer
-from lab.common import NOTHING, draw_pixels, fit_part, patch_owners, repaint_some, shares_line
+from lab.common import (
+    NOTHING,
+    Fact,
+    draw_pixels,
+    fit_part,
+    label_patches,
+    pad_rows,
+    patch_owners,
+    repaint_some,
+    scene_facts,
+)
 from model import PRESETS, Decoder
 from support.export import clip_json, clip_name, write_model
 from support.start import init_weights
 from vision import ViT
 
 FALSE, TRUE, UNTOLD = 0, 1, 2    # of a phrase and a thing
-
-
-class Fact(NamedTuple):
-    """A thing or a sign, or a phrase about one.
-
-    None: it has no such attribute, or the phrase does not speak of it.
-    """
-
-    size: str | None
-    color: str | None
-    kind: str | None
-    place: str | None
-    word: str | None
 
 
 VALUES = Fact(toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
@@ -72,7 +68,7 @@ def make_clip(out, n_steps, seed, batch_size=48, lr=6e-4):
         for name, p in clip.vision.state_dict().items():
             tensors["vision_model." + clip_name(name)] = p.half()
         write_model(out / "toy-clip", tensors, clip_json(clip.vision.cfg))
-        return f"unseen pairs, right word of: {shares_line(words_found(clip, tok), 1)}"
+        return words_found(clip, tok)
 
     fit_part("toy-clip", clip, n_steps, lr_at, loss_at, look)
 
@@ -165,17 +161,6 @@ def random_phrases(scenes, rng):
     return [phrase for phrase in phrases if (phrase.kind, phrase.color) not in toyworld.UNSEEN]
 
 
-def scene_facts(scene):
-    """A Fact for each part of the scene. A paint without a name is no color."""
-    facts = []
-    for thing in scene.things:
-        color = thing.color if thing.color in toyworld.COLORS else None
-        facts.append(Fact(thing.size, color, thing.kind, thing.place, None))
-    if scene.sign:
-        facts.append(Fact(None, None, "sign", scene.sign.place, scene.sign.word))
-    return facts
-
-
 def leave_out_words(fact, rng, keep=(0.4, 0.5, 0.95, 0.5, 0.8)):
     """Say only some attributes, each with its probability, so that every one must be learned for itself."""
     said = [value if value == "sign" or rng.random() < p else None for value, p in zip(fact, keep)]
@@ -220,9 +205,7 @@ def phrase_text(phrase):
 def tokenize_texts(tok, texts):
     """-> tokens (Q, T), index of each text's end token (Q,)."""
     rows = [tok.encode(text) + [tok.eos] for text in texts]
-    T = max(map(len, rows))
-    tokens = torch.tensor([ids + [tok.pad] * (T - len(ids)) for ids in rows])
-    return tokens, torch.tensor([len(ids) - 1 for ids in rows])
+    return pad_rows(rows, tok.pad), torch.tensor([len(ids) - 1 for ids in rows])
 
 
 @torch.no_grad()
@@ -230,25 +213,13 @@ def words_found(clip, tok, n=128):
     """{attribute: share of held-out things' patches where the right word is nearer than all others}"""
     rng = random.Random(1)
     scenes = [toyworld.random_scene(rng, held_out=True) for _ in range(n)]
-    owners = [patch_owners(scene) for scene in scenes]
-
-    # One phrase of one word for each value of each attribute.
+    pixels = draw_pixels(scenes)
     nothing_said = Fact(*[None] * len(VALUES))
-    phrases = []
-    for name, values in VALUES._asdict().items():
-        phrases += [nothing_said._replace(**{name: value}) for value in values]
-    texts = tokenize_texts(tok, [phrase_text(phrase) for phrase in phrases])
-    _, s = clip(draw_pixels(scenes), tokenize_texts(tok, ["a picture"]), texts)
-    s_by_attribute = s.split([len(values) for values in VALUES], dim=-1)
-
     found = {}
-    for name, values, s in zip(Fact._fields, VALUES, s_by_attribute):
-        wins = []
-        for k, scene in enumerate(scenes):
-            for part, fact in enumerate(scene_facts(scene)):
-                value = getattr(fact, name)
-                if value in values:
-                    guesses = s[k, owners[k] == part].argmax(-1)
-                    wins += (guesses == values.index(value)).tolist()
-        found[name] = sum(wins) / len(wins)
+    for name, values in VALUES._asdict().items():
+        texts = [phrase_text(nothing_said._replace(**{name: value})) for value in values]
+        _, s = clip(pixels, tokenize_texts(tok, ["a picture"]), tokenize_texts(tok, texts))
+        labels = label_patches(scenes, name, values)
+        right = s.argmax(-1) == labels
+        found[name] = right[labels >= 0].float().mean().item()
     return found

@@ -1,8 +1,12 @@
 """What the toy's three parts share: pictures of scenes, what each patch of one shows, and a training loop."""
 
+import math
+import random
+import re
+import statistics
 import sys
-import time
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,18 +59,37 @@ def repaint_some(scene, rng, share):
     return replace(scene, things=tuple(things))
 
 
-# ---- patches ----
+# ---- what is true of a thing or a sign, and of the patches that show it ----
 
 
-def scene_parts(scene):
-    """The things and then the sign: what the numbers of patch_owners() count."""
-    return scene.things + ((scene.sign,) if scene.sign else ())
+class Fact(NamedTuple):
+    """A thing or a sign, or a phrase about one.
+
+    None: it has no such attribute, or the phrase does not speak of it.
+    """
+
+    size: str | None
+    color: str | None
+    kind: str | None
+    place: str | None
+    word: str | None
+
+
+def scene_facts(scene):
+    """A Fact for each thing and then for the sign. A paint without a name is no color."""
+    facts = []
+    for thing in scene.things:
+        color = thing.color if thing.color in toyworld.COLORS else None
+        facts.append(Fact(thing.size, color, thing.kind, thing.place, None))
+    if scene.sign:
+        facts.append(Fact(None, None, "sign", scene.sign.place, scene.sign.word))
+    return facts
 
 
 def patch_owners(scene, side=8, enough=0.25):
-    """The part that covers most of each patch -> (side * side,), in reading order.
+    """Which of the things, or of them and the sign, covers most of each patch -> (side * side,).
 
-    NOTHING where no part covers any of it, UNSURE where the part covers less than `enough`.
+    In reading order. NOTHING where none covers any of it, UNSURE where it covers less than `enough`.
     """
     def overlap(low, high):          # of each row or column of patches, the share between low and high
         start = np.arange(side) / side
@@ -74,7 +97,7 @@ def patch_owners(scene, side=8, enough=0.25):
         return side * np.clip(shared, 0, None)
 
     covered = []
-    for part in scene_parts(scene):
+    for part in [*scene.things, scene.sign] if scene.sign else scene.things:
         x1, y1, x2, y2 = part.box
         covered.append(np.outer(overlap(y1, y2), overlap(x1, x2)).ravel())
 
@@ -84,6 +107,17 @@ def patch_owners(scene, side=8, enough=0.25):
     return torch.from_numpy(np.where(most >= enough, owner, unclear))
 
 
+def label_patches(scenes, name, values, side=8):
+    """Which of an attribute's values each patch shows -> (B, side * side), -1 where it shows none of them."""
+    labels = []
+    for scene in scenes:
+        shown = [getattr(fact, name) for fact in scene_facts(scene)]
+        numbers = [values.index(value) if value in values else -1 for value in shown]
+        numbers += [-1, -1]          # where the owner is UNSURE = -2 or NOTHING = -1
+        labels.append([numbers[owner] for owner in patch_owners(scene, side).tolist()])
+    return torch.tensor(labels)
+
+
 def spell(scene, tok, rng=None):
     """A picture in words, what the tower knows of each patch -> ids (64, 7), -1 where no more is to be said.
 
@@ -91,17 +125,15 @@ def spell(scene, tok, rng=None):
     what is written, and the place. A paint without a name goes unsaid. With rng, now and then a word is
     missing, and the edges are a little off.
     """
-    descriptions = [f"{thing.kind} {thing.color} {thing.size} {thing.place}" for thing in scene.things]
-    if scene.sign:
-        descriptions.append(f"sign {scene.sign.word} {scene.sign.place}")
-
+    facts = scene_facts(scene)
     enough = rng.choice((0.2, 0.3, 0.4)) if rng else 0.25
     spelled = []
     for n, owner in enumerate(patch_owners(scene, enough=enough).tolist()):
         words = ["abcdefgh"[n % 8], str(1 + n // 8)]
         if owner >= 0:
-            words += [word for word in descriptions[owner].split() if word[0] != "#"]
-        ids = [tok.encode(word)[-1] for word in words]
+            fact = facts[owner]
+            words += [fact.kind, fact.color, fact.size, fact.word, *fact.place.split()]
+        ids = [tok.encode(word)[-1] for word in words if word]
         if rng:
             ids = [i for i in ids if rng.random() > 0.08]
         spelled.append(ids + [-1] * (7 - len(ids)))
@@ -114,16 +146,40 @@ def sum_of_words(spelled, table):
     return (embeddings * (spelled >= 0)[..., None]).sum(2)
 
 
+@torch.no_grad()
+def kinds_told(vlm, tok, size=96, n=128):
+    """How often a patch of a held-out thing tells its kind, in pictures of `size` px.
+
+    That is: how often is the visual token nearer to the word for the kind than to every other kind's?
+    """
+    words = vlm.decoder.embed_tokens.weight[[tok.encode(kind)[0] for kind in toyworld.KINDS]]
+    words = words - words.mean(0)
+    rng = random.Random(1)
+    right = []
+    for _ in range(n):
+        scene = toyworld.random_scene(rng, held_out=True)
+        tiles, layout = cut_tiles(toyworld.draw_scene(scene, size), vlm.cfg.vision, vlm.cfg.image_mode)
+        visual = vlm.connector(vlm.vision(tiles), layout)
+        guesses = (visual[layout[:, 0] >= 0] @ words.T).argmax(-1)      # of patches, not of row ends
+        labels, = label_patches([scene], "kind", toyworld.KINDS, math.isqrt(len(guesses)))
+        right += (guesses == labels)[labels >= 0].tolist()
+    return statistics.mean(right)
+
+
 # ---- training ----
 
 
-def shares_line(shares, digits):
-    return "  ".join(f"{name} {share:.{digits}%}" for name, share in shares.items())
+def pad_rows(rows, padding, multiple=1):
+    """Lists of ids -> (B, T), padded on the right to a multiple of so many."""
+    T = math.ceil(max(map(len, rows)) / multiple) * multiple
+    return torch.tensor([ids + [padding] * (T - len(ids)) for ids in rows])
 
 
 def fit_part(name, module, n_steps, lr_at, loss_at, look):
-    """AdamW at lr_at(step) on loss_at(step). Now and then look() saves the part and says how good it is."""
-    began = time.time()
+    """AdamW at lr_at(step) on loss_at(step). Now and then look() saves the part, and says how good it is.
+
+    -> {what: share of right ones} of held-out scenes.
+    """
     params = list(module.parameters())
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     bar = Bar(range(1, n_steps + 1), name)
@@ -135,8 +191,13 @@ def fit_part(name, module, n_steps, lr_at, loss_at, look):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        bar.set_postfix_str(f"loss {loss.item():.3f}")
         if step % 250 == 0 or step == n_steps:
-            bar.write(f"step {step}  loss {loss.item():.3f}  {look()}")
+            shares = "  ".join(f"{what} {share:.1%}" for what, share in look().items())
+            bar.write(f"{name}, step {step}: loss {loss.item():.3f}  held-out, right: {shares}")
             sys.stdout.flush()
-    print(f"{name}: {n_steps} steps in {(time.time() - began) / 60:.1f} minutes")
+
+
+def run_folder(folder, row, seed):
+    """Of a row of an experiment."""
+    name = re.sub(r"\W+", "-", row.lower())
+    return folder / f"{name}-{seed}"

@@ -13,6 +13,7 @@ find them even when told.
 import math
 import random
 import re
+import statistics
 from dataclasses import replace
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 import toyworld
 from benchmarks.own import is_right
 from conversation import SYSTEM_VICUNA, Tokenizer, encode_conversation
-from lab.common import fit_part, shares_line, spell, sum_of_words
+from lab.common import fit_part, pad_rows, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder
 from support.export import llama_json, llama_name, write_model
 from support.start import init_weights
@@ -77,22 +78,17 @@ def make_vicuna(out, n_steps, seed, batch_size=32, lr=1e-3):
         tensors = {llama_name(name): p.half() for name, p in decoder.state_dict().items()}
         config = llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]}
         write_model(out / "toy-vicuna", tensors, config)
-        return f"told, unseen pairs: {shares_line(answers_found(decoder, tok), 0)}"
+        return answers_found(decoder, tok)
 
     fit_part("toy-vicuna", decoder, n_steps, lr_at, loss_at, look)
 
 
 def text_loss(decoder, tok, lessons, noise=0.0):
     """Mean loss over the answers' tokens, and what was guessed for each: one list of ids per lesson."""
-    # Right-padded to a multiple of 32, so that few shapes occur.
-    T = math.ceil(max(len(tokens) for tokens, *_ in lessons) / 32) * 32
-    tokens = torch.full((len(lessons), T), tok.pad)
-    labels = torch.full((len(lessons), T), IGNORE)
-    for row, (ids, its_labels, _) in enumerate(lessons):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        labels[row, : len(ids)] = torch.tensor(its_labels)
-    labels = labels[:, 1:]
-    spelled = torch.tensor([ids for *_, ids in lessons])
+    tokens, labels, spelled = zip(*lessons)
+    tokens = pad_rows(tokens, tok.pad, 32)               # so that few shapes occur
+    labels = pad_rows(labels, IGNORE, 32)[:, 1:]
+    spelled = torch.tensor(spelled)
 
     # The spelled picture takes the rows of the image tokens, as a seen one does.
     table = decoder.embed_tokens.weight
@@ -113,23 +109,20 @@ def answers_found(decoder, tok, n=64):
 
     A token is guessed after the true ones before it.
     """
+    lessons = {category: [] for category in toyworld.ASK}
+    answers = {category: [] for category in toyworld.ASK}
+    for i in range(n):
+        rng = random.Random(f"told {i}")
+        scene = toyworld.random_scene(rng, held_out=True)
+        for category, question, answer in toyworld.ask_all(scene, rng):
+            lessons[category].append(make_conversation(tok, [(question, answer)], spell(scene, tok)))
+            answers[category].append(answer)
+
     found = {}
     for category in toyworld.ASK:
-        lessons = []
-        for i in range(n):
-            rng = random.Random(f"told {i}")
-            scene = toyworld.random_scene(rng, held_out=True)
-            for asked, question, answer in toyworld.ask_all(scene, rng):
-                if asked == category:
-                    turns = [("human", question), ("gpt", answer)]
-                    lessons.append((*encode_conversation(tok, turns, "vicuna_v1", [64]), spell(scene, tok)))
-
-        _, guesses = text_loss(decoder, tok, lessons)
-        n_right = 0
-        for guess, (_, labels, _) in zip(guesses, lessons):
-            answer = [label for label in labels if label != IGNORE]
-            n_right += is_right(tok.decode(guess[:-1]), tok.decode(answer[:-1]))     # without the end token
-        found[category] = n_right / len(lessons)
+        _, guesses = text_loss(decoder, tok, lessons[category])
+        guesses = [tok.decode(ids[:-1]) for ids in guesses]                 # without the end token
+        found[category] = statistics.mean(map(is_right, guesses, answers[category]))
     return found
 
 
@@ -186,8 +179,7 @@ def plain_lesson(tok, rng, progress):
             pairs.append((bare_question(category, question) if is_bare else question, answer))
         if rng.random() < 0.3:
             pairs.append((toyworld.DETAIL, toyworld.describe(scene)))
-        turns = [turn for question, answer in pairs for turn in (("human", question), ("gpt", answer))]
-        return *encode_conversation(tok, turns, "vicuna_v1", [len(spelled)]), spelled
+        return make_conversation(tok, pairs, spelled)
 
     if form == "terse":
         pairs = terse_pairs(scene, rng)
@@ -198,16 +190,25 @@ def plain_lesson(tok, rng, progress):
     return *encode_lines(tok, pairs, len(spelled)), spelled
 
 
+def make_conversation(tok, pairs, spelled):
+    turns = []
+    for question, answer in pairs:
+        turns += [("human", question), ("gpt", answer)]
+    return *encode_conversation(tok, turns, "vicuna_v1", [len(spelled)]), spelled
+
+
+FORMS = ("terse", "bare", "conversation")
+SHARES = {                                       # of the forms, until so much of the training is done
+    0.15: (1, 0, 0),
+    0.3: (0.4, 0.6, 0),
+    0.5: (0.2, 0.4, 0.4),
+    math.inf: (0.05, 0.2, 0.75),
+}
+
+
 def random_form(rng, progress):
-    if progress < 0.15:
-        shares = (1, 0, 0)
-    elif progress < 0.3:
-        shares = (0.4, 0.6, 0)
-    elif progress < 0.5:
-        shares = (0.2, 0.4, 0.4)
-    else:
-        shares = (0.05, 0.2, 0.75)
-    return rng.choices(("terse", "bare", "conversation"), shares)[0]
+    shares = next(shares for until, shares in SHARES.items() if progress < until)
+    return rng.choices(FORMS, shares)[0]
 
 
 def bare_question(category, question):
@@ -261,14 +262,14 @@ def terse_about(thing, scene, rng):
     """What is asked about one thing."""
     kind, color, place = thing.kind, thing.color, thing.place
     name = toyworld.short_phrase(thing, scene).removeprefix("the ")
-    pairs = []
-    if name == kind:
-        pairs.append((f"color {kind}", color))
-    pairs.append((f"size {name}", thing.size))
-    pairs.append((f"place {name}", place))
-    pairs.append((f"thing {place}", kind))
-    pairs.append((f"box {name}", toyworld.coordinates(thing.box)))
-    pairs.append((f"any {color} {kind}", "yes"))
+    pairs = [(f"color {kind}", color)] if name == kind else []
+    pairs += [
+        (f"size {name}", thing.size),
+        (f"place {name}", place),
+        (f"thing {place}", kind),
+        (f"box {name}", toyworld.coordinates(thing.box)),
+        (f"any {color} {kind}", "yes"),
+    ]
 
     # Something that is not there: any other pair, or one that is half right.
     far = rng.choice(toyworld.KINDS), rng.choice(list(toyworld.COLORS))
@@ -285,10 +286,8 @@ def terse_about(thing, scene, rng):
         (f"place {name}", place, toyworld.PLACES),
         (f"color {kind} {place}", color, [c for k, c in nameable if k == kind]),
     ))
-    options = rng.sample([value for value in values if value != right], 3)
-    options.insert(rng.randrange(4), right)
-    listed = " ".join(f"{letter}. {option}" for letter, option in zip("ABCD", options))
-    right_letter = "ABCD"[options.index(right)]
-    pairs.append((f"{question} {listed}", right_letter))
-    pairs.append((f"{listed} {right}", right_letter))
+    options, letter = toyworld.give_letters(right, [value for value in values if value != right], rng)
+    listed = " ".join(options)
+    pairs.append((f"{question} {listed}", letter))
+    pairs.append((f"{listed} {right}", letter))
     return pairs

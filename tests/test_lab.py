@@ -5,7 +5,6 @@ import json
 import math
 import random
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,21 +16,23 @@ import lab.mpo
 import lab.run
 import toyworld
 import train
-from lab.clip import (
-    FALSE,
-    TRUE,
-    UNTOLD,
+from lab.clip import FALSE, TRUE, UNTOLD, contrastive_batch, contrastive_loss, holds
+from lab.common import (
+    NOTHING,
+    UNSURE,
     Fact,
-    contrastive_batch,
-    contrastive_loss,
-    holds,
+    kinds_told,
+    label_patches,
+    patch_owners,
+    repaint,
     scene_facts,
+    spell,
 )
-from lab.common import NOTHING, UNSURE, patch_owners, repaint, spell
 from lab.ingredients import main as make_parts
 from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE
 from support.cli import UserError
+from support.start import build
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
 
 CAT = Thing("cat", "red", "big", "top left", (0.0, 0.0, 0.25, 0.25))              # 2 x 2 of the 8 x 8 patches
@@ -167,6 +168,22 @@ def test_a_patch_belongs_to_what_covers_most_of_it():
         assert patch_owners(Scene("meadow", (cat,)))[:2].tolist() == [0, owner]
 
 
+def test_a_patch_is_labelled_with_what_its_thing_has_of_the_values():
+    kinds, = label_patches([SCENE], "kind", ["dog", "cat"]).view(1, 8, 8)
+    assert (kinds[:2, :2] == 1).all()
+    assert (kinds >= 0).sum() == 4                               # a sign is none of the kinds
+    words, = label_patches([SCENE], "word", ["OPEN"]).view(1, 8, 8)
+    assert (words[6:, 2:6] == 0).all()
+
+
+def test_the_toys_own_connector_tells_the_kind_in_one_tile_and_not_in_four():
+    share = {}
+    for mode in "pad", "hd":
+        flags = ["--image-mode", mode, "--global-view", "none"] if mode == "hd" else []
+        share[mode] = kinds_told(*build(train.parse_flags(flags)), size=192, n=8)
+    assert share["pad"] > 0.9 > 0.7 > share["hd"]
+
+
 def test_contrastive_batches_name_no_unseen_pair_and_hold_as_many_empty_patches_as_full_ones():
     pixels, captions, texts, patches, holding = contrastive_batch(random.Random(0), 6)
     assert pixels.shape == (6, 3, 96, 96)
@@ -185,7 +202,7 @@ def test_one_part_can_be_made_over_the_others(tmp_path, capsys):
     tokenizer.write_bytes(open(f"{train.TOY['llm']}/tokenizer.model", "rb").read())
     make_parts(["--only", "clip", "--clip-steps", "1", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"toy-vicuna", "toy-clip"}
-    assert "toy-clip: 1 steps in" in capsys.readouterr().out
+    assert "toy-clip, step 1: loss" in capsys.readouterr().out
 
 
 def test_each_way_of_the_hd_experiment_gets_the_same_tokens_and_runs_once(tmp_path, monkeypatch, capsys):
@@ -201,7 +218,6 @@ def test_each_way_of_the_hd_experiment_gets_the_same_tokens_and_runs_once(tmp_pa
         (out / "config.json").write_text("{}")
 
     monkeypatch.setattr(train, "main", pretend_to_train)
-    monkeypatch.setattr(lab.hd, "kinds_told", partial(lab.hd.kinds_told, n=2))
     for _ in range(2):
         assert lab.run.main(["hd", "--quick", "--seeds", "3", "--out", str(tmp_path)]) == 0
     ways = [(run["--image-mode"], run.get("--global-view")) for run in runs]
