@@ -1216,10 +1216,10 @@ def test_show_prints_the_tokens_and_saves_the_tiles(tmp_path, pictures, folder, 
     assert "128 of them visual" in text
     assert "</s>" in text
 
-    shown = Image.open(out)  # one below the other, each under its positions in the text, six times as large
-    assert shown.size == (600, 2 * 6 * 116)
-    assert shown.getpixel((6 * 48, 6 * 64)) == (255, 0, 0)
-    assert shown.getpixel((6 * 48, 6 * 180)) == (0, 0, 255)
+    shown = Image.open(out)  # one below the other, beside each row its positions; four times as large
+    assert shown.size == (4 * (96 + 60), 4 * 2 * 96)
+    assert shown.getpixel((4 * 48, 4 * 48)) == (255, 0, 0)
+    assert shown.getpixel((4 * 48, 4 * 144)) == (0, 0, 255)
 
 
 def test_show_takes_what_training_would_take(tmp_path, pictures, tok, program):
@@ -1250,7 +1250,6 @@ def test_check_of_good_records_exits_with_0(tmp_path, pictures, folder, program)
     assert code == 0
     assert "3 records read, 3 good, 0 wrong" in text
     assert "0: 1 records, 1: 2 records" in text
-    assert "ids used repeatedly  1" in text
 
 
 def test_check_names_what_is_wrong_and_exits_with_1(tmp_path, pictures, folder, program):
