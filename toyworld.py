@@ -23,6 +23,7 @@ import functools
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -382,8 +383,7 @@ def on_canvas(box, px, points):
     y = box[1] + OUTLINE / 2
     w = box[2] - box[0] - OUTLINE
     h = box[3] - box[1] - OUTLINE
-    scaled = [(x + w * u, y + h * v) for u, v in points]
-    return [(u * px, v * px) for u, v in scaled]
+    return [((x + w * u) * px, (y + h * v) * px) for u, v in points]
 
 
 @functools.cache
@@ -816,18 +816,14 @@ def make_picture(folder, size, seed, words, job):
         return name, [*asked, ("chat", *ask_chat(scene, rng))]
 
     # Few pictures have a sign: always ask what it says. Five more questions, and up to three of chat.
-    turns = [item for item in asked if item[0] == "reading"]
-    turns += rng.sample([item for item in asked if item[0] != "reading"], 5)
-    chats = dict(ask_chat(scene, rng) for _ in range(3))
-    turns += [("chat", question, answer) for question, answer in chats.items()]
-    rng.shuffle(turns)
-    turns.append(("detail", DETAIL, describe(scene)))    # last, so that no answer can be copied from it
-
-    pairs = []
-    for category, question, answer in turns:
-        if category == "box" and i % 2:          # quoted, as Prismatic's evaluation asks
-            question = f'{BOX}"{question.removeprefix(BOX).removesuffix(".")}"'
-        pairs.append((question, answer))
+    pairs = [pair for category, *pair in asked if category == "reading"]
+    pairs += rng.sample([pair for category, *pair in asked if category != "reading"], 5)
+    pairs += dict(ask_chat(scene, rng) for _ in range(3)).items()
+    rng.shuffle(pairs)
+    pairs.append((DETAIL, describe(scene)))      # last, so that no answer can be copied from it
+    if i % 2:                                    # a box's phrase in quotes, as Prismatic's evaluation asks
+        quoted = f'{BOX}"\\1"'
+        pairs = [(re.sub(f"{BOX}(.*).", quoted, question), answer) for question, answer in pairs]
     return llava_record(f"train-{i}", name, pairs), llava_record(f"pretrain-{i}", name, pairs[-1:])
 
 
@@ -840,30 +836,28 @@ def llava_record(id, image, pairs):
     return {"id": id, "image": image, "conversations": turns}
 
 
+def val_line(i, k, image, asked):
+    """Question k about held-out picture i, as train.py's --val takes it."""
+    category, question, answer = asked
+    place = {"question_id": f"val-{i}-{k}", "image": image}
+    return place | {"text": question, "answer": answer, "category": category}
+
+
 def pick_val(made, limit):
     """Up to `limit` questions of each category, the answers taken in turn, so that none is frequent."""
-    lines = []
     by_answer = {category: defaultdict(list) for category in CATEGORIES}
-    for i, (name, asked) in enumerate(made):
-        for k, (category, question, answer) in enumerate(asked):
+    for i, (_, asked) in enumerate(made):
+        for k, (category, _, answer) in enumerate(asked):
             key = answer.split("Final answer: ")[-1]
             if category == "unanswerable":
                 key = answer == "Unanswerable"
-            by_answer[category][key].append(len(lines))
-            lines.append({
-                "question_id": f"val-{i}-{k}",
-                "image": name,
-                "text": question,
-                "answer": answer,
-                "category": category,
-            })
+            by_answer[category][key].append((i, k))
 
     picked = []
     for groups in by_answer.values():
         rounds = itertools.zip_longest(*groups.values())
-        in_turn = [n for numbers in rounds for n in numbers if n is not None]
-        picked += in_turn[:limit]
-    return [lines[n] for n in sorted(picked)]
+        picked += [place for places in rounds for place in places if place][:limit]
+    return [val_line(i, k, made[i][0], made[i][1][k]) for i, k in sorted(picked)]
 
 
 def is_world(out, world):

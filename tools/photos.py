@@ -25,7 +25,7 @@ from benchmarks.common import SHORT
 from model import PRESETS
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.io import json_lines, reading, write_json, write_whole
-from toyworld import llava_record
+from toyworld import llava_record, val_line
 from vision import open_image
 
 
@@ -61,9 +61,16 @@ def main(argv=None):
 
     write_pictures(out, "train", train, cfg.size)
     write_pictures(out, "val", val, cfg.size)
-    questions = held_out_questions(val)
+    questions = [
+        val_line(i, k, picture_name("val", i), asked)
+        for i, page in enumerate(val)
+        for k, asked in enumerate(page.asked)
+    ]
     write_whole(out / "val.jsonl", lambda tmp: tmp.write_text(json_lines(questions)))
-    records = [training_record(i, page) for i, page in enumerate(train)]
+    records = []
+    for i, page in enumerate(train):
+        pairs = [pair for _, *pair in page.asked]
+        records.append(llava_record(f"train-{i}", picture_name("train", i), pairs))
     write_json(out / "train.json", records, indent=1)  # last: a folder that has it is whole
     print(f"{out}: {len(train):,} pictures to train on; {len(val):,} held out, {len(questions):,} questions")
     return 0
@@ -153,20 +160,6 @@ def ask_four(shown, kinds, all_kinds, rng):
 
 
 # ---- what is written ----
-
-
-def training_record(i, page):
-    pairs = [(question, answer) for _, question, answer in page.asked]
-    return llava_record(f"train-{i}", picture_name("train", i), pairs)
-
-
-def held_out_questions(pages):
-    lines = []
-    for i, page in enumerate(pages):
-        for k, (category, question, answer) in enumerate(page.asked):
-            place = {"question_id": f"val-{i}-{k}", "image": picture_name("val", i)}
-            lines.append(place | {"text": question, "answer": answer, "category": category})
-    return lines
 
 
 def picture_name(split, i):
