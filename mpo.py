@@ -38,6 +38,8 @@ import zlib
 from dataclasses import dataclass
 from itertools import islice
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py
+
 import torch
 import torch.nn.functional as F
 from PIL import Image

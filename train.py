@@ -15,22 +15,28 @@ short answers weigh more; its curves differ a little.)
     torchrun --nproc-per-node 8 train.py --shard ...       # FSDP2: weights in eighths; else each has all
 
 --help shows the defaults of the --model and --stage given beside it. All that is drawn at random follows
---seed: on a CPU the same command gives the same weights, bit for bit.
+--seed: on a CPU the same command with the same --threads gives the same weights, bit for bit.
 
 A run writes to --out: log.jsonl and loss.png while it goes; now and then checkpoint-N/, a whole model
 directory (--resume goes on from the newest, and ends where the uninterrupted run would have, bit for bit on a
-CPU); at the end the model itself, and results.json where there were held-out questions. Ctrl-C and SIGTERM
-save a checkpoint first; a second one ends the run at once.
+CPU); at the end the model itself. Where there are held-out questions: best/, the model whose loss on them was
+lowest, and results.json. Ctrl-C and SIGTERM save a checkpoint first; a second one ends the run at once.
 """
 
 import math
 import multiprocessing
+import os
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+
+# PyTorch's threads wait for each other thousands of times a step. By default they spin there: beside other
+# programs, each waits at full speed for one that has no core, and two threads are ten times as slow as one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
 
 import torch
 from torch.utils.data import DataLoader
@@ -82,6 +88,9 @@ def fit(cfg, task, run, held_out=None):
     params = [p for p in vlm.parameters() if p.requires_grad]  # after parallelize: FSDP2 replaces them
     optimizer = make_optimizer(vlm, cfg)
     run.restore(optimizer)
+    if cfg.minutes and not run.checkpoint:
+        run.n_step = count_steps(cfg, task, run, optimizer)
+    print(f"{run.n_step:,} steps of {cfg.batch_size}, from {len(task.examples):,} records", flush=True)
 
     with run:
         for step, batches in enumerate(load_steps(cfg, task, run), run.first_step):
@@ -106,11 +115,12 @@ def fit(cfg, task, run, held_out=None):
             metrics |= task.state_dict()  # mpo.py's delta
             run.log_step(step, batches, loss, metrics)
 
-            # Now and then: save, and ask held-out questions. The last step is saved even at save_every 0.
-            if is_due(step, cfg.save_every, run.n_step) or run.interrupted or step == run.n_step:
-                run.save()
+            # Now and then: ask held-out questions, then save, so that a resumed run knows of all looks before
+            # its checkpoint. The last step is saved even at save_every 0.
             if held_out and is_due(step, cfg.eval_every, run.n_step):
                 held_out.measure(run, step)
+            if is_due(step, cfg.save_every, run.n_step) or run.interrupted or step == run.n_step:
+                run.save()
             if run.interrupted:
                 run.say(f"interrupted: step {step} is saved; go on with the same command and --resume")
                 return 130  # the shell's code for Ctrl-C
@@ -118,7 +128,7 @@ def fit(cfg, task, run, held_out=None):
     run.finish()
     if held_out and cfg.final_eval:
         held_out.evaluate(run.out)
-    print(f"the model is in {run.out}; ask it: python sample.py --model {run.out} --image FILE --prompt TEXT")
+    run.say_results()
     return 0
 
 
@@ -144,6 +154,27 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
         metrics.update({name: value * share for name, value in more.items()})
     average_gradients(vlm, batches)
     return gather_numbers([loss]).mean().item(), dict(metrics)
+
+
+def count_steps(cfg, task, run, optimizer):
+    """How many steps fit in --minutes, at the speed of nine steps that move nothing and are forgotten."""
+    state = task.state_dict()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    times = [time.time()]
+    for batches in islice(load_steps(cfg, task, run), 9):
+        backward(run.vlm, task, batches, precision(cfg, next(run.vlm.parameters()).device))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.time())
+    optimizer.state.clear()
+    task.load_state_dict(state)
+
+    seconds = (times[-1] - times[1]) / 8  # the first waits for the loader and the compiler
+    left = 60 * cfg.minutes - (times[-1] - times[0])
+    n_step = int(gather_numbers([left / seconds]).min())
+    print(f"{60 / seconds:.1f} steps a minute, so --minutes {cfg.minutes:g} is --max-steps {max(1, n_step)}")
+    return max(1, n_step)
 
 
 class Answering:
@@ -297,6 +328,8 @@ def parse_flags(argv=None, Config=None, description=__doc__):
 def teach(cfg, Task):
     """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
     fill_in_paths(cfg)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     with processes(cfg) as device:
         cfg.compile = compiles(cfg, device)
         print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
@@ -304,7 +337,11 @@ def teach(cfg, Task):
         if cfg.split_questions:
             records.split_questions()
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+        if cfg.minutes:
+            n_step = 10**12  # until count_steps knows better
         if cfg.dry_run:
+            if cfg.minutes:
+                raise UserError("--dry-run does not know how many steps --minutes are; leave that out")
             vlm, tok = build(cfg, device="meta")
             make_trainable(vlm, cfg)
             cfg.bad_records = "skip"
@@ -326,7 +363,6 @@ def teach(cfg, Task):
         task = Task(cfg, records, vlm, tok)
         run.open(vlm, tok, task)
         print_parameters(cfg, vlm)
-        print(f"{n_step:,} steps of {cfg.batch_size}, from {len(records):,} records", flush=True)
         task.prepare(run)
         return fit(cfg, task, run, held_out)
 
@@ -409,19 +445,24 @@ class TrainConfig:
     clip: float = arg(1.0, "largest norm of the gradient; inf: no limit", above=0)
     epochs: float = arg(1.0, "passes over the data", above=0, at_most=1e6)
     max_steps: int = arg(0, "steps; 0: as --epochs says", at_least=0, at_most=10**12)
+    minutes: float = arg(0.0,
+        "as many steps as fit into so many minutes at the speed of the first few; 0: as --max-steps says",
+        at_least=0, below=math.inf)
     seed: int = arg(0, "for weights and the order of the records", at_least=0, below=2**63)
 
     # Now and then
-    eval_every: int = arg(100, "steps between held-out losses and answers; 0: never", at_least=0)
+    eval_every: int = arg(100,
+        "steps between held-out losses and answers; the best model so far is kept; 0: never", at_least=0)
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end", at_least=0)
     log_every: int = arg(10, "steps between printed lines", at_least=1)
     final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
-    eval_limit: int = arg(0, "answer only this many of them, evenly spread over the file; 0: all", at_least=0)
+    eval_limit: int = arg(0, "answer only this many of them, drawn once for all; 0: all", at_least=0)
     resume: bool = arg(False,
         f"go on from the newest checkpoint in --out, with the same flags but for {', '.join(FREE_TO_CHANGE)}")
 
     # The machine
     workers: int = arg(1, "processes that prepare records; 0: none", at_least=0, at_most=256)
+    threads: int = arg(0, "threads that compute on a CPU; 0: one a core", at_least=0, at_most=1024)
     device: str = arg("auto", "cpu, cuda, cuda:N, mps (Apple's; untested) or auto")
     dtype: str = arg("auto",
         "bfloat16: autocast; auto: that on a GPU, float32 on a CPU",
@@ -444,7 +485,7 @@ class TrainConfig:
 LLAVA = dict(clip=math.inf, max_length=2048)
 LLAVA_PRETRAIN = LLAVA | dict(lr=1e-3, batch_size=256, image_mode="crop", token_budget=16384)
 LLAVA_FINETUNE = LLAVA | dict(lr=2e-5, batch_size=128, token_budget=8192)
-PHOTO = dict(lr=1e-3, batch_size=128, max_steps=3000, split_questions=True, eval_every=250, save_every=500)
+PHOTO = dict(lr=1e-3, batch_size=128, epochs=10, split_questions=True)
 RECIPES = {
     # LLaVA's stage 1 uses template "plain"; the toy's uses vicuna_v1, the only format its decoder has seen.
     ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),

@@ -6,6 +6,7 @@
     base/                             of a LoRA over a preset: the model under it
     checkpoint-000100/                a whole model directory; AdamW's moments in optimizer.pt;
                                       step, flags and the task's state in trainer.pt
+    best/                             the model when the held-out loss was lowest
     model.safetensors config.json     the model; config.json comes last, so a directory that has one is whole
 
 A checkpoint is built under a hidden name and renamed when it is on the disk. Only then does the older one go,
@@ -35,15 +36,16 @@ from support.distributed import (
     rank,
     world_size,
 )
-from support.export import save_adapter
+from support.export import fits_llava, save_adapter
 from support.io import check_flags, fingerprint, json_lines, lock, read_rows, reading, write_whole
 from support.plots import curve, plot
 from support.processor import save_processor
 
 # What --resume may change; any other flag would make it another run.
 FREE_TO_CHANGE = (
-    "resume", "out", "workers", "device", "dry_run", "compile", "shard", "recompute", "micro_batch_size",
-    "token_budget", "log_every", "eval_every", "save_every", "final_eval", "eval_limit", "bad_records",
+    "resume", "out", "workers", "threads", "device", "dry_run", "compile", "shard", "recompute",
+    "micro_batch_size", "token_budget", "log_every", "eval_every", "save_every", "final_eval", "eval_limit",
+    "bad_records",
 )
 
 
@@ -51,7 +53,7 @@ class Run:
     """Every process calls the same methods; rank 0 writes."""
 
     def __init__(self, cfg, n_step, data_files=()):
-        self.cfg, self.n_step = cfg, n_step
+        self.cfg = cfg
         self.out = Path(cfg.out)
         flags = {flag_of(name): value for name, value in asdict(cfg).items() if name not in FREE_TO_CHANGE}
         self.flags = flags | {"--data of checksum": fingerprint(data_files)}
@@ -60,12 +62,17 @@ class Run:
             self.locks.append(lock(self.out / "lock"))
         self.checkpoint, self.state = self.find_checkpoint() if cfg.resume else (None, {})
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
+        self.n_step = self.state.get("n_step", n_step)  # which --minutes has found in the steps before
         self.step = self.saved = self.state.get("step", 0)  # the last that is done, and on the disk
         self.task_state = self.state.get("task", {})  # after the last that is done
         self.first_step = self.step + 1
         self.skipped = self.state.get("skipped", 0)  # records, since the run began
         self.n_token = 0  # since this program began
         self.lines = []  # of log.jsonl
+        if self.checkpoint:  # of the steps after it, and damaged ones, none
+            rows = read_rows(self.out / "log.jsonl")
+            rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+            self.lines = [row for row in rows if row["step"] <= self.step]
         self.pressed = False  # whether a signal came to this process
         self.interrupted = False  # or to any, as all know after each step
 
@@ -102,12 +109,10 @@ class Run:
         tok.path = self.out / "tokenizer.model"  # the checkpoint that it may have come from will be deleted
 
     def rewind(self):
-        """Drop log lines after the checkpoint, damaged ones, and what a kill left half-written."""
+        """Drop the log lines after the checkpoint, and what a kill left half-written."""
         log = self.out / "log.jsonl"
-        rows = [row for row in read_rows(log) if isinstance(row, dict) and isinstance(row.get("step"), int)]
-        self.lines = [row for row in rows if row["step"] < self.first_step]
         write_whole(log, lambda tmp: tmp.write_text(json_lines(self.lines), encoding="utf-8"))
-        for left in self.out.glob(".*.tmp"):
+        for left in [*self.out.glob(".*.tmp"), *self.out.glob("best/.*.tmp")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def restore(self, optimizer):
@@ -252,7 +257,7 @@ class Run:
             if p in self.optimizer.state:
                 moments[name] = {key: gather_on_first(t) for key, t in self.optimizer.state[p].items()}
         if rank() == 0:
-            state = {"step": self.step, "skipped": self.skipped}
+            state = {"step": self.step, "n_step": self.n_step, "skipped": self.skipped}
             state |= {"flags": self.flags, "task": self.task_state}
             write_whole(directory / "optimizer.pt", lambda tmp: torch.save(moments, tmp))
             write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))
@@ -269,6 +274,19 @@ class Run:
         seconds = time.time() - self.began
         print(f"trained {n_done} steps in {seconds:.0f} s; {self.skipped} of {shown} records skipped")
         self.save_model(self.out)
+
+    def looks(self):
+        """{step: held-out loss}"""
+        return {line["step"]: line["val_loss"] for line in self.lines if "val_loss" in line}
+
+    def say_results(self):
+        out, looks = self.out, self.looks()
+        print(f"the model is in {out}; ask it: python sample.py --model {out} --image FILE --prompt TEXT")
+        best = min(looks, key=looks.get, default=self.n_step)
+        if best < self.n_step:
+            print(f"held-out loss was lowest at step {best} ({looks[best]:.4f}): that model is in {out}/best")
+        if not fits_llava(self.vlm.cfg):
+            print("transformers has no class for its parts and cannot open it; sample.py and eval.py can")
 
     def save_model(self, directory):
         """A model directory that needs nothing else; of a LoRA what trains, and the name of its base."""

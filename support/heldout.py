@@ -9,7 +9,7 @@ import sample
 from data import Examples, Records, micro_batches
 from eval import EvalConfig, columns_of, draw_some, evaluate, other_pictures, read_items, table
 from support.asking import encode_questions
-from support.distributed import rank
+from support.distributed import gather_numbers, rank
 from support.io import write_json
 
 
@@ -42,7 +42,10 @@ class HeldOut:
         return (examples[i] for i in range(len(records)))
 
     def measure(self, run, step):
-        """Log the loss, with each question's pictures and with others, and print a few answers."""
+        """Log the loss, with each question's pictures and with others, and print a few answers.
+
+        The model whose loss is the lowest so far is kept in best/.
+        """
         with not_training(self.vlm, self.cfg):
             values = {"val_loss": self.mean_loss(self.batches)}
             text = f"held-out loss {values['val_loss']:.4f}"
@@ -53,13 +56,22 @@ class HeldOut:
                     text += ": the model makes no use of the pictures"
             answers = self.some_answers(step)
         run.log(step, **values)
+        looks = run.looks()
+        best = min(looks, key=looks.get)
+        if best == step:
+            run.save_model(run.out / "best")
+        n_worse = sum(later > best for later in looks)
+        if n_worse >= 3:
+            text += (f"\nit has been higher for {n_worse} looks than at step {best} ({looks[best]:.4f}): "
+                     f"the model overfits; that of step {best} is in {run.out}/best")
         run.say(text + "\n" + answers)
 
     @torch.no_grad()
     def mean_loss(self, batches):
         counts = [self.task.count(batch) for batch in batches]
         means = [self.task.loss(self.vlm, batch)[0].item() for batch in batches]
-        return sum(n * mean for n, mean in zip(counts, means)) / sum(counts)
+        mean = sum(n * mean for n, mean in zip(counts, means)) / sum(counts)
+        return gather_numbers([mean]).mean().item()  # the same everywhere
 
     def some_answers(self, step, n=3):
         """A few questions, other ones each time, with the model's answers."""

@@ -71,7 +71,10 @@ def print_parameters(cfg, vlm):
         counts[0] += p.numel()
         counts[1] += p.numel() * p.requires_grad
     for part, (n_all, n_train) in parts.items():
-        text = f"{n_train / 1e6:,.2f}M train at {lr_of(part, cfg):g}" if n_train else "frozen"
+        lr = lr_of(part, cfg)
+        text = f"{n_train / 1e6:,.2f}M train at {lr:g}" if n_train else "frozen"
+        if n_train and lr > 0.1:
+            text += ", and AdamW moves each weight by about that in a step: do you mean it?"
         if cfg.lora_r and part == "llm":
             text += f" (LoRA of rank {cfg.lora_r})"
         print(f"{part:10} {n_all / 1e6:11,.2f}M parameters, {text}")

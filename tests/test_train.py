@@ -48,7 +48,11 @@ from support.processor import save_processor
 
 
 def same(a, b):
-    return losses(a) == losses(b) and all(torch.equal(p, weights(b)[name]) for name, p in weights(a).items())
+    return losses(a) == losses(b) and same_weights(a, b)
+
+
+def same_weights(a, b):
+    return all(torch.equal(p, weights(b)[name]) for name, p in weights(a).items())
 
 
 def leftovers(out):
@@ -1108,6 +1112,95 @@ def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch):
 )
 def test_what_counts_as_right(said, truth, right):
     assert is_right(said, truth) is right
+
+
+# ---- held-out loss, and time ----
+
+
+def rising_after(monkeypatch, best):
+    """Make the held-out loss fall until step `best`, then rise."""
+    monkeypatch.setattr(train.HeldOut, "mean_loss", lambda self, batches: self.found)
+    original = train.HeldOut.measure
+
+    def measure(self, run, step):
+        self.found = 1 + abs(step - best) / 100
+        original(self, run, step)
+
+    monkeypatch.setattr(train.HeldOut, "measure", measure)
+
+
+def test_a_run_that_overfits_says_since_when_and_keeps_its_best_model(go, monkeypatch, at_step, capfd):
+    rising_after(monkeypatch, best=2)
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert go("--eval-every", 1, out="stopped") == 130
+    capfd.readouterr()
+    at_step(99, None)
+    assert go("--eval-every", 1) == 0
+    lines = capfd.readouterr().out.splitlines()
+    told = [line for line in lines if "the model overfits" in line]
+    assert len(told) == 4 and told[0] == (
+        "it has been higher for 3 looks than at step 2 (1.0000): the model overfits; that of step 2 is in run/best")
+    assert "held-out loss was lowest at step 2 (1.0000): that model is in run/best" in lines
+    kept, then = weights("run/best"), weights("stopped/checkpoint-000002")
+    assert all(torch.equal(kept[name], p) for name, p in then.items()) and not same_weights("run", "run/best")
+    Tokenizer("run/best")
+
+
+def test_a_run_whose_last_look_is_its_best_does_not_speak_of_another(go, monkeypatch, capfd):
+    rising_after(monkeypatch, best=8)
+    assert go("--eval-every", 2) == 0
+    out = capfd.readouterr().out
+    assert "overfits" not in out and "lowest" not in out and same_weights("run", "run/best")
+
+
+@pytest.mark.parametrize("kill_at", [4, 6, 7])  # steps 3 and 6 are saved, after 2, 4 and 6 it looks
+def test_a_killed_and_resumed_run_knows_its_best_model(go, monkeypatch, at_step, capfd, kill_at):
+    rising_after(monkeypatch, best=2)
+    flags = ["--eval-every", 2, "--save-every", 3]
+    assert go(*flags, out="whole") == 0
+
+    def killed():
+        at_step(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        go(*flags)
+
+    assert in_child(killed) == -signal.SIGKILL
+    capfd.readouterr()
+    assert go(*flags, "--resume") == 0 and same("whole", "run") and same_weights("whole/best", "run/best")
+    assert "higher for 3 looks than at step 2" in capfd.readouterr().out
+
+
+def test_minutes_are_the_steps_that_fit_and_change_nothing_else(go, at_step, capfd):
+    at_step(12, lambda: os.kill(os.getpid(), signal.SIGINT))  # of them, nine measure
+    assert go("--minutes", 0.1) == 130 and newest_step("run") == 3
+    found = re.search(r"[\d.]+ steps a minute, so --minutes 0.1 is --max-steps (\d+)", capfd.readouterr().out)
+    n_step = int(found[1])
+    assert n_step > 3
+    at_step(10**9, None)
+    assert go("--minutes", 0.1, "--resume") == 0 and "steps a minute" not in capfd.readouterr().out
+    assert go("--max-steps", n_step, out="same") == 0 and same("same", "run")
+    assert go("--minutes", 1, "--dry-run") == 1 and "--minutes" in errors(capfd)[-1]
+
+
+def test_threads_wait_without_spinning_and_their_number_is_a_flag(go, monkeypatch):
+    numbers = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    assert go("--max-steps", 1) == go("--max-steps", 1, "--threads", 3) == 0 and numbers == [3]
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_what_deserves_a_doubt_is_said(go, capfd):
+    """A rate that is far too high; a model that transformers cannot open."""
+    assert go("--lr-connector", 3, "--max-steps", 1) == 0
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "do you mean it?" in line]
+    assert line.startswith("connector ") and "train at 3, " in line
+    assert go("--max-steps", 1, out="llava") == 0 and "transformers" not in capfd.readouterr().out
+    assert go("--max-steps", 1, "--image-mode", "hd", out="hd") == 0
+    assert "transformers has no class for its parts" in capfd.readouterr().out
+
+
+def test_an_eval_limit_is_the_number_of_questions_that_are_asked(go, world):
+    assert go("--max-steps", 1, "--final-eval", "--eval-limit", 7) == 0
+    assert json.loads(Path("run/results.json").read_text())["n"] == 7
 
 
 # ---- what one sees ----
