@@ -452,6 +452,14 @@ def test_a_pair_that_the_reference_has_not_seen_so_is_never_trained_on(tiny, fol
     assert all("the reference was asked about another pair" in reason for reason in after["skipped"])
 
 
+def test_minutes_of_preferring_are_the_steps_that_fit_from_a_fresh_delta(tiny, folder, capfd):
+    assert go(tiny, folder, "--minutes", 0.05) == 0
+    n_step = re.search(r"--minutes 0.05 is --max-steps (\d+)", capfd.readouterr().out)[1]
+    assert go(tiny, folder, "--max-steps", n_step, out="same") == 0
+    deltas = [[line["delta"] for line in map(json.loads, open(f"{run}/log.jsonl"))] for run in ("run", "same")]
+    assert losses("run") == losses("same") and deltas[0] == deltas[1]
+
+
 def test_a_reference_is_asked_about_no_more_pairs_than_the_steps_will_show(tiny, folder):
     assert go(tiny, folder, "--batch-size", 1, "--max-steps", 3) == 0
     known = torch.load("run/reference.pt", weights_only=True)
