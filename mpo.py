@@ -55,40 +55,6 @@ from support.lora import lora_off
 from support.weights import newest_run
 from train import Answering, TrainConfig, load_steps, teach
 
-
-@dataclass
-class MPOConfig(TrainConfig):
-    model: str = arg(
-        "", "model directory to go on from, and the reference; empty: the newest finished run under out/"
-    )
-    data: str = arg(
-        REQUIRED,
-        "pairs: JSONL of {image, question, chosen, rejected} (MMPR), FILE,FILE, or a meta.json that "
-        "mixes such files",
-    )
-    beta: float = arg(0.1, "scale of the rewards", above=0)
-    w_p: float = arg(0.8, "weight of the preference term, DPO", at_least=0)
-    w_q: float = arg(0.2, "weight of the quality term, BCO", at_least=0)
-    w_g: float = arg(1.0, "weight of the generation term, SFT", at_least=0)
-    reference: str = arg(
-        "precomputed",
-        "its log-probabilities: computed once, or by the policy without its LoRA in each step",
-        choices=("precomputed", "lora-off"),
-    )
-
-    # Fields of TrainConfig that are no flags here, being without arg().
-    stage: str = "finetune"
-    from_scratch: bool = False
-    projector: str = ""
-    tokenizer: str = ""
-    image_size: int = 0
-    shard: bool = False
-    split_questions: bool = False
-
-
-DEFAULTS = dict(out="out/mpo", lr=1e-4, weight_decay=0.05, bad_records="skip")
-
-
 # ---- the losses ----
 
 
@@ -141,16 +107,16 @@ PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 def pair_row(prompt, chosen, rejected):
     """Three lists of ids -> the row, (T,) each."""
     p, c, r = len(prompt), len(chosen), len(rejected)
-    positions = [*range(p + c), *range(p, p + r)]
-    predictor = [*range(-1, p + c + r - 1)]  # the token before, but of each answer's first the prompt's last
-    predictor[p + c] = p - 1
-    return {
-        "tokens": torch.tensor(prompt + chosen + rejected),
-        "labels": torch.tensor([IGNORE] * p + chosen + rejected),
-        "part": torch.tensor([PROMPT] * p + [CHOSEN] * c + [REJECTED] * r),
-        "positions": torch.tensor(positions),
-        "predictor": torch.tensor(predictor),
+    predictor = list(range(-1, p + c + r - 1))
+    predictor[p + c] = p - 1                 # both answers follow the prompt
+    row = {
+        "tokens": prompt + chosen + rejected,
+        "labels": [IGNORE] * p + chosen + rejected,
+        "part": [PROMPT] * p + [CHOSEN] * c + [REJECTED] * r,
+        "positions": [*range(p + c), *range(p, p + r)],
+        "predictor": predictor,
     }
+    return {name: torch.tensor(numbers) for name, numbers in row.items()}
 
 
 def collate_pairs(examples, pad, multiple=1):
@@ -221,7 +187,7 @@ class Preferring:
         self.device = next(vlm.parameters()).device
         as_answers = Answering(cfg, records, vlm, tok).examples
         self.examples = PairExamples(**vars(as_answers))  # of the same template, tiles and length
-        self.delta, self.n_delta = 0.0, 0  # the running mean of rewards, and of how many pairs
+        self.delta, self.n_delta = 0.0, 0  # the running mean of all rewards; of how many pairs
 
     def prepare(self, run):
         """Before the first step the policy is the reference."""
@@ -229,29 +195,31 @@ class Preferring:
             return
         file = run.out / "reference.pt"
         if not self.cfg.resume:
-            found = self.precompute(run)
-            write_whole(file, lambda tmp: torch.save(found, tmp))
+            reference = self.ask_reference(run)
+            write_whole(file, lambda tmp: torch.save(reference, tmp))
         with reading(file, "start the run anew, without --resume"):
-            self.examples.known = torch.load(file, weights_only=True)
+            self.examples.reference = torch.load(file, weights_only=True)
 
     @torch.no_grad()
-    def precompute(self, run):
-        """s_ref of every pair of the first epoch, and a checksum of the pair; NaN and -1 of a skipped one."""
+    def ask_reference(self, run):
+        """-> (n_pair, 3) float64: of each pair of the first epoch a checksum, and s_ref of both answers.
+
+        NaN where a pair was skipped, or comes in no step.
+        """
         n_pair = len(self.examples)
-        s_ref = torch.full((n_pair, 2), math.nan)
-        checksum = torch.full((n_pair,), -1)
-        n_step = min(run.n_step, math.ceil(n_pair / self.cfg.batch_size))  # one epoch at most
+        reference = torch.full((n_pair, 3), math.nan, dtype=torch.float64)
+        n_step = min(run.n_step, math.ceil(n_pair / self.cfg.batch_size))
         steps = islice(load_steps(self.cfg, self, run), n_step)
         run.vlm.eval()  # no dropout in a reference
         with precision(self.cfg, self.device):
             for batches in Bar(steps, "reference", n_step, unit="step"):
                 for batch in batches:
-                    i = batch["number"]
-                    if len(i):
-                        checksum[i] = batch["checksum"]
-                        s_ref[i] = pair_log_probs(run.vlm, to_device(batch, self.device))[0].cpu()
+                    if self.count(batch):
+                        s, _ = pair_log_probs(run.vlm, to_device(batch, self.device))
+                        reference[batch["number"], 0] = batch["checksum"].double()
+                        reference[batch["number"], 1:] = s.double().cpu()
         run.vlm.train()
-        return {"s_ref": s_ref, "checksum": checksum}
+        return reference
 
     @staticmethod
     def count(batch):
@@ -298,20 +266,19 @@ class Preferring:
 class PairExamples(Examples):
     """Pairs as rows: what data.Examples is for conversations."""
 
-    known = None  # what reference.pt holds
+    reference = None  # what reference.pt holds
 
     def make_example(self, record):
         example = super().make_example(record)
         content = example["tokens"].numpy().tobytes() + example["pixels"].numpy().tobytes()
         example["checksum"] = zlib.crc32(content)
-        if self.known:
-            i = record["number"]
-            if example["checksum"] != self.known["checksum"][i]:
+        if self.reference is not None:
+            checksum, *example["s_ref"] = self.reference[record["number"]].tolist()
+            if checksum != example["checksum"]:
                 raise UserError(
                     f"{record['where']}: the reference was asked about another pair before step 1, or about "
                     "another picture; start the run anew"
                 )
-            example["s_ref"] = self.known["s_ref"][i].tolist()
         return example
 
     def open_picture(self, path, record):
@@ -319,11 +286,14 @@ class PairExamples(Examples):
         return recompress(image, record["number"]) if record["file"].recompress else image
 
     def encode(self, record, n_visual):
-        question, *answers = pair_texts(record)
-        prompt, chosen = self.encode_answer(question, answers[0], n_visual)
-        _, rejected = self.encode_answer(question, answers[1], n_visual)
-        if chosen == rejected or answers[0].strip() == answers[1].strip():
+        texts = [record.get(name) for name in ("question", "chosen", "rejected")]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"question, chosen and rejected are {texts}; a pair has all three as text")
+        question, chosen, rejected = texts
+        if chosen.strip() == rejected.strip():
             raise UserError("chosen and rejected are the same answer; drop the pair")
+        prompt, chosen = self.encode_answer(question, chosen, n_visual)
+        _, rejected = self.encode_answer(question, rejected, n_visual)
         self.check_length(len(prompt) + max(len(chosen), len(rejected)), n_visual)
         return pair_row(prompt, chosen, rejected) | {"n_visual": n_visual}
 
@@ -337,14 +307,6 @@ class PairExamples(Examples):
         return tokens[:n_prompt], labels[n_prompt:]
 
 
-def pair_texts(record):
-    """-> question, chosen, rejected"""
-    texts = [record.get(name) for name in ("question", "chosen", "rejected")]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"question, chosen and rejected are {texts}; a pair has all three as text")
-    return texts
-
-
 def recompress(image, seed):
     """MMPR's data_augment: a picture after JPEG at a quality of 75 to 100."""
     file = io.BytesIO()
@@ -353,9 +315,45 @@ def recompress(image, seed):
 
 
 def to_device(batch, device):
-    """The tensors of a batch."""
-    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    """A batch with its tensors there."""
+    moved = {name: x.to(device, non_blocking=True) for name, x in batch.items() if torch.is_tensor(x)}
+    return batch | moved
+
+
+# ---- flags ----
+
+
+@dataclass
+class MPOConfig(TrainConfig):
+    model: str = arg(
+        "", "model directory to go on from, and the reference; empty: the newest finished run under out/"
+    )
+    data: str = arg(
+        REQUIRED,
+        "pairs: JSONL of {image, question, chosen, rejected} (MMPR), FILE,FILE, or a meta.json that "
+        "mixes such files",
+    )
+    beta: float = arg(0.1, "scale of the rewards", above=0)
+    w_p: float = arg(0.8, "weight of the preference term, DPO", at_least=0)
+    w_q: float = arg(0.2, "weight of the quality term, BCO", at_least=0)
+    w_g: float = arg(1.0, "weight of the generation term, SFT", at_least=0)
+    reference: str = arg(
+        "precomputed",
+        "its log-probabilities: computed once, or by the policy without its LoRA in each step",
+        choices=("precomputed", "lora-off"),
+    )
+
+    # Fields of TrainConfig that are no flags here, being without arg().
+    stage: str = "finetune"
+    from_scratch: bool = False
+    projector: str = ""
+    tokenizer: str = ""
+    image_size: int = 0
+    shard: bool = False
+    split_questions: bool = False
+
+
+DEFAULTS = dict(out="out/mpo", lr=1e-4, weight_decay=0.05, bad_records="skip")
 
 
 def main(argv=None, Config=MPOConfig, Task=Preferring):
