@@ -24,7 +24,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import toyworld
-from conversation import Tokenizer
 from lab.common import (
     NOTHING,
     Fact,
@@ -44,13 +43,12 @@ from vision import ViT
 FALSE, TRUE, UNTOLD = 0, 1, 2    # of a phrase and a thing
 
 
+EMPTY = Fact(None, None, "picture of nothing", None, None)       # of a patch without a thing or a sign
 VALUES = Fact(toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
 
 
-def make_clip(out, n_steps, seed, batch_size=48, lr=6e-4):
-    torch.manual_seed(seed)
+def make_clip(out, tok, n_steps, seed, batch_size=48, lr=6e-4):
     rng = random.Random(seed)
-    tok = Tokenizer(out / "toy-vicuna")
     clip = CLIP(PRESETS["toy"], tok.vocab_size)
 
     def lr_at(step):
@@ -130,34 +128,33 @@ def contrastive_batch(rng, size):
     # Signs are scarce: half of the scenes without one are thrown again.
     scenes = [scene if scene.sign or rng.random() < 0.5 else toyworld.random_scene(rng) for scene in scenes]
     scenes = [repaint_some(scene, rng, 0.4) for scene in scenes]
-    phrases = random_phrases(scenes, rng)
+    phrases = random_phrases(scenes, rng) + [EMPTY]
 
     patches, holding = [], []
     for k, scene in enumerate(scenes):
         owners = patch_owners(scene)
         shows_part = (owners >= 0).nonzero()[:, 0].tolist()
         shows_nothing = (owners == NOTHING).nonzero()[:, 0].tolist()
-        # What holds of each part; then, in the row of NOTHING = -1, of a patch without any: the last phrase.
-        rows = [[holds(phrase, fact) for phrase in phrases] + [FALSE] for fact in scene_facts(scene)]
-        rows.append([FALSE] * len(phrases) + [TRUE])
+        facts = scene_facts(scene) + [EMPTY]             # facts[NOTHING] is the last
+        rows = [[holds(phrase, fact) for phrase in phrases] for fact in facts]
         n_empty = min(len(shows_part), len(shows_nothing))
         for n in shows_part + rng.sample(shows_nothing, n_empty):
             patches.append(k * len(owners) + n)
             holding.append(rows[owners[n]])
 
-    texts = [phrase_text(phrase) for phrase in phrases] + ["a picture of nothing"]
+    texts = [phrase_text(phrase) for phrase in phrases]
     captions = [re.sub("#[0-9a-f]+ ", "", toyworld.caption(scene)) for scene in scenes]
     return draw_pixels(scenes, rng), captions, texts, torch.tensor(patches), torch.tensor(holding)
 
 
 def random_phrases(scenes, rng):
     """Of each thing and sign a phrase that is true, and one that is not. None is of an UNSEEN pair."""
-    phrases = {}                                         # a dict keeps the order, and each once
+    phrases = []
     for scene in scenes:
         for fact in scene_facts(scene):
             true = leave_out_words(fact, rng)
-            phrases[true] = None
-            phrases[change_a_word(true, rng)] = None
+            phrases += [true, change_a_word(true, rng)]
+    phrases = dict.fromkeys(phrases)                     # each once, in their order
     return [phrase for phrase in phrases if (phrase.kind, phrase.color) not in toyworld.UNSEEN]
 
 
@@ -187,7 +184,7 @@ def holds(phrase, fact):
     disagree = {name for name, a, b in zip(Fact._fields, phrase, fact) if a not in (None, b)}
     if not disagree:
         return TRUE
-    if disagree == {"color"} and fact.color is None and fact.kind != "sign":
+    if disagree == {"color"} and fact.color is None and fact.kind in toyworld.KINDS:
         return UNTOLD
     mixed = {(phrase.kind, fact.color), (fact.kind, phrase.color)}
     return UNTOLD if mixed & toyworld.UNSEEN else FALSE

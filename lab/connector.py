@@ -12,17 +12,14 @@ import random
 import torch
 
 import toyworld
-from conversation import Tokenizer
 from lab.common import draw_pixels, fit_part, kinds_told, label_patches, repaint_some, spell, sum_of_words
 from model import PRESETS, VLM
 from support.export import public_layout, write_model
 from support.weights import load_decoder, load_vision
 
 
-def make_connector(out, n_steps, seed, batch_size=32, lr=4e-3):
-    torch.manual_seed(seed)
+def make_connector(out, tok, n_steps, seed, batch_size=32, lr=4e-3):
     rng = random.Random(seed)
-    tok = Tokenizer(out / "toy-vicuna")
     vlm = VLM(PRESETS["toy"])
     load_vision(vlm.vision, out / "toy-clip")
     load_decoder(vlm.decoder, out / "toy-vicuna")

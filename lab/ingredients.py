@@ -14,6 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from conversation import Tokenizer
 from lab.clip import make_clip
 from lab.connector import make_connector
 from lab.vicuna import make_vicuna, sayings
@@ -39,12 +42,15 @@ def main(argv=None):
     if not cfg.only or not vocabulary.exists():
         train_tokenizer(vocabulary, sayings(), 896, required=",]")
 
-    if cfg.only in ("", "clip"):
-        make_clip(out, cfg.clip_steps, cfg.seed)
-    if cfg.only in ("", "vicuna"):
-        make_vicuna(out, cfg.vicuna_steps, cfg.seed)
-    if cfg.only in ("", "connector"):
-        make_connector(out, cfg.connector_steps, cfg.seed)
+    tok = Tokenizer(vocabulary)
+    for name, make, n_step in (
+        ("clip", make_clip, cfg.clip_steps),
+        ("vicuna", make_vicuna, cfg.vicuna_steps),
+        ("connector", make_connector, cfg.connector_steps),
+    ):
+        if cfg.only in ("", name):
+            torch.manual_seed(cfg.seed)
+            make(out, tok, n_step, cfg.seed)
 
 
 if __name__ == "__main__":

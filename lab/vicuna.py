@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import toyworld
 from benchmarks.own import is_right
-from conversation import SYSTEM_VICUNA, Tokenizer, encode_conversation
+from conversation import SYSTEM_VICUNA, encode_conversation
 from lab.common import fit_part, pad_rows, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder
 from support.export import llama_json, llama_name, write_model
@@ -59,9 +59,7 @@ def sayings(n_scenes=2000):
     return lines
 
 
-def make_vicuna(out, n_steps, seed, batch_size=32, lr=1e-3):
-    torch.manual_seed(seed)
-    tok = Tokenizer(out / "toy-vicuna")
+def make_vicuna(out, tok, n_steps, seed, batch_size=32, lr=1e-3):
     decoder = init_weights(Decoder(replace(PRESETS["toy"].decoder, vocab_size=tok.n_text)))
 
     def lr_at(step):
@@ -143,11 +141,8 @@ def make_lesson(tok, rng, progress):
     names = [tok.encode(toyworld.plural(kind)) + tok.encode(kind) for kind in toyworld.KINDS]
     names += [tok.encode(color) for color in toyworld.COLORS]
     taken = {token for name in names for token in name}.union(tokens, *spelled)
-    free = []
-    for token in range(tok.n_text):
-        is_word = re.fullmatch(r"\u2581[A-Za-z]{3,}", tok.processor.id_to_piece(token))
-        if is_word and token not in taken:
-            free.append(token)
+    words = [i for i in range(tok.n_text) if re.fullmatch(r"\u2581[A-Za-z]{3,}", tok.piece(i))]
+    free = [word for word in words if word not in taken]
     other = {}
     for name, new in zip(names, rng.sample(free, len(names))):
         if rng.random() < 0.5:
@@ -234,12 +229,10 @@ def encode_lines(tok, pairs, n_visual, longest=256):
 
 def terse_pairs(scene, rng):
     """-> [(question, answer), ...]"""
-    colors = [thing.color for thing in scene.things]
-    kinds = [thing.kind for thing in scene.things]
     pairs = []
-    for kind in rng.sample(toyworld.KINDS, 2) + kinds[:1]:
+    for kind in [*rng.sample(toyworld.KINDS, 2), scene.things[0].kind]:
         pairs.append((f"how many {kind}", str(toyworld.count_things(scene, kind=kind))))
-    for color in rng.sample(list(toyworld.COLORS), 1) + colors[:1]:
+    for color in [rng.choice(list(toyworld.COLORS)), scene.things[0].color]:
         pairs.append((f"how many {color}", str(toyworld.count_things(scene, color=color))))
 
     # A caption, step by step.

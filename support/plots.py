@@ -26,16 +26,17 @@ def curve(lines, name):
 
 def plot(path, panels):
     """panels: {title: {label: (xs, ys)}}, one below the other. What has no points is left out."""
-    drawn = {}
+    drawn = []
     for title, curves in panels.items():
         curves = {label: np.array(points, dtype=float) for label, points in curves.items() if len(points[0])}
         if curves:
-            drawn[title] = curves
+            drawn.append((title, curves))
 
-    height = max(460 // max(1, len(drawn)), 190)
-    image = Image.new("RGB", (WIDTH, height * max(1, len(drawn))), "white")
+    n = max(1, len(drawn))
+    height = max(460 // n, 190)
+    image = Image.new("RGB", (WIDTH, height * n), "white")
     pen = ImageDraw.Draw(image, "RGBA")  # with alpha: a pale line lets the one below it through
-    for k, (title, curves) in enumerate(drawn.items()):
+    for k, (title, curves) in enumerate(drawn):
         frame = (70, k * height + 34, WIDTH - 24, (k + 1) * height - 32)
         draw_panel(pen, frame, title, curves)
     write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
@@ -54,9 +55,9 @@ def draw_panel(pen, frame, title, curves):
     for x in x_ticks:
         pen.text((across(x), bottom + 6), f"{x:,g}", fill=GREY, anchor="mt", font_size=13)
 
-    # The curves, and beside the title what each is called and where it ends.
+    # The curves, and above them the title, what each is called and where it ends.
     pen.text((left, top - 24), title, fill=BLACK, anchor="lt", font_size=14)
-    words_left = left + pen.textlength(title, font_size=14)
+    words_right = right - 150 * (len(curves) - 1)
     for (label, (x, y)), color in zip(curves.items(), COLORS):
         mean = mean_around(y)
         measured = list(zip(across(x), down(y)))
@@ -65,9 +66,8 @@ def draw_panel(pen, frame, title, curves):
         if len(x) <= 30:
             for point in measured:
                 pen.circle(point, 3, fill=color)
-        words = f"{label} {mean[-1]:.3f}"
-        pen.text((words_left + 24, top - 24), words, fill=color, anchor="lt", font_size=14)
-        words_left += 24 + pen.textlength(words, font_size=14)
+        pen.text((words_right, top - 24), f"{label} {mean[-1]:.3f}", fill=color, anchor="rt", font_size=14)
+        words_right += 150
 
 
 def make_axis(values, start, end, is_log=False):
