@@ -13,12 +13,13 @@ import torch.nn.functional as F
 
 
 class Int8Linear(nn.Module):
-    """In the place of a linear layer without a bias; its numbers come with load_state_dict."""
+    """In the place of a linear layer without a bias."""
 
-    def __init__(self, linear):
+    def __init__(self, weight):
         super().__init__()
-        self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(len(linear.weight), dtype=torch.bfloat16))
+        Q, scale = to_int8(weight)
+        self.register_buffer("weight", Q)
+        self.register_buffer("scale", scale)
 
     def forward(self, x):
         if x.device.type == "cpu" and is_step(x):
@@ -55,12 +56,12 @@ def to_int8(weight):
     return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
-def use_int8(module):
-    """Every linear layer in a module becomes an Int8Linear."""
+def use_int8(module, device):
+    """Every linear layer in a module becomes an Int8Linear, one after the other on its device."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child))
+                setattr(parent, name, Int8Linear(child.weight.to(device)))
 
 
 def widen_products(vlm):

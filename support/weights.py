@@ -40,7 +40,7 @@ from support.configs import (
 )
 from support.io import fingerprint, read_json, reading
 from support.lora import merge_weight
-from support.quantize import to_int8, use_int8
+from support.quantize import use_int8
 from vision import find_tiling
 
 # ---- names: public to ours ---------------------------------------------------------------------------------
@@ -383,9 +383,7 @@ def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8
     """What read_model found -> VLM, a LoRA merged into one matrix at a time."""
     with reading(source), torch.device("meta"), NothingDrawn():
         vlm = VLM(cfg)
-        if int8:
-            use_int8(vlm.decoder.layers)
-    load_strict(vlm, flatten(parts), source, device, dtype)
+    load_strict(vlm, flatten(parts), source, device, dtype, int8)
     with reading(source):
         for name, (A, B, scale) in lora.items():
             weight = vlm.get_parameter(name)
@@ -393,37 +391,34 @@ def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8
     return vlm.eval()
 
 
-def load_strict(module, found, source, device="cpu", dtype=torch.float32):
+@torch.no_grad()
+def load_strict(module, found, source, device="cpu", dtype=torch.float32, int8=False):
     """Fill every parameter from {our name: tensor}. Each is copied out of its mapped file to its device."""
-    state = module.state_dict()
-    missing = sorted(name for name in state.keys() - found.keys() if not name.endswith(".scale"))
-    unused = sorted(found.keys() - state.keys())
-    weights = {}
+    own = module.state_dict()
+    missing = sorted(own.keys() - found.keys())
+    unused = sorted(found.keys() - own.keys())
     with reading(source):
         if missing or unused:
             raise UserError(
                 f"its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} unused, "
                 f"such as {(missing or unused)[0]}. Check config.json against the weights"
             )
-        for name, own in state.items():
-            if name not in found:  # an int8 matrix's scale, which comes with it
-                continue
-            tensor = found[name]
-            if tensor.shape != own.shape:
+        for name, tensor in found.items():
+            if tensor.shape != own[name].shape:
                 raise UserError(
-                    f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for {tuple(own.shape)}; "
-                    "config and weights are of different models"
+                    f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for "
+                    f"{tuple(own[name].shape)}; config and weights are of different models"
                 )
             if not tensor.is_floating_point() or tensor.element_size() < 2:
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise UserError(f"tensor {name} is {kind}; only 16 bits or more can be read")
-            if own.dtype == torch.int8:
-                weights[name], weights[name.removesuffix("weight") + "scale"] = to_int8(tensor.to(device))
-            else:
-                weights[name] = torch.empty(tensor.shape, device=device, dtype=dtype).copy_(tensor)
-    module.load_state_dict(weights, strict=True, assign=True)
-    if torch.device(device).type != "meta":
-        print(f"loaded {len(state)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
+                raise UserError(f"tensor {name} is {tensor.dtype}; only 16 bits or more can be read")
+    if torch.device(device).type == "meta":
+        return
+    module.load_state_dict(found, assign=True)                              # mapped still
+    if int8:
+        use_int8(module.decoder.layers, device)
+    for p in module.parameters():
+        p.data = torch.empty(p.shape, device=device, dtype=dtype).copy_(p)
+    print(f"loaded {len(own)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
 
 
 # ---- parts of a preset, and what may be wrong with a choice ------------------------------------------------

@@ -608,7 +608,7 @@ DAMAGES = {                          # the model, what happens to it, what is sa
     "no weights": (llava, lambda d: (d / BIN).unlink(), f"holds none of .*{BIN}"),
     "no shard": (llava, lose_shard, "pytorch_model-00002-of-00002.bin: cannot be read"),
     "no words": (llava, lose_words, "1 missing, 0 unused, such as decoder.embed_tokens.weight"),
-    "8 bits": (llava, eight_bits("gate_proj"), "mlp.gate_proj.weight is int8"),
+    "8 bits": (llava, eight_bits("gate_proj"), "mlp.gate_proj.weight is torch.int8"),
     "start-end tokens": (llava, change_config(mm_use_im_start_end=True), "mm_use_im_start_end is True"),
     "tiles": (llava, change_config(image_aspect_ratio="anyres_max_9"), "'anyres_max_9' is unknown"),
     "biases": (llava, change_config(attention_bias=True), "attention_bias is True"),
@@ -626,9 +626,9 @@ DAMAGES = {                          # the model, what happens to it, what is sa
     ),
     "prismatic cut": (prismatic, cut(PT), "latest-checkpoint.pt: damaged"),
     "prismatic with phi-2": (prismatic, change_config("model", llm_backbone_id="phi-2-3b"), "only vicuna"),
-    "prismatic in 8 bits": (prismatic, eight_bits("o_proj"), "o_proj.weight is int8"),
+    "prismatic in 8 bits": (prismatic, eight_bits("o_proj"), "o_proj.weight is torch.int8"),
     "internvl cut": (intern_vl, cut(ST), f"{ST}: damaged"),
-    "internvl in 8 bits": (intern_vl, eight_bits("attention.wo"), "self_attn.o_proj.weight is int8"),
+    "internvl in 8 bits": (intern_vl, eight_bits("attention.wo"), "self_attn.o_proj.weight is torch.int8"),
     "internvl with qwen": (intern_vl, change_config("llm_config", model_type="qwen2"), "'qwen2'"),
 }
 for field in "vision_backbone_id", "arch_specifier", "llm_backbone_id", "image_resize_strategy":
