@@ -16,12 +16,12 @@ from pathlib import Path
 from model import DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.io import read_json, reading
-from vision import HALF, IMAGENET_MEAN, IMAGENET_STD, TILINGS, VisionConfig, grids_up_to
+from vision import HALF, IMAGENET_MEAN, IMAGENET_STD, TILINGS, Tiling, VisionConfig, grids_up_to
 
 # ---- tables ------------------------------------------------------------------------------------------------
 
 # Their field: ours.
-CLIP_FIELDS = {
+CLIP_FIELDS = {                          # of a tower
     "image_size": "image_size",
     "patch_size": "patch_size",
     "hidden_size": "n_embd",
@@ -31,7 +31,7 @@ CLIP_FIELDS = {
     "hidden_act": "activation",
     "layer_norm_eps": "norm_eps",
 }
-LLAMA_FIELDS = {
+LLAMA_FIELDS = {                         # of a decoder
     "vocab_size": "vocab_size",
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -53,8 +53,9 @@ MODEL_FIELDS = {                         # of a whole model
     "image_aspect_ratio": "image_mode",
     "template": "template",
 }
-PICTURE_FIELDS = {"image_mean": "mean", "image_std": "std"}
-USE_FIELDS = {                           # and of its tower
+# And what SigLIP's and DINOv2's have beside it, and an image processor.
+TOWER_FIELDS = CLIP_FIELDS | {"num_register_tokens": "n_register", "image_mean": "mean", "image_std": "std"}
+USE_FIELDS = {                           # and of how it uses its tower
     "vision_feature_layer": "feature_layer",
     "mm_vision_select_layer": "feature_layer",
     "select_layer": "feature_layer",
@@ -78,15 +79,12 @@ TOWERS = {
     "vit": VIT,
     "dinov2": DINOV2,
     "dinov2_with_registers": replace(DINOV2, patch_size=16, n_register=4),
-    "intern_vit_6b": replace(
-        DINOV2, n_embd=3200, n_layer=48, n_head=25, n_hidden=12800,
-        final_norm=False, rms_norm=True, feature_layer=-1,
-    ),  # fmt: skip
+    "intern_vit_6b": replace(DINOV2, final_norm=False, feature_layer=-1),    # its own say all sizes
 }
 DECODERS = {
     "llama": {"block_size": 2048, "norm_eps": 1e-6},
     "mistral": {"n_kv_head": 8, "n_hidden": 14336, "block_size": 131072, "norm_eps": 1e-6},
-    "internlm2": {"vocab_size": 103168, "block_size": 2048, "norm_eps": 1e-6},
+    "internlm2": {"block_size": 2048, "norm_eps": 1e-6},
 }
 PRISMATIC_MODES = {"letterbox": "letterbox", "resize-naive": "resize", "resize-crop": "crop"}
 PRISMATIC_CONNECTORS = {"linear": "linear", "gelu-mlp": "mlp2x_gelu", "fused-gelu-mlp": "fused_gelu"}
@@ -97,35 +95,19 @@ PRISMATIC_TEMPLATES = {                  # by a word in the name of the language
     "instruct": "prism_mistral",
 }
 
-# Ours: smallest, largest. No model comes near these; damage and typing errors do.
+# Ours: smallest, largest; of all other numbers 0 and 2**24. No model comes near; damage and typing errors do.
 LIMITS = {
     "image_size": (1, 4096),
     "patch_size": (1, 4096),
     "n_register": (0, 1000),
-    "vocab_size": (1, 2**24),
     "n_layer": (1, 1000),
-    "n_head": (1, 65536),
-    "n_kv_head": (1, 65536),
-    "n_embd": (1, 65536),
-    "head_dim": (1, 65536),
-    "n_hidden": (1, 2**20),
-    "block_size": (1, 2**24),
+    "n_head": (1, 2**16),
+    "n_kv_head": (1, 2**16),
     "norm_eps": (0, 1),
     "rope_theta": (1, 1e12),
     "image_token": (-1000, 2**24),       # LLaVA's own code has -200, of which VLMConfig says more
-    "pad_token": (1, 2**24),
-    "bos_token": (0, 2**24),
-    "eos_token": (0, 2**24),
+    "feature_layer": (-1000, 1000),
 }
-
-
-def check_limits(name, value):
-    """A value that a config names or leads to, if it is possible."""
-    if name in LIMITS:
-        smallest, largest = LIMITS[name]
-        if not smallest <= value <= largest:  # NaN is not
-            raise UserError(f"{name} is {value}; it must be {smallest} to {largest}")
-    return value
 
 
 def read_fields(c, Config, names=None):
@@ -135,7 +117,7 @@ def read_fields(c, Config, names=None):
     """
     kinds = {field.name: field.type for field in fields(Config)}
     found = {}
-    for theirs, ours in (names or dict(zip(c, c))).items():
+    for theirs, ours in (names or dict(zip(kinds, kinds))).items():
         value, kind = c.get(theirs), kinds[ours]
         if value is None:
             continue
@@ -143,7 +125,11 @@ def read_fields(c, Config, names=None):
             value = kind(value)          # JSON has lists, and whole numbers
         if isinstance(kind, type) and type(value) is not kind:
             raise TypeError(f"{theirs} is {value!r}, not {kind.__name__}")
-        found[ours] = check_limits(ours, value)
+        if kind is int or kind is float:
+            smallest, largest = LIMITS.get(ours, (0, 2**24))
+            if not smallest <= value <= largest:                            # NaN is not
+                raise UserError(f"{theirs} is {value}; it must be {smallest} to {largest}")
+        found[ours] = value
     return found
 
 
@@ -264,11 +250,9 @@ def internvl(c, processor, parts, given):
     tower = replace(use_tower(vision_config(c["vision_config"]), c), merge=2)
     decoder = decoder_config(c["llm_config"], c)
     if c.get("dynamic_image_size"):
-        n_tile = c.get("max_dynamic_patch") or 6
-        if not 1 <= n_tile <= 100:
-            raise UserError(f"max_dynamic_patch is {n_tile}; it must be 1 to 100")
+        grids = grids_up_to(c.get("max_dynamic_patch") or 6)
         view = "last" if c.get("use_thumbnail") else "none"
-        tower.tiling = unusual_tiling("internvl", grids=grids_up_to(n_tile), global_view=view)
+        tower.tiling = unusual_tiling("internvl", grids=grids, global_view=view)
     return VLMConfig(
         tower,
         decoder,
@@ -284,7 +268,8 @@ def prismatic(c, processor, parts, given):
     """TRI-ML/prismatic-vlms name their parts; the sizes are in the tensors."""
     c = prismatic_fields(c)
     tower_id, llm_id, arch = c["vision_backbone_id"], c["llm_backbone_id"], c["arch_specifier"]
-    if not llm_id.startswith(("vicuna", "llama2", "mistral")):
+    templates = [name for word, name in PRISMATIC_TEMPLATES.items() if word in llm_id]
+    if not templates:
         raise UserError(f"llm_backbone_id is {llm_id!r}; only vicuna, llama2 and mistral are implemented")
 
     # One tower, or DINOv2 beside SigLIP or CLIP.
@@ -294,7 +279,7 @@ def prismatic(c, processor, parts, given):
         takes = "two towers, DINOv2 first: --vision DIR,DIR" if is_fused else "one tower: --vision DIR"
         raise UserError(f"vision_backbone_id {tower_id!r} takes {takes}")
     size = re.search(r"(\d+)px", tower_id)
-    image_size = check_limits("image_size", int(size[1]) if size else 224)
+    image_size = int(size[1]) if size else 224
     towers = [replace(tower, image_size=image_size, activation="gelu") for tower in towers]
     if towers[0].pre_norm:               # every tower runs with the exact GELU but CLIP alone
         towers[0].activation = "quick_gelu"
@@ -306,7 +291,7 @@ def prismatic(c, processor, parts, given):
         image_token=32001,
         pad_token=32000,
         image_mode=PRISMATIC_MODES[c["image_resize_strategy"]],
-        template=next((name for word, name in PRISMATIC_TEMPLATES.items() if word in llm_id), llm_id),
+        template=templates[0],
     )
 
 
@@ -322,18 +307,14 @@ def prismatic_llm(c):
 
 def own_layout(c, processor, parts, given):
     """What VLM.save_pretrained writes where no public layout holds the model."""
-    c = {name: value for name, value in c.items() if name not in ("model_type", "dtype", "base_fingerprint")}
-    if "tied" in c["decoder"]:           # the older name
-        c["decoder"]["head_from_embedding"] = c["decoder"].pop("tied")
-    for part in "vision", "vision2", "decoder":
-        Config = DecoderConfig if part == "decoder" else VisionConfig
+    found = dict(c)
+    for part, Config in ("vision", VisionConfig), ("vision2", VisionConfig), ("decoder", DecoderConfig):
         if c[part]:
-            c[part] = Config(**read_fields(c[part], Config))
-    for tower in c["vision"], c["vision2"]:
+            found[part] = Config(**read_fields(c[part], Config))
+    for tower in found["vision"], found["vision2"]:
         if tower and tower.tiling:       # a dict still
-            chosen = {name: tower.tiling[name] for name in ("grids", "global_view")}
-            tower.tiling = unusual_tiling(tower.tiling["mode"], **chosen)
-    return VLMConfig(**read_fields(c, VLMConfig))
+            tower.tiling = Tiling(**tower.tiling)
+    return VLMConfig(**read_fields(found, VLMConfig))
 
 
 def use_tower(tower, c):
@@ -376,15 +357,13 @@ def vision_config(c, processor=None):
     if kind not in TOWERS:
         raise UserError(f"model_type is {kind!r}; only {', '.join(TOWERS)} are implemented")
     base = TOWERS[kind]
-    found = read_fields(inner, VisionConfig, CLIP_FIELDS | {"num_register_tokens": "n_register"})
-    found |= read_fields(processor or {}, VisionConfig, PICTURE_FIELDS)
+    found = read_fields((processor or {}) | inner, VisionConfig, TOWER_FIELDS)
     if found.get("activation") == "gelu_pytorch_tanh":
         found["activation"] = "gelu_tanh"
     if kind == "intern_vit_6b":          # 6B has RMS norms, 300M has not
         found["rms_norm"] = inner.get("norm_type", "rms_norm") == "rms_norm"
     if kind.startswith("dinov2"):
-        n_hidden = int(found.get("n_embd", base.n_embd) * (inner.get("mlp_ratio") or 4))
-        found["n_hidden"] = check_limits("n_hidden", n_hidden)
+        found["n_hidden"] = int(found.get("n_embd", base.n_embd) * (inner.get("mlp_ratio") or 4))
     return replace(base, **found)
 
 
@@ -407,8 +386,7 @@ def decoder_config(c, whole=None):
 
     found = {"n_head": 32, "n_embd": 4096} | DECODERS[kind]
     found |= read_fields(c | rope, DecoderConfig, LLAMA_FIELDS)
-    ties = c.get("tie_word_embeddings"), (whole or {}).get("tie_word_embeddings")
-    found["head_from_embedding"] = True in ties
+    found["head_from_embedding"] = any(part.get("tie_word_embeddings") for part in (c, whole or {}))
     found.setdefault("n_kv_head", found["n_head"])
     found.setdefault("head_dim", found["n_embd"] // found["n_head"])
     if kind == "mistral":                # one window; null: none, as in v0.2

@@ -26,7 +26,6 @@ from data import Examples, Records, collate, picture_paths
 from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.configs import read_config
-from support.io import read_json
 from support.start import set_image_mode
 from vision import (
     MODES,
@@ -504,15 +503,6 @@ def test_a_saved_model_is_the_same_with_all_its_choices(tmp_path, tok, mode, cap
     assert torch.equal(again(tokens, pixels, layout=layout), vlm(tokens, pixels, layout=layout))
     tools_weights.main(["info", str(tmp_path)])
     assert f"global view {choices['global_view']}" in capsys.readouterr().out
-
-
-def test_a_config_of_ours_opens_under_the_older_name_of_a_field(tmp_path, tok):
-    vlm = tiny(tok, "internvl")
-    path = save(vlm, tok, tmp_path) / "config.json"
-    c = read_json(path)
-    c["decoder"]["tied"] = c["decoder"].pop("head_from_embedding")
-    path.write_text(json.dumps(c))
-    assert read_config(tmp_path) == vlm.cfg
 
 
 def test_an_impossible_tiling_is_refused():
