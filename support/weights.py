@@ -15,7 +15,6 @@ The way back, from our names to public ones, is support/export.py.
 """
 
 import math
-import pickle
 import re
 import sys
 import zipfile
@@ -97,8 +96,10 @@ TOWER_UNUSED = re.compile(
     r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
     r"|^(head|attn_pool|pooler|classifier|fc_norm)\b|mask_token|position_ids"
 )
-# Llama, Mistral and Vicuna call everything as we do.
-INTERNLM2_NAMES = {                  # its wqkv is taken apart in fit_decoder
+# Llama, Mistral and Vicuna call everything as we do, but for a "model." in front.
+DECODER_NAMES = {
+    "model.": "",
+    # InternLM2, whose wqkv is taken apart in fit_decoder
     "tok_embeddings.": "embed_tokens.",
     "output.": "lm_head.",
     ".attention.wo.": ".self_attn.o_proj.",
@@ -111,14 +112,11 @@ INTERNLM2_NAMES = {                  # its wqkv is taken apart in fit_decoder
 # Where the parts of a whole model are, after a leading "model." and PEFT's "base_model.model." were dropped.
 PART_NAMES = {
     # llava-hf, in all the ways that transformers has named it
-    "vision_tower.vision_model.": "vision.",
+    "vision_tower.": "vision.",
     "multi_modal_projector.": "connector.",
     "image_newline": "connector.row_end",
-    "language_model.model.": "decoder.",
     "language_model.": "decoder.",
     # the original LLaVA: v1 has one linear layer, 1.5 has two
-    "vision_tower.vision_tower.vision_model.": "vision.",
-    "vision_tower.": "vision.",
     "mm_projector.0.": "connector.linear_1.",
     "mm_projector.2.": "connector.linear_2.",
     "mm_projector.": "connector.linear_1.",
@@ -138,7 +136,6 @@ PART_NAMES = {
     "projector.projector.2.": "connector.linear_2.",
     "projector.projector.4.": "connector.linear_3.",
     "projector.projector.": "connector.linear_1.",
-    "llm_backbone.llm.model.": "decoder.",
     "llm_backbone.llm.": "decoder.",
     # Prismatic in the layout of Hugging Face, where it differs
     "vision_backbone.fused_featurizer.": "vision2.",
@@ -176,7 +173,7 @@ def our_parts(tensors):
     # Inside the parts names differ by family.
     for part in "vision", "vision2":
         parts[part] = tower_tensors(parts[part])
-    parts["decoder"] = {rename(name, INTERNLM2_NAMES): tensor for name, tensor in parts["decoder"].items()}
+    parts["decoder"] = {rename(name, DECODER_NAMES): tensor for name, tensor in parts["decoder"].items()}
     return parts
 
 
@@ -188,7 +185,7 @@ def tower_tensors(tensors):
     """
     found = {}
     for public, tensor in tensors.items():
-        public = re.sub(r"^(vision_model|vit)\.", "", public)  # beside a text tower or a classifier
+        public = re.sub(r"^((vision_tower|vision_model|vit)\.)*", "", public)    # how deep it lies
         if TOWER_UNUSED.search(public):
             continue
         name = rename(public, TOWER_NAMES)
@@ -281,16 +278,13 @@ def read_tensors(path):
 
 def open_weights(file):
     """{public name: tensor} of a .safetensors, .bin or .pt file, memory-mapped."""
-    with reading(file):
+    with reading(file, "get a file from its authors that holds no more than tensors"):
         file.open("rb").close()          # safetensors says that a file is not there when it may not be read
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as f:
                 return {name: f.get_tensor(name) for name in f.keys()}
         is_zip = zipfile.is_zipfile(file)  # before 2020 torch wrote none: read whole
-        try:
-            return flatten(torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip))
-        except pickle.UnpicklingError:
-            raise UserError(f"{file}: damaged, or holds more than tensors; get it from its authors") from None
+        return flatten(torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip))
 
 
 def flatten(content, prefix=""):
