@@ -13,22 +13,20 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class LoRALinear(nn.Linear):
-    """In the place of a linear layer, whose weight keeps its name."""
+    """What a linear layer becomes, its weight as it was: layer.__class__ = LoRALinear, then begin_lora."""
 
-    def __init__(self, linear, r, alpha, dropout):
-        nn.Module.__init__(self)  # not Linear's own, which would draw new weights
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+    is_on = True
+
+    def begin_lora(self, r, alpha, dropout):
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # as PyTorch starts a linear layer
         self.scale = alpha / r
         self.dropout = nn.Dropout(dropout)
-        self.is_on = True
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
+        y = super().forward(x)
         if not self.is_on:
             return y
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))            # (..., r)
@@ -45,9 +43,10 @@ def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
     vlm.decoder.requires_grad_(False)
     for block in vlm.decoder.layers:
         for part in (block.self_attn, block.mlp):
-            for name, linear in list(part.named_children()):
+            for name, layer in part.named_children():
                 if name in targets:
-                    setattr(part, name, LoRALinear(linear, r, alpha, dropout))
+                    layer.__class__ = LoRALinear
+                    layer.begin_lora(r, alpha, dropout)
     vlm.lora = {"base": None, "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "targets": list(targets)}
 
 

@@ -1,7 +1,6 @@
 """`train.py --dry-run`: what a run would be, from configs and a look at some records. No weight is read."""
 
 import math
-import time
 
 import torch
 
@@ -25,31 +24,12 @@ def dry_run(cfg, examples, n_step, vlm, device):
     total = sum(memory.values()) / 1e9
     print(f"memory     {parts}: {total:.1f} GB in each of {world_size()} processes")
 
-    print_hours(cfg, count_flops(cfg, vlm, n_token, n_tile) * n_record, device)
-    return 0
-
-
-def print_hours(cfg, flops, device):
-    """At half the speed of a matrix product, which a good run reaches: on a card, and on this machine."""
-    hours = flops / 0.5 / 3600 / world_size()
+    # A good run reaches half the speed of a matrix product.
+    flops = count_flops(cfg, vlm, n_token, n_tile) * n_record
+    hours = flops / (0.5 * 312e12) / 3600 / world_size()
     print(f"time       {flops:.3g} FLOPs; {world_size()} x A100, at half of its 312 TFLOP/s in bfloat16: "
-          f"{hours / 312e12:,.1f} hours")
-    if in_bfloat16(cfg, device) and not has_bfloat16(device):
-        print("           this machine has no instructions for bfloat16, so here it would take far longer")
-        return
-    speed = matmul_rate(device, torch.bfloat16 if in_bfloat16(cfg, device) else torch.float32)
-    print(f"           here, at half of the {speed / 1e12:.2f} TFLOP/s that a matrix product reaches: "
-          f"{hours / speed:,.1f} hours")
-
-
-def has_bfloat16(device):
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def in_bfloat16(cfg, device):
-    return cfg.weights == "bfloat16" or uses_autocast(cfg, device)
+          f"{hours:,.1f} hours")
+    return 0
 
 
 def look_at_records(examples, n=200):
@@ -85,7 +65,7 @@ def count_memory(cfg, vlm, n_token, device):
     about 10 rows as wide as the model and 4 as wide as its MLP."""
     decoder = vlm.cfg.decoder
     is_split = cfg.weights == "bfloat16"
-    half = in_bfloat16(cfg, device)
+    half = is_split or uses_autocast(cfg, device)
     n_byte = 2 if half else 4
     n_all = sum(p.numel() for p in vlm.parameters())
     n_train = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
@@ -118,16 +98,3 @@ def count_flops(cfg, vlm, n_token, n_tile):
     tower = [p for name, p in vlm.named_parameters() if part_of(name) == "vision"]
     per_weight = 6 if any(p.requires_grad for p in tower) else 2
     return flops + per_weight * sum(p.numel() for p in tower) * n_tile * vision.grid**2
-
-
-def matmul_rate(device, dtype, n=1024):
-    """FLOP/s of a square matrix product, the best of a few."""
-    if device.type == "cuda":
-        n *= 8
-    x = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        (x @ x)[0, 0].item()  # .item() waits for a GPU
-        best = min(best, time.perf_counter() - began)
-    return 2 * n**3 / best

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conversation import Tokenizer
 from model import PRESETS, VLM
 from support.cli import UserError, one_of
-from support.configs import read_decoder
+from support.configs import read_decoder, unusual_tiling
 from support.weights import (
     NothingDrawn,
     base_of,
@@ -155,23 +155,18 @@ def set_tiles(vlm, cfg):
     mode = cfg.image_mode or vlm.cfg.image_mode
     if cfg.max_tiles and mode == "anyres":
         raise UserError("--max-tiles is for modes hd and internvl; anyres has its five grids")
-    choices = {}
-    if cfg.global_view:
-        choices["global_view"] = cfg.global_view
-    if cfg.max_tiles:
-        choices["grids"] = grids_up_to(cfg.max_tiles)
-    set_image_mode(vlm, mode, **choices)
+    grids = grids_up_to(cfg.max_tiles) if cfg.max_tiles else ()
+    set_image_mode(vlm, mode, grids, cfg.global_view)
 
 
-def set_image_mode(vlm, mode, **choices):
-    """How pictures become tiles from now on; choices are fields of vision.Tiling."""
+def set_image_mode(vlm, mode, grids=(), global_view=""):
+    """How pictures become tiles from now on; grids and global_view if not those of the model or the mode."""
     tiling = find_tiling(vlm.cfg.vision, mode)
-    if choices and tiling is None:
-        raise UserError(f"image mode {mode} cuts no tiles, so it has no {' or '.join(choices)} to choose")
-    if tiling is not None:
-        tiling = replace(tiling, **choices)
-        if tiling == TILINGS[mode]:
-            tiling = None  # nothing differs
+    if tiling:
+        view = global_view or tiling.global_view
+        tiling = unusual_tiling(mode, grids=grids or tiling.grids, global_view=view)
+    elif grids or global_view:
+        raise UserError(f"image mode {mode} cuts no tiles, so --max-tiles and --global-view change nothing")
     vlm.cfg = replace(vlm.cfg, image_mode=mode, vision=replace(vlm.cfg.vision, tiling=tiling))
     vlm.connector.set_row_end(vlm.cfg.row_end)
 

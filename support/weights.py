@@ -193,8 +193,7 @@ def tower_tensors(tensors):
             for own, third in zip(QKV, tensor.chunk(3)):
                 found[name.replace("qkv", own)] = third
         elif name in ("class_token", "registers", "pos"):
-            rows = tensor.reshape(-1, tensor.shape[-1])                     # (1, N, D) -> (N, D)
-            found[name] = rows[0] if name == "class_token" else rows
+            found[name] = tensor.squeeze()                                  # (1, N, D) -> (N, D)
         else:
             found[name] = tensor
 
@@ -378,8 +377,8 @@ def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8
     with reading(source), torch.device("meta"), NothingDrawn():
         vlm = VLM(cfg)
     load_strict(vlm, flatten(parts), source, device, dtype, int8)
-    with reading(source):
-        for name, (A, B, scale) in lora.items():
+    for name, (A, B, scale) in lora.items():
+        with reading(source, f"its LoRA of {name} does not fit; give its base by --llm"):
             weight = vlm.get_parameter(name)
             weight.copy_(merge_weight(weight, A.to(device), B.to(device), scale))
     return vlm.eval()
@@ -499,7 +498,7 @@ def base_of(directory, llm=None):
     named = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
     wanted = read_json(directory / "plainvlm.json", missing={}).get("base_fingerprint")
     base = Path(named)
-    for place in directory / base.name, directory.parent / base.name, directory / base, base:
+    for place in directory / base.name, directory.parent / base.name, base:
         if base.name and weight_files(place):
             if wanted is None or wanted == fingerprint(weight_files(place)):
                 return place
@@ -518,9 +517,10 @@ def model_files(directory, llm=None):
 
 def tokenizer_home(directory, llm=None):
     """Where a model's tokenizer lies: in its own directory, else in --llm or a LoRA's base."""
-    has_own = (Path(directory) / "tokenizer.model").exists()
-    is_alone = has_own or not (llm or is_lora(directory))
-    return Path(directory) if is_alone else base_of(directory, llm)
+    directory = Path(directory)
+    if (directory / "tokenizer.model").exists() or not (llm or is_lora(directory)):
+        return directory
+    return base_of(directory, llm)
 
 
 def read_lora(directory, llm=None):
@@ -536,29 +536,22 @@ def read_lora(directory, llm=None):
     extra, adapter = directory / "non_lora_trainables.bin", directory / "adapter_model.safetensors"
     tensors = open_weights(extra) if extra.exists() else {}
     tensors |= open_weights(adapter if adapter.exists() else adapter.with_suffix(".bin"))
-    parts = our_parts(read_tensors(base))
+    parts, lora = our_parts(read_tensors(base)), {}
     for part, trained in our_parts(tensors).items():
-        parts[part] |= trained
-
-    lora = {}
-    for part, found in parts.items():
-        for name in [name for name in found if ".lora_A" in name]:
-            target = name.removesuffix(".lora_A")
-            A, B = found.pop(name), found.pop(f"{target}.lora_B", None)
-            weight = found.get(f"{target}.weight")
-            if B is None or weight is None or weight.shape != (len(B), A.shape[1]):
-                raise UserError(f"its LoRA of {part}.{target} does not fit {base}; give its base by --llm")
-            lora[f"{part}.{target}.weight"] = A, B, scale
+        for name, tensor in trained.items():
+            if ".lora_" not in name:
+                parts[part][name] = tensor
+            elif ".lora_A" in name:
+                target = name.removesuffix(".lora_A")
+                lora[f"{part}.{target}.weight"] = tensor, trained.get(f"{target}.lora_B"), scale
     return parts, lora
 
 
-@torch.no_grad()
 def load_adapter(vlm, directory):
     """Put what save_adapter wrote back into a model that has such a LoRA and trains the same parts."""
     file = Path(directory) / "adapter_model.safetensors"
     found = flatten(our_parts(open_weights(file)))
-    trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
-    if {name: t.shape for name, t in found.items()} != {name: p.shape for name, p in trained.items()}:
+    trained = {name: p.shape for name, p in vlm.named_parameters() if p.requires_grad}
+    if {name: t.shape for name, t in found.items()} != trained:
         raise UserError(f"{file}: tensors do not fit this run's; were --lora-r and --train others?")
-    for name, p in trained.items():
-        p.copy_(found[name])
+    vlm.load_state_dict(found, strict=False)

@@ -240,7 +240,7 @@ def test_a_lora_is_merged_over_its_base(tmp_path, file):
         VLM.from_pretrained(lora, vision=clip)
     assert same(VLM.from_pretrained(lora, vision=clip, llm=under), tuned)
     write(lora, None, {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": A}, file)
-    with pytest.raises(UserError, match="its LoRA of decoder.layers.7.self_attn.q_proj does not fit"):
+    with pytest.raises(UserError, match="its LoRA of decoder.layers.7.self_attn.q_proj.weight does not fit"):
         VLM.from_pretrained(lora, vision=clip, llm=under)
 
 
