@@ -55,9 +55,9 @@ class EvalConfig(sample.ModelConfig):
     image_root: str = arg("", "folder that the pictures' official paths start from; empty: --data")
     predictions: str = arg("", "score these answers, JSON or JSON lines of an id and a text")
     split: str = arg("", "val, test, testA, ...; empty: the one with public labels")
-    limit: int = arg(0, "so many questions, drawn at random but always the same; 0: all", at_least=0)
+    limit: int = arg(0, "so many questions, drawn at random but always the same; 0: all")
     out: str = arg("", "folder for results.json and the rest; of several one each; empty: out/eval/NAME")
-    show: int = arg(0, "draw this many wrong answers into wrong.png", at_least=0)
+    show: int = arg(0, "draw this many wrong answers into wrong.png")
     resume: bool = arg(False, "leave out the questions that an interrupted run has answered")
     blind: str = arg("", "baseline column: no picture, or another record's", choices=("none", "other"))
     cot: bool = arg(False, "ask for a chain of thought, and directly beside it; also: read --predictions so")
@@ -69,7 +69,7 @@ class EvalConfig(sample.ModelConfig):
         "auto", "take the likeliest candidate; auto: of Prismatic's models", choices=("auto", "yes", "no")
     )
     batch_size: int = arg(32, "questions answered at once", at_least=1)
-    max_new_tokens: int = arg(0, "longest answer in tokens; 0: the benchmark's, 16 to 1024", at_least=0)
+    max_new_tokens: int = arg(0, "longest answer in tokens; 0: the benchmark's, 16 to 1024")
 
 
 def main(argv=None):

@@ -334,9 +334,9 @@ class MPOConfig(TrainConfig):
         "mixes such files",
     )
     beta: float = arg(0.1, "scale of the rewards", above=0)
-    w_p: float = arg(0.8, "weight of the preference term, DPO", at_least=0)
-    w_q: float = arg(0.2, "weight of the quality term, BCO", at_least=0)
-    w_g: float = arg(1.0, "weight of the generation term, SFT", at_least=0)
+    w_p: float = arg(0.8, "weight of the preference term, DPO")
+    w_q: float = arg(0.2, "weight of the quality term, BCO")
+    w_g: float = arg(1.0, "weight of the generation term, SFT")
     reference: str = arg(
         "precomputed",
         "its log-probabilities: computed once, or by the policy without its LoRA in each step",

@@ -35,7 +35,7 @@ from conversation import find_template
 from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
-from support.io import Progress, fingerprint, json_lines, lock, write_json, write_whole
+from support.io import Progress, fingerprint, lock, write_json, write_json_lines
 from support.weights import model_files
 from vision import open_image
 
@@ -60,19 +60,19 @@ class PairsConfig(AskConfig):
     data: str = arg(REQUIRED, 'questions; dropout-ntp takes "chosen" for the answer where a record has it')
     out: str = arg(REQUIRED, "JSONL for the pairs")
     image_root: str = arg("", "folder that the pictures' names start from; empty: that of --data")
-    limit: int = arg(0, "questions, evenly spread over the file; 0: all", at_least=0)
+    limit: int = arg(0, "questions, evenly spread over the file; 0: all")
     batch_size: int = arg(64, "answers generated at once", at_least=1)
 
     # correctness
     samples: int = arg(32, "answers to each question", at_least=1)
     pairs_per_question: int = arg(15, "at most so many, drawn at random", at_least=1)
-    min_newlines: int = arg(2, "an answer with fewer has not reasoned in lines", at_least=0)
+    min_newlines: int = arg(2, "an answer with fewer has not reasoned in lines")
     prompt: str = arg(
         "en", "the step-by-step prompt, by language; or direct", choices=(*PROMPTS, "direct")
     )
 
     # dropout-ntp
-    ratio: float = arg(0.5, "share of an answer's words that is kept", at_least=0, below=1)
+    ratio: float = arg(0.5, "share of an answer's words that is kept", below=1)
     load_image: bool = arg(False, "complete with the picture after all")
 
 
@@ -95,7 +95,7 @@ def make_pairs(cfg, out):
     progress = ask_all(vlm, tok, records, cfg)
     pairs = report(progress.rows, out)
     if pairs:
-        write_whole(out, lambda tmp: tmp.write_text(json_lines(pairs), encoding="utf-8"))
+        write_json_lines(out, pairs)
     progress.path.unlink()
     if not pairs:
         raise UserError("not one pair could be made; the counts are above")

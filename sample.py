@@ -59,14 +59,14 @@ class AskConfig(ModelConfig):
     """And how, unless it is an evaluation."""
 
     temperature: float = arg(
-        0.0, "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf
+        0.0, "0 takes the likeliest word, more draws at random", below=math.inf
     )
     top_p: float = arg(
         1.0, "draw from the smallest set of words that holds this probability", above=0, at_most=1
     )
-    top_k: int = arg(0, "draw from this many likeliest words; 0: all", at_least=0)
+    top_k: int = arg(0, "draw from this many likeliest words; 0: all")
     max_new_tokens: int = arg(256, "longest answer in tokens", at_least=1)
-    seed: int = arg(0, "of the draws", at_least=0, below=2**30)
+    seed: int = arg(0, "of the draws", below=2**30)
 
 
 @dataclass

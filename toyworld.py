@@ -37,7 +37,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
 from support.cli import Bar, UserError, arg, parse, run_program
-from support.io import json_lines, read_json, write_json
+from support.io import read_json, write_json, write_json_lines
 
 
 @dataclass
@@ -790,7 +790,7 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
         write_json(hidden / "train.json", [record for record, _ in train], indent=1)
         write_json(hidden / "pretrain.json", [record for _, record in train], indent=1)
         lines = pick_val(val, max(1, round(0.3 * n_val)))
-        (hidden / "val.jsonl").write_text(json_lines(lines), encoding="utf-8")
+        write_json_lines(hidden / "val.jsonl", lines)
         write_json(hidden / "world.json", world, indent=1)
         print(f"{out}: {n_train} training and {n_val} validation pictures, {len(lines)} validation questions")
         try:

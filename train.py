@@ -89,7 +89,7 @@ def fit(cfg, task, run, held_out=None):
     optimizer = make_optimizer(vlm, cfg)
     run.restore(optimizer)
     if cfg.minutes and not run.checkpoint:
-        run.n_step = count_steps(cfg, task, run, optimizer)
+        run.n_step = count_steps(cfg, task, run, autocast)
     print(f"{run.n_step:,} steps of {cfg.batch_size}, from {len(task.examples):,} records", flush=True)
 
     with run:
@@ -156,25 +156,21 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
     return gather_numbers([loss]).mean().item(), dict(metrics)
 
 
-def count_steps(cfg, task, run, optimizer):
-    """How many steps fit in --minutes, at the speed of nine steps that move nothing and are forgotten."""
+def count_steps(cfg, task, run, autocast):
+    """How many steps fit in --minutes, at the speed of nine that move nothing and are forgotten."""
     state = task.state_dict()
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
     times = [time.time()]
     for batches in islice(load_steps(cfg, task, run), 9):
-        backward(run.vlm, task, batches, precision(cfg, next(run.vlm.parameters()).device))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        backward(run.vlm, task, batches, autocast)
+        run.vlm.zero_grad()
         times.append(time.time())
-    optimizer.state.clear()
     task.load_state_dict(state)
 
     seconds = (times[-1] - times[1]) / 8  # the first waits for the loader and the compiler
     left = 60 * cfg.minutes - (times[-1] - times[0])
-    n_step = int(gather_numbers([left / seconds]).min())
-    print(f"{60 / seconds:.1f} steps a minute, so --minutes {cfg.minutes:g} is --max-steps {max(1, n_step)}")
-    return max(1, n_step)
+    n_step = max(1, int(gather_numbers([left / seconds]).min()))
+    print(f"{60 / seconds:.1f} steps a minute, so --minutes {cfg.minutes:g} is --max-steps {n_step}")
+    return n_step
 
 
 class Answering:
@@ -407,62 +403,61 @@ class TrainConfig:
     train: str = arg("",
         "parts to train; empty: those of the stage, and all that start from random weights", choices=PARTS)
     lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none",
-        at_least=0, at_most=65536)
-    lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it",
-        at_least=0, below=math.inf)
-    lora_dropout: float = arg(0.0, "share of a LoRA's inputs that are dropped", at_least=0, below=1)
+        at_most=65536)
+    lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it", below=math.inf)
+    lora_dropout: float = arg(0.0, "share of a LoRA's inputs that are dropped", below=1)
     lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", choices=LORA_TARGETS)
 
     # How a record becomes tokens
     template: str = arg("", "conversation template; empty: the model's own, in stage pretrain its captions'")
     image_size: int = arg(0,
         "pixels a side of the tile of a preset's --vision; 0: the tower's own, of two the second's",
-        at_least=0, at_most=4096)
+        at_most=4096)
     image_mode: str = arg("",
         "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
         "internvl: several; empty: the model's own", choices=MODES)
     max_tiles: int = arg(0,
         "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12",
-        at_least=0, at_most=MAX_TILES)
+        at_most=MAX_TILES)
     global_view: str = arg("",
         "where the whole picture stands as one more tile; empty: as the mode has it",
         choices=("first", "last", "none"))
-    max_length: int = arg(0, "longest record in tokens; 0: the decoder's block size", at_least=0)
+    max_length: int = arg(0, "longest record in tokens; 0: the decoder's block size")
     bad_records: str = arg("stop",
         "what to do with a record that cannot be used: stop, or skip and count", choices=("stop", "skip"))
 
     # Steps and rates
     batch_size: int = arg(16, "records a step", at_least=1, at_most=2**20)
-    micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's", at_least=0)
+    micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
     token_budget: int = arg(0,
         "tokens in memory at once, padding counted: a step's records are sorted by length and cut to fit; 0: "
-        "as --micro-batch-size", at_least=0)
+        "as --micro-batch-size")
     lr: float = arg(1e-3, "peak learning rate, after warmup", above=0, below=math.inf)
-    lr_connector: float = arg(0.0, "the connector's own; 0: as --lr", at_least=0, below=math.inf)
-    lr_vision: float = arg(0.0, "the towers' own; 0: as --lr", at_least=0, below=math.inf)
-    weight_decay: float = arg(0.0, "AdamW's, on matrices only", at_least=0, below=math.inf)
-    warmup: float = arg(0.03, "share of the steps with a rising learning rate", at_least=0, at_most=1)
+    lr_connector: float = arg(0.0, "the connector's own; 0: as --lr", below=math.inf)
+    lr_vision: float = arg(0.0, "the towers' own; 0: as --lr", below=math.inf)
+    weight_decay: float = arg(0.0, "AdamW's, on matrices only", below=math.inf)
+    warmup: float = arg(0.03, "share of the steps with a rising learning rate", at_most=1)
     clip: float = arg(1.0, "largest norm of the gradient; inf: no limit", above=0)
     epochs: float = arg(1.0, "passes over the data", above=0, at_most=1e6)
-    max_steps: int = arg(0, "steps; 0: as --epochs says", at_least=0, at_most=10**12)
+    max_steps: int = arg(0, "steps; 0: as --epochs says", at_most=10**12)
     minutes: float = arg(0.0,
         "as many steps as fit into so many minutes at the speed of the first few; 0: as --max-steps says",
-        at_least=0, below=math.inf)
-    seed: int = arg(0, "for weights and the order of the records", at_least=0, below=2**63)
+        below=math.inf)
+    seed: int = arg(0, "for weights and the order of the records", below=2**63)
 
     # Now and then
     eval_every: int = arg(100,
-        "steps between held-out losses and answers; the best model so far is kept; 0: never", at_least=0)
-    save_every: int = arg(100, "steps between checkpoints; 0: only at the end", at_least=0)
+        "steps between held-out losses and answers; the best model so far is kept; 0: never")
+    save_every: int = arg(100, "steps between checkpoints; 0: only at the end")
     log_every: int = arg(10, "steps between printed lines", at_least=1)
     final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
-    eval_limit: int = arg(0, "answer only this many of them, drawn once for all; 0: all", at_least=0)
+    eval_limit: int = arg(0, "answer only this many of them, drawn once for all; 0: all")
     resume: bool = arg(False,
         f"go on from the newest checkpoint in --out, with the same flags but for {', '.join(FREE_TO_CHANGE)}")
 
     # The machine
-    workers: int = arg(1, "processes that prepare records; 0: none", at_least=0, at_most=256)
-    threads: int = arg(0, "threads that compute on a CPU; 0: one a core", at_least=0, at_most=1024)
+    workers: int = arg(1, "processes that prepare records; 0: none", at_most=256)
+    threads: int = arg(0, "threads that compute on a CPU; 0: one a core", at_most=1024)
     device: str = arg("auto", "cpu, cuda, cuda:N, mps (Apple's; untested) or auto")
     dtype: str = arg("auto",
         "bfloat16: autocast; auto: that on a GPU, float32 on a CPU",
@@ -472,7 +467,7 @@ class TrainConfig:
         choices=("float32", "bfloat16"))
     recompute: int = arg(0,
         "blocks of the decoder, from the first, that keep no activations but compute them twice: less "
-        "memory, more time", at_least=0)
+        "memory, more time")
     compile: bool = arg(None,
         "torch.compile the blocks: a minute or two first, then faster; auto: on a GPU")
     shard: bool = arg(False,

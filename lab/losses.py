@@ -69,7 +69,7 @@ NAMES = ("cdpo", "robust-dpo", "hinge", "ipo", "sppo", "aot", "orpo")
 @dataclass
 class LossConfig(mpo.MPOConfig):
     loss: str = arg(REQUIRED, "the preference loss", choices=NAMES)
-    epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume", at_least=0, below=0.5)
+    epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume", below=0.5)
 
 
 def loss_terms(rewards, s, n_token, delta, cfg):

@@ -21,7 +21,7 @@ from model import VLM
 from pairs import ask_step_by_step, parse_answer
 from sample import answer
 from support.asking import encode_questions
-from support.io import json_lines
+from support.io import write_json_lines
 
 SOURCES = {                          # of pairs -> the method of pairs.py, and its flags
     "correctness": ("correctness", ["--samples", 8, "--min-newlines", 1]),
@@ -103,8 +103,8 @@ def write_questions(out, n):
         image = f"images/train_{i:05d}.png"
         reasoning.append({"image": image, "question": f"{question}\n{toyworld.SHORT}", "answer": str(truth)})
         captions.append({"image": image, "question": toyworld.CAPTION})
-    (out / "correctness.jsonl").write_text(json_lines(reasoning), encoding="utf-8")
-    (out / "dropout-ntp.jsonl").write_text(json_lines(captions), encoding="utf-8")
+    write_json_lines(out / "correctness.jsonl", reasoning)
+    write_json_lines(out / "dropout-ntp.jsonl", captions)
 
 
 def score(model, quick):

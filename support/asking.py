@@ -18,7 +18,7 @@ import sample
 from benchmarks.common import COT, LETTER, SHORT
 from data import Records, picture_paths
 from support.cli import Bar, UserError
-from support.io import Progress, fingerprint, json_lines, lock, reading, write_whole
+from support.io import Progress, fingerprint, lock, reading, write_json_lines
 from support.weights import model_files
 from vision import FORMATS, open_image, to_rgb
 
@@ -153,7 +153,7 @@ def answer_file(cfg):
         for item in questions:
             row = item["row"] | {"text": found[item["id"]].get("answer", ""), "model_id": cfg.model}
             rows.append(row)
-        write_whole(out, lambda tmp: tmp.write_text(json_lines(rows), encoding="utf-8"))
+        write_json_lines(out, rows)
         progress.path.unlink()
     n_cut = sum(answer.get("cut_off", False) for answer in found.values())
     n_long = sum("answer" not in answer for answer in found.values())

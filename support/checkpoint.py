@@ -37,7 +37,7 @@ from support.distributed import (
     world_size,
 )
 from support.export import fits_llava, save_adapter
-from support.io import check_flags, fingerprint, json_lines, lock, read_rows, reading, write_whole
+from support.io import check_flags, fingerprint, lock, read_rows, reading, write_json_lines, write_whole
 from support.plots import curve, plot
 from support.processor import save_processor
 
@@ -110,8 +110,7 @@ class Run:
 
     def rewind(self):
         """Drop the log lines after the checkpoint, and what a kill left half-written."""
-        log = self.out / "log.jsonl"
-        write_whole(log, lambda tmp: tmp.write_text(json_lines(self.lines), encoding="utf-8"))
+        write_json_lines(self.out / "log.jsonl", self.lines)
         for left in [*self.out.glob(".*.tmp"), *self.out.glob("best/.*.tmp")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 

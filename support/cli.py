@@ -38,7 +38,7 @@ def arg(default, help, choices=(), positional=False, **limits):
     """A field that becomes a flag.
 
     choices: the words allowed, an empty text beside them; of a text with commas each part is looked up.
-    limits: at_least, above, at_most, below.
+    limits: at_least, above, at_most, below. What is not said of a number is at_least=0.
     """
     metadata = {"help": help, "choices": choices, "positional": positional, "limits": limits}
     return field(default=default, metadata=metadata)
@@ -122,7 +122,10 @@ def check_values(cfg):
         if f.metadata["choices"]:
             for word in value if f.type is tuple else value.split(","):
                 one_of(name, word, f.metadata["choices"])
-        for rule, limit in f.metadata["limits"].items():
+        limits = f.metadata["limits"]
+        if f.type in (int, float):
+            limits = limits | {"at_least": 0} | limits                  # in this order: the field's own first
+        for rule, limit in limits.items():
             if not RULES[rule](value, limit):
                 raise UserError(f"{name} {value}: must be {rule.replace('_', ' ')} {limit:g}")
 

@@ -25,6 +25,10 @@ def json_lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def write_json_lines(path, rows):
+    write_whole(path, lambda tmp: tmp.write_text(json_lines(rows), encoding="utf-8"))
+
+
 def write_whole(path, write):
     """Call write(temporary path beside `path`), bring it to the disk, then rename.
 
@@ -104,7 +108,7 @@ class Progress:
                 whole = takewhile(lambda row: row is not None, read_rows(self.path))
                 before, *self.rows = list(whole) or [flags]
                 check_flags(self.path, before, flags)
-        write_whole(self.path, lambda tmp: tmp.write_text(json_lines([flags, *self.rows]), encoding="utf-8"))
+        write_json_lines(self.path, [flags, *self.rows])
 
     def add(self, rows):
         rows = list(rows)

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from benchmarks.common import SHORT
 from model import PRESETS
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
-from support.io import json_lines, reading, write_json, write_whole
+from support.io import reading, write_json, write_json_lines, write_whole
 from toyworld import llava_record, val_line
 from vision import open_image
 
@@ -66,7 +66,7 @@ def main(argv=None):
         for i, page in enumerate(val)
         for k, asked in enumerate(page.asked)
     ]
-    write_whole(out / "val.jsonl", lambda tmp: tmp.write_text(json_lines(questions)))
+    write_json_lines(out / "val.jsonl", questions)
     records = []
     for i, page in enumerate(train):
         pairs = [pair for _, *pair in page.asked]

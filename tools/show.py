@@ -35,7 +35,7 @@ class ShowConfig(TrainConfig):
     index: int = arg(0, "which record to show, counted from 0")
     id: str = arg("", "which record to show, by its id")
     out: str = arg("show.png", "file for the patches of its visual tokens, as the network reads them")
-    limit: int = arg(0, "records to check at most, 0 for all", at_least=0)
+    limit: int = arg(0, "records to check at most, 0 for all")
 
 
 def main(argv=None):
