@@ -230,7 +230,7 @@ class VLM(nn.Module):
         """
         return torch.stack(list(self.stream(tokens, pixels, max_new_tokens, **options)), dim=1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(
         self, tokens, pixels, max_new_tokens, layout=None, lengths=None, stop=None, history=None, **sampling
     ):
@@ -253,7 +253,7 @@ class VLM(nn.Module):
         lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=device)
         stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
 
-        # Prefill. What padding leaves in the cache is overwritten before anything sees it.
+        # Prefill. In the cache a row's answer begins at place T, and no token of it sees the padding before.
         cache = self.decoder.new_cache(B, T + max_new_tokens)
         if history is None:
             x = self.embed(tokens, self.features(pixels), layout)           # (B, T, D)
@@ -263,6 +263,9 @@ class VLM(nn.Module):
             x = self.embed(tokens, history.features(self, pixels), layout)  # (1, T, D)
             start = history.reuse_prefix(x, cache)
         h = self.decoder.prefill(x, start, lengths, cache)                  # (B, D)
+        places = torch.arange(T + max_new_tokens, device=device)
+        is_seen = (places < lengths[:, None]) | (places >= T)               # (B, places)
+        mask = None if is_seen.all() else is_seen
 
         # Decode, one token a row and step.
         ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -275,7 +278,7 @@ class VLM(nn.Module):
             if ended.all() or step + 1 == max_new_tokens:
                 return
             x = self.decoder.embed_tokens(new.masked_fill(ended, 0))        # (B, D)
-            h = self.decoder.decode_step(x, lengths + step, T + step + 1, cache)
+            h = self.decoder.decode_step(x, lengths + step, T + step, cache, mask)
             if history:
                 history.x = torch.cat([history.x, x[None]], dim=1)
 
@@ -363,18 +366,18 @@ class Decoder(nn.Module):
         self.cfg = cfg
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.layers = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_layer))
-        self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
-    def forward(self, x, positions=None, mask=None, wanted=None, cache=None):
+    def forward(self, x, positions=None, mask=None, wanted=None, cache=None, start=0):
         """Embeddings (B, T, D) -> hidden states (B, T, D), ready for lm_head.
 
         positions (1 or B, T): 0 to T - 1 without.
         wanted (K,): flat positions b * T + t whose outputs are returned, as (K, D); the last block drops the
         others after attention.
-        cache: keys and values of x are stored in it at `positions`.
-        mask None: a fresh prompt, causal among these T tokens; what the cache holds is not read.
-        mask (1 or B, 1, T, keys), True where a token may attend to cache[..., :keys].
+        cache: keys and values of x are stored in it from place `start` on, behind those of earlier tokens.
+        mask (1 or B, 1, T, start + T), True where a token may attend to another. None: a fresh prompt, causal;
+        or one token a row, which attends to all.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]     # (1, T)
@@ -383,7 +386,7 @@ class Decoder(nn.Module):
         rope = rotary_angles(positions, self.cfg)
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
-            inputs = x, rope, positions, mask, wanted if is_last else None, cache[i]
+            inputs = x, rope, mask, wanted if is_last else None, cache[i], start
             if i < self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -399,13 +402,15 @@ class Decoder(nn.Module):
             mask = torch.arange(T, device=x.device) <= positions.T          # (T - start, T)
             mask = mask[None, None]
         last = torch.arange(B, device=x.device) * (T - start) + lengths - 1 - start
-        return self(x[:, start:], positions, mask, last, cache)
+        return self(x[:, start:], positions, mask, last, cache, start)
 
-    def decode_step(self, x, positions, end, cache):
-        """One more token a row: (B, D) at positions (B,), all below end -> its hidden state (B, D)."""
-        positions = positions[:, None]                                      # (B, 1)
-        mask = torch.arange(end, device=x.device) <= positions              # (B, end)
-        return self(x[:, None], positions, mask[:, None, None], cache=cache)[:, 0]
+    def decode_step(self, x, positions, place, cache, mask=None):
+        """One more token a row: (B, D) at positions (B,), kept at one place of the cache -> its hidden state.
+
+        mask (B, places): which places a row may attend to; None: all up to this one."""
+        if mask is not None:
+            mask = mask[:, None, None, : place + 1]
+        return self(x[:, None], positions[:, None], mask, cache=cache, start=place)[:, 0]
 
     def new_cache(self, B, length):
         """Room for the keys and values of each layer: n_layer x (2, B, H_kv, length, d)."""
@@ -415,16 +420,18 @@ class Decoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
+    """RMSNorm(x) = x / rms(x) * weight     arXiv:1910.07467, Eq. 4; the statistics in float32, as in Llama"""
+
     def __init__(self, cfg):
         super().__init__()
         # The norms have the names of the public Llama weights.
-        self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.input_layernorm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.self_attn = CausalAttention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = SwiGLU(cfg)
 
-    def forward(self, x, rope, positions=None, mask=None, wanted=None, cache=None):
-        y = self.self_attn(self.input_layernorm(x), rope, positions, mask, wanted, cache)
+    def forward(self, x, rope, mask=None, wanted=None, cache=None, start=0):
+        y = self.self_attn(self.input_layernorm(x), rope, mask, wanted, cache, start)
         if wanted is not None:
             x = x.flatten(0, 1).index_select(0, wanted)                     # (K, D)
         x = x + y
@@ -444,21 +451,18 @@ class CausalAttention(nn.Module):
         self.v_proj = nn.Linear(D, cfg.n_kv_head * d, bias=False)
         self.o_proj = nn.Linear(cfg.n_head * d, D, bias=False)
 
-    def forward(self, x, rope, positions=None, mask=None, wanted=None, cache=None):
+    def forward(self, x, rope, mask=None, wanted=None, cache=None, start=0):
         B, T, _ = x.shape                                                   # (B, T, D)
         heads = B, T, -1, self.head_dim
         q = self.q_proj(x).view(heads).transpose(1, 2)                      # (B, H, T, d)
         k = self.k_proj(x).view(heads).transpose(1, 2)                      # (B, H_kv, T, d)
         v = self.v_proj(x).view(heads).transpose(1, 2)                      # (B, H_kv, T, d)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            each_row = torch.arange(B, device=x.device)[:, None]
-            places = cache.transpose(2, 3)                                  # a view: (2, B, length, H_kv, d)
-            places[0, each_row, positions] = k.transpose(1, 2)
-            places[1, each_row, positions] = v.transpose(1, 2)
-            if mask is not None:  # these tokens see what was stored before them, too
-                k, v = cache[:, :, :, : mask.shape[-1]]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.is_grouped)
+        if cache is not None:  # these tokens see what was stored before them, too
+            cache[:, :, :, start : start + T] = torch.stack([k, v])
+            k, v = cache[:, :, :, : start + T]
+        is_causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped)
         y = y.transpose(1, 2).reshape(B, T, -1)                             # (B, T, H d)
         if wanted is not None:
             y = y.flatten(0, 1).index_select(0, wanted)                     # (K, H d)
@@ -478,20 +482,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight                 arXiv:1910.07467, Eq. 4; the statistics in float32, as in Llama"""
-
-    def __init__(self, n_embd, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))
-        self.eps = eps
-
-    def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.to(x.dtype) * self.weight
-
-
 def rotary_angles(positions, cfg):
     """Positions (1 or B, T) -> cos, sin (1 or B, 1, T, d) in float32: arXiv:2104.09864v5, section 3.2.2. The
     sines of the first half of the channels are negative, as rotate wants them."""
@@ -505,8 +495,7 @@ def rotary_angles(positions, cfg):
 def rotate(x, cos, sin):
     """Turn each pair of channels by its angle, Eq. 34 of arXiv:2104.09864v5. Channels i and i + d/2 are a
     pair, as in the public Llama weights; in the paper neighbours are."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 # ---- the choice of a token ----
