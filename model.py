@@ -376,8 +376,8 @@ class Decoder(nn.Module):
         wanted (K,): flat positions b * T + t whose outputs are returned, as (K, D); the last block drops the
         others after attention.
         cache: keys and values of x are stored in it from place `start` on, behind those of earlier tokens.
-        mask (1 or B, 1, T, start + T), True where a token may attend to another. None: a fresh prompt, causal;
-        or one token a row, which attends to all.
+        mask (1 or B, 1, T, start + T), True where a token may attend to another. None: causal; behind others
+        in the cache only one token a row can do without.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]     # (1, T)
@@ -461,7 +461,7 @@ class CausalAttention(nn.Module):
         if cache is not None:  # these tokens see what was stored before them, too
             cache[:, :, :, start : start + T] = torch.stack([k, v])
             k, v = cache[:, :, :, : start + T]
-        is_causal = mask is None and T > 1
+        is_causal = mask is None and not start
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped)
         y = y.transpose(1, 2).reshape(B, T, -1)                             # (B, T, H d)
         if wanted is not None:
