@@ -5,11 +5,13 @@
     python sample.py --image a.png b.png --prompt "What differs?"       # several pictures, in this order
     python sample.py --image cat.jpg < questions.txt  # one after the other, an answer each
     python sample.py --file QUESTIONS.jsonl --image-root DIR --out ANSWERS.jsonl   # LLaVA's files, in batches
+    python sample.py --image cat.jpg --attention look.png      # where it looked for each word of the answer
+    python sample.py --image cat.jpg --trace                   # shapes, times and likeliest tokens on the way
 
 Without --model the newest finished run under out/ answers. The answer is printed while it is written. In the
-chat every question is asked with all turns before it; an empty line, Ctrl-D or Ctrl-C ends it. Greedy
-unless --temperature is above 0. Pictures stand where --prompt has <image>, else before the first question; an
-<image> or </s> in what is typed is text.
+chat (support/chat.py) every question is asked with all turns before it, and one can show other pictures.
+Greedy unless --temperature is above 0. Pictures stand where --prompt has <image>, else before the question;
+an <image> or </s> in what is typed is text.
 
 A *prompt* is what a model continues: (token ids, [(tiles, layout) of each picture, in their order]).
 encode_question makes one; answer() completes any number of them, and every program that asks a model many
@@ -24,10 +26,9 @@ from typing import NamedTuple
 
 import torch
 
-from conversation import TEMPLATES, Tokenizer, as_text, cut_at_stop, encode_prompt, put_in_front, stop_ids
+from conversation import TEMPLATES, Tokenizer, cut_at_stop, encode_prompt, put_in_front, stop_ids
 from data import no_picture
 from model import VLM
-from support.cache import KVHistory
 from support.cli import UserError, arg, parse, pick_device, run_program
 from support.quantize import widen_products
 from support.weights import check_image_mode, check_tokenizer, newest_run, tokenizer_home
@@ -59,7 +60,7 @@ class AskConfig(ModelConfig):
     """And how, unless it is an evaluation."""
 
     temperature: float = arg(
-        0.0, "0 takes the likeliest word, more draws at random", below=math.inf
+        0.0, "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf
     )
     top_p: float = arg(
         1.0, "draw from the smallest set of words that holds this probability", above=0, at_most=1
@@ -77,6 +78,8 @@ class SampleConfig(AskConfig):
     image_root: str = arg("", "folder that the pictures' names in --file start from; empty: that of --file")
     out: str = arg("", "file for the answers to --file, JSON lines of {question_id, prompt, text, model_id}")
     resume: bool = arg(False, "go on with the answers of an interrupted --file")
+    attention: str = arg("", "PNG for where in the pictures the decoder looked, word by word")
+    trace: bool = arg(False, "print shapes, milliseconds and likeliest words on the way through the model")
 
 
 # ---- prompts and answers ----
@@ -149,6 +152,24 @@ def read_answer(tok, template, ids):
     return Answer(text.strip(), whole, ids[: len(before) + 1])
 
 
+def stream_answer(vlm, tok, prompt, cfg, history=None):
+    """Yield the Answer as it grows, with each token. history: the KVHistory of a chat."""
+    template = vlm.cfg.template
+    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
+    sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    ids = []
+    for new in vlm.stream(**batch, history=history, **sampling):
+        ids.append(int(new))
+        so_far = read_answer(tok, template, ids)
+        if so_far.whole:
+            break
+
+        # Half a character, the beginning of a stop and a space wait for what follows.
+        text = cut_at_stop(tok.decode(ids, partial=True), template, partial=True).strip()
+        yield so_far._replace(text=text)
+    yield so_far
+
+
 def encode_question(vlm, tok, text, pictures=(), earlier=()):
     """A question after the turns `earlier` -> a prompt. Pictures stand where <image> does, else in front."""
     turns = put_in_front([*earlier, ("human", text)], len(pictures))
@@ -182,56 +203,6 @@ def open_asked(cfg):
     return vlm, tok
 
 
-# ---- stream and chat ----
-
-
-def stream_answer(vlm, tok, prompt, cfg, history=None):
-    """Print the answer word by word -> Answer. history: the chat's KVHistory."""
-    template = vlm.cfg.template
-    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
-    sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
-    ids = []
-    shown = ""
-    for new in vlm.stream(**batch, history=history, **sampling):
-        ids.append(int(new))
-        so_far = read_answer(tok, template, ids)
-        if so_far.whole:
-            break
-
-        # Half a character, the beginning of a stop and a space wait for what follows.
-        text = cut_at_stop(tok.decode(ids, partial=True), template, partial=True).strip()
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    print(so_far.text[len(shown) :], flush=True)
-
-    if not so_far.whole:
-        limit = f"with the prompt these are all {vlm.cfg.decoder.block_size} the model takes"
-        if len(ids) == cfg.max_new_tokens:
-            limit = "raise --max-new-tokens"
-        print(f"[cut off after {len(ids)} tokens; {limit}]", file=sys.stderr)
-    elif not so_far.text:
-        print("[the model gave an empty answer]", file=sys.stderr)
-    return so_far
-
-
-def read_questions(cfg):
-    """--prompt; without it a caption is asked for, where there are pictures, and then each line that is typed
-    or piped, up to an empty one."""
-    if cfg.prompt:
-        yield cfg.prompt if cfg.image else as_text(cfg.prompt)
-        return
-    if cfg.image:
-        print(f"> {DESCRIBE}")
-        yield DESCRIBE
-    on_terminal = sys.stdin and sys.stdin.isatty()
-    try:
-        while sys.stdin and (question := input("\n> " if on_terminal else "").strip()):
-            yield as_text(question)
-    except (EOFError, KeyboardInterrupt):
-        if on_terminal:
-            print()
-
-
 def main(argv=None):
     cfg = parse(SampleConfig, argv, __doc__)
     if cfg.file or cfg.out:
@@ -240,17 +211,13 @@ def main(argv=None):
         return answer_file(cfg)
     if not (cfg.prompt or cfg.image or sys.stdin):
         raise UserError("nothing to answer: give --image, --prompt or both")
+    if cfg.attention and not cfg.image:
+        raise UserError("--attention needs a picture to look at: give --image, too")
+    from support.chat import Chat, talk
+
     images = [open_image(path) for path in cfg.image]  # before a model is read: they may not be there
     vlm, tok = open_asked(cfg)
-    pictures = [cut_picture(vlm, image, len(images)) for image in images]
-    turns = []
-    history = KVHistory()
-    for question in read_questions(cfg):
-        prompt = encode_question(vlm, tok, question, pictures, turns)
-        found = stream_answer(vlm, tok, prompt, cfg, history)
-        if found.text:  # an empty answer is no turn to go on from
-            turns += [("human", question), ("gpt", as_text(found.text))]
-    return 0
+    return talk(Chat(vlm, tok, cfg), images)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ ORDER = [                            # files of one row may know each other
     {"data"},
     {"sample"},
     {"benchmarks"},
-    {"support.asking"},
+    {"support.asking", "support.attention", "support.trace", "support.chat"},
     {"eval"},
     {"support.plots", "support.distributed", "support.optim", "support.start"},
     {"support.heldout", "support.checkpoint", "support.plan"},
@@ -37,6 +37,7 @@ LATE = {                             # three-line methods, and the toy's world w
     ("model", "support.export"),
     ("train", "toyworld"),
     ("sample", "support.asking"),
+    ("sample", "support.chat"),
 }
 
 

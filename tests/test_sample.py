@@ -1,6 +1,7 @@
 """What sample.py says, to whom and how it ends. Every name is a claim; the model is tiny and random."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from common import ROOT, errors
 
 import sample
 from conversation import encode_prompt
-from model import VLM
+from data import Records, picture_paths
+from model import VLM, Decoder
 from support.cli import UserError, run_program
 from support.weights import newest_run
 from vision import cut_tiles, open_image
@@ -194,6 +197,39 @@ def test_on_a_terminal_one_can_go_on_asking(ask):
     assert child.wait() == 0 and b"Traceback" not in shown and b"> Provide" in shown
 
 
+def test_on_a_terminal_the_arrow_up_brings_the_last_question_and_ctrl_c_stops_an_answer(ask):
+    keyboard, terminal = pty.openpty()
+    command = [sys.executable, ROOT / "sample.py", "--max-new-tokens", "400", "--temperature", "3"]
+    child = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+                             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(terminal)
+    shown = b""
+
+    def until(text):
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(keyboard, 4096)
+        shown = shown.partition(text)[2]
+
+    until(b"> ")
+    os.write(keyboard, b"What is it?\n")
+    until(b"it?\r\n")
+    os.read(keyboard, 1)             # the answer begins
+    os.write(keyboard, b"\x03")
+    until(b"[stopped]")
+    until(b"> ")
+    os.write(keyboard, b"\x1b[A\n")  # arrow up
+    until(b"What is it?\r\n")
+    os.read(keyboard, 1)
+    os.write(keyboard, b"\x03")
+    until(b"[stopped]")
+    until(b"> ")
+    os.write(keyboard, b"\x04")
+    with contextlib.suppress(OSError):
+        until(b"never")
+    assert child.wait() == 0
+
+
 def test_a_chat_asks_with_all_earlier_turns_and_one_picture(chat, talkative, tok, capfd):
     assert chat(["What color?", ""], "--image", "a.png") == 0
     (first, pixels), (second, again) = talkative
@@ -247,6 +283,72 @@ def test_a_chat_survives_an_empty_answer(chat, tok, monkeypatch, capfd):
     assert chat(["One?", "Two?"]) == 0
     assert "empty answer" in capfd.readouterr().err
     assert prompts == [encode_prompt(tok, [("human", q)], "vicuna_v1", []) for q in ("One?", "Two?")]
+
+
+def test_a_picture_that_is_shown_later_stands_in_front_of_the_next_question(chat, talkative, tok, capfd):
+    assert chat(["/image none.png", "/image b.png", "Which?"], "--image", "a.png") == 0
+    said = capfd.readouterr()
+    assert "error: none.png: no such picture" in said.err
+    turns = [("human", f"<image>\n{sample.DESCRIBE}"), ("gpt", said.out.splitlines()[1])]
+    turns.append(("human", "<image>\nWhich?"))
+    (_, first), (tokens, both) = talkative
+    assert tokens[0].tolist() == encode_prompt(tok, turns, "vicuna_v1", [16, 16])
+    assert torch.equal(both[:1], first) and len(both) == 2
+
+
+def test_reset_forgets_turns_and_pictures(chat, talkative, tok):
+    assert chat(["/reset", "Who?", "/image b.png", "What?"], "--image", "a.png") == 0
+    prompts = [tokens[0].tolist() for tokens, _ in talkative]
+    assert prompts[1] == encode_prompt(tok, [("human", "Who?")], "vicuna_v1", [])
+    assert prompts[2].count(tok.image) == 16
+
+
+def test_a_saved_chat_is_a_record_that_trains(chat, talkative, tok):
+    typed = ["Is <image> a word?", "/image b.png", "And?", "/image a.png", "/save saved/chat.json"]
+    assert chat(typed, "--image", "a.png") == 0
+    record = Records("saved/chat.json", ".")[0]
+    assert [path.name for path in picture_paths(record)] == ["a.png", "b.png"]
+    prompt = encode_prompt(tok, record["turns"][:-1], "vicuna_v1", [16, 16])
+    assert prompt == talkative[-1][0][0].tolist()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(chat, monkeypatch, tok, capfd):
+    """It comes after two tokens of the first answer, and before any of the second."""
+    original, prompts = VLM.stream, []
+
+    def stream(self, **given):
+        prompts.append(given["tokens"][0].tolist())
+        for step, new in enumerate(original(self, **given)):
+            yield new
+            if len(prompts) == 1 and step == 1:
+                raise KeyboardInterrupt
+
+    def prefill(self, *given):
+        if len(prompts) == 2:
+            raise KeyboardInterrupt
+        return original_prefill(self, *given)
+
+    original_prefill = Decoder.prefill
+    monkeypatch.setattr(VLM, "stream", stream)
+    monkeypatch.setattr(Decoder, "prefill", prefill)
+    assert chat(["Two?", "Three?"], "--image", "a.png", "--max-new-tokens", 6) == 0
+    captured = capfd.readouterr()
+    assert captured.err.count("[stopped]") == 2
+    begun = captured.out.splitlines()[1]
+    turns = [("human", f"<image>\n{sample.DESCRIBE}"), ("gpt", begun), ("human", "Three?")]
+    assert prompts[2] == encode_prompt(tok, turns, "vicuna_v1", [16])
+    third = captured.out.split("> ")[-2].strip()
+    monkeypatch.setattr(VLM, "stream", original)
+    assert third == expected("out/tiny", tok, turns, ["a.png"], 6)
+
+
+def test_without_a_chat_ctrl_c_ends_the_program(ask, monkeypatch):
+    def stream(self, **given):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(VLM, "stream", stream)
+    assert ask("--prompt", "What?") == 130
 
 
 def test_a_chat_that_grows_too_long_ends_with_one_line(chat, talkative, capfd):

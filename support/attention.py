@@ -1,0 +1,122 @@
+"""Where in the pictures the decoder looked while it wrote the words of an answer.
+
+A layer's attention from the token before a word, which writes it, to each visual token:
+
+    a = softmax(q k^T / sqrt(d))            mean over heads and the later half of the layers
+    heat = max(0, a - mean(a))              mean over all text after the pictures: the question and the answer
+
+Some visual tokens draw attention from every word; the mean takes them out. One pass over the embeddings
+of prompt and answer, which the chat still has, gives it for all words: the tower is not run again.
+"""
+
+import math
+import re
+from collections import defaultdict
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from benchmarks.common import read_box
+from model import rotary_angles, rotate
+from vision import join_tiles
+
+
+@torch.no_grad()
+def attention(decoder, x, rows):
+    """Embeddings (1, T, D); the positions (K,) of those that look -> (K, T)."""
+    rope = rotary_angles(torch.arange(x.shape[1], device=x.device)[None], decoder.cfg)
+    n_early = len(decoder.layers) // 2
+    total = 0
+    for i, layer in enumerate(decoder.layers):
+        if i >= n_early:
+            total = total + attention_weights(layer.self_attn, layer.input_layernorm(x), rope, rows).mean(0)
+        x = layer(x, rope)
+    return total / (len(decoder.layers) - n_early)
+
+
+def attention_weights(attn, x, rope, rows):
+    """What CausalAttention never shows: the softmax of some rows, (1, T, D) -> (H, K, T)."""
+    T = x.shape[1]
+    heads = 1, T, -1, attn.head_dim
+    q = rotate(attn.q_proj(x).view(heads).transpose(1, 2), *rope)[0]        # (H, T, d)
+    k = rotate(attn.k_proj(x).view(heads).transpose(1, 2), *rope)[0]        # (H_kv, T, d)
+    k = k.repeat_interleave(len(q) // len(k), dim=0)
+    scores = q[:, rows].float() @ k.float().transpose(1, 2) / math.sqrt(attn.head_dim)
+    is_later = torch.arange(T, device=x.device) > rows[:, None]             # (K, T)
+    return scores.masked_fill(is_later, -math.inf).softmax(-1)
+
+
+class Look:
+    """Where the decoder looked for each word of a chat's last answer; computed when it is asked for."""
+
+    def __init__(self, chat):
+        self.tok = chat.tok
+        self.decoder = chat.vlm.decoder
+        self.grid = chat.vlm.cfg.vision.token_grid
+        self.prompt, pictures = chat.prompt
+        self.tiles, self.layout = join_tiles(pictures)                      # (n, 3, S, S), (M, 2)
+        tiling = chat.vlm.cfg.tiling
+        is_last = tiling and tiling.global_view == "last"
+        self.whole = len(self.tiles) - 1 if is_last else 0                  # the tile of all the picture
+        self.x = chat.history.x                                             # (1, T, D)
+        self.answer = chat.answer
+        self.words = chat.answer.text.split()
+
+    @cached_property
+    def heat(self):
+        """-> (words, M)"""
+        is_image = torch.tensor(self.prompt) == self.tok.image
+        first = int(is_image.nonzero()[-1]) + 1                             # of the text after the pictures
+        rows = torch.arange(first, self.x.shape[1], device=self.x.device)
+        seen = attention(self.decoder, self.x, rows).cpu()[:, : len(self.prompt)][:, is_image]
+        seen = (seen - seen.mean(0)).clamp(min=0)                           # (K, M)
+
+        # Each token of the answer is written by the one before it. A comma looks at what comes next, so the
+        # punctuation after a word is left out.
+        ids = self.answer.ids[:-1] if self.answer.whole else self.answer.ids
+        rows_of = defaultdict(list)                                         # of each word
+        for k, token in enumerate(ids):
+            word = len(self.tok.decode(ids[: k + 1]).split()) - 1
+            if word not in rows_of or any(map(str.isalnum, self.tok.piece(token))):
+                rows_of[word].append(len(self.prompt) - 1 + k - first)
+        return torch.stack([seen[rows_of[n]].mean(0) for n in range(len(self.words))])
+
+    def draw(self, n, side=240):
+        """The tiles in the order in which they were read, bright where the decoder looked for word n; and the
+        boxes of the answer."""
+        g = self.grid
+        bright = torch.zeros(len(self.tiles), g * g)
+        is_patch = self.layout[:, 0] >= 0                                   # not the end of a row
+        tile, place = self.layout[is_patch].T
+        bright[tile, place] = self.heat[n, is_patch]
+        bright = bright.view(-1, 1, g, g) / self.heat.max().clamp(min=1e-9)   # a word may see little
+        bright = F.interpolate(bright, size=self.tiles.shape[-2:], mode="bilinear")
+        lit = (self.tiles * (0.2 + 0.8 * bright)).byte()                    # (n, 3, S, S)
+        strip = torch.cat(list(lit), dim=-1).permute(1, 2, 0)               # (S, n S, 3)
+        image = Image.fromarray(strip.numpy()).resize((side * len(lit), side), Image.BICUBIC)
+
+        # Boxes as the models write them: fractions of the square that one tile shows.
+        pen = ImageDraw.Draw(image)
+        for brackets in re.findall(r"[\[(].*?[\])]", self.answer.text):
+            if box := read_box(brackets):
+                left, right = sorted(side * (self.whole + x) for x in box[::2])
+                top, bottom = sorted(side * y for y in box[1::2])
+                pen.rectangle((left, top, right, bottom), outline="#ff3030", width=2)
+        return image
+
+    def save(self, path, side=240, width=1250):
+        """Write a PNG of all words, each under its picture."""
+        panels = [self.draw(n, side) for n in range(len(self.words))]
+        n_column = max(1, width // (panels[0].width + 10))
+        n_row = -(-len(panels) // n_column)
+        step_x, step_y = panels[0].width + 10, side + 34
+        sheet = Image.new("RGB", (step_x * min(n_column, len(panels)), step_y * n_row), "white")
+        pen = ImageDraw.Draw(sheet)
+        for n, panel in enumerate(panels):
+            x, y = n % n_column * step_x, n // n_column * step_y
+            sheet.paste(panel, (x, y))
+            below = x + panel.width / 2, y + side + 22
+            pen.text(below, self.words[n], fill="black", anchor="ms", font_size=18)
+        sheet.save(path, format="PNG")
