@@ -1,6 +1,6 @@
 """Public weights: say what a model is made of, or write it anew.
 
-    python -m tools.weights info DIR|PRESET     # parts, parameters, visual tokens, memory; reads no weights
+    python -m tools.weights info DIR|PRESET     # parts, parameters, visual tokens, memory; no weight is read
     python -m tools.weights convert SRC DIR     # .bin and .pt to safetensors; a whole model to the llava-hf
                                                 # layout, where that can hold it
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, VLM, Decoder, DecoderConfig
+from model import PRESETS, VLM, Decoder, DecoderConfig, VLMConfig
 from support.cli import REQUIRED, UserError, arg, parse, run_program
 from support.configs import (
     DECODERS,
@@ -21,11 +21,10 @@ from support.configs import (
     config_file,
     layout_of,
     processor_json,
-    read_config,
     read_decoder,
 )
 from support.export import fits_llava, write_tensors
-from support.io import read_json, reading, write_whole
+from support.io import read_json, reading
 from support.processor import save_processor
 from support.weights import (
     NothingDrawn,
@@ -42,27 +41,20 @@ from vision import VisionConfig, ViT
 
 
 @dataclass
-class InfoConfig:
-    model: str = arg(REQUIRED, "a model's directory, or a preset", positional=True)
+class WeightsConfig:
+    command: str = arg(REQUIRED, "what to do", choices=("info", "convert"), positional=True)
+    model: str = arg(REQUIRED, "a model's directory; of info also a preset", positional=True)
+    out: str = arg("", "of convert: the directory to write", positional=True)
     vision: str = arg("", "DIR or DIR,DIR: towers of a model published without")
     llm: str = arg("", "DIR: base of a LoRA; its tokenizer.model is taken where MODEL has none")
 
 
-@dataclass
-class ConvertConfig(InfoConfig):
-    out: str = arg(REQUIRED, "directory to write", positional=True)
-
-
 def main(argv=None):
-    command, *flags = (sys.argv[1:] if argv is None else argv) or ["nothing"]
-    if command == "info":
-        info(parse(InfoConfig, flags, __doc__))
-    elif command == "convert":
-        convert(parse(ConvertConfig, flags, __doc__))
-    elif command in ("-h", "--help"):
-        print(__doc__)
+    cfg = parse(WeightsConfig, argv, __doc__)
+    if cfg.command == "info":
+        info(cfg)
     else:
-        raise UserError(f"{command}: say `info DIR` or `convert SRC DIR`; see --help")
+        convert(cfg)
     return 0
 
 
@@ -72,8 +64,8 @@ def main(argv=None):
 def convert(cfg):
     src, out = Path(cfg.model), Path(cfg.out)
     folder = src if src.is_dir() else src.parent
-    if out.exists() and out.resolve() == folder.resolve():
-        raise UserError(f"{out}: is where the weights are read from; choose another directory to write")
+    if not cfg.out or out.resolve() == folder.resolve():
+        raise UserError(f"OUT {cfg.out!r}: give a directory to write, not that of the weights to be read")
     if is_lora(src) or layout_of(read_json(src / "config.json", {})) in READERS:
         convert_model(src, out, cfg.vision, cfg.llm)
     else:
@@ -86,7 +78,7 @@ def convert_part(src, out):
     write_tensors(out / "model.safetensors", tensors)
     for file in [*src.glob("*.json"), *src.glob("tokenizer.model")]:
         if ".index." not in file.name:
-            write_whole(out / file.name, lambda tmp, file=file: shutil.copyfile(file, tmp))
+            shutil.copyfile(file, out / file.name)
     print(f"{out}: {len(tensors)} tensors under their own names")
 
 
@@ -114,28 +106,25 @@ def convert_model(src, out, vision, llm):
 def info(args):
     cfg = find_config(Path(args.model), args.vision, args.llm)
     with reading(args.model), torch.device("meta"), NothingDrawn():
-        if isinstance(cfg, DecoderConfig):
-            parts = {"decoder": Decoder(cfg)}
-        elif isinstance(cfg, VisionConfig):
-            parts = {"vision": ViT(cfg)}
-        else:
-            parts = dict(VLM(cfg).named_children())
-
-    # The parts, and their sum.
-    count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
-    for part, n in count.items():
-        print(f"{part:10} {n:>16,} parameters   {getattr(cfg, part, cfg)}")
-    total = sum(count.values())
-    print(f"{'total':10} {total:>16,} parameters")
-    if "connector" in count:
+        module = MODULES[type(cfg)](cfg)
+    if isinstance(module, VLM):
+        for part, child in module.named_children():
+            print(f"{part:10} {count(child):>16,} parameters   {getattr(cfg, part)}")
         print_pictures(cfg, Path(args.model))
+        print(f"{'total':10} {count(module):>16,} parameters")
+    else:
+        print(f"{count(module):,} parameters   {cfg}")
 
-    # Training keeps a float32 weight, its gradient and Adam's two moments: 16 bytes. A frozen weight has 4.
-    frozen = sum(n for part, n in count.items() if part.startswith("vision"))
-    print(
-        f"memory     {2 * total / 1e9:.2f} GB in bfloat16; to train all but the towers "
-        f"{(16 * (total - frozen) + 4 * frozen) / 1e9:.2f} GB (float32, Adam), and activations"
-    )
+    # Training keeps a float32 weight, its gradient and Adam's two moments: 16 bytes.
+    size = count(module) / 1e9
+    print(f"memory     {2 * size:.2f} GB in bfloat16; to train all {16 * size:.2f} GB, and activations")
+
+
+MODULES = {DecoderConfig: Decoder, VisionConfig: ViT, VLMConfig: VLM}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
 
 
 def find_config(folder, vision, llm):
@@ -145,22 +134,19 @@ def find_config(folder, vision, llm):
         raise UserError(f"{folder}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
     c = read_json(folder / "config.json", {})
     layout = layout_of(c)
-    if is_lora(folder) or layout in ("original LLaVA", "Prismatic"):
-        return read_model(folder, vision, llm)[0]        # shapes say what these leave unsaid
-    if layout in READERS:
-        return read_config(folder)
+    if is_lora(folder) or layout in READERS:
+        return read_model(folder, vision, llm)[0]
     return read_decoder(folder) if layout in DECODERS else read_tower(folder)
 
 
 def print_pictures(cfg, folder):
-    tiles = ""
-    if cfg.tiling:
-        most = max(map(math.prod, cfg.tiling.grids))
-        tiles = f" of up to {most} tiles, global view {cfg.tiling.global_view}"
     print(
         f"pictures   {cfg.vision.n_token} visual tokens for a tile of {cfg.vision.image_size} px, "
-        f"mode {cfg.image_mode}{tiles}, template {cfg.template}"
+        f"mode {cfg.image_mode}, template {cfg.template}"
     )
+    if cfg.tiling:
+        most = max(map(math.prod, cfg.tiling.grids))
+        print(f"           up to {most} tiles, global view {cfg.tiling.global_view}")
     says_mode = "image_aspect_ratio" in read_json(config_file(folder), {})
     if cfg.image_mode == "crop" and not says_mode and processor_json(folder).get("do_center_crop"):
         print("           crop because its image processor is set so; LLaVA-1.5 itself was trained with pad:")
