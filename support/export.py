@@ -13,7 +13,6 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from model import IGNORE
 from support.configs import CLIP, CLIP_FIELDS, LLAMA_FIELDS
 from support.io import fingerprint, write_json, write_whole
 from support.lora import merged_state
@@ -79,25 +78,15 @@ def public_fields(cfg, names):
 
 
 def clip_json(cfg):
-    return {
-        "model_type": "clip_vision_model",
-        "projection_dim": cfg.n_embd,
-        **public_fields(cfg, CLIP_FIELDS),
-    }
+    return {"model_type": "clip_vision_model", **public_fields(cfg, CLIP_FIELDS)}
 
 
 def llama_json(cfg):
-    return {
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **public_fields(cfg, LLAMA_FIELDS),
-    }
+    return {"model_type": "llama", **public_fields(cfg, LLAMA_FIELDS)}
 
 
 def llava_config(cfg, dtype):
+    """Without what is the default in transformers."""
     name = "LlavaNext" if cfg.tiling else "Llava"
     return {
         "architectures": [f"{name}ForConditionalGeneration"],
@@ -109,11 +98,8 @@ def llava_config(cfg, dtype):
         "pad_token_id": cfg.pad_token,
         "bos_token_id": cfg.bos_token,
         "eos_token_id": cfg.eos_token,
-        "ignore_index": IGNORE,
         "image_seq_length": cfg.vision.n_token,
-        "projector_hidden_act": "gelu",
         "vision_feature_layer": cfg.vision.feature_layer,
-        "vision_feature_select_strategy": "default",
         "tie_word_embeddings": False,
         # What transformers does not ask for, and we do.
         "image_aspect_ratio": cfg.image_mode,
@@ -158,16 +144,11 @@ def save_adapter(vlm, directory, base, state=None):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
-        "bias": "none",
-        "use_dora": False,
-        "use_rslora": False,
-        "fan_in_fan_out": False,
         "r": vlm.lora["r"],
         "lora_alpha": vlm.lora["lora_alpha"],
         "lora_dropout": vlm.lora["lora_dropout"],
         "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({targets})",
         "modules_to_save": whole or None,
-        "inference_mode": True,
     }
     write_json(Path(directory) / "adapter_config.json", adapter_config)
     if fits_llava(vlm.cfg):

@@ -114,11 +114,6 @@ def tokenizer_config(cfg):
         added[str(cfg.pad_token)] = added_token("<pad>")
     return {
         "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,
-        "add_bos_token": True,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
         "pad_token": "<pad>",
         "added_tokens_decoder": added,
         "extra_special_tokens": {"image_token": "<image>"},

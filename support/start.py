@@ -126,14 +126,14 @@ def preset_plan(cfg):
     preset = PRESETS[cfg.model]
     # Towers look at tiles of one size; two are fused. Mode internvl has its own pixel shuffle and connector.
     towers = [read_tower(path) for path in cfg.vision.split(",")] if cfg.vision else [preset.vision]
-    image_size = cfg.image_size or towers[-1].image_size
-    is_internvl = cfg.image_mode == "internvl"
-    towers = [replace(tower, image_size=image_size) for tower in towers]
-    if is_internvl:
-        towers = [replace(tower, merge=2) for tower in towers]
-    connector = "norm_gelu" if is_internvl else preset.connector
+    changes = {"image_size": cfg.image_size or towers[-1].image_size}
+    connector = preset.connector
+    if cfg.image_mode == "internvl":
+        changes["merge"] = 2
+        connector = "norm_gelu"
     if len(towers) == 2:
         connector = "fused_gelu"
+    towers = [replace(tower, **changes) for tower in towers]
 
     decoder = read_decoder(cfg.llm) if cfg.llm else preset.decoder
     tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
