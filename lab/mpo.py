@@ -126,19 +126,18 @@ def score(model, quick):
     by_steps = answers_to([ask_step_by_step(question, 1) for question, _, _ in asked])
     captions = answers_to([toyworld.CAPTION] * n)
 
-    marks = Counter()
-    for i, (_, truth, _) in enumerate(asked):
-        marks["direct"] += is_right(direct[i], str(truth))
-        final = parse_answer(by_steps[i], 1)
-        marks["no final answer"] += final is None
-        marks["step by step"] += final is not None and is_right(final[1], str(truth))
-        n_made_up, n_named = count_made_up(captions[i], scene_of("val", i)[0])
-        marks["captions with one"] += n_made_up > 0
-        marks["made up"] += n_made_up
-        marks["named"] += n_named
-    shares = {name: marks[name] / n for name in ("direct", "step by step", "no final answer")}
-    shares["made up"] = marks["made up"] / max(1, marks["named"])     # of all things that captions name
-    return shares | {"captions with one": marks["captions with one"] / n}
+    truths = [str(truth) for _, truth, _ in asked]
+    finals = [parse_answer(text, 1) for text in by_steps]
+    found = [final is not None and is_right(final[1], truth) for final, truth in zip(finals, truths)]
+    counts = [count_made_up(caption, scene_of("val", i)[0]) for i, caption in enumerate(captions)]
+    made_up, named = zip(*counts)
+    return {
+        "direct": sum(map(is_right, direct, truths)) / n,
+        "step by step": sum(found) / n,
+        "no final answer": finals.count(None) / n,
+        "made up": sum(made_up) / max(1, sum(named)),            # of all things that captions name
+        "captions with one": sum(k > 0 for k in made_up) / n,
+    }
 
 
 def count_made_up(caption, scene):

@@ -28,7 +28,7 @@ def plot(path, panels):
     """panels: {title: {label: (xs, ys)}}, one below the other. What has no points is left out."""
     drawn = []
     for title, curves in panels.items():
-        curves = {label: np.array(points, dtype=float) for label, points in curves.items() if len(points[0])}
+        curves = {label: np.array(points, dtype=float) for label, points in curves.items() if points[0]}
         if curves:
             drawn.append((title, curves))
 
@@ -79,7 +79,8 @@ def make_axis(values, start, end, is_log=False):
 
     if is_log:
         powers = 10.0 ** np.arange(math.floor(low), math.ceil(high))
-        ticks = np.outer(powers, [1, 2, 5] if high - low < 2 else [1]).ravel()
+        times = [1, 2, 5] if high - low < 2 else [1]
+        ticks = np.outer(powers, times).ravel()
     else:
         rough = (high - low) / 7
         power = 10.0 ** math.floor(math.log10(rough))

@@ -59,18 +59,14 @@ def main(argv=None):
     rng = random.Random(0)
     train, val = table_pages(source, rng) if is_table else folder_pages(source, cfg.four, rng)
 
-    write_pictures(out, "train", train, cfg.size)
-    write_pictures(out, "val", val, cfg.size)
-    questions = [
-        val_line(i, k, picture_name("val", i), asked)
-        for i, page in enumerate(val)
-        for k, asked in enumerate(page.asked)
-    ]
-    write_json_lines(out / "val.jsonl", questions)
+    # What train.py reads.
     records = []
-    for i, page in enumerate(train):
-        pairs = [pair for _, *pair in page.asked]
-        records.append(llava_record(f"train-{i}", picture_name("train", i), pairs))
+    for i, (name, page) in enumerate(write_pictures(out, "train", train, cfg.size)):
+        records.append(llava_record(f"train-{i}", name, [pair for _, *pair in page.asked]))
+    questions = []
+    for i, (name, page) in enumerate(write_pictures(out, "val", val, cfg.size)):
+        questions += [val_line(i, k, name, asked) for k, asked in enumerate(page.asked)]
+    write_json_lines(out / "val.jsonl", questions)
     write_json(out / "train.json", records, indent=1)  # last: a folder that has it is whole
     print(f"{out}: {len(train):,} pictures to train on; {len(val):,} held out, {len(questions):,} questions")
     return 0
@@ -162,14 +158,13 @@ def ask_four(shown, kinds, all_kinds, rng):
 # ---- what is written ----
 
 
-def picture_name(split, i):
-    return f"images/{split}_{i:06d}.jpg"
-
-
 def write_pictures(out, split, pages, size):
+    """-> (name, page) of each"""
     for i, page in enumerate(Bar(pages, f"{split} pictures", leave=False)):
+        name = f"images/{split}_{i:06d}.jpg"
         image = draw_page(page.photos, size)
-        write_whole(out / picture_name(split, i), partial(image.save, format="JPEG", quality=95))
+        write_whole(out / name, partial(image.save, format="JPEG", quality=95))
+        yield name, page
 
 
 def draw_page(photos, size):

@@ -42,11 +42,10 @@ def main(argv=None):
     write_whole(path, lambda tmp: train_tokenizer(tmp, pieces, cfg.vocab_size))
 
     tok = Tokenizer(path)
-    counts = Counter(word for text in words for word in re.findall(r"\w+", text))
+    counts = Counter(re.findall(r"\w+", " ".join(words)))
     n_whole = sum(count for word, count in counts.items() if len(tok.encode(word)) == 1)
-    n = counts.total()
-    share = f"of {n:,} words in {len(records):,} records {n_whole / max(1, n):.1%} are one token"
-    print(f"{path}: {tok.n_text} tokens; {share}")
+    share = f"{n_whole / max(1, counts.total()):.1%} are one token"
+    print(f"{path}: {tok.n_text} tokens; of {counts.total():,} words in {len(records):,} records {share}")
     return 0
 
 
