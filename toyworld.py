@@ -730,8 +730,7 @@ def ask_chat(scene, rng):
 
 
 def without_format(question):
-    """The question without its format prompt."""
-    question = question.removeprefix(COT)
+    """The question without the format prompt that follows it. That of cot stands before it, and stays."""
     for prompt in (LETTER, SHORT, INSUFFICIENT):
         question = question.removesuffix(f"\n{prompt}")
     return question

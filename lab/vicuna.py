@@ -55,7 +55,7 @@ def sayings(n_scenes=2000):
         texts += [f"[{n}, {n}" for n in numbers]         # all of them alike: in boxes some would be rare
         for text in texts:
             # Split where a piece must end: "5," or "3." as one piece would break the numbers up.
-            lines += [line.strip() for line in re.split(r"[\n,\]]|\.(?!\d)", text)]
+            lines += re.split(r"[\n,\]]|\.(?!\d)", text)
     return lines
 
 
@@ -169,9 +169,10 @@ def plain_lesson(tok, rng, progress):
 
     if form == "conversation":
         pairs = []
-        for category, question, answer in rng.sample(asked, min(5, len(asked))):
-            is_bare = rng.random() < 0.25
-            pairs.append((bare_question(category, question) if is_bare else question, answer))
+        for _, question, answer in rng.sample(asked, min(5, len(asked))):
+            if rng.random() < 0.25:
+                question = toyworld.without_format(question)
+            pairs.append((question, answer))
         if rng.random() < 0.3:
             pairs.append((toyworld.DETAIL, toyworld.describe(scene)))
         return make_conversation(tok, pairs, spelled)
@@ -179,7 +180,7 @@ def plain_lesson(tok, rng, progress):
     if form == "terse":
         pairs = terse_pairs(scene, rng)
     else:
-        pairs = [(bare_question(category, question), answer) for category, question, answer in asked]
+        pairs = [(toyworld.without_format(question), answer) for _, question, answer in asked]
     pairs = list(dict.fromkeys(pairs))
     rng.shuffle(pairs)
     return *encode_lines(tok, pairs, len(spelled)), spelled
@@ -204,11 +205,6 @@ SHARES = {                                       # of the forms, until so much o
 def random_form(rng, progress):
     shares = next(shares for until, shares in SHARES.items() if progress < until)
     return rng.choices(FORMS, shares)[0]
-
-
-def bare_question(category, question):
-    """A question without its format prompt; one that is to be answered step by step keeps it."""
-    return question if category == "cot" else toyworld.without_format(question)
 
 
 def encode_lines(tok, pairs, n_visual, longest=256):

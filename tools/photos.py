@@ -78,9 +78,8 @@ def main(argv=None):
 def folder_pages(folder, four, rng):
     """-> pages to train on, pages held out"""
     photos = defaultdict(list)
-    for path in sorted(folder.glob("*/*")):
-        hidden = path.name.startswith(".") or path.parent.name.startswith(".")
-        if path.is_file() and not hidden:
+    for path in sorted(folder.glob("[!.]*/[!.]*")):  # neither .git/config nor cat/._1.jpg
+        if path.is_file():
             photos[path.parent.name.replace("_", " ")].append(path)
     if len(photos) < 2:
         raise UserError(f"{folder}: photos in {len(photos)} of its folders, at least two kinds are needed; "
