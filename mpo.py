@@ -189,6 +189,41 @@ class Preferring:
         self.examples = PairExamples(**vars(as_answers))  # of the same template, tiles and length
         self.delta, self.n_delta = 0.0, 0  # the running mean of all rewards; of how many pairs
 
+    def loss(self, vlm, batch):
+        """-> the mean of L over the pairs of a batch; further means for the log."""
+        s, s_ref, n_token = self.log_probs(vlm, to_device(batch, self.device))
+        rewards = self.cfg.beta * (s - s_ref)
+        self.delta, self.n_delta = update_delta(self.delta, self.n_delta, rewards)
+        terms = self.terms(rewards, s, n_token, self.delta, self.cfg)
+        loss = sum(weight * term for weight, term in terms.values())
+
+        margin = rewards[:, 0] - rewards[:, 1]
+        metrics = {name: term for name, (_, term) in terms.items()} | {
+            "reward_chosen": rewards[:, 0],
+            "reward_rejected": rewards[:, 1],
+            "margin": margin,
+            "accuracy": (margin > 0).float(),
+            "logp_chosen": s[:, 0],
+            "logp_rejected": s[:, 1],
+        }
+        return loss, {name: value.detach().mean().item() for name, value in metrics.items()}
+
+    def log_probs(self, vlm, batch):
+        """-> s of the policy, s_ref of the reference, the number of tokens; (B, 2) each."""
+        if self.cfg.reference == "precomputed":
+            s, n_token = pair_log_probs(vlm, batch)
+            return s, batch["s_ref"], n_token
+        with torch.no_grad():
+            features = vlm.features(batch["pixels"])  # of a frozen tower: computed once for both
+            with lora_off(vlm):
+                s_ref, _ = pair_log_probs(vlm, batch, features)
+        s, n_token = pair_log_probs(vlm, batch, features)
+        return s, s_ref, n_token
+
+    @staticmethod
+    def count(batch):
+        return len(batch["record_ids"])
+
     def prepare(self, run):
         """Before the first step the policy is the reference."""
         if self.cfg.reference == "lora-off":
@@ -220,41 +255,6 @@ class Preferring:
                         reference[batch["number"], 1:] = s.double().cpu()
         run.vlm.train()
         return reference
-
-    @staticmethod
-    def count(batch):
-        return len(batch["record_ids"])
-
-    def loss(self, vlm, batch):
-        """-> the mean of L over the pairs of a batch; further means for the log."""
-        s, s_ref, n_token = self.log_probs(vlm, to_device(batch, self.device))
-        rewards = self.cfg.beta * (s - s_ref)
-        self.delta, self.n_delta = update_delta(self.delta, self.n_delta, rewards)
-        terms = self.terms(rewards, s, n_token, self.delta, self.cfg)
-        loss = sum(weight * term for weight, term in terms.values())
-
-        margin = rewards[:, 0] - rewards[:, 1]
-        metrics = {name: term for name, (_, term) in terms.items()} | {
-            "reward_chosen": rewards[:, 0],
-            "reward_rejected": rewards[:, 1],
-            "margin": margin,
-            "accuracy": (margin > 0).float(),
-            "logp_chosen": s[:, 0],
-            "logp_rejected": s[:, 1],
-        }
-        return loss, {name: value.detach().mean().item() for name, value in metrics.items()}
-
-    def log_probs(self, vlm, batch):
-        """s and s_ref of policy and reference, and the number of tokens; (B, 2) each."""
-        if self.cfg.reference == "precomputed":
-            s, n_token = pair_log_probs(vlm, batch)
-            return s, batch["s_ref"], n_token
-        with torch.no_grad():
-            features = vlm.features(batch["pixels"])  # of a frozen tower: computed once for both
-            with lora_off(vlm):
-                s_ref, _ = pair_log_probs(vlm, batch, features)
-        s, n_token = pair_log_probs(vlm, batch, features)
-        return s, s_ref, n_token
 
     def state_dict(self):
         return {"delta": self.delta, "n_delta": self.n_delta}

@@ -47,8 +47,8 @@ def make_connector(out, tok, n_steps, seed, batch_size=32, lr=4e-3):
 
     def look():
         public_name, config = public_layout(vlm)
-        connector = {name: p for name, p in vlm.state_dict().items() if name.startswith("connector.")}
-        write_model(out / "toy-connector", {public_name(name): p for name, p in connector.items()}, config)
+        connector = {public_name(f"connector.{name}"): p for name, p in vlm.connector.state_dict().items()}
+        write_model(out / "toy-connector", connector, config)
         return {"kinds that patches tell": kinds_told(vlm, tok)}
 
     fit_part("toy-connector", vlm.connector, n_steps, lr_at, loss_at, look)
