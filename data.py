@@ -52,9 +52,6 @@ class Examples(Dataset):
     vision_cfg: vision.VisionConfig
     image_mode: str
     max_length: int  # of a record in tokens
-    # At a record that cannot be used whole: stop, or skip it and say why. train.py sets "skip": whether to
-    # stop is for all processes to decide, in stop_at_bad_records of support/checkpoint.py.
-    bad: str = "stop"
     last_pictures: tuple = (None, None, None)  # of the record before; see show_pictures
 
     def __post_init__(self):
@@ -66,12 +63,11 @@ class Examples(Dataset):
     def __getitem__(self, i):
         try:
             return self.make_example(self.records[i])
-        except UserError as error:
-            if self.bad == "stop":
-                raise
+        except UserError as error:  # whether to stop is for all processes to decide: Run.stop_at_bad_records
             return {"skipped": str(error), "number": i}
 
     def make_example(self, record):
+        """UserError for a record that cannot be used whole."""
         try:
             (pixels, layout), n_visual = self.show_pictures(record)
             example = self.encode(record, n_visual)

@@ -190,7 +190,7 @@ class Answering:
             raise UserError(f"--max-length {cfg.max_length}: the decoder takes {longest} tokens, and no more")
         max_length = cfg.max_length or longest
         self.examples = Examples(
-            records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length, cfg.bad_records)
+            records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length)
 
     @staticmethod
     def count(batch):
@@ -226,7 +226,6 @@ def load_steps(cfg, task, run):
     cut = partial(micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
                   collate=task.collate)
     on_gpu = next(run.vlm.parameters()).is_cuda
-    task.examples.bad = "skip"  # stop_at_bad_records decides, for all processes
     loader = DataLoader(
         task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu,
         worker_init_fn=in_loader_process)
@@ -340,7 +339,6 @@ def teach(cfg, Task):
                 raise UserError("--dry-run does not know how many steps --minutes are; leave that out")
             vlm, tok = build(cfg, device="meta")
             make_trainable(vlm, cfg)
-            cfg.bad_records = "skip"
             return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
         if not cfg.resume:
             build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read

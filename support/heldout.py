@@ -22,24 +22,18 @@ class HeldOut:
         self.exam = EvalConfig(data=cfg.val, image_root=cfg.image_root)
         self.questions = read_items("own", self.exam)
         records = Records(cfg.val, cfg.image_root)
-        for _ in self.examples_of(records):
-            pass  # what is wrong with any, as a picture that does not open, ends the run before it trains
+        shape = (tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size)
+        for record in records:  # what is wrong with any, as a picture that does not open, ends the run now
+            Examples(records, *shape).make_example(record)
         some = [records[i] for i in range(0, len(records), math.ceil(len(records) / n))]
-        self.batches = micro_batches(list(self.examples_of(some)), 32, tok.pad)
+        self.batches = micro_batches(list(Examples(some, *shape)), 32, tok.pad)
 
         # The same records about other pictures, unless there is only one.
         other = other_pictures(record["images"] for record in some)
         self.shuffled = []
         if len(other) > 1:
             shuffled = [record | {"images": [other[name] for name in record["images"]]} for record in some]
-            self.shuffled = micro_batches(list(self.examples_of(shuffled, bad="skip")), 32, tok.pad)
-
-    def examples_of(self, records, bad="stop"):
-        """One after the other, as training takes them."""
-        cfg = self.vlm.cfg
-        shape = (cfg.vision, cfg.image_mode, cfg.decoder.block_size)
-        examples = Examples(records, self.tok, cfg.template, *shape, bad)
-        return (examples[i] for i in range(len(records)))
+            self.shuffled = micro_batches(list(Examples(shuffled, *shape)), 32, tok.pad)
 
     def measure(self, run, step):
         """Log the loss, with each question's pictures and with others, and print a few answers.

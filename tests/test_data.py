@@ -1179,11 +1179,11 @@ def test_a_record_that_cannot_be_used_whole_stops_the_program_by_name(tmp_path, 
     items = examples(tmp_path / "a.json", pictures, tok, BAD)
     for i, why in enumerate(WHY, 1):
         with pytest.raises(UserError, match=rf"a.json, record {i} \(id 'r{i}'\): .*{why}"):
-            items[i]
+            items.make_example(items.records[i])
 
 
 def test_where_bad_records_are_skipped_each_is_counted_with_its_reason(tmp_path, pictures, tok):
-    items = examples(tmp_path / "a.json", pictures, tok, BAD, bad="skip")
+    items = examples(tmp_path / "a.json", pictures, tok, BAD)
     batch = collate([items[i] for i in range(5)], tok.pad)
     assert batch["record_ids"] == ["r0"] and len(batch["tokens"]) == 1 and len(batch["skipped"]) == 4
     assert "gone.png" in batch["skipped"][0]

@@ -118,7 +118,7 @@ def test_recomputed_blocks_change_no_gradient_of_a_row_of_two_answers(start, tok
         json.dumps({"question": "What?", "chosen": "a red cat", "rejected": "a dog and a ball"}) + "\n"
     )
     rows = mpo.PairExamples(
-        data.Records("pairs.jsonl", "."), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256, "stop"
+        data.Records("pairs.jsonl", "."), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256
     )
     batch, grads = mpo.collate_pairs([rows[0]], tok.pad), []
     for n in (0, 2):

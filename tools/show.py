@@ -47,8 +47,7 @@ def main(argv=None):
     return show_record(parse_flags(argv, ShowConfig, __doc__))
 
 
-def open_examples(cfg, bad):
-    cfg.bad_records = bad
+def open_examples(cfg):
     cfg.data = cfg.data or draw_toy_world(cfg.stage)
     records = Records(cfg.data, cfg.image_root)
     if cfg.split_questions:
@@ -70,12 +69,13 @@ class Shown(PairExamples):
 
 def show_record(cfg):
     """Print a record token by token, and draw its pictures as the network reads them."""
-    examples = open_examples(cfg, bad="stop")
+    examples = open_examples(cfg)
     records, tok, tower = examples.records, examples.tok, examples.vision_cfg
     i = find_record(records, cfg.id) if cfg.id else cfg.index
     if not 0 <= i < len(records):
         raise UserError(f"{cfg.data}: no record {i}; it holds {len(records)}, counted from 0")
-    record, example = records[i], examples[i]
+    record = records[i]
+    example = examples.make_example(record)
     tokens, labels = example["tokens"], example["labels"]
 
     print(record["where"])
@@ -160,7 +160,7 @@ def draw_tokens(pixels, layout, positions, cfg):
 
 def check_records(cfg):
     """Read every record as training would, and say what is in the file and what is wrong with it."""
-    examples = open_examples(cfg, bad="skip")
+    examples = open_examples(cfg)
     n = min(cfg.limit or len(examples), len(examples))
     lengths, n_labels = [], []
     n_pictures = Counter()
