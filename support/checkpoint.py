@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support.cli import UserError
+from support.cli import UserError, flag_of
 from support.distributed import (
     END_SIGNALS,
     barrier,
@@ -266,9 +266,7 @@ class Run:
         cfg = self.cfg
         shown = self.n_step * cfg.batch_size
         if self.skipped == shown:
-            root = f" --image-root {cfg.image_root}" if cfg.image_root else ""
-            raise UserError(f"{cfg.data}: not one record could be used; the reasons are above, or: "
-                            f"python -m tools.show check {cfg.data}{root}")
+            raise UserError(f"{cfg.data}: not one record could be used; the reasons are above")
         n_done = self.n_step - self.first_step + 1
         seconds = time.time() - self.began
         print(f"trained {n_done} steps in {seconds:.0f} s; {self.skipped} of {shown} records skipped")
@@ -326,7 +324,3 @@ def move_aside(out, cfg):
     with lock(out / "lock"):  # it may have begun since this program looked first
         out.rename(free)
     print(f"{out} held an earlier run; it is now {free}")
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")

@@ -74,12 +74,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
 def flag_fields(Config):
     return [f for f in fields(Config) if f.metadata.get("help")]      # an empty help hides a field
 
 
 def add_flag(parser, f, default):
-    name = "--" + f.name.replace("_", "-")
     text = f.metadata["help"].replace("%", "%%")
     if f.metadata["choices"]:
         text += f" ({', '.join(f.metadata['choices'])})"
@@ -103,7 +106,7 @@ def add_flag(parser, f, default):
         options["required"] = True
     else:
         options["default"] = default
-    parser.add_argument(name, **options)
+    parser.add_argument(flag_of(f.name), **options)
 
 
 class AddWords(argparse.Action):
@@ -117,7 +120,7 @@ class AddWords(argparse.Action):
 def check_values(cfg):
     """Every value is one of its choices and within its range."""
     for f in flag_fields(type(cfg)):
-        name = f.name if f.metadata["positional"] else "--" + f.name.replace("_", "-")
+        name = f.name if f.metadata["positional"] else flag_of(f.name)
         value = getattr(cfg, f.name)
         if f.metadata["choices"]:
             for word in value if f.type is tuple else value.split(","):

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from data import no_picture
 from support.cli import UserError, pick_device
 from support.optim import part_of
 
@@ -179,9 +180,8 @@ def average_gradients(vlm, batches):
 
 def filler_batch():
     ones = torch.ones(1, 2, dtype=torch.int64)
-    no_pixels = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    no_layout = torch.empty(0, 2, dtype=torch.int64)
-    return {"tokens": ones, "labels": ones, "pixels": no_pixels, "layout": no_layout}
+    pixels, layout = no_picture(0)
+    return {"tokens": ones, "labels": ones, "pixels": pixels, "layout": layout}
 
 
 def full_tensor(t):

@@ -41,12 +41,14 @@ class HeldOut:
         The model whose loss is the lowest so far is kept in best/.
         """
         with not_training(self.vlm, self.cfg):
-            values = {"val_loss": self.mean_loss(self.batches)}
-            text = f"held-out loss {values['val_loss']:.4f}"
+            loss = self.mean_loss(self.batches)
+            values = {"val_loss": loss}
+            text = f"held-out loss {loss:.4f}"
             if self.shuffled:
-                values["val_loss_shuffled"] = self.mean_loss(self.shuffled)
-                text += f", with pictures shuffled {values['val_loss_shuffled']:.4f}"
-                if values["val_loss_shuffled"] < 1.01 * values["val_loss"]:
+                shuffled = self.mean_loss(self.shuffled)
+                values["val_loss_shuffled"] = shuffled
+                text += f", with pictures shuffled {shuffled:.4f}"
+                if shuffled < 1.01 * loss:
                     text += ": the model makes no use of the pictures"
             answers = self.some_answers(step)
         run.log(step, **values)
