@@ -65,8 +65,9 @@ from support.lora import LORA_TARGETS, add_lora
 from support.optim import PARTS, make_optimizer, part_of
 from support.plan import dry_run, print_parameters
 from support.start import ASSETS, TOY, build, lora_base
+from support.tiling import MAX_TILES
 from support.weights import load_adapter
-from vision import MAX_TILES, MODES
+from vision import MODES
 
 
 def fit(cfg, task, run, held_out=None):

@@ -29,7 +29,6 @@ features of a tile (one for each patch, or for merge x merge of them), n_feature
 import math
 import warnings
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +39,7 @@ from PIL import Image, ImageOps
 
 from support.cli import UserError
 from support.io import reading
+from support.tiling import TILINGS, Tiling, choose_grid, kept_tokens, make_layout
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -75,7 +75,7 @@ class VisionConfig:
     feature_layer: int = -2          # hidden state to read: 0 = before block 1, -1 = after the last block
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
-    tiling: "Tiling | None" = None   # None: TILINGS[image_mode]; set by --max-tiles or --global-view
+    tiling: Tiling | None = None   # None: TILINGS[image_mode]; set by --max-tiles or --global-view
 
     def __post_init__(self):
         colors = *self.mean, *self.std
@@ -267,63 +267,9 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# ---- a picture to tiles ----
+# ---- a picture to one tile ----
+# Pillow's bicubic filter everywhere, as in the originals.
 
-MAX_TILES = 100  # of a picture; the originals take at most 40
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a picture becomes several tiles: a grid of them, and often the whole picture in one more.
-
-    There are two ways to fill the grid (by_tile). InternVL stretches the picture over it, and the decoder
-    reads one tile after the other. LLaVA pads the picture, and the decoder reads one row of patches after the
-    other across all tiles, without the patches of padding; a learned embedding ends each row.
-
-    The defaults are LLaVA-1.5-HD's (arXiv:2310.03744v2, 3.4 and A.1), never released. Its paper gives the
-    grids (14, of up to six tiles), the choice among them (most detail, then least waste), the dropping of
-    padding, the row ends, and the padded global view. What it does not say is done as in LLaVA-NeXT's code:
-    the global view comes first and has no row ends; how many rows are kept; that a row end begins as
-    N(0, 1/D). Three things are our own: the padding has the mean colour, as in LLaVA-1.5; of the thinnest
-    picture one row of patches is kept (least); a picture that one tile holds gets no global view, which would
-    show the same pixels.
-    """
-    mode: str
-    grids: tuple                     # (columns, rows) of tiles; of equally good ones the first is taken
-    by_tile: bool = False
-    margin: str = "mean"             # colour of the padding: the tower's mean, or black
-    global_view: str = "first"       # where the tile of the whole picture stands: first, last or none
-    global_mode: str = "pad"         # how the picture becomes square there: one of SQUARE_MODES
-    least: int = 1                   # fewest rows or columns of visual tokens to keep
-
-    def __post_init__(self):
-        object.__setattr__(self, "grids", tuple(map(tuple, self.grids)))  # config.json has lists
-        if self.global_view not in ("first", "last", "none"):
-            raise UserError(f"global_view is {self.global_view!r}; choose one of first, last, none")
-        fits = [min(grid) > 0 and math.prod(grid) <= MAX_TILES for grid in self.grids]
-        if not fits or not all(fits):
-            raise UserError(f"grids of tiles are {self.grids}; each needs 1 to {MAX_TILES} tiles")
-
-    @property
-    def row_end(self):  # whether a learned embedding ends each row of patches
-        return not self.by_tile
-
-
-def grids_up_to(n):
-    """All (columns, rows) of at most n tiles, smaller first: 14 for six (HD), 35 for twelve (InternVL)."""
-    if not 1 <= n <= MAX_TILES:
-        raise UserError(f"{n} tiles a picture; choose 1 to {MAX_TILES}")
-    pairs = product(range(1, n + 1), repeat=2)
-    return tuple(sorted((pair for pair in pairs if math.prod(pair) <= n), key=math.prod))
-
-
-# LLaVA-NeXT's image_grid_pinpoints, which its code reads as (width, height); there is none of one tile.
-NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-TILINGS = {
-    "hd": Tiling("hd", grids_up_to(6)),
-    "anyres": Tiling("anyres", NEXT_GRIDS, margin="black", global_mode="resize", least=0),
-    "internvl": Tiling("internvl", grids_up_to(12), by_tile=True, global_view="last", global_mode="resize"),
-}
 SQUARE_MODES = ("pad", "letterbox", "crop", "resize")  # one tile: make_square
 MODES = (*SQUARE_MODES, *TILINGS)
 
@@ -340,136 +286,12 @@ def find_tiling(cfg, mode):
 def cut_tiles(image, cfg, mode, n_picture=1):
     """PIL RGB -> tiles (n, 3, S, S) uint8 and their layout (M, 2) int64. M is the number of visual tokens.
 
-    n_picture: how many pictures stand in the conversation; see choose_grid.
+    n_picture: how many pictures stand in the conversation; InternVL's share the tiles.
     """
-    S = cfg.image_size
     tiling = find_tiling(cfg, mode)
     if tiling is None:
         return tile_by_tile(make_square(image, cfg, mode), cfg)
-
-    # The picture on a grid of tiles.
-    columns, rows = choose_grid(image.size, S, tiling, n_picture)
-    if tiling.by_tile:
-        local_view = tile_by_tile(image.resize((columns * S, rows * S), Image.BICUBIC), cfg)
-    else:
-        local_view = row_by_row(image, columns, rows, cfg, tiling)
-
-    # The whole picture in one more tile, unless a grid of one tile shows just that.
-    stretches = tiling.global_mode == "resize"
-    same_look = tiling.by_tile == stretches  # by_tile stretches, else pads
-    if tiling.global_view == "none" or (columns * rows == 1 and same_look):
-        return local_view
-    views = [tile_by_tile(make_square(image, cfg, tiling.global_mode), cfg), local_view]
-    return join_tiles(views if tiling.global_view == "first" else views[::-1])
-
-
-def tile_by_tile(canvas, cfg):
-    """A canvas of whole tiles -> tiles and layout: all of a tile, then all of the next."""
-    tiles = split_canvas(canvas, cfg.image_size)
-    # As if they were stacked in 1 column: row by row across that column is tile by tile.
-    return tiles, make_layout(1, len(tiles), cfg.token_grid)
-
-
-def row_by_row(image, columns, rows, cfg, tiling):
-    """Centred on the grid -> tiles and layout: each row runs across all tiles, without the padding."""
-    S, g = cfg.image_size, cfg.token_grid
-    size = columns * S, rows * S
-    color = (0, 0, 0) if tiling.margin == "black" else mean_color(cfg)
-    canvas = center_on_canvas(scale_into(image, *size), size, color)
-    tiles = split_canvas(canvas, S)
-
-    # What shows padding alone is dropped. Something is kept of a picture that has no other view.
-    least = 1 if tiling.global_view == "none" else tiling.least
-    kept = kept_tokens(image.size, columns * g, rows * g, least)
-    layout = make_layout(columns, rows, g, kept, row_end=True)
-
-    # Tiles of which nothing is kept are left out, and the others numbered anew.
-    is_patch = layout[:, 0] >= 0  # not a row's end
-    seen = layout[is_patch, 0].unique()
-    layout[is_patch, 0] = torch.searchsorted(seen, layout[is_patch, 0])
-    return tiles[seen], layout
-
-
-def join_tiles(parts):
-    """[(tiles, layout), ...] of several pictures, or of the views of one -> (tiles, layout) of them all.
-
-    Tiles are numbered through. Where the same tensor of tiles comes twice, for two questions about a picture,
-    it is taken once, and goes through the tower once.
-    """
-    all_tiles, layouts = [], []
-    n_tile = 0
-    first_tile = {}  # id of a part's tiles: where they begin
-    for tiles, layout in parts:
-        if id(tiles) not in first_tile:
-            first_tile[id(tiles)] = n_tile
-            n_tile += len(tiles)
-            all_tiles.append(tiles)
-        is_row_end = layout[:, :1] < 0
-        moved = layout + torch.tensor([first_tile[id(tiles)], 0])
-        layouts.append(torch.where(is_row_end, layout, moved))
-    return torch.cat(all_tiles), torch.cat(layouts)
-
-
-def make_layout(columns, rows, g, kept=None, row_end=False):
-    """A grid of tiles of g x g visual tokens -> (M, 2): tile and place in it, row by row across the tiles.
-
-    kept: ((first row, end), (first column, end)) of those that are read; all without.
-    """
-    (top, bottom), (left, right) = kept or ((0, rows * g), (0, columns * g))
-    y = torch.arange(top, bottom)[:, None]
-    x = torch.arange(left, right)[None]
-    tile = y // g * columns + x // g
-    place = y % g * g + x % g
-    layout = torch.stack([tile, place], dim=-1)  # (rows of tokens, columns of tokens, 2)
-    if row_end:
-        ends = torch.tensor([-1, 0]).expand(len(layout), 1, 2)
-        layout = torch.cat([layout, ends], dim=1)
-    return layout.flatten(0, 1)
-
-
-def kept_tokens(size, n_across, n_down, least):
-    """Which of n_across x n_down visual tokens show the picture, not padding alone, by LLaVA-NeXT's rule.
-
-    -> ((first row, end), (first column, end)). Computed in whole numbers: in floating point the original gets
-    one row less where 36 - 1e-15 is rounded down.
-    """
-    w, h = size
-    if w * n_down > n_across * h:  # wider than the grid: padded above and below
-        margin = (n_down - max(least, h * n_across // w)) // 2
-        return (margin, n_down - margin), (0, n_across)
-    margin = (n_across - max(least, w * n_down // h)) // 2
-    return (0, n_down), (margin, n_across - margin)
-
-
-def choose_grid(size, S, tiling, n_picture=1):
-    """(width, height) of a picture -> (columns, rows) of tiles of S px."""
-    w, h = size
-
-    def shape_match(grid):
-        """InternVL takes the grid whose shape is nearest to the picture's. Ties: the largest grid whose area
-        the picture fills by more than half; if none, the first."""
-        columns, rows = grid
-        area = columns * rows * S * S
-        is_half_full = w * h > 0.5 * area
-        return -abs(w / h - columns / rows), area if is_half_full else 0
-
-    def detail(grid):
-        """LLaVA takes the grid that keeps most pixels of the picture. Of equals it takes the smallest."""
-        W, H = grid[0] * S, grid[1] * S
-        scale = min(W / w, H / h)
-        n_kept = min(int(w * scale) * int(h * scale), w * h)
-        return n_kept, -W * H
-
-    if not tiling.by_tile:
-        return max(tiling.grids, key=detail)
-
-    # InternVL's rule, for every mode that is read by tile: the pictures of a conversation share the tiles.
-    most = max(math.prod(grid) for grid in tiling.grids) // n_picture
-    fitting = [grid for grid in tiling.grids if math.prod(grid) <= most]
-    return max(fitting, key=shape_match, default=(1, 1))
-
-
-# ---- pixels: Pillow's bicubic filter everywhere, as in the originals ----
+    return cut_grid(image, cfg, tiling, n_picture)
 
 
 def make_square(image, cfg, mode):
@@ -527,6 +349,63 @@ def scale_short(image, S):
     return image.resize(size, Image.BICUBIC)
 
 
+def split_canvas(canvas, S):
+    """A picture of whole tiles -> (n, 3, S, S) uint8, row by row."""
+    pixels = torch.from_numpy(np.array(canvas))
+    pixels = pixels.view(canvas.height // S, S, canvas.width // S, S, 3)
+    return pixels.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous()
+
+
+def tile_by_tile(canvas, cfg):
+    """A picture of whole tiles -> tiles and layout: all visual tokens of a tile, then those of the next."""
+    tiles = split_canvas(canvas, cfg.image_size)
+    return tiles, make_layout(1, len(tiles), cfg.token_grid)  # as if the tiles stood in one column
+
+
+# ---- a picture to several tiles: support/tiling.py chooses the grid ----
+
+
+def cut_grid(image, cfg, tiling, n_picture):
+    """-> tiles and layout of the picture on a grid of tiles, and of the whole picture in one tile more."""
+    S = cfg.image_size
+    columns, rows = choose_grid(image.size, S, tiling, n_picture)
+    if tiling.by_tile:
+        grid_mode = "resize"
+        local_view = tile_by_tile(image.resize((columns * S, rows * S), Image.BICUBIC), cfg)
+    else:
+        grid_mode = "pad"
+        local_view = row_by_row(image, columns, rows, cfg, tiling)
+
+    # A grid of one tile may show what the global view would.
+    shows_same = columns * rows == 1 and grid_mode == tiling.global_mode
+    if tiling.global_view == "none" or shows_same:
+        return local_view
+    global_view = tile_by_tile(make_square(image, cfg, tiling.global_mode), cfg)
+    if tiling.global_view == "first":
+        return join_tiles([global_view, local_view])
+    return join_tiles([local_view, global_view])
+
+
+def row_by_row(image, columns, rows, cfg, tiling):
+    """Centred on the grid -> tiles and layout: each row runs across all tiles, without the padding."""
+    S, g = cfg.image_size, cfg.token_grid
+    size = columns * S, rows * S
+    color = (0, 0, 0) if tiling.margin == "black" else mean_color(cfg)
+    canvas = center_on_canvas(scale_into(image, *size), size, color)
+    tiles = split_canvas(canvas, S)
+
+    # What shows padding alone is dropped. Something is kept of a picture that has no other view.
+    least = 1 if tiling.global_view == "none" else tiling.least
+    kept = kept_tokens(image.size, columns * g, rows * g, least)
+    layout = make_layout(columns, rows, g, kept, row_end=True)
+
+    # Tiles of which nothing is kept are left out, and the others numbered anew.
+    is_patch = layout[:, 0] >= 0  # not a row's end
+    seen = layout[is_patch, 0].unique()
+    layout[is_patch, 0] = torch.searchsorted(seen, layout[is_patch, 0])
+    return tiles[seen], layout
+
+
 def scale_into(image, W, H):
     """As large as fits into W x H."""
     w, h = image.size
@@ -535,8 +414,21 @@ def scale_into(image, W, H):
     return image.resize(size, Image.BICUBIC)
 
 
-def split_canvas(canvas, S):
-    """A picture of whole tiles -> (n, 3, S, S) uint8, row by row."""
-    pixels = torch.from_numpy(np.array(canvas))
-    pixels = pixels.view(canvas.height // S, S, canvas.width // S, S, 3)
-    return pixels.permute(0, 2, 4, 1, 3).flatten(0, 1).contiguous()
+def join_tiles(parts):
+    """[(tiles, layout), ...] of several pictures, or of the views of one -> (tiles, layout) of them all.
+
+    Tiles are numbered through. Where the same tensor of tiles comes twice, for two questions about a picture,
+    it is taken once, and goes through the tower once.
+    """
+    all_tiles, layouts = [], []
+    n_tile = 0
+    first_tile = {}  # id of a part's tiles: where they begin
+    for tiles, layout in parts:
+        if id(tiles) not in first_tile:
+            first_tile[id(tiles)] = n_tile
+            n_tile += len(tiles)
+            all_tiles.append(tiles)
+        is_row_end = layout[:, :1] < 0
+        moved = layout + torch.tensor([first_tile[id(tiles)], 0])
+        layouts.append(torch.where(is_row_end, layout, moved))
+    return torch.cat(all_tiles), torch.cat(layouts)

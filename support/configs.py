@@ -16,7 +16,8 @@ from pathlib import Path
 from model import DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.io import read_json, reading
-from vision import HALF, IMAGENET_MEAN, IMAGENET_STD, TILINGS, Tiling, VisionConfig, grids_up_to
+from support.tiling import TILINGS, Tiling, grids_up_to
+from vision import HALF, IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 
 # ---- tables ------------------------------------------------------------------------------------------------
 

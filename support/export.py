@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from support.configs import CLIP, CLIP_FIELDS, LLAMA_FIELDS
 from support.io import fingerprint, write_json, write_whole
 from support.lora import merged_state
+from support.tiling import TILINGS
 from support.weights import CLIP_NAMES, rename, weight_files
-from vision import TILINGS
 
 # ---- names: ours to public ---------------------------------------------------------------------------------
 

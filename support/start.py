@@ -17,6 +17,7 @@ from conversation import Tokenizer
 from model import PRESETS, VLM
 from support.cli import UserError, one_of
 from support.configs import read_decoder, unusual_tiling
+from support.tiling import TILINGS, grids_up_to
 from support.weights import (
     NothingDrawn,
     base_of,
@@ -28,7 +29,7 @@ from support.weights import (
     read_tower,
     tokenizer_home,
 )
-from vision import TILINGS, ViT, find_tiling, grids_up_to
+from vision import ViT, find_tiling
 
 ASSETS = Path(__file__).parent.parent / "assets"
 TOY = {"vision": str(ASSETS / "toy-clip"), "llm": str(ASSETS / "toy-vicuna")}

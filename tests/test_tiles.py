@@ -27,18 +27,8 @@ from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.configs import read_config
 from support.start import set_image_mode
-from vision import (
-    MODES,
-    TILINGS,
-    VisionConfig,
-    choose_grid,
-    cut_tiles,
-    find_tiling,
-    grids_up_to,
-    make_layout,
-    normalize_pixels,
-    open_image,
-)
+from support.tiling import TILINGS, choose_grid, grids_up_to, make_layout
+from vision import MODES, VisionConfig, cut_tiles, find_tiling, normalize_pixels, open_image
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(train.__file__).parent
