@@ -495,22 +495,6 @@ def test_convert_merges_a_lora_and_transformers_opens_it(tmp_path):
     close(theirs.model.language_model.layers[0].self_attn.o_proj.weight, weight)
 
 
-def test_convert_of_a_language_model_alone_keeps_names_numbers_and_format(tmp_path):
-    llama = tr.LlamaForCausalLM(tr.LlamaConfig(**llama_json(TINY.decoder))).half()
-    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    folder = write(tmp_path / "m", llama_json(TINY.decoder), {})
-    (folder / "model.safetensors").unlink()
-    write_shards(folder, llama.state_dict() | frequencies)
-    (folder / "tokenizer.model").write_text("x")
-    assert convert(folder, tmp_path / "out") == 0
-    files = {p.name for p in (tmp_path / "out").iterdir()}
-    assert files == {"config.json", "model.safetensors", "tokenizer.model"}
-    again = load_file(tmp_path / "out/model.safetensors")
-    assert again.keys() == llama.state_dict().keys()
-    for name, t in llama.state_dict().items():
-        assert again[name].dtype == torch.float16 and torch.equal(again[name], t)
-
-
 def test_info_says_what_a_model_is_made_of(tmp_path, capsys):
     assert info("llava-1.5-7b") == 0
     said = capsys.readouterr().out

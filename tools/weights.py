@@ -1,12 +1,10 @@
-"""Public weights: say what a model is made of, or write it anew.
+"""Public weights: say what a model is made of, or write it anew, a LoRA merged.
 
     python -m tools.weights info DIR|PRESET     # parts, parameters, visual tokens, memory; no weight is read
-    python -m tools.weights convert SRC DIR     # .bin and .pt to safetensors; a whole model to the llava-hf
-                                                # layout, where that can hold it
+    python -m tools.weights convert SRC DIR     # safetensors, in the llava-hf layout where that can hold it
 """
 
 import math
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from support.configs import (
     processor_json,
     read_decoder,
 )
-from support.export import fits_llava, write_tensors
+from support.export import fits_llava
 from support.io import read_json, reading
 from support.processor import save_processor
 from support.weights import (
@@ -32,7 +30,6 @@ from support.weights import (
     grow_words,
     is_lora,
     read_model,
-    read_tensors,
     read_tower,
     stored_dtype,
     tokenizer_home,
@@ -63,40 +60,22 @@ def main(argv=None):
 
 def convert(cfg):
     src, out = Path(cfg.model), Path(cfg.out)
-    folder = src if src.is_dir() else src.parent
-    if not cfg.out or out.resolve() == folder.resolve():
+    if not cfg.out or out.resolve() == src.resolve():
         raise UserError(f"OUT {cfg.out!r}: give a directory to write, not that of the weights to be read")
-    if is_lora(src) or layout_of(read_json(src / "config.json", {})) in READERS:
-        convert_model(src, out, cfg.vision, cfg.llm)
-    else:
-        convert_part(src, out)
+    plan, parts, lora = read_model(src, cfg.vision, cfg.llm if is_lora(src) else "")
+    n_row = max(plan.image_token, plan.pad_token) + 1
+    if plan.decoder.vocab_size < n_row:              # llava-hf has rows for <image> and <pad>
+        plan.decoder.vocab_size = -(-n_row // 64) * 64
+        grow_words(parts["decoder"], plan.decoder.vocab_size)
+    vlm = fill_model(plan, parts, lora, src, dtype=stored_dtype(parts))
 
-
-def convert_part(src, out):
-    """A tower, a decoder or a connector: its names stay, only the files change."""
-    tensors = {name: t.clone() for name, t in read_tensors(src).items() if not name.endswith("inv_freq")}
-    write_tensors(out / "model.safetensors", tensors)
-    for file in [*src.glob("*.json"), *src.glob("tokenizer.model")]:
-        if ".index." not in file.name:
-            shutil.copyfile(file, out / file.name)
-    print(f"{out}: {len(tensors)} tensors under their own names")
-
-
-def convert_model(src, out, vision, llm):
-    cfg, parts, lora = read_model(src, vision, llm if is_lora(src) else "")
-    n_row = max(cfg.image_token, cfg.pad_token) + 1
-    if cfg.decoder.vocab_size < n_row:               # llava-hf has rows for <image> and <pad>
-        cfg.decoder.vocab_size = -(-n_row // 64) * 64
-        grow_words(parts["decoder"], cfg.decoder.vocab_size)
-    vlm = fill_model(cfg, parts, lora, src, dtype=stored_dtype(parts))
-
-    tokenizer = tokenizer_home(src, llm) / "tokenizer.model"
+    tokenizer = tokenizer_home(src, cfg.llm) / "tokenizer.model"
     if tokenizer.exists():
-        save_processor(out, tokenizer, cfg)
+        save_processor(out, tokenizer, plan)
     else:
         print(f"{src} has no tokenizer.model; put one beside it")
     vlm.save_pretrained(out)
-    layout = "the llava-hf layout" if fits_llava(cfg) else "our own layout: llava-hf cannot hold this model"
+    layout = "the llava-hf layout" if fits_llava(plan) else "our own layout: llava-hf cannot hold this model"
     print(f"{out}: in {layout}")
 
 
