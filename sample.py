@@ -205,14 +205,14 @@ def open_asked(cfg):
 
 def main(argv=None):
     cfg = parse(SampleConfig, argv, __doc__)
+    if cfg.attention and not cfg.image:
+        raise UserError("--attention needs a picture to look at: give --image, too")
     if cfg.file or cfg.out:
         from support.asking import answer_file  # which imports this file
 
         return answer_file(cfg)
     if not (cfg.prompt or cfg.image or sys.stdin):
         raise UserError("nothing to answer: give --image, --prompt or both")
-    if cfg.attention and not cfg.image:
-        raise UserError("--attention needs a picture to look at: give --image, too")
     from support.chat import Chat, talk
 
     images = [open_image(path) for path in cfg.image]  # before a model is read: they may not be there

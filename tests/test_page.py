@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from common import ROOT
+from common import ROOT, call, errors
 from PIL import Image
 
 from model import VLM
@@ -139,6 +139,11 @@ def test_other_hosts_and_origins_are_refused(page, cat):
     connection.request("GET", "/", headers={"Host": "elsewhere.example"})
     assert connection.getresponse().status == 403
     assert page.socket.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_port_that_is_taken_is_said_in_a_line(page, tiny, capfd):
+    assert call(tools_page.main, "--model", tiny, "--port", page.server_port) == 1
+    assert f"--port {page.server_port}: Address already in use; give another" in errors(capfd)[-1]
 
 
 def test_the_page_asks_nothing_of_the_network():
