@@ -20,7 +20,6 @@ from functools import partial
 from benchmarks.common import (
     SHORT,
     Benchmark,
-    find_file,
     find_split,
     find_splits,
     load_records,
@@ -158,22 +157,12 @@ def score_mme(units):
 
 
 def read_vsr(cfg):
-    """The official file of relations has lines such as `Adjacency: adjacent to, next to`."""
-    kinds = {}
-    relations = find_file(cfg, "rel_meta_category_dict.txt", optional=True)
-    if relations:
-        with reading(relations):
-            text = relations.read_text(encoding="utf-8")
-        for line in text.splitlines():
-            kind, *names = re.split("[:,]", line)
-            kinds |= {name.strip(): kind.strip() for name in names}
-
     def ask(split, number, row):
-        relation, truth = row.get("relation"), {0: "False", 1: "True"}[row["label"]]
         text = 'Based on the image, is this statement "True" or "False"? ' + row["caption"]
         suffix = 'Respond with "True" or "False" directly.'
-        more = {"category": kinds.get(relation, relation), "candidates": ("True", "False")}
-        return question(str(row.get("id", number)), row["image"] + "", text, suffix, truth, **more)
+        truth = {0: "False", 1: "True"}[row["label"]]
+        more = {"category": row["relation"], "candidates": ("True", "False")}
+        return question(str(number), row["image"] + "", text, suffix, truth, **more)
 
     # Of the two ways to split it the papers take the zero-shot one.
     splits = {split: [f"zeroshot/{split}.jsonl", f"{split}.jsonl"] for split in ("test", "dev", "train")}
