@@ -11,7 +11,8 @@ idea of which texts are a letter; the functions *_letter below are those.
   ScienceQA  arXiv:2209.09513. The papers quote questions with a picture alone, here the row `image context`
   MMBench    arXiv:2307.06281. Circular: a question counts if it is right in all rotations of its options
   SEED       arXiv:2307.16125. A video is asked by its middle frame; --split image leaves the videos out
-  AI2D       arXiv:1603.07396. Raw pictures lack the letters that `letters drawn` questions speak of
+  AI2D       arXiv:1603.07396. The test split. Raw pictures lack the letters that `letters drawn` questions
+             speak of
   TallyQA    arXiv:1810.12440. The first number of an answer; by likelihood one of sixteen options
 """
 
@@ -36,8 +37,8 @@ from benchmarks.common import (
     read_each,
     read_split,
     split_files,
-    visible,
 )
+from benchmarks.own import chosen_letter
 from support.cli import one_of
 from support.io import read_json, reading
 
@@ -203,32 +204,26 @@ def seed_letter(text, item):
 
 
 def read_ai2d(cfg):
-    one_of("--split", cfg.split, ["test", "val", "all"])
-    split = cfg.split or "test"
-    test_ids = set()
-    if split != "all":
-        ids = find_file(cfg, "ai2d_test_ids.csv")
-        with reading(ids):
-            test_ids = set(ids.read_text(encoding="utf-8-sig").split())
-
-    for path in visible(find_file(cfg, "questions").glob("*.json")):
-        image = path.name.removesuffix(".json")
-        in_test = image.split(".")[0] in test_ids
-        if split == "all" or in_test == (split == "test"):
-            yield from read_each(load_records(path, "questions"), partial(ask_ai2d, image))
+    """A file of questions for each picture of the test split."""
+    _, path = find_split(cfg, {"test": ["ai2d_test_ids.csv"]})
+    folder = find_file(cfg, "questions")
+    with reading(path):
+        ids = path.read_text(encoding="utf-8-sig").split()
+    for id in ids:
+        rows = load_records(folder / f"{id}.png.json", "questions")
+        yield from read_each(rows, partial(ask_ai2d, f"images/{id}.png"))
 
 
 def ask_ai2d(image, text, row):
     category = "letters drawn" if row.get("abcLabel") else "no letters drawn"
     choices, truth = row["answerTexts"], LETTERS[row["correctAnswer"]]
     more = {"category": category, "choices": choices, "candidates": tuple("ABCD")}
-    return question(row["questionId"], f"images/{image}", text + lettered(choices), LETTER, truth, **more)
+    return question(row["questionId"], image, text + lettered(choices), LETTER, truth, **more)
 
 
 def ai2d_letter(text, item):
-    """The letter alone, or `B.`, `(B)`, `B. leaf`, `B) leaf`, `B: leaf`."""
-    found = re.match(r"\(?([A-Z])(?:$|[.):](?:\s|$))", text.strip())
-    return found[1] if found and found[1] in LETTERS[: len(item["choices"])] else None
+    letter = chosen_letter(text)
+    return letter and letter.upper()
 
 
 # ---- TallyQA ----
