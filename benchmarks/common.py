@@ -59,7 +59,6 @@ class Benchmark:
     right: Callable = is_truth  # (answer, item) -> 0 to 1
     score: Callable = percent_right  # units -> the headline figure
     more: Callable | None = None  # units -> {figure: number}, what the authors publish beside it
-    extract: Callable | None = None  # (item, what the model said) -> what is judged
     submit: Callable | None = None  # (items, records) -> file name, content: what is handed in
     by_gpt: bool = False  # GPT-4 judges: `submit` makes its requests, --predictions brings its reviews
     paper: str = ""  # published figures: LLaVA-1.5 by its own tables, else by Prismatic's; Prism-DINOSigLIP

@@ -104,7 +104,7 @@ def words(text):
 def read_prediction(where, row, bench):
     if isinstance(row.get("messages"), list):  # a conversation: its last turn
         return {"answer": str((row["messages"] or [""])[-1])}
-    if bench.extract and "extraction" in row:
+    if "extraction" in row:  # MathVista's
         return {"answer": str(row["extraction"]), "is_extracted": True}
     for name in ("content", "score") if bench.by_gpt else ():
         if name in row:

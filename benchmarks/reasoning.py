@@ -19,69 +19,34 @@ from benchmarks.common import (
     COT,
     LETTER,
     LETTERS,
-    SHORT,
     Benchmark,
-    find_file,
-    find_split,
     lettered,
-    load_records,
     question,
-    read_each,
     read_split,
     split_files,
 )
-from support.cli import one_of
 
 IN_BRACKETS = "\n({}) {}"  # one option
 
 # ---- MathVista ----
 
-HINTS = {
-    "choice": "and provide the correct option letter, e.g., A, B, C, D, at the end.",
-    "integer": "requiring an integer answer and provide the final value, e.g., 1, 2, 3, at the end.",
-    "float1": "requiring a floating-point number with one decimal place and provide the final value, "
-    "e.g., 1.2, 1.3, 1.4, at the end.",
-    "float2": "requiring a floating-point number with two decimal places and provide the final value, "
-    "e.g., 1.23, 1.34, 1.45, at the end.",
-    "list": "requiring a Python list as an answer and provide the final list, "
-    "e.g., [1, 2, 3], [1.2, 1.3, 1.4], at the end.",
-}
-
 
 def read_mathvista(cfg):
-    prompts = find_file(cfg, "query.json", optional=True)
-    queries = {str(id): text for _, id, text in load_records(prompts)} if prompts else {}
-
     def ask(split, id, row):
-        query = queries.get(str(id)) or row.get("query") or mathvista_query(row)
+        query = row["query"]
+        more = {name: row[name] for name in ("question_type", "answer_type", "precision", "choices")}
+        more |= {"asked": row["question"], "category": row["metadata"]["task"]}
         # A chain of thought has a frame of its own in the place of the hint.
-        bare = query.partition("\n")[2] if query.startswith("Hint: ") else query.removesuffix(f"\n{SHORT}")
-        more = {
-            "category": (row.get("metadata") or {}).get("task"),
-            "asked": row["question"],
-            "cot": COT + bare,
-            "choices": row.get("choices") or None,
-            "question_type": row["question_type"],
-            "answer_type": row["answer_type"],
-            "precision": row.get("precision"),
-        }
-        return question(str(id), row["image"] + "", query, "", row.get("answer") or None, **more)
+        more["cot"] = COT + re.sub("^Hint: .*\n", "", query)
+        return question(str(id), row["image"] + "", query, "", row["answer"] or None, **more)
 
     return read_split(cfg, split_files("{}.json", "testmini test"), ask)
 
 
-def mathvista_query(row):
-    hint = row["answer_type"]
-    if row["question_type"] == "multi_choice":
-        hint = "choice"
-    elif hint == "float":
-        hint = f"float{int(row.get('precision') or 1)}"
-    query = f"Hint: Please answer the question {HINTS[hint]}\nQuestion: {row['question']}"
-    if row.get("unit"):
-        query += f" (Unit: {row['unit']})"
-    if row.get("choices"):
-        query += "\nChoices:" + lettered(row["choices"], IN_BRACKETS)
-    return query
+def mathvista_answer(text, item):
+    if not item.get("is_extracted"):
+        text = mathvista_extract(item, text)
+    return mathvista_normal(text, item)
 
 
 def mathvista_extract(item, text):
@@ -125,7 +90,7 @@ def nearest_choice(text, choices):
     found = re.findall(r"\(([a-zA-Z])\)", text)
     if found:
         text = found[0].upper()
-    if len(text) == 1 and text in LETTERS[: len(choices)]:
+    if text in list(LETTERS[: len(choices)]):
         return choices[LETTERS.index(text)]
     return min(choices, key=lambda choice: edit_distance(text, choice))
 
@@ -145,38 +110,36 @@ def edit_distance(a, b):
 
 def read_m3cot(cfg):
     """Without test.jsonl the authors' result file will do, whose lines carry choices and answer too."""
-    files = split_files("{}.jsonl", "test dev") | {"validation": ["dev.jsonl"]}
-    one_of("--split", cfg.split, list(files))
-    path = cfg.predictions
-    if not path or Path(cfg.data).is_file() or find_file(cfg, "test.jsonl", "dev.jsonl", optional=True):
-        _, path = find_split(cfg, files)
+    files = split_files("{}.jsonl", "test dev")
+    if cfg.predictions:
+        files["predictions"] = [Path(cfg.predictions).name]
     seen = set()
 
-    def ask(key, row):
+    def ask(split, key, row):
         if row["id"] in seen:
             return None  # the first record of an id counts
         seen.add(row["id"])
         return ask_m3cot(row, cfg.family)
 
-    return read_each(load_records(path), ask)
+    return read_split(cfg, files, ask)
 
 
 def ask_m3cot(row, family):
-    id, choices, truth = row["id"], row["choices"], row.get("answer")
-    image = row.get("image_path") or f"images/{row.get('image_id') or id}.png"
-    text = row.get("question") or ""
+    id, choices, text = row["id"], row["choices"], row.get("question", "")
+    image = f"images/{row.get('image_id') or id}.png"
     context = f"{row['context']}\n" if row.get("context") else ""
     more = {"category": [row["domain"], row["topic"]], "asked": text, "choices": choices, "family": family}
     if family == "internvl":
-        return question(id, image, context + text + lettered(choices), LETTER, truth, **more)
-
-    if context:
-        context = f"[Context]\n{context}"
-    text = f"{context}[Question]\n{text}\n[Choices]" + lettered(choices, IN_BRACKETS)
-    letters = ",".join(f'"({letter})"' for letter in LETTERS[: len(choices)])
-    more["cot"] = f"{text}\n\nLet's think step-by-step!"
-    more["then"] = f"Please select the correct answer from the [{letters}] options."
-    return question(id, image, text, "", truth, **more)
+        suffix = LETTER
+        text = context + text + lettered(choices)
+    else:
+        suffix = ""
+        context = context and f"[Context]\n{context}"
+        text = f"{context}[Question]\n{text}\n[Choices]" + lettered(choices, IN_BRACKETS)
+        letters = ",".join(f'"({letter})"' for letter in LETTERS[: len(choices)])
+        more["cot"] = f"{text}\n\nLet's think step-by-step!"
+        more["then"] = f"Please select the correct answer from the [{letters}] options."
+    return question(id, image, text, suffix, row.get("answer"), **more)
 
 
 def m3cot_letter(text, item):
@@ -216,8 +179,7 @@ def internvl_letter(text, choices):
 BENCHMARKS = {
     "mathvista": Benchmark(
         read_mathvista,
-        mathvista_normal,
-        extract=mathvista_extract,
+        mathvista_answer,
         max_new_tokens=128,
         metric="accuracy %, extracted by rule where no extraction was given",
         paper="InternVL2.5-8B-MPO 68.9",

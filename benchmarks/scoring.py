@@ -46,9 +46,7 @@ def judge_one(bench, item, answer):
     if text is not None and (is_review or not bench.by_gpt):
         if item["worked"] and "then" not in item:
             text = final_answer(text)
-        if bench.extract and not record.get("is_extracted"):
-            text = bench.extract(item, text)
-        record["parsed"] = bench.parse(text, item)
+        record["parsed"] = bench.parse(text, item | answer)
         if record["parsed"] is not None and item["truth"] is not None:
             record["score"] = bench.right(record["parsed"], item)
     if item["truth"] is None or (bench.by_gpt and not is_review):

@@ -159,9 +159,10 @@ def test_mathvistas_own_result_files_say_what_was_asked_in_their_query(tmp_path)
     """In 62 of them the numbers of `question` are masked."""
     row = {"image": "images/6.jpg", "choices": ["6cm", "7cm"], "answer": "6cm"}
     row |= {"question_type": "multi_choice", "answer_type": "text", "question": "If CB = 4.0, what is AC?"}
+    row |= {"precision": None, "metadata": {"task": "t"}}
+    row["query"] = f"Hint: Please answer.\nQuestion: {row['question']}\nChoices:\n(A) 6cm\n(B) 7cm"
     put(tmp_path, "testmini.json", {"6": row})
-    query = f"Hint: Please answer.\nQuestion: {row['question']}\nChoices:\n(A) 6cm\n(B) 7cm"
-    told = row | {"question": "If CB = N_0, what is AC?", "query": query, "extraction": "A"}
+    told = row | {"question": "If CB = N_0, what is AC?", "extraction": "A"}
     assert scored(tmp_path, "mathvista", tmp_path, put(tmp_path, "told.json", {"6": told}))["score"] == 100
 
 

@@ -567,8 +567,8 @@ def test_mmbenchs_table_is_handed_in_with_the_answers_in_its_seventh_column(tmp_
 def test_what_stands_in_mathvistas_extraction_is_normalised_and_not_read_again(tmp_path):
     base = {
         "question": "?",
+        "query": "Hint: Please answer.\nQuestion: ?",
         "image": "images/1.jpg",
-        "unit": None,
         "precision": None,
         "metadata": {"task": "t"},
     }
