@@ -49,24 +49,24 @@ def read_scienceqa(cfg):
     splits = read_json(find_file(cfg, "pid_splits.json"))
     one_of("--split", cfg.split, list(splits))
     split = cfg.split or "test"
-    problems = {id: (where, id, row) for where, id, row in load_records(find_file(cfg, "problems.json"))}
-    rows = [problems[str(id)] for id in splits[split]]
-    return read_each(rows, partial(ask_scienceqa, split, cfg.family))
+    problems = read_json(find_file(cfg, "problems.json"))
+    rows = [(f"problem {id}", id, problems[str(id)]) for id in splits[split]]
+    return read_each(rows, partial(ask_scienceqa, cfg.family))
 
 
-def ask_scienceqa(split, family, id, row):
-    hint, image = row.get("hint"), row.get("image")
+def ask_scienceqa(family, id, row):
+    hint, image = row["hint"], row["image"]
     context = ""
     if hint:
         context = f"{hint}\n" if family == "internvl" else f"Context: {hint}\n"
 
     # The official breakdown: a question counts under its subject, its grade and its context.
-    lower_grades = [f"grade{k}" for k in range(1, 7)]
-    category = [row.get("subject", ""), "grades 1-6" if row.get("grade") in lower_grades else "grades 7-12"]
+    is_lower = row["grade"] in ("grade1", "grade2", "grade3", "grade4", "grade5", "grade6")
+    category = [row["subject"], "grades 1-6" if is_lower else "grades 7-12"]
     contexts = {"text context": hint, "image context": image, "no context": not (hint or image)}
     category += [name for name, is_there in contexts.items() if is_there]
 
-    path = f"images/{row.get('split', split)}/{id}/{image}" if image else None
+    path = f"images/{row['split']}/{id}/{image}" if image else None
     text = context + row["question"] + lettered(row["choices"])
     more = {"category": category, "choices": row["choices"], "asked": row["question"]}
     return question(id, path, text, LETTER, LETTERS[row["answer"]], **more)
@@ -112,8 +112,7 @@ REFUSALS = (
 def read_mmbench(files, suffix, cfg):
     _, path = find_split(cfg, files)
     rows = load_records(path)
-    with reading(path):
-        pictures = {row["index"]: row["image"] for _, _, row in rows}
+    pictures = {row["index"]: row["image"] for _, _, row in rows}
 
     def ask(key, row):
         index = int(float(row["index"]))

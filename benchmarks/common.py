@@ -273,7 +273,7 @@ def count_in(text):
     return int(found[0]) if found[0].isdigit() else NUMBER_WORDS.index(found[0].lower())
 
 
-def read_box(text):
+def read_box(text, item=None):
     """The first four numbers in brackets, [x1, y1, x2, y2]: fractions of the picture's sides, or thousandths
     (InternVL).
     """
@@ -290,5 +290,5 @@ def iou(a, b):
     def area(x1, y1, x2, y2):
         return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
-    common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    common = area(*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))
     return common / max(area(*a) + area(*b) - common, 1e-9)

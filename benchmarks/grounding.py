@@ -20,40 +20,31 @@ from benchmarks.common import Benchmark, iou, question, read_box, read_split, sp
 
 def ask_region(cfg, id, image, sentence, box, size, **more):
     """box: corners in pixels; size: the picture's width and height."""
-    internvl = cfg.family == "internvl"
     width, height = size
     x1, y1, x2, y2 = box
     if not (x1 < x2 and y1 < y2 and width > 0 and height > 0):
         raise ValueError(f"box {box} in a picture of {width} x {height} pixels")
-    truth = [x1 / width, y1 / height, x2 / width, y2 / height]
-    truth = [round(x, 4 if internvl else 2) for x in truth]
-    start, end = ("<ref>", "</ref>") if internvl else ('"', '"')
-    text = "Please provide the bounding box coordinate of the region this sentence describes: "
-    text += start + sentence + end
+    internvl = cfg.family == "internvl"
+    digits = 4 if internvl else 2
+    quoted = f"<ref>{sentence}</ref>" if internvl else f'"{sentence}"'
+    truth = [round(x, digits) for x in (x1 / width, y1 / height, x2 / width, y2 / height)]
+    text = f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}"
     return question(id, image, text, "", truth, asked=sentence, **more)
-
-
-def region_box(text, item):
-    return read_box(text)
-
-
-def overlaps(least, box, item):
-    return float(iou(box, item["truth"]) >= least)
 
 
 def read_refcoco(name, splits, cfg):
     """InternVL's JSON lines, one sentence a line. (REFER's own pickles would have to be run to be read.)"""
 
     def ask(split, number, row):
-        id, image = str(row.get("sent_id", number)), row["image"] + ""
-        return ask_region(cfg, id, image, row["sent"], row["bbox"], (row["width"], row["height"]))
+        size = row["width"], row["height"]
+        return ask_region(cfg, str(number), row["image"] + "", row["sent"], row["bbox"], size)
 
     return read_split(cfg, split_files(name + "_{}.jsonl", splits), ask)
 
 
 def read_ocid(cfg):
     def ask(split, id, row):
-        box = json.loads(row["bbox"]) if isinstance(row["bbox"], str) else row["bbox"]
+        box = json.loads(row["bbox"])
         if box[2] > 640 or box[3] > 480:  # they are corners, whatever the dataset's note says
             raise ValueError(f'"bbox" is {box}; it must be [x1, y1, x2, y2] within 640 x 480 pixels')
         take = row["take_id"]
@@ -65,10 +56,11 @@ def read_ocid(cfg):
 
 
 def boxes(read, least, paper):
+    def overlaps(box, item):
+        return float(iou(box, item["truth"]) >= least)
+
     metric = f"accuracy % at IoU {least}"
-    return Benchmark(
-        read, region_box, partial(overlaps, least), max_new_tokens=100, metric=metric, paper=paper
-    )
+    return Benchmark(read, read_box, overlaps, max_new_tokens=100, metric=metric, paper=paper)
 
 
 BENCHMARKS = {
