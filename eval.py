@@ -25,7 +25,7 @@ import sys
 import textwrap
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -34,16 +34,15 @@ from PIL import Image, ImageDraw, ImageOps
 
 import sample
 from benchmarks import BENCHMARKS
-from benchmarks.common import COT, Benchmark, as_said, question
+from benchmarks.common import COT, Benchmark, as_said, data_folder, question
 from benchmarks.own import most_frequent, own_right
 from benchmarks.predictions import match_predictions, unanswered_categories
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
 from data import Records
-from support.asking import ask, read_picture
+from support.asking import ask, read_picture, resume_flags
 from support.cli import UserError, arg, parse, run_program
-from support.io import Progress, fingerprint, json_lines, lock, read_json, reading, write_whole
-from support.weights import model_files
+from support.io import Progress, json_lines, lock, read_json, reading, write_whole
 
 
 @dataclass
@@ -104,15 +103,13 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
         answers = match_predictions(bench, items, cfg.predictions)
         left_out = unanswered_categories(items, answers) if bench.apart else set()
         items = draw_some([item for item in items if not left_out & set(item["category"])], cfg.limit)
-        columns = {"given": [phrase(item, "given", [], cfg) for item in items]}
-        result = add_up(columns, {"given": answers}) | {"left_out": sorted(left_out)}
+        questions = [phrase(item, "given", [], cfg) for item in items]
+        result = add_up({"given": questions}, {"given": answers}) | {"left_out": sorted(left_out)}
     else:
         items = draw_some(items, cfg.limit)
-        free = ("out", "resume", "device", "compare", "show")  # flags that --resume may change
-        flags = {flag: value for flag, value in asdict(cfg).items() if flag not in free}
+        flags = resume_flags(cfg, may_change=("out", "resume", "device", "compare", "show"))
         asked = repr([(item["id"], item["text"]) for item in items])
         flags |= {"benchmark": name, "questions of checksum": zlib.crc32(asked.encode())}
-        flags |= {"weights of checksum": fingerprint(model_files(cfg.model, cfg.llm))}
         result = evaluate(items, cfg, vlm, tok, Progress(out / "progress.jsonl", flags, cfg.resume))
 
     result["model"] = cfg.model
@@ -123,7 +120,7 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
     files = write_results(bench, result, items, out)
     if cfg.show:
         files.append(draw_wrong(result["records"], cfg, out / "wrong.png"))
-    print(report(result) + "\n  " + ", ".join(files), flush=True)
+    print(f"{report(result)}\n  {', '.join(files)}", flush=True)
     return result
 
 
@@ -184,8 +181,9 @@ def read_own(cfg):
         n_seen[id] += 1
         if n_seen[id] > 1:  # another question of this record, or another record of this name
             id = f"{id}#{n_seen[id]}"
-        item = question(id, None, text, "", truth, category=str(record.get("category") or "all"))
-        yield item | {"earlier": earlier, "image": record["images"]}
+        category = str(record.get("category") or "all")
+        item = question(id, None, text, "", truth, category=category, earlier=earlier)
+        yield item | {"image": record["images"]}
 
 
 SUITE = BENCHMARKS | {"own": Benchmark(read_own, as_said, own_right, max_new_tokens=96)}
@@ -195,11 +193,12 @@ def draw_some(items, limit):
     """--limit: a random sample, always the same, in file order. The last unit drawn stays whole."""
     size = Counter(item["unit"] for item in items)
     units = list(size)
-    drawn = {}
+    drawn = set()
+    n = 0
     for i in np.random.default_rng(21).permutation(len(units)):
-        if limit and sum(drawn.values()) >= limit:
-            break
-        drawn[units[i]] = size[units[i]]
+        if not limit or n < limit:
+            drawn.add(units[i])
+            n += size[units[i]]
     return [item for item in items if item["unit"] in drawn]
 
 
@@ -209,18 +208,18 @@ def draw_some(items, limit):
 def columns_of(items, cfg):
     """-> {name: questions}; the first is the score."""
     pictures = find_pictures(items, cfg)
-    pictures_of_column = {"chain of thought": pictures} if cfg.cot else {}
-    pictures_of_column["direct"] = pictures
+    shown = {"chain of thought": pictures} if cfg.cot else {}
+    shown["direct"] = pictures
     if cfg.blind == "none":
-        pictures_of_column["no pictures"] = {}
+        shown["no pictures"] = dict.fromkeys(pictures, [])
     elif cfg.blind or items[0]["benchmark"] == "own":
         other = other_pictures(pictures.values())
         if len(other) > 1:
             shuffled = {id: [other[picture] for picture in found] for id, found in pictures.items()}
-            pictures_of_column["shuffled pictures"] = shuffled
+            shown["shuffled pictures"] = shuffled
     columns = {}
-    for column, found in pictures_of_column.items():
-        columns[column] = [phrase(item, column, found.get(item["id"], []), cfg) for item in items]
+    for column, found in shown.items():
+        columns[column] = [phrase(item, column, found[item["id"]], cfg) for item in items]
     return columns
 
 
@@ -263,8 +262,8 @@ def other_pictures(pictures):
 
 def find_pictures(items, cfg):
     """{id: [path or bytes, ...]}; what is missing is an error before the first answer."""
-    folder = Path(cfg.data).parent if Path(cfg.data).is_file() else cfg.data
-    find = cache(partial(find_picture, Path(os.path.abspath(cfg.image_root or folder))))
+    root = Path(os.path.abspath(cfg.image_root or data_folder(cfg)))
+    find = cache(partial(find_picture, root))
     pictures = {}
     for item in items:
         images = item["image"] if isinstance(item["image"], list) else [item["image"]]  # own: several
@@ -278,13 +277,11 @@ def find_picture(root, name):
     path = Path(os.path.normpath(root / name))
     if not path.is_relative_to(root):
         raise UserError(f"picture {name!r} lies outside --image-root {root}; move it there")
-    names = [path.name]
-    for ending in (".jpg", ".png"):
-        names += [path.name + ending, path.stem + ending]
     for folder in (path.parent, path.parent / "images", root, root / "images"):
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
+        for ending in ("", ".jpg", ".png"):
+            file = folder / (path.name + ending)
+            if file.is_file():
+                return file
     raise UserError(f"{path}: no such picture; check the path and --image-root")
 
 
@@ -331,13 +328,14 @@ def table(results):
     others = list(dict.fromkeys(column for result in results for column in result["columns"]))
     rows = [["", "score", "95% interval", "n", "unparsed", *others, ""]]
     for result in results:
-        columns = [result, *[result["columns"].get(name) for name in others]]
+        baselines = [result["columns"].get(name) for name in others]
+        scores = [score_of(baseline) for baseline in baselines]
         notes = f"{result['metric']}  {result['paper']}"
-        rows.append(table_row(result["benchmark"], columns, notes, f"{result['unparsed']:.1%}"))
+        rows.append([result["benchmark"], *row_of(result), f"{result['unparsed']:.1%}", *scores, notes])
         for category, figures in result["categories"].items():
-            of_it = [column and column["categories"][category] for column in columns]
+            scores = [score_of(baseline and baseline["categories"][category]) for baseline in baselines]
             more = ", ".join(f"{name} {figure:.4g}" for name, figure in figures["more"].items())
-            rows.append(table_row(f"  {category}", of_it, more))
+            rows.append([f"  {category}", *row_of(figures), "", *scores, more])
 
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -347,13 +345,14 @@ def table(results):
     return "\n".join(lines)
 
 
-def table_row(name, columns, notes, unparsed=""):
-    """columns: the figures of each, the score's first; None where a benchmark was not asked so."""
-    n, low_high = columns[0]["n"], columns[0]["ci95"]
-    interval = "{:.2f} to {:.2f}".format(*low_high) if low_high else "-"
-    scores = [column["score"] if column else None for column in columns]
-    score, *beside = ["-" if x is None else f"{x:.2f}" for x in scores]
-    return [name, score, interval, str(n), unparsed, *beside, notes]
+def row_of(figures):
+    interval = "{:.2f} to {:.2f}".format(*figures["ci95"]) if figures["ci95"] else "-"
+    return [score_of(figures), interval, str(figures["n"])]
+
+
+def score_of(figures):
+    """A dash where nothing was scored, or a benchmark was not asked in this way."""
+    return "-" if figures is None or figures["score"] is None else f"{figures['score']:.2f}"
 
 
 def draw_wrong(records, cfg, path):
@@ -365,11 +364,12 @@ def draw_wrong(records, cfg, path):
     sheet = Image.new("RGB", (1024, max(1, n) * 248), "white")
     pen = ImageDraw.Draw(sheet)
     for k, record in enumerate(chosen):
+        top = k * 248
         for picture in pictures[record["id"]][:1]:
-            sheet.paste(ImageOps.pad(read_picture(picture), (240, 240), color="white"), (0, k * 248))
-        texts = [record["prompt"], f"said: {record['answer']}", f"truth: {record['truth']}"]
-        lines = [line for text in texts for line in textwrap.wrap(text, 100)[:5]]
-        pen.text((248, k * 248), "\n".join(lines), fill="black", font_size=12)
+            sheet.paste(ImageOps.pad(read_picture(picture), (240, 240), color="white"), (0, top))
+        text = f"{record['prompt']}\nsaid: {record['answer']}\ntruth: {record['truth']}"
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 100)]
+        pen.text((248, top), "\n".join(lines[:16]), fill="black", font_size=12)
     write_whole(path, lambda tmp: sheet.save(tmp, format="PNG"))
     return str(path)
 

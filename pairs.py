@@ -25,7 +25,7 @@ and not by math-verify (formulas must be written alike).
 import random
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 
@@ -34,9 +34,9 @@ from benchmarks.own import is_right
 from conversation import find_template
 from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
+from support.asking import resume_flags
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
-from support.io import Progress, fingerprint, lock, write_json, write_json_lines
-from support.weights import model_files
+from support.io import Progress, lock, write_json, write_json_lines
 from vision import open_image
 
 # What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
@@ -115,10 +115,7 @@ def ask_all(vlm, tok, records, cfg):
     n = min(cfg.limit or len(records), len(records))
     rows = [i * len(records) // n for i in range(n)]  # spread over the file
 
-    files = records.paths + model_files(cfg.model, cfg.llm)
-    flags = asdict(cfg) | {"data and weights": fingerprint(files)}
-    del flags["out"], flags["device"]
-    progress = Progress(cfg.out + ".part", flags)
+    progress = Progress(cfg.out + ".part", resume_flags(cfg, records.paths))
     n_done = len(progress.rows) * size
     print(f"{n:,} questions, {min(n, n_done):,} of them asked before", flush=True)
     for first in Bar(range(n_done, n, size), cfg.method, unit="group"):

@@ -6,7 +6,7 @@
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 from benchmarks.common import DIGITS, evalai, iou, read_box
 
@@ -59,9 +59,11 @@ def read_number(text):
 
 def most_frequent(items):
     """A baseline: to every question of a category its most frequent answer."""
+    truths = defaultdict(list)
+    for item in items:
+        truths[item["category"][0]].append(item["truth"])
     answers = {}
-    for category in {item["category"][0] for item in items}:
-        truths = [item["truth"] for item in items if item["category"] == [category]]
-        top = Counter(map(final_part, truths)).most_common(1)[0][0]
-        answers[category] = next(truth for truth in truths if final_part(truth) == top)
+    for category, some in truths.items():
+        count = Counter(map(final_part, some))
+        answers[category] = max(some, key=lambda truth: count[final_part(truth)])
     return {item["id"]: {"answer": answers[item["category"][0]]} for item in items}

@@ -22,18 +22,19 @@ def grade(bench, questions, answers):
             records.append(judge_one(bench, item, answers.get(item["id"], {})))
     given = [record for record in records if record["answer"] is not None]
     unparsed = [record for record in given if record["parsed"] in (None, "")]
+    units = list(units_of(records).values())
     result = {"n": len(records), "score": None, "ci95": None, "more": {}}
-    units = units_of(records)
     if units:
-        result |= figures_of(bench, units)
+        result = figures_of(bench, units)
 
     result["missing"] = len(records) - len(given)
     result["unparsed"] = len(unparsed) / max(1, len(given))
     result["cut_off"] = sum(record.get("cut_off", False) for record in given)
-    result["categories"] = {}
-    for category in dict.fromkeys(name for unit in units for name in unit[0]["category"]):
-        of_it = [unit for unit in units if category in unit[0]["category"]]
-        result["categories"][category] = figures_of(bench, of_it)
+    of_category = defaultdict(list)
+    for unit in units:
+        for category in unit[0]["category"]:
+            of_category[category].append(unit)
+    result["categories"] = {category: figures_of(bench, some) for category, some in of_category.items()}
     return result | {"records": records}
 
 
@@ -42,25 +43,26 @@ def judge_one(bench, item, answer):
     record = {name: item[name] for name in ("id", "unit", "category", "image", "asked", "prompt", "truth")}
     record |= {"answer": None, "parsed": None, "score": 0.0} | answer
     text = record["answer"]
-    is_review = record.get("is_review", False)
-    if text is not None and (is_review or not bench.by_gpt):
-        if item["worked"] and "then" not in item:
-            text = final_answer(text)
-        record["parsed"] = bench.parse(text, item | answer)
-        if record["parsed"] is not None and item["truth"] is not None:
-            record["score"] = bench.right(record["parsed"], item)
-    if item["truth"] is None or (bench.by_gpt and not is_review):
+    waits = bench.by_gpt and "is_review" not in answer
+    if item["truth"] is None or waits:
         record["score"] = None
+    if text is None or waits:
+        return record
+    if item["worked"] and "then" not in item:
+        text = final_answer(text)
+    record["parsed"] = bench.parse(text, item | answer)
+    if record["parsed"] is not None and item["truth"] is not None:
+        record["score"] = bench.right(record["parsed"], item)
     return record
 
 
 def units_of(records):
-    """Scored records, as they are counted: one question, MME's two, MMBench's four rotations."""
+    """{id: scored records that are counted together}: one question, MME's two, MMBench's four rotations."""
     units = defaultdict(list)
     for record in records:
         if record["score"] is not None:
             units[record["unit"]].append(record)
-    return list(units.values())
+    return units
 
 
 def figures_of(bench, units):
@@ -84,15 +86,14 @@ def bootstrap(units, score):
 
 def compare(bench, ours, theirs):
     """Paired bootstrap of two runs: the same units are drawn from both lists of records."""
-    theirs = {str(unit[0]["unit"]): unit for unit in units_of(theirs)}
-    pairs = [(unit, theirs.get(str(unit[0]["unit"]))) for unit in units_of(ours)]
-    pairs = [(a, b) for a, b in pairs if b]
+    ours, theirs = units_of(ours), units_of(theirs)
+    pairs = [(unit, theirs[id]) for id, unit in ours.items() if id in theirs]
     if not pairs:
         raise UserError("the two runs share no scored question; are both of one benchmark?")
 
     # The bare question: a chain of thought and another family have a prompt of their own.
     for one, other in [rows for pair in pairs for rows in zip(*pair)]:
-        if "asked" in one and "asked" in other and one["asked"] != other["asked"]:
+        if one["asked"] != other["asked"]:
             raise UserError(
                 f"question {one['id']!r} is {other['asked']!r:.80} there, {one['asked']!r:.80} here; "
                 "compare two runs on the same questions"
@@ -102,8 +103,6 @@ def compare(bench, ours, theirs):
         return bench.score([a for a, _ in pairs]) - bench.score([b for _, b in pairs])
 
     gains = [sum(r["score"] for r in a) - sum(r["score"] for r in b) for a, b in pairs]
-    if not np.isfinite(gains).all():
-        raise ValueError("a score is no number")
     return {
         "n": len(pairs),
         "difference": difference(pairs),

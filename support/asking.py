@@ -129,6 +129,13 @@ def likeliest(vlm, tok, questions, prompts):
     return [{"answer": candidates[int(row.argmax())], "p": [round(x, 6) for x in row.tolist()]} for row in p]
 
 
+def resume_flags(cfg, files=(), may_change=("out", "device", "resume")):
+    """What must be the same for a run to go on: its flags, the data files, and the weights."""
+    flags = {flag: value for flag, value in asdict(cfg).items() if flag not in may_change}
+    files = [*files, *model_files(cfg.model, cfg.llm)]
+    return flags | {"data and weights": fingerprint(files)}
+
+
 # ---- sample.py --file ----
 
 
@@ -143,10 +150,7 @@ def answer_file(cfg):
         records = Records(cfg.file, cfg.image_root)
         questions = [file_question(records, i, cfg) for i in range(len(records))]
         vlm, tok = sample.open_asked(cfg)
-        files = records.paths + model_files(cfg.model, cfg.llm)
-        flags = asdict(cfg) | {"questions and weights": fingerprint(files)}
-        del flags["out"], flags["device"], flags["resume"]
-        progress = Progress(f"{out}.part", flags, cfg.resume)
+        progress = Progress(f"{out}.part", resume_flags(cfg, records.paths), cfg.resume)
         found = ask(vlm, tok, questions, 48, progress)
 
         rows = []
