@@ -34,9 +34,9 @@ from benchmarks.own import is_right
 from conversation import find_template
 from data import Records, picture_paths
 from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
-from support.asking import resume_flags
+from support.asking import new_file, resume_flags
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
-from support.io import Progress, lock, write_json, write_json_lines
+from support.io import Progress, reading, write_json, write_json_lines
 from vision import open_image
 
 # What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
@@ -81,22 +81,15 @@ DEFAULTS = dict(temperature=1.0, top_k=50, max_new_tokens=1024, dtype="float32")
 
 def main(argv=None):
     cfg = parse(PairsConfig, argv, __doc__, DEFAULTS)
-    out = Path(cfg.out)
-    with lock(out.with_name(f".{out.name}.lock")):
-        return make_pairs(cfg, out)
-
-
-def make_pairs(cfg, out):
-    if out.exists():
-        raise UserError(f"--out {out} is there already; remove it, or give another")
     cfg.image_root = cfg.image_root or str(Path(cfg.data).parent)
-    records = Records(cfg.data, cfg.image_root).split_questions()
-    vlm, tok = open_asked(cfg)
-    progress = ask_all(vlm, tok, records, cfg)
-    pairs = report(progress.rows, out)
-    if pairs:
-        write_json_lines(out, pairs)
-    progress.path.unlink()
+    with new_file(cfg.out) as out:
+        records = Records(cfg.data, cfg.image_root).split_questions()
+        vlm, tok = open_asked(cfg)
+        progress = ask_all(vlm, tok, records, cfg)
+        pairs = report(progress.rows, out)
+        if pairs:
+            write_json_lines(out, pairs)
+        progress.path.unlink()
     if not pairs:
         raise UserError("not one pair could be made; the counts are above")
     command = f"python mpo.py --model {cfg.model} --data {out} --image-root {cfg.image_root}"
@@ -157,7 +150,7 @@ class Question:
 
 
 def read_question(vlm, tok, record, cfg):
-    try:
+    with reading(record["where"]):
         paths = picture_paths(record)
         (role, text), *answers = record["turns"]
         truth = answers[0][1].strip() if answers else ""
@@ -179,8 +172,6 @@ def read_question(vlm, tok, record, cfg):
         n_token, longest = len(prompt[0]), vlm.cfg.decoder.block_size
         if n_token >= longest * 3 // 4:
             raise UserError(f"its {n_token} tokens leave little room for an answer in {longest}")
-    except UserError as error:
-        raise UserError(f"{record['where']}: {error}") from None
     names, chosen = record["images"], record.get("chosen")
     image = names[0] if len(names) == 1 else names or None
     return Question(record["where"], image, text, prompt, truth, chosen and chosen.strip())

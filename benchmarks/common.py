@@ -83,10 +83,9 @@ def question(id, image, text, suffix, truth, **more):
         item["category"] = [item["category"]] if item["category"] else []
     choices = item.get("choices")
     texts = [text, item["asked"], *item["category"], *(choices or [])]
-    if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in texts):
-        raise ValueError("id, question, category and options must be text")
-    if not isinstance(image, (str, bytes, type(None))):
-        raise ValueError("the picture must be a name")
+    is_text = all(isinstance(x, str) for x in texts)
+    if not is_text or not isinstance(id, (str, int)) or not isinstance(image, (str, bytes, type(None))):
+        raise ValueError("id, question, picture, category and options must be text")
     if type(truth) not in (type(None), str, int, list):
         raise ValueError(f"the label is {truth!r}")
     if choices is not None and truth not in (None, *LETTERS[: len(choices)], *choices):
@@ -169,16 +168,15 @@ def load_records(path, under=None):
             raise UserError(f"{path}: is empty; get the file again")
 
         # POPE's files are called .json and hold one record a line.
-        first = lines[0][1].strip()
-        is_record = first.startswith("{") and first.endswith("}")
+        is_record = re.fullmatch(r"\s*{.*}\s*", lines[0][1])
         if is_record and (path.suffix == ".jsonl" or len(lines) > 1):
             return [(where, k, load_line(where, line)) for k, (where, line) in enumerate(lines)]
-        found = json.loads(text)
-        records = found if under is None else found[under]
-        if not isinstance(records, (list, dict)):
-            raise UserError(f"{path}: neither a list nor an object of records; get the file again")
-    keyed = records.items() if isinstance(records, dict) else enumerate(records)
-    return [(f"{path}, record {key!r}", key, record) for key, record in keyed]
+        records = json.loads(text)
+        if under:
+            records = records[under]
+        if isinstance(records, list):
+            records = dict(enumerate(records))
+        return [(f"{path}, record {key!r}", key, record) for key, record in records.items()]
 
 
 def rows_by(cfg, field, name, under=None):

@@ -103,6 +103,8 @@ def compare(bench, ours, theirs):
         return bench.score([a for a, _ in pairs]) - bench.score([b for _, b in pairs])
 
     gains = [sum(r["score"] for r in a) - sum(r["score"] for r in b) for a, b in pairs]
+    if not np.isfinite(gains).all():
+        raise ValueError("a score is no number")
     return {
         "n": len(pairs),
         "difference": difference(pairs),

@@ -9,8 +9,8 @@ ways to leave one of ten people out. VQAv2 (arXiv:1612.00837), VizWiz (arXiv:180
 (arXiv:1904.08920) share it; which scorer normalises what before it compares is the whole difference. GQA
 (arXiv:1902.09506) knows one answer, and counts those that are the same string.
 
---split: val, test-dev, test of VQAv2; val, test, train of VizWiz and TextVQA. Without labels there is no
-score, only the file to hand in.
+--split: val, test-dev, test of VQAv2; val, test, train of VizWiz. Without labels there is no score, only the
+file to hand in.
 """
 
 import json
@@ -82,18 +82,17 @@ def read_vizwiz(cfg):
 
 
 def read_textvqa(with_ocr, cfg):
-    split, path = find_split(cfg, split_files("TextVQA_0.5.1_{}.json", "val test train"))
-    folder = "test_images" if split == "test" else "train_images"
+    _, path = find_split(cfg, {"val": ["TextVQA_0.5.1_val.json"]})
     if with_ocr:
-        ocr = rows_by(cfg, "image_id", f"TextVQA_Rosetta_OCR_v0.2_{split}.json", "data")
+        ocr = rows_by(cfg, "image_id", "TextVQA_Rosetta_OCR_v0.2_val.json", "data")
 
     def ask(key, row):
         image, asked = row["image_id"], row["question"]
         text = asked[:1].upper() + asked[1:]
         if with_ocr:
             text += "\nReference OCR token: " + ", ".join(ocr[image]["ocr_tokens"])
-        truth = None if split == "test" else [answer + "" for answer in row["answers"]]
-        return question(row["question_id"], f"{folder}/{image}.jpg", text, SHORT, truth, asked=asked)
+        truth = [answer + "" for answer in row["answers"]]
+        return question(row["question_id"], f"train_images/{image}.jpg", text, SHORT, truth, asked=asked)
 
     return read_each(load_records(path, "data"), ask)
 

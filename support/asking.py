@@ -7,6 +7,7 @@ the next batch is prepared while this one is answered.
 
 import io
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import sample
 from benchmarks.common import COT, LETTER, SHORT
 from data import Records, picture_paths
 from support.cli import Bar, UserError
-from support.io import Progress, fingerprint, lock, reading, write_json_lines
+from support.io import Progress, fingerprint, lock, write_json_lines
 from support.weights import model_files
 from vision import FORMATS, open_image, to_rgb
 
@@ -29,11 +30,9 @@ def ask(vlm, tok, questions, batch_size, progress=None):
     Batches are cut from all questions, and --resume leaves out whole batches only: each answer comes from the
     same arithmetic as in an uninterrupted run.
     """
-    done = {}
     column = questions[0]["column"]
-    if progress:
-        with reading(progress.path, "begin anew, without --resume"):
-            done = {row["id"]: row for row in progress.rows if row["column"] == column}
+    rows = progress.rows if progress else []
+    done = {row["id"]: row for row in rows if row["column"] == column}
     batches = cut_batches(questions, batch_size)
     todo = [batch for batch in batches if any(item["id"] not in done for item in batch)]
     n_done = len(questions) - sum(map(len, todo))
@@ -136,6 +135,16 @@ def resume_flags(cfg, files=(), may_change=("out", "device", "resume")):
     return flags | {"data and weights": fingerprint(files)}
 
 
+@contextmanager
+def new_file(out):
+    """What --out names: a file that is not there yet, and that one program alone writes."""
+    out = Path(out)
+    with lock(out.with_name(f".{out.name}.lock")):
+        if out.exists():
+            raise UserError(f"--out {out} is there already; remove it, or give another")
+        yield out
+
+
 # ---- sample.py --file ----
 
 
@@ -143,20 +152,16 @@ def answer_file(cfg):
     """LLaVA's file of questions -> its file of answers, in the same order."""
     if not (cfg.file and cfg.out) or cfg.image or cfg.prompt:
         raise UserError("--file FILE and --out FILE go together, without --image and --prompt")
-    out = Path(cfg.out)
-    with lock(out.with_name(f".{out.name}.lock")):
-        if out.exists():
-            raise UserError(f"--out {out} is there already; remove it, or give another")
+    with new_file(cfg.out) as out:
         records = Records(cfg.file, cfg.image_root)
-        questions = [file_question(records, i, cfg) for i in range(len(records))]
+        questions = [file_question(records[i], cfg) for i in range(len(records))]
         vlm, tok = sample.open_asked(cfg)
         progress = Progress(f"{out}.part", resume_flags(cfg, records.paths), cfg.resume)
         found = ask(vlm, tok, questions, 48, progress)
-
         rows = []
         for item in questions:
-            row = item["row"] | {"text": found[item["id"]].get("answer", ""), "model_id": cfg.model}
-            rows.append(row)
+            text = found[item["id"]].get("answer", "")
+            rows.append(item["row"] | {"text": text, "model_id": cfg.model})
         write_json_lines(out, rows)
         progress.path.unlink()
     n_cut = sum(answer.get("cut_off", False) for answer in found.values())
@@ -166,8 +171,7 @@ def answer_file(cfg):
     return 0
 
 
-def file_question(records, i, cfg):
-    record = records[i]
+def file_question(record, cfg):
     turns = record["turns"]
     if turns[-1][0] == "gpt":
         turns = turns[:-1]
@@ -178,6 +182,6 @@ def file_question(records, i, cfg):
         if not path.exists():
             raise UserError(f"{record['where']}: {path}: no such picture; check the path and --image-root")
     sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
-    asked = {"id": i, "turns": turns, "pictures": pictures, "column": "answers"}
+    asked = {"id": record["number"], "turns": turns, "pictures": pictures, "column": "answers"}
     row = {"question_id": record.get("question_id", record["id"]), "prompt": turns[-1][1]}
     return asked | {"limit": cfg.max_new_tokens, "sampling": sampling, "row": row}

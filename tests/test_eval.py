@@ -668,7 +668,7 @@ TOLD = {"question_id": 1, "text": "3"}
     [
         ("test.json", "[{", "test.json: damaged"),
         ("test.json", "[]", "no question of tallyqa"),
-        ("test.json", "7", "neither a list nor an object"),
+        ("test.json", "7", "test.json: damaged or of another kind"),
         ("test.json", [{"question_id": 1, "image": "a.jpg", "question": "How many?"}], "record 0: damaged"),
         ("test.json", [GOOD | {"question": 7}], "record 0: damaged"),
         ("test.json", ["x"], "record 0: damaged"),
