@@ -15,6 +15,8 @@ Where this departs from the originals:
   - several questions at once, and each picture goes through the tower once for all of its questions in a
     batch; the originals ask one by one. Answers are the same but for float rounding;
   - a question too long for the model is counted as wrong, and reported; the originals cut it;
+  - every answer is written. Prismatic's harness takes the likeliest of a few words in POPE, VSR, AI2D and
+    TallyQA (there of sixteen letters);
   - what GPT-4 grades ends with requests to it (benchmarks/judged.py), and MathVista's answers are extracted
     by rule (benchmarks/reasoning.py).
 """
@@ -62,10 +64,7 @@ class EvalConfig(sample.ModelConfig):
     cot: bool = arg(False, "ask for a chain of thought, and directly beside it; also: read --predictions so")
     compare: str = arg("", "results.json of another model: the difference on the same questions")
     family: str = arg(
-        "", "whose prompts and readers; empty: by the template", choices=("llava", "prismatic", "internvl")
-    )
-    likelihood: str = arg(
-        "auto", "take the likeliest candidate; auto: of Prismatic's models", choices=("auto", "yes", "no")
+        "", "whose prompts; llava: Prismatic's, too; empty: by the template", choices=("llava", "internvl")
     )
     batch_size: int = arg(32, "questions answered at once", at_least=1)
     max_new_tokens: int = arg(0, "longest answer in tokens; 0: the benchmark's, 16 to 1024")
@@ -77,12 +76,8 @@ def main(argv=None):
         raise UserError("--predictions goes with one --benchmark, without --blind or --resume")
     vlm, tok = (None, None) if cfg.predictions else sample.open_asked(cfg)
 
-    # Whose prompts the model knows, and how its authors take an answer
-    template = vlm.cfg.template if vlm else ""
-    families = {"intern": "internvl", "prism_": "prismatic"}
-    cfg.family = cfg.family or families.get(template[:6], "llava")
-    if cfg.likelihood == "auto":
-        cfg.likelihood = "yes" if vlm and cfg.family == "prismatic" else "no"
+    if not cfg.family:
+        cfg.family = "internvl" if vlm and vlm.cfg.template.startswith("intern") else "llava"
 
     results = []
     for name in cfg.benchmark:
@@ -234,10 +229,7 @@ def phrase(item, column, pictures, cfg):
     typed = prompt if item["benchmark"] == "own" else as_text(prompt)
     turns = [*item.get("earlier", ()), ("human", typed)]
     phrased = item | {"column": column, "worked": worked, "prompt": prompt, "turns": turns}
-    phrased |= {"pictures": pictures, "limit": cfg.max_new_tokens or limit}
-    if worked or cfg.likelihood != "yes":
-        phrased.pop("candidates", None)
-    return phrased
+    return phrased | {"pictures": pictures, "limit": cfg.max_new_tokens or limit}
 
 
 def ask_again(questions, answers):

@@ -13,7 +13,7 @@ idea of which texts are a letter; the functions *_letter below are those.
   SEED       arXiv:2307.16125. A video is asked by its middle frame; --split image leaves the videos out
   AI2D       arXiv:1603.07396. The test split. Raw pictures lack the letters that `letters drawn` questions
              speak of
-  TallyQA    arXiv:1810.12440. The first number of an answer; by likelihood one of sixteen options
+  TallyQA    arXiv:1810.12440. The first number of an answer
 """
 
 import base64
@@ -216,7 +216,7 @@ def read_ai2d(cfg):
 def ask_ai2d(image, text, row):
     category = "letters drawn" if row.get("abcLabel") else "no letters drawn"
     choices, truth = row["answerTexts"], LETTERS[row["correctAnswer"]]
-    more = {"category": category, "choices": choices, "candidates": tuple("ABCD")}
+    more = {"category": category, "choices": choices}
     return question(row["questionId"], image, text + lettered(choices), LETTER, truth, **more)
 
 
@@ -229,22 +229,12 @@ def ai2d_letter(text, item):
 
 
 def read_tallyqa(cfg):
-    """By likelihood Prismatic asks for one of sixteen letters, A. 0 to P. 15; else a number is wanted."""
-    options, suffix = (lettered(range(16)), LETTER) if cfg.likelihood == "yes" else ("", SHORT)
-
     def ask(split, key, row):
+        id, image = row["question_id"], row["image"] + ""
         category = "complex" if row.get("issimple") is False else "simple"
-        more = {"category": category, "candidates": tuple(LETTERS[:16])}
-        return question(
-            row["question_id"], row["image"] + "", row["question"] + options, suffix, row["answer"], **more
-        )
+        return question(id, image, row["question"], SHORT, row["answer"], category=category)
 
     return read_split(cfg, split_files("{}.json", "test train"), ask)
-
-
-def tallyqa_count(text, item):
-    is_letter = re.fullmatch("[A-P]", text)
-    return LETTERS.index(text) if is_letter else count_in(text)
 
 
 CIRCULAR = {"score": score_mmbench, "submit": submit_mmbench, "metric": "circular accuracy %"}
@@ -279,7 +269,7 @@ BENCHMARKS = {
     ),
     "tallyqa": Benchmark(
         read_tallyqa,
-        tallyqa_count,
+        count_in,
         paper="LLaVA-1.5-7B 62.06, LLaVA-1.5-13B 64.83, Prism-7B 66.70, Prism-13B 70.41",
     ),
 }

@@ -73,9 +73,8 @@ def question(id, image, text, suffix, truth, **more):
 
     image: its official path, the bytes of a picture, or None. truth: None where the labels are hidden.
     more: `unit`, the id by default, and `category`, of which there may be several; `asked`, the bare question
-    in a text that says more; `also`, another id that it goes by; `choices`, the options' texts; `candidates`
-    for --likelihood; `cot` and `then`, the prompts of a chain of thought that has its own; and what the judge
-    needs.
+    in a text that says more; `also`, another id that it goes by; `choices`, the options' texts; `cot` and
+    `then`, the prompts of a chain of thought that has its own; and what the judge needs.
     """
     item = {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth}
     item |= {"unit": id, "category": [], "asked": text} | more
@@ -263,7 +262,7 @@ def lettered(choices, form="\n{}. {}"):
     return "".join(form.format(letter, choice) for letter, choice in zip(LETTERS, choices))
 
 
-def count_in(text):
+def count_in(text, item=None):
     """The first integer or number word of an answer, None without one."""
     found = re.search(rf"\d+|\b(?:{'|'.join(NUMBER_WORDS)})\b", text, re.IGNORECASE)
     if found is None:

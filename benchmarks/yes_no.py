@@ -52,9 +52,9 @@ def ask_pope(split, is_merged, key, row):
     merged = number + OFFSETS[split]
     if image.startswith("COCO_val2014"):
         image = f"val2014/{image}"
-    more = {"category": split, "also": str(merged), "candidates": ("Yes", "No")}
     id = merged if is_merged else number
-    return question(id, image, row["text"], SHORT, LABELS[row["label"]], **more)
+    truth = LABELS[row["label"]]
+    return question(id, image, row["text"], SHORT, truth, category=split, also=str(merged))
 
 
 def pope_label(text, item):
@@ -161,8 +161,8 @@ def read_vsr(cfg):
         text = 'Based on the image, is this statement "True" or "False"? ' + row["caption"]
         suffix = 'Respond with "True" or "False" directly.'
         truth = {0: "False", 1: "True"}[row["label"]]
-        more = {"category": row["relation"], "candidates": ("True", "False")}
-        return question(str(number), row["image"] + "", text, suffix, truth, **more)
+        image, category = row["image"] + "", row["relation"]
+        return question(str(number), image, text, suffix, truth, category=category)
 
     # Of the two ways to split it the papers take the zero-shot one.
     splits = {split: [f"zeroshot/{split}.jsonl", f"{split}.jsonl"] for split in ("test", "dev", "train")}

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 import sample
@@ -38,8 +37,7 @@ def ask(vlm, tok, questions, batch_size, progress=None):
     n_done = len(questions) - sum(map(len, todo))
     with Bar(total=len(questions), initial=n_done, unit="question", desc=column) as bar:
         for batch, prompts in one_ahead(partial(encode_questions, vlm, tok), todo):
-            answer = likeliest if "candidates" in batch[0] else write_answers
-            rows = answer(vlm, tok, batch, prompts)
+            rows = write_answers(vlm, tok, batch, prompts)
             rows = [{"column": column, "id": item["id"]} | row for item, row in zip(batch, rows)]
             done |= {row["id"]: row for row in rows}
             if progress:
@@ -109,23 +107,6 @@ def write_answers(vlm, tok, questions, prompts):
         found = next(answers) if n < block_size else None
         rows.append({"answer": found.text, "cut_off": not found.whole} if found else {})
     return rows
-
-
-@torch.no_grad()
-def likeliest(vlm, tok, questions, prompts):
-    """Prismatic's way: softmax at the first answer position over the candidates' single tokens."""
-    candidates = questions[0]["candidates"]
-    choices = [tok.encode(candidate) for candidate in candidates]
-    for candidate, ids in zip(candidates, choices):
-        if len(ids) != 1:
-            raise UserError(f"--likelihood: {candidate!r} is not one token of {tok.path}; --likelihood no")
-    batch = sample.make_batch(vlm, tok, prompts, max_new_tokens=1)
-    x = vlm.embed(batch["tokens"], vlm.features(batch["pixels"]), batch["layout"])  # (B, T, D)
-    ends = [i * x.shape[1] + length - 1 for i, length in enumerate(batch["lengths"])]
-    ends = torch.tensor(ends, device=x.device)  # (B,) each prompt's last row
-    logits = vlm.decoder.lm_head(vlm.decoder(x, wanted=ends)).float()  # (B, V)
-    p = logits[:, [id for (id,) in choices]].softmax(-1).cpu()  # (B, candidates)
-    return [{"answer": candidates[int(row.argmax())], "p": [round(x, 6) for x in row.tolist()]} for row in p]
 
 
 def resume_flags(cfg, files=(), may_change=("out", "device", "resume")):

@@ -951,14 +951,6 @@ def test_the_interval_of_a_mean_is_that_of_the_binomial():
     )  # 1.96 sqrt(0.24 / 100)
 
 
-def test_candidates_must_be_single_tokens_and_the_likeliest_is_said(asked, by_hand, capfd):
-    folder, _, _ = by_hand("ai2d")
-    records = asked("ai2d", folder, "--likelihood", "yes")["records"]
-    assert all(
-        record["answer"] in "ABCD" and sum(record["p"]) == pytest.approx(1, abs=1e-5) for record in records
-    )
-
-
 def test_evaluation_looks_once_at_a_picture_of_several_questions(toy, world, tmp_path, monkeypatch):
     looked = []
     open_picture = asking.open_picture
