@@ -186,7 +186,7 @@ def read_seed(cfg):
         if kind > 9:
             media, image = "video", f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
         choices = [row[f"choice_{letter}"] for letter in "abcd"]
-        more = {"category": [kinds[kind], media], "choices": choices, "family": cfg.family}
+        more = {"category": [kinds[kind], media], "choices": choices}
         asked = question(id, image, row["question"] + lettered(choices), LETTER, row["answer"] + "", **more)
         return asked if wanted in ("all", media) else None
 
@@ -194,9 +194,8 @@ def read_seed(cfg):
 
 
 def seed_letter(text, item):
-    """LLaVA compares the whole text, InternVL its first character."""
-    letter = text[:1] if item["family"] == "internvl" else text
-    return letter if letter in list("ABCD") else None
+    """LLaVA compares the whole text."""
+    return text if text in list("ABCD") else None
 
 
 # ---- AI2D ----

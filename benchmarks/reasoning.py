@@ -128,7 +128,7 @@ def ask_m3cot(row, family):
     id, choices, text = row["id"], row["choices"], row.get("question", "")
     image = f"images/{row.get('image_id') or id}.png"
     context = f"{row['context']}\n" if row.get("context") else ""
-    more = {"category": [row["domain"], row["topic"]], "asked": text, "choices": choices, "family": family}
+    more = {"category": [row["domain"], row["topic"]], "asked": text, "choices": choices}
     if family == "internvl":
         suffix = LETTER
         text = context + text + lettered(choices)
@@ -143,11 +143,8 @@ def ask_m3cot(row, family):
 
 
 def m3cot_letter(text, item):
-    return (internvl_letter if item["family"] == "internvl" else official_letter)(text, item["choices"])
-
-
-def official_letter(text, choices):
     """The official judge of the last reply. Late matches win; even the article "a" may become option A."""
+    choices = item["choices"]
     if "[Answer]" in text:
         text = text.rsplit("[Answer]", 1)[1].split("[Rationale]")[0].split("[Context]")[0]
     letters = LETTERS[: len(choices)]
@@ -159,21 +156,6 @@ def official_letter(text, choices):
         [letter for letter in letters if letter.lower() in words],
     ]
     return next((found[-1].upper() for found in tries if found), None)
-
-
-def internvl_letter(text, choices):
-    """InternVL's: a lone character, a leading letter, an option's text, `A.`, `(A)`; the first of these."""
-    text = text.strip()
-    letters = LETTERS[: len(choices)]
-    if len(text) == 1:
-        return text if text in LETTERS else None
-    if text and text[0] in letters:
-        return text[0]
-    for form in "{1}", "{0}.", "({0})":
-        for letter, choice in zip(letters, choices):
-            if form.format(letter, choice) in text:
-                return letter
-    return None
 
 
 BENCHMARKS = {

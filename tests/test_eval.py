@@ -247,23 +247,7 @@ def test_mmbenchs_letters(text, letter):
     ],
 )
 def test_m3cots_letters(text, letter):
-    assert reasoning.official_letter(text, ["a cat", "a dog"]) == letter
-
-
-@pytest.mark.parametrize(
-    "text, letter",
-    [
-        ("b", None),
-        ("B", "B"),
-        ("Because", "B"),
-        ("It is a dog", "B"),
-        ("So B. it is", "B"),
-        ("say (A)", "A"),
-        ("", None),
-    ],
-)
-def test_internvls_letters(text, letter):
-    assert reasoning.internvl_letter(text, ["a cat", "a dog"]) == letter
+    assert reasoning.m3cot_letter(text, {"choices": ["a cat", "a dog"]}) == letter
 
 
 @pytest.mark.parametrize("text", ["B", "B.", "(B)", "B. leaf", "B) leaf"])
