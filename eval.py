@@ -201,17 +201,17 @@ def draw_some(items, limit):
 def columns_of(items, cfg):
     """-> {name: questions}; the first is the score."""
     pictures = find_pictures(items, cfg)
-    shown = {"chain of thought": pictures} if cfg.cot else {}
-    shown["direct"] = pictures
+    pictures_of_column = {"chain of thought": pictures} if cfg.cot else {}
+    pictures_of_column["direct"] = pictures
     if cfg.blind == "none":
-        shown["no pictures"] = dict.fromkeys(pictures, [])
+        pictures_of_column["no pictures"] = dict.fromkeys(pictures, [])
     elif cfg.blind or items[0]["benchmark"] == "own":
         other = other_pictures(pictures.values())
         if len(other) > 1:
             shuffled = {id: [other[picture] for picture in found] for id, found in pictures.items()}
-            shown["shuffled pictures"] = shuffled
+            pictures_of_column["shuffled pictures"] = shuffled
     columns = {}
-    for column, found in shown.items():
+    for column, found in pictures_of_column.items():
         columns[column] = [phrase(item, column, found[item["id"]], cfg) for item in items]
     return columns
 
@@ -319,13 +319,13 @@ def table(results):
     rows = [["", "score", "95% interval", "n", "unparsed", *others, ""]]
     for result in results:
         baselines = [result["columns"].get(name) for name in others]
-        scores = [score_of(baseline) for baseline in baselines]
+        scores = [score_cell(baseline) for baseline in baselines]
         notes = f"{result['metric']}  {result['paper']}"
-        rows.append([result["benchmark"], *row_of(result), f"{result['unparsed']:.1%}", *scores, notes])
+        rows.append([result["benchmark"], *figure_cells(result), f"{result['unparsed']:.1%}", *scores, notes])
         for category, figures in result["categories"].items():
-            scores = [score_of(baseline and baseline["categories"][category]) for baseline in baselines]
+            scores = [score_cell(baseline and baseline["categories"][category]) for baseline in baselines]
             more = ", ".join(f"{name} {figure:.4g}" for name, figure in figures["more"].items())
-            rows.append([f"  {category}", *row_of(figures), "", *scores, more])
+            rows.append([f"  {category}", *figure_cells(figures), "", *scores, more])
 
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -335,12 +335,12 @@ def table(results):
     return "\n".join(lines)
 
 
-def row_of(figures):
+def figure_cells(figures):
     interval = "{:.2f} to {:.2f}".format(*figures["ci95"]) if figures["ci95"] else "-"
-    return [score_of(figures), interval, str(figures["n"])]
+    return [score_cell(figures), interval, str(figures["n"])]
 
 
-def score_of(figures):
+def score_cell(figures):
     """A dash where nothing was scored, or a benchmark was not asked in this way."""
     return "-" if figures is None or figures["score"] is None else f"{figures['score']:.2f}"
 

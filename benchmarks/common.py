@@ -82,9 +82,10 @@ def question(id, image, text, suffix, truth, **more):
         item["category"] = [item["category"]] if item["category"] else []
     choices = item.get("choices")
     texts = [text, item["asked"], *item["category"], *(choices or [])]
-    is_text = all(isinstance(x, str) for x in texts)
-    if not is_text or not isinstance(id, (str, int)) or not isinstance(image, (str, bytes, type(None))):
-        raise ValueError("id, question, picture, category and options must be text")
+    if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in texts):
+        raise ValueError("id, question, category and options must be text")
+    if not isinstance(image, (str, bytes, type(None))):
+        raise ValueError("the picture must be a name")
     if type(truth) not in (type(None), str, int, list):
         raise ValueError(f"the label is {truth!r}")
     if choices is not None and truth not in (None, *LETTERS[: len(choices)], *choices):
@@ -267,7 +268,8 @@ def count_in(text, item=None):
     found = re.search(rf"\d+|\b(?:{'|'.join(NUMBER_WORDS)})\b", text, re.IGNORECASE)
     if found is None:
         return None
-    return int(found[0]) if found[0].isdigit() else NUMBER_WORDS.index(found[0].lower())
+    word = found[0].lower()
+    return int(word) if word.isdigit() else NUMBER_WORDS.index(word)
 
 
 def read_box(text, item=None):
@@ -287,5 +289,7 @@ def iou(a, b):
     def area(x1, y1, x2, y2):
         return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
-    common = area(*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))
+    start = map(max, a[:2], b[:2])
+    end = map(min, a[2:], b[2:])
+    common = area(*start, *end)
     return common / max(area(*a) + area(*b) - common, 1e-9)

@@ -30,8 +30,11 @@ def is_right(said, truth):
     if (true_number := read_number(truth)) is not None:
         number = read_number(said)
         return number is not None and abs(number - true_number) <= 1e-3 * abs(true_number)
-    spellings = [{evalai(text), evalai(text.replace("-", ""))} for text in (said, truth)]
-    return bool(spellings[0] & spellings[1] - {""})
+    return bool(spellings_of(said) & spellings_of(truth))
+
+
+def spellings_of(text):
+    return {evalai(text), evalai(text.replace("-", ""))} - {""}
 
 
 def own_right(said, item):
@@ -63,7 +66,7 @@ def most_frequent(items):
     for item in items:
         truths[item["category"][0]].append(item["truth"])
     answers = {}
-    for category, some in truths.items():
-        count = Counter(map(final_part, some))
-        answers[category] = max(some, key=lambda truth: count[final_part(truth)])
+    for category, its_truths in truths.items():
+        count = Counter(map(final_part, its_truths))
+        answers[category] = max(its_truths, key=lambda truth: count[final_part(truth)])
     return {item["id"]: {"answer": answers[item["category"][0]]} for item in items}

@@ -30,11 +30,11 @@ def grade(bench, questions, answers):
     result["missing"] = len(records) - len(given)
     result["unparsed"] = len(unparsed) / max(1, len(given))
     result["cut_off"] = sum(record.get("cut_off", False) for record in given)
-    of_category = defaultdict(list)
+    units_of_category = defaultdict(list)
     for unit in units:
         for category in unit[0]["category"]:
-            of_category[category].append(unit)
-    result["categories"] = {category: figures_of(bench, some) for category, some in of_category.items()}
+            units_of_category[category].append(unit)
+    result["categories"] = {name: figures_of(bench, some) for name, some in units_of_category.items()}
     return result | {"records": records}
 
 
@@ -43,10 +43,10 @@ def judge_one(bench, item, answer):
     record = {name: item[name] for name in ("id", "unit", "category", "image", "asked", "prompt", "truth")}
     record |= {"answer": None, "parsed": None, "score": 0.0} | answer
     text = record["answer"]
-    waits = bench.by_gpt and "is_review" not in answer
-    if item["truth"] is None or waits:
+    unreviewed = bench.by_gpt and "is_review" not in answer
+    if item["truth"] is None or unreviewed:
         record["score"] = None
-    if text is None or waits:
+    if text is None or unreviewed:
         return record
     if item["worked"] and "then" not in item:
         text = final_answer(text)
@@ -100,9 +100,13 @@ def compare(bench, ours, theirs):
             )
 
     def difference(pairs):
-        return bench.score([a for a, _ in pairs]) - bench.score([b for _, b in pairs])
+        ours, theirs = zip(*pairs)
+        return bench.score(ours) - bench.score(theirs)
 
-    gains = [sum(r["score"] for r in a) - sum(r["score"] for r in b) for a, b in pairs]
+    def total(unit):
+        return sum(record["score"] for record in unit)
+
+    gains = [total(a) - total(b) for a, b in pairs]
     if not np.isfinite(gains).all():
         raise ValueError("a score is no number")
     return {
