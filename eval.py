@@ -348,10 +348,9 @@ def score_cell(figures):
 def draw_wrong(records, cfg, path):
     """--show: wrong answers, spread over the file: the picture, beside it question, answer and truth."""
     wrong = [record for record in records if record["score"] is not None and record["score"] < 0.5]
-    n = min(cfg.show, len(wrong))
-    chosen = [wrong[i * len(wrong) // n] for i in range(n)]
+    chosen = wrong[:: max(1, len(wrong) // cfg.show)][: cfg.show]
     pictures = find_pictures(chosen, cfg)
-    sheet = Image.new("RGB", (1024, max(1, n) * 248), "white")
+    sheet = Image.new("RGB", (1024, max(1, len(chosen)) * 248), "white")
     pen = ImageDraw.Draw(sheet)
     for k, record in enumerate(chosen):
         top = k * 248

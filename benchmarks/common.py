@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,15 @@ def percent_right(units):
 def rounded_percent(units):
     """The same, rounded as the VQA scorers do."""
     return round(percent_right(units), 2)
+
+
+def by_category(units):
+    """{category: its units}"""
+    groups = defaultdict(list)
+    for unit in units:
+        for category in unit[0]["category"]:
+            groups[category].append(unit)
+    return groups
 
 
 def as_said(text, item):

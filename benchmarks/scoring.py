@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from benchmarks.common import final_answer
+from benchmarks.common import by_category, final_answer
 from support.cli import UserError
 from support.io import reading
 
@@ -23,19 +23,16 @@ def grade(bench, questions, answers):
     given = [record for record in records if record["answer"] is not None]
     unparsed = [record for record in given if record["parsed"] in (None, "")]
     units = list(units_of(records).values())
-    result = {"n": len(records), "score": None, "ci95": None, "more": {}}
+    figures = {"n": len(records), "score": None, "ci95": None, "more": {}}
     if units:
-        result = figures_of(bench, units)
-
-    result["missing"] = len(records) - len(given)
-    result["unparsed"] = len(unparsed) / max(1, len(given))
-    result["cut_off"] = sum(record.get("cut_off", False) for record in given)
-    units_of_category = defaultdict(list)
-    for unit in units:
-        for category in unit[0]["category"]:
-            units_of_category[category].append(unit)
-    result["categories"] = {name: figures_of(bench, some) for name, some in units_of_category.items()}
-    return result | {"records": records}
+        figures = figures_of(bench, units)
+    return figures | {
+        "missing": len(records) - len(given),
+        "unparsed": len(unparsed) / max(1, len(given)),
+        "cut_off": sum(record.get("cut_off", False) for record in given),
+        "categories": {name: figures_of(bench, some) for name, some in by_category(units).items()},
+        "records": records,
+    }
 
 
 def judge_one(bench, item, answer):

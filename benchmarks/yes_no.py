@@ -14,12 +14,13 @@ Each reads an answer by its own rule, and the rules disagree: "None" is yes for 
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 
 from benchmarks.common import (
     SHORT,
     Benchmark,
+    by_category,
     find_split,
     find_splits,
     load_records,
@@ -81,18 +82,10 @@ def pope_figures(units):
     }
 
 
-def figures_by_category(figures, units):
-    """{first category: figures of its units}"""
-    groups = defaultdict(list)
-    for unit in units:
-        groups[unit[0]["category"][0]].append(unit)
-    return {category: figures(group) for category, group in groups.items()}
-
-
 def score_pope(units):
     """The mean F1 of the splits."""
-    splits = figures_by_category(pope_figures, units).values()
-    return 100 * sum(figures["f1"] for figures in splits) / len(splits)
+    splits = by_category(units).values()
+    return 100 * sum(pope_figures(split)["f1"] for split in splits) / len(splits)
 
 
 # ---- MME ----
@@ -148,9 +141,10 @@ def mme_figures(units):
 
 def score_mme(units):
     """acc and acc+ in percent, summed over perception; over cognition, where that alone was asked."""
-    tasks = figures_by_category(mme_figures, units)
-    perception = [task for task in tasks if task in PERCEPTION]
-    return sum(100 * tasks[task]["acc"] + 100 * tasks[task]["acc_plus"] for task in perception or tasks)
+    parts = by_category(units)
+    tasks = [task for task in parts if task in PERCEPTION] or [task for task in parts if task in COGNITION]
+    figures = [mme_figures(parts[task]) for task in tasks]
+    return sum(100 * task["acc"] + 100 * task["acc_plus"] for task in figures)
 
 
 # ---- VSR ----

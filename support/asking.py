@@ -61,11 +61,10 @@ def cut_batches(questions, size):
 def one_ahead(work, jobs):
     """(job, work(job)) of each job; the next one is worked on while the caller uses this one."""
     with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(work, job) for job in jobs[:1]]
+        coming = None
         for job, following in zip(jobs, [*jobs[1:], None]):
-            found = coming.pop().result()
-            if following:
-                coming.append(pool.submit(work, following))
+            found = coming.result() if coming else work(job)
+            coming = pool.submit(work, following) if following else None
             yield job, found
 
 
