@@ -50,7 +50,7 @@ def read_scienceqa(cfg):
     one_of("--split", cfg.split, list(splits))
     split = cfg.split or "test"
     problems = read_json(find_file(cfg, "problems.json"))
-    rows = [(f"problem {id}", id, problems[str(id)]) for id in splits[split]]
+    rows = [(f"problems.json, {id}", id, problems[str(id)]) for id in splits[split]]
     return read_each(rows, partial(ask_scienceqa, cfg.family))
 
 
