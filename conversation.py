@@ -6,6 +6,9 @@
                        labels (T,): under each token its own id where it is supervised, IGNORE elsewhere
 A position is marked when its text is appended: nothing is tokenised twice, compared or guessed afterwards.
 
+An <image> is LLaVA's marker in a text: here stands a picture. Among the tokens it becomes as many image
+tokens (Tokenizer.image) as the picture has visual tokens. An "<image>" that a user typed is a word (TYPED).
+
 Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL
 (arXiv:2411.10442):
   - Where a LLaVA question ends in its only picture, "question\\n<image>", the <image> is moved to the front.
@@ -37,9 +40,55 @@ from support.control_tokens import (
     read_sentencepiece,
 )
 from support.io import reading
+from support.templates import OTHER_TEMPLATES, SYSTEM_LLAMA_2, SYSTEM_LLAVA_V1, SYSTEM_VICUNA
 
 CONTROL = r"(</?s>|<\|im_start\|>|<\|im_end\|>|<image>|[«»])"  # what is special in a template
-TYPED = "<\0image>"                  # an <image> that is a word. Nobody can type a NUL
+TYPED = "<\0image>"                  # an <image> that is a word, until it is encoded
+
+# ---- templates ----
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become one text. "{}" is the turn's own text, and what stands between « and » is supervised.
+
+    <s>, </s>, <|im_start|> and <|im_end|> are control tokens here and nowhere else. An <image> in `first` is
+    the place of all pictures.
+    """
+    first: str                       # the first question and all that stands around it
+    human: str | None                # each later question; None: there can be no later one
+    answer: str
+    stop: str = "</s>"               # what ends an answer: a token in < >, or a text (cut_at_stop)
+    tidy: str = "image first"        # of a turn's text: a lone <image> to its front; or "strip", or "none"
+    picture: tuple = ("<image>",)    # an <image> and the control tokens around it
+    keep_question: bool = True       # False: of a question only its pictures stay
+    captions: str = "plain"          # the template of this model's stage 1, which learns captions
+
+
+TEMPLATES = {
+    # LLaVA-1.5 is vicuna_v1, its stage 1 plain.
+    "vicuna_v1": Template(SYSTEM_VICUNA + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
+    "plain": Template("{}", None, "«{}\n»", stop="\n", keep_question=False),
+    # LLaVA v1, LLaVA v0, and LLaVA on Llama-2
+    "llava_v1": Template(SYSTEM_LLAVA_V1 + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
+    "llava_v0": Template(
+        SYSTEM_LLAVA_V1 + "###Human: {}«###Assistant:»", "Human: {}«###Assistant:»", "« {}###»",
+        stop="###"),
+    "llava_llama_2": Template(
+        f"[INST] <<SYS>>\n{SYSTEM_LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]",
+        "<s>[INST] {} [/INST]", "« {} </s>»"),
+}
+TEMPLATES |= {name: Template(**fields) for name, fields in OTHER_TEMPLATES.items()}
+
+
+def find_template(name):
+    name = str(name)  # a config.json may hold anything
+    if name not in TEMPLATES:
+        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"template {name!r} is unknown; did you mean {near[0]!r}? Known are {known}")
+    return TEMPLATES[name]
+
 
 # ---- conversations ----
 
@@ -63,17 +112,32 @@ def encode_prompt(tok, turns, template_name, n_visual):
     return tokens
 
 
-def as_text(text):
-    """What a user or a model has written, where <image> is a word, for a conversation that has pictures."""
-    return text.replace("<image>", TYPED)
+def encode_turns(tok, turns, template_name, n_visual):
+    """-> tokens, labels.
 
-
-def put_in_front(turns, n_image):
-    """Begin the first question with an <image> for each picture, if no turn says where they stand."""
-    if not n_image or any("<image>" in text for _, text in turns):
-        return turns
-    role, text = turns[0]
-    return [(role, "<image>" * n_image + "\n" + text), *turns[1:]]
+    Adjacent texts are encoded as one. Cuts are made at control tokens, at pictures, and where supervision
+    begins or ends; hence the ids of a prompt are the first ids of the training example. Cutting "ASSISTANT:"
+    from " A cat." yields the ids of the uncut text, since a Llama piece has a space only at its start.
+    """
+    turns = arrange_turns(turns, template_name, len(n_visual))
+    pieces = split_turns(turns, find_template(template_name), len(n_visual))
+    lengths = iter(n_visual)
+    tokens, labels = [tok.bos], [IGNORE]
+    # Whether the next text gets sentencepiece's space: at the start, and after a picture of LLaVA.
+    dummy_prefix = True
+    for (special, supervised), same in groupby(pieces, key=lambda piece: (piece.special, piece.supervised)):
+        texts = [piece.text for piece in same]
+        if not special:
+            ids = tok.encode("".join(texts).replace(TYPED, "<image>"), dummy_prefix)
+            dummy_prefix = False
+        else:
+            ids = []
+            for text in texts:
+                ids += [tok.image] * next(lengths) if text == "<image>" else [tok.control_id(text)]
+            dummy_prefix = texts[-1] == "<image>"
+        tokens += ids
+        labels += ids if supervised else [IGNORE] * len(ids)
+    return tokens, labels
 
 
 def arrange_turns(turns, template_name, n_image):
@@ -117,6 +181,19 @@ def tidy_text(text, role, template, n_image):
     return bare if template.tidy == "strip" else text
 
 
+def put_in_front(turns, n_image):
+    """Begin the first question with an <image> for each picture, if no turn says where they stand."""
+    if not n_image or any("<image>" in text for _, text in turns):
+        return turns
+    role, text = turns[0]
+    return [(role, "<image>" * n_image + "\n" + text), *turns[1:]]
+
+
+def as_text(text):
+    """What a user or a model has written, where <image> is a word, for a conversation that has pictures."""
+    return text.replace("<image>", TYPED)
+
+
 class Piece(NamedTuple):
     text: str
     special: bool     # a control token of the template, or an <image>
@@ -140,126 +217,18 @@ def split_turns(turns, template, n_image):
         # else; where there are none, "<image>" is a word.
         typed = "(<image>)" if n_image else NOWHERE
         for part, specials in (before, CONTROL), (text, typed), (after, CONTROL):
-            for j, piece in enumerate(re.split(specials, part)):  # text, special, text, ..., special, text
+            for j, stretch in enumerate(re.split(specials, part)):  # text, special, text, ..., special, text
                 is_special = j % 2 == 1
-                if is_special and piece in ("«", "»"):
-                    supervised = piece == "«"
-                elif is_special and piece == "<image>":
+                if is_special and stretch in ("«", "»"):
+                    supervised = stretch == "«"
+                elif is_special and stretch == "<image>":
                     pieces += [Piece(token, True, supervised) for token in template.picture]
-                elif piece:
-                    pieces.append(Piece(piece, is_special, supervised))
+                elif stretch:
+                    pieces.append(Piece(stretch, is_special, supervised))
     return pieces
 
 
-def encode_turns(tok, turns, template_name, n_visual):
-    """-> tokens, labels.
-
-    Adjacent texts are encoded as one. Cuts are made at control tokens, at pictures, and where supervision
-    begins or ends; hence the ids of a prompt are the first ids of the training example. Cutting "ASSISTANT:"
-    from " A cat." yields the ids of the uncut text, since a Llama piece has a space only at its start.
-    """
-    template = find_template(template_name)
-    tokens, labels = [tok.bos], [IGNORE]
-    lengths = iter(n_visual)
-    # Whether the next text gets sentencepiece's space: at the start, and after a picture of LLaVA.
-    dummy_prefix = True
-    turns = arrange_turns(turns, template_name, len(n_visual))
-    pieces = split_turns(turns, template, len(n_visual))
-    for (special, supervised), same in groupby(pieces, key=lambda piece: (piece.special, piece.supervised)):
-        texts = [piece.text for piece in same]
-        if not special:
-            ids = tok.encode("".join(texts).replace(TYPED, "<image>"), dummy_prefix)
-            dummy_prefix = False
-        else:
-            ids = []
-            for text in texts:
-                ids += [tok.image] * next(lengths) if text == "<image>" else [tok.control_id(text)]
-            dummy_prefix = texts[-1] == "<image>"
-        tokens += ids
-        labels += ids if supervised else [IGNORE] * len(ids)
-    return tokens, labels
-
-
-# ---- templates ----
-
-
-@dataclass(frozen=True)
-class Template:
-    """How turns become one text. "{}" is the turn's own text, and what stands between « and » is supervised.
-
-    <s>, </s>, <|im_start|> and <|im_end|> are control tokens here and nowhere else. An <image> in `first` is
-    the place of all pictures.
-    """
-    first: str                       # the first question and all that stands around it
-    human: str | None                # each later question; None: there can be no later one
-    answer: str
-    stop: str = "</s>"               # what ends an answer: a token in < >, or a text (cut_at_stop)
-    tidy: str = "image first"        # of a turn's text: a lone <image> to its front; or "strip", or "none"
-    picture: tuple = ("<image>",)    # an <image> and the control tokens around it
-    keep_question: bool = True       # False: of a question only its pictures stay
-    captions: str = "plain"          # the template of this model's stage 1, which learns captions
-
-
-SYSTEM_VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-SYSTEM_LLAVA_V1 = SYSTEM_VICUNA.replace("user", "human")
-SYSTEM_LLAMA_2 = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content "
-    "that the user provides, and assist the user with a variety of tasks using natural language.")
-SYSTEM_INTERNVL2 = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
-    "英文名叫InternVL, 是一个有用无害的人工智能助手。")
-SYSTEM_INTERNVL2_5 = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。")
-INTERNVL2_QUESTION = "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n"
-INTERNVL2_5_QUESTION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-INTERNVL_FIELDS = {"stop": "<|im_end|>", "picture": ("<img>", "<image>", "</img>")}
-PRISM_FIELDS = {"tidy": "strip", "captions": "prism_plain"}
-
-TEMPLATES = {
-    # LLaVA-1.5 is vicuna_v1, its stage 1 plain. LLaVA-NeXT over Mistral is mistral_instruct.
-    "vicuna_v1": Template(SYSTEM_VICUNA + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
-    "llava_v1": Template(SYSTEM_LLAVA_V1 + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
-    "llava_v0": Template(
-        SYSTEM_LLAVA_V1 + "###Human: {}«###Assistant:»", "Human: {}«###Assistant:»", "« {}###»",
-        stop="###"),
-    "llava_llama_2": Template(
-        f"[INST] <<SYS>>\n{SYSTEM_LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]",
-        "<s>[INST] {} [/INST]", "« {} </s>»"),
-    "mistral_instruct": Template("[INST] {} [/INST]", "[INST] {} [/INST]", "« {} </s>»"),
-    "plain": Template("{}", None, "«{}\n»", stop="\n", keep_question=False),
-
-    # Prismatic encodes each turn by itself, with its own dummy prefix: that is the space before a later
-    # question, a byte that its strings lack and its ids have. Its pictures come right after <s>; prism_plain
-    # is its align stage. "<<SYS>" is its own misspelling, which its weights have learned.
-    "prism_plain": Template("{}", None, "«{}</s>»", keep_question=False, **PRISM_FIELDS),
-    "prism_pure": Template("<image>In: {}\nOut:", " In: {}\nOut:", "« {}</s>»", **PRISM_FIELDS),
-    "prism_vicuna": Template(
-        f"<image>{SYSTEM_VICUNA} USER: {{}} ASSISTANT:", " USER: {} ASSISTANT:", "« {}</s>»",
-        **PRISM_FIELDS),
-    "prism_llama_2": Template(
-        f"<image>[INST] <<SYS>\n{SYSTEM_LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]",
-        " [INST] {} [/INST]", "« {}</s>»", **PRISM_FIELDS),
-    "prism_mistral": Template("<image>[INST] {} [/INST]", " [INST] {} [/INST]", "« {}</s>»", **PRISM_FIELDS),
-
-    # InternVL-2 and InternVL-2.5.
-    "internlm2-chat": Template(
-        f"<|im_start|>system\n{SYSTEM_INTERNVL2}<|im_end|>{INTERNVL2_QUESTION}",
-        INTERNVL2_QUESTION, "«{}<|im_end|>»", tidy="strip", **INTERNVL_FIELDS),
-    "internvl2_5": Template(
-        f"<|im_start|>system\n{SYSTEM_INTERNVL2_5}<|im_end|>\n{INTERNVL2_5_QUESTION}",
-        INTERNVL2_5_QUESTION, "«{}<|im_end|>»\n", tidy="none", **INTERNVL_FIELDS),
-}
-
-
-def find_template(name):
-    name = str(name)  # a config.json may hold anything
-    if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
-        known = ", ".join(TEMPLATES)
-        raise UserError(f"template {name!r} is unknown; did you mean {near[0]!r}? Known are {known}")
-    return TEMPLATES[name]
+# ---- where an answer ends ----
 
 
 def stop_ids(tok, template_name):
@@ -299,7 +268,7 @@ class Tokenizer:
     def __init__(self, path):
         path = Path(path)
         self.path = path / "tokenizer.model" if path.is_dir() else path
-        self.processor, self.bare = read_sentencepiece(self.path)
+        self.processor, self.bare = read_sentencepiece(self.path)  # bare puts no space before a text
         self.n_text = self.bare.vocab_size()
         self.bos = self.bare.bos_id()
         self.eos = self.bare.eos_id()
@@ -311,7 +280,7 @@ class Tokenizer:
         self.image, self.pad = image_and_pad(self.control, self.n_text, self.eos)
         self.names = {self.image: "<image>", self.pad: "<pad>"}
         self.names |= {i: name for name, i in self.control.items()}
-        self.seams = find_seams(self.processor, self.bare, self.names)
+        self.seams = find_seams(self.processor, self.bare, self.names)  # see encode
 
         # Every id is below n_id. vocab_size: rows of a new embedding, 32064 for Llama, 92553 for InternVL.
         self.n_id = max(self.n_text, max(self.names) + 1)
@@ -321,6 +290,7 @@ class Tokenizer:
         """Ids of a text, without <s> and </s>, and never a control token whatever the text says.
 
         dummy_prefix: put a space before it, as sentencepiece does, which is wanted at the start alone.
+        A text is cut at its seams, inside what would otherwise be a control token of InternLM2.
         """
         with reading(f"the text {text[:40]!a}", "it holds half a surrogate pair; write it as valid Unicode"):
             text.encode()

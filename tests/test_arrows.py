@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [                            # files of one row may know each other
-    {"support.io", "support.cli", "support.cache", "support.log_probs", "support.quantize", "support.tiling"},
+    {"support.io", "support.cli", "support.cache", "support.log_probs", "support.quantize", "support.tiling",
+     "support.templates"},
     {"vision"},
     {"model"},
     {"support.lora"},
