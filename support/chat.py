@@ -137,6 +137,8 @@ def on_terminal():
 
 def obey(chat, command, file):
     try:
+        if not file and command != "/reset":
+            raise UserError(f"{command} needs the name of a file")
         if command == "/image":
             chat.show([file], [open_image(file)])
             print(f"{file} is shown with the next question")

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import errors, tiny_config
+from common import call, errors, save, tiny_config
 from PIL import Image
 
 import sample
-from model import VLM, Decoder, rotary_angles, rotate
+from lab import attention as lab_attention
+from model import PRESETS, VLM, Decoder, rotary_angles, rotate
 from sample import Answer, AskConfig
 from support import attention
 from support.attention import Look, attention_weights
@@ -175,3 +176,20 @@ def test_a_trace_tells_the_way_in_its_order_with_likeliest_tokens(run, capfd):
         chances = [float(p) for p in re.findall(r"([\d.]+)%", line)]
         assert len(chances) == 5 and chances == sorted(chances, reverse=True) and sum(chances) <= 100.3
     assert len(captured.out.splitlines()) == 1
+
+
+def test_the_lab_counts_peaks_and_shares_on_the_thing(tok, tmp_path, monkeypatch, capfd):
+    is_thing = torch.zeros(2, 64, dtype=torch.bool)
+    is_thing[:, 10] = True
+    heats = torch.zeros(2, 64)
+    heats[0, 10], heats[1, 11], heats[1, 10] = 1, 3, 1
+    lab_attention.tell("two", heats, is_thing)
+    assert capfd.readouterr().out.split() == ["two", "50.0%", "62.5%"]
+
+    preset = PRESETS["toy"]
+    decoder = replace(preset.decoder, vocab_size=tok.vocab_size)
+    vlm = VLM(replace(preset, decoder=decoder, image_token=tok.image, pad_token=tok.pad))
+    save(vlm, tok, tmp_path / "random")
+    monkeypatch.setattr(lab_attention, "N_QUESTION", 3)
+    assert call(lab_attention.main, "--model", tmp_path / "random", "--max-new-tokens", 4) == 0
+    assert "mean of all" in capfd.readouterr().out

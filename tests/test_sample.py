@@ -286,8 +286,9 @@ def test_a_chat_survives_an_empty_answer(chat, tok, monkeypatch, capfd):
 
 
 def test_a_picture_that_is_shown_later_stands_in_front_of_the_next_question(chat, talkative, tok, capfd):
-    assert chat(["/image none.png", "/image b.png", "Which?"], "--image", "a.png") == 0
+    assert chat(["/image", "/image none.png", "/image b.png", "Which?"], "--image", "a.png") == 0
     said = capfd.readouterr()
+    assert "error: /image needs the name of a file" in said.err
     assert "error: none.png: no such picture" in said.err
     turns = [("human", f"<image>\n{sample.DESCRIBE}"), ("gpt", said.out.splitlines()[1])]
     turns.append(("human", "<image>\nWhich?"))
