@@ -315,9 +315,8 @@ def recompress(image, seed):
 
 
 def to_device(batch, device):
-    """A batch with its tensors there."""
-    moved = {name: x.to(device, non_blocking=True) for name, x in batch.items() if torch.is_tensor(x)}
-    return batch | moved
+    """The tensors of a batch."""
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items() if torch.is_tensor(x)}
 
 
 # ---- flags ----

@@ -856,7 +856,11 @@ def pick_val(made, limit):
     for groups in by_answer.values():
         rounds = itertools.zip_longest(*groups.values())
         picked += [place for places in rounds for place in places if place][:limit]
-    return [val_line(i, k, made[i][0], made[i][1][k]) for i, k in sorted(picked)]
+    lines = []
+    for i, k in sorted(picked):
+        name, asked = made[i]
+        lines.append(val_line(i, k, name, asked[k]))
+    return lines
 
 
 def is_world(out, world):

@@ -62,9 +62,8 @@ def make_clip(out, tok, n_steps, seed, batch_size=48, lr=6e-4):
                 + contrastive_loss(s_patch.flatten(0, 1)[patches], holding))
 
     def look():
-        tensors = {}
-        for name, p in clip.vision.state_dict().items():
-            tensors["vision_model." + clip_name(name)] = p.half()
+        weights = clip.vision.state_dict()
+        tensors = {f"vision_model.{clip_name(name)}": p.half() for name, p in weights.items()}
         write_model(out / "toy-clip", tensors, clip_json(clip.vision.cfg))
         return words_found(clip, tok)
 

@@ -96,8 +96,9 @@ def show_record(cfg):
         print(f"{name}: {n_tile} tiles, {len(layout)} visual tokens, {n_end} of them row ends")
     sheet = draw_tokens(example["pixels"], example["layout"], positions.tolist(), tower)
     zoom = -(-600 // sheet.width)  # the toy's tiles are small
+    size = zoom * sheet.width, zoom * sheet.height
     try:
-        sheet.resize((zoom * sheet.width, zoom * sheet.height), Image.Resampling.NEAREST).save(cfg.out)
+        sheet.resize(size, Image.Resampling.NEAREST).save(cfg.out)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {cfg.out}: cannot be written ({error}); let it end in .png") from None
     print(f"its visual tokens are drawn in {cfg.out}")
@@ -130,11 +131,14 @@ def draw_tokens(pixels, layout, positions, cfg):
     pixels (n, 3, S, S), layout (M, 2), positions (M,) of the tokens in the text. They stand in rows, as in
     the pictures, and beside each row its positions. Patches that no token stands for are not there.
     """
-    g, P = cfg.token_grid, cfg.patch_size * cfg.merge
+    P = cfg.patch_size * cfg.merge
+    squares = pixels.unfold(2, P, P).unfold(3, P, P)  # (n, 3, S / P, S / P, P, P)
+    squares = squares.permute(0, 2, 3, 4, 5, 1).flatten(1, 2).numpy()  # (n, patches, P, P, 3)
+
     rows = []
     row_before = None  # of the tile; of neighbouring tiles it is the same, after a row end there is none
     for (tile, patch), position in zip(layout.tolist(), positions):
-        row = patch // g if tile >= 0 else row_before
+        row = patch // cfg.token_grid if tile >= 0 else row_before
         if row_before is None or row != row_before:
             rows.append([])
         rows[-1].append((tile, patch, position))
@@ -143,15 +147,15 @@ def draw_tokens(pixels, layout, positions, cfg):
     width = P * max(map(len, rows))
     sheet = Image.new("RGB", (width + 60, P * len(rows)), "#303030")
     pen = ImageDraw.Draw(sheet)
-    for y, row in enumerate(rows):
-        for x, (tile, patch, _) in enumerate(row):
-            if tile < 0:
-                pen.rectangle((P * x + 1, P * y + 1, P * x + 6, P * y + P - 2), fill="#f03030")
-                continue
-            top, left = patch // g * P, patch % g * P
-            square = pixels[tile, :, top : top + P, left : left + P].permute(1, 2, 0)
-            sheet.paste(Image.fromarray(square.numpy()), (P * x, P * y))
-        pen.text((width + 4, P * y), f"{row[0][2]}..{row[-1][2]}", fill="white", font_size=10)
+    for i, row in enumerate(rows):
+        y = P * i
+        for column, (tile, patch, _) in enumerate(row):
+            x = P * column
+            if tile >= 0:
+                sheet.paste(Image.fromarray(squares[tile, patch]), (x, y))
+            else:
+                pen.rectangle((x + 1, y + 1, x + 6, y + P - 2), fill="#f03030")
+        pen.text((width + 4, y), f"{row[0][2]}..{row[-1][2]}", fill="white", font_size=10)
     return sheet
 
 
