@@ -42,7 +42,7 @@ def repaint(thing, rng):
     Never a paint that is less than 110 (summed over red, green and blue) from the color of the kind's
     UNSEEN pair.
     """
-    unseen = next(toyworld.COLORS[color] for kind, color in toyworld.UNSEEN if kind == thing.kind)
+    unseen = toyworld.COLORS[dict(toyworld.UNSEEN)[thing.kind]]
     while True:
         vivid = rng.randrange(256), 255
         gray = rng.randrange(256), 40

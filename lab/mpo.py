@@ -68,7 +68,8 @@ def make_rows(folder, seed, quick):
     toyworld.write_world(world, *((16, 4) if quick else ()))
     write_questions(folder, 16 if quick else 300)
     start = folder / "before"
-    before = (train, start, ["--data", world / "train.json", *UNDISTURBED, *(QUICK if quick else [])])
+    undisturbed = UNDISTURBED + (QUICK if quick else [])
+    before = (train, start, ["--data", world / "train.json", *undisturbed])
     common = ["--model", start, "--image-root", world, "--seed", seed]
 
     rows = {"before": [before]}
@@ -80,7 +81,7 @@ def make_rows(folder, seed, quick):
             flags = ["--method", method, *flags, "--data", folder / f"{method}.jsonl", *common]
             commands.append((pairs, files[-1], [*flags, "--max-new-tokens", 96]))
         flags = ["--w-p", w_p, "--w-q", w_q, "--w-g", w_g, "--data", ",".join(map(str, files)), *common]
-        flags += ["--max-steps", 60, *UNDISTURBED, *(QUICK if quick else [])]
+        flags += ["--max-steps", 60, *undisturbed]
         rows[row] = [*commands, (mpo, run_folder(folder, row, seed), flags)]
     return rows
 
