@@ -99,11 +99,8 @@ PRISMATIC_TEMPLATES = {                  # by a word in the name of the language
 # Ours: smallest, largest; of all other numbers 0 and 2**24. No model comes near; damage and typing errors do.
 LIMITS = {
     "image_size": (1, 4096),
-    "patch_size": (1, 4096),
     "n_register": (0, 1000),
     "n_layer": (1, 1000),
-    "n_head": (1, 2**16),
-    "n_kv_head": (1, 2**16),
     "norm_eps": (0, 1),
     "rope_theta": (1, 1e12),
     "image_token": (-1000, 2**24),       # LLaVA's own code has -200, of which VLMConfig says more
@@ -277,8 +274,7 @@ def prismatic(c, processor, parts, given):
     is_fused = "dinosiglip" in tower_id or "dinoclip" in tower_id
     towers = given or towers_inside(parts)
     if len(towers) != 1 + is_fused:
-        takes = "two towers, DINOv2 first: --vision DIR,DIR" if is_fused else "one tower: --vision DIR"
-        raise UserError(f"vision_backbone_id {tower_id!r} takes {takes}")
+        raise UserError(f"vision_backbone_id {tower_id!r} wants --vision DIR, or two: --vision DIR,DIR")
     size = re.search(r"(\d+)px", tower_id)
     image_size = int(size[1]) if size else 224
     towers = [replace(tower, image_size=image_size, activation="gelu") for tower in towers]

@@ -29,7 +29,6 @@ def save_processor(directory, tokenizer_file, cfg):
     write_json(directory / "preprocessor_config.json", kind | preprocessor_config(cfg))
     write_json(directory / "processor_config.json", kind | {
         "patch_size": cfg.vision.patch_size,
-        "image_token": "<image>",
         "num_additional_image_tokens": cfg.vision.n_prefix,
         "vision_feature_select_strategy": "default",
     })  # fmt: skip

@@ -63,8 +63,8 @@ def build(cfg, checkpoint=None, device="cpu"):
 
 def open_directory(directory, vision="", llm="", device="cpu"):
     """vision, llm: where a model that was published without them finds its tower and its base."""
-    vlm = VLM.from_pretrained(directory, device, vision=vision or None, llm=llm or None)
-    return vlm, Tokenizer(tokenizer_home(directory, llm or None))
+    vlm = VLM.from_pretrained(directory, device, vision=vision, llm=llm)
+    return vlm, Tokenizer(tokenizer_home(directory, llm))
 
 
 def build_preset(cfg, device):

@@ -40,7 +40,6 @@ from support.configs import (
 from support.io import fingerprint, read_json, reading
 from support.lora import merge_weight
 from support.quantize import use_int8
-from vision import find_tiling
 
 # ---- names: public to ours ---------------------------------------------------------------------------------
 # Rows apply in order. One that begins with a dot stands for an inner part of a name, others for its start.
@@ -163,7 +162,7 @@ def our_parts(tensors):
     """{public name: tensor} of a whole model, or any part but a tower alone -> {part: {our name: tensor}}."""
     parts = defaultdict(dict)
     for public, tensor in tensors.items():
-        if public.endswith(("inv_freq", "position_ids")):
+        if public.endswith("inv_freq"):
             continue                                                        # computed, not learned
         name = re.sub(r"^(base_model\.)?(model\.)*", "", public)
         name = re.sub(r"(lora_[AB])\.weight$", r"\1", name)                 # as support/lora.py calls them
@@ -471,12 +470,10 @@ def check_tokenizer(vlm, tok):
 
 
 def check_image_mode(vlm, directory):
-    mode = vlm.cfg.image_mode
-    tiling = find_tiling(vlm.cfg.vision, mode)
-    if tiling and tiling.row_end and vlm.connector.row_end is None:
+    if vlm.cfg.row_end and vlm.connector.row_end is None:
         raise UserError(
-            f"--image-mode {mode}: {directory} has never learned how the rows of several tiles end; "
-            "finetune it with this mode first"
+            f"--image-mode {vlm.cfg.image_mode}: {directory} has never learned how the rows of several tiles "
+            "end; finetune it with this mode first"
         )
 
 
