@@ -82,10 +82,11 @@ TOWERS = {
     "dinov2_with_registers": replace(DINOV2, patch_size=16, n_register=4),
     "intern_vit_6b": replace(DINOV2, final_norm=False, feature_layer=-1),    # its own say all sizes
 }
+LLAMA = {"n_head": 32, "n_embd": 4096, "block_size": 2048, "norm_eps": 1e-6}
 DECODERS = {
-    "llama": {"block_size": 2048, "norm_eps": 1e-6},
-    "mistral": {"n_kv_head": 8, "n_hidden": 14336, "block_size": 131072, "norm_eps": 1e-6},
-    "internlm2": {"block_size": 2048, "norm_eps": 1e-6},
+    "llama": LLAMA,
+    "internlm2": LLAMA,
+    "mistral": LLAMA | {"n_kv_head": 8, "n_hidden": 14336, "block_size": 131072},
 }
 PRISMATIC_MODES = {"letterbox": "letterbox", "resize-naive": "resize", "resize-crop": "crop"}
 PRISMATIC_CONNECTORS = {"linear": "linear", "gelu-mlp": "mlp2x_gelu", "fused-gelu-mlp": "fused_gelu"}
@@ -381,8 +382,7 @@ def decoder_config(c, whole=None):
     if "dynamic" not in rope.values():   # changes nothing up to the longest sequence
         only_values(rope, rope_type="default", type="default")
 
-    found = {"n_head": 32, "n_embd": 4096} | DECODERS[kind]
-    found |= read_fields(c | rope, DecoderConfig, LLAMA_FIELDS)
+    found = DECODERS[kind] | read_fields(c | rope, DecoderConfig, LLAMA_FIELDS)
     found["head_from_embedding"] = any(part.get("tie_word_embeddings") for part in (c, whole or {}))
     found.setdefault("n_kv_head", found["n_head"])
     found.setdefault("head_dim", found["n_embd"] // found["n_head"])

@@ -20,14 +20,14 @@ from support.io import write_json, write_whole
 
 def save_processor(directory, tokenizer_file, cfg):
     directory, tok = Path(directory), Tokenizer(tokenizer_file)
-    kind = {"processor_class": "LlavaNextProcessor" if cfg.tiling else "LlavaProcessor"}
-    write_json(directory / "tokenizer_config.json", kind | tokenizer_config(cfg))
+    write_json(directory / "tokenizer_config.json", tokenizer_config(cfg))
     write_whole(directory / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
     if not fits_llava(cfg) or not tok.prefix or cfg.template == "llava_v0":
         return
     write_json(directory / "tokenizer.json", tokenizer_json(tok.processor, cfg), indent=None)
-    write_json(directory / "preprocessor_config.json", kind | preprocessor_config(cfg))
-    write_json(directory / "processor_config.json", kind | {
+    write_json(directory / "preprocessor_config.json", preprocessor_config(cfg))
+    write_json(directory / "processor_config.json", {
+        "processor_class": "LlavaNextProcessor" if cfg.tiling else "LlavaProcessor",
         "patch_size": cfg.vision.patch_size,
         "num_additional_image_tokens": cfg.vision.n_prefix,
         "vision_feature_select_strategy": "default",
