@@ -122,12 +122,7 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
 def evaluate(items, cfg, vlm, tok, progress=None):
     """Ask all questions in every way, and add up. A training run ends with this, too."""
     columns = columns_of(items, cfg)
-    answers = {}
-    for column, questions in columns.items():
-        answers[column] = ask(vlm, tok, questions, cfg.batch_size, progress)
-        again = ask_again(questions, answers[column])
-        if again:
-            answers[column] |= ask(vlm, tok, again, cfg.batch_size, progress)
+    answers = {name: ask(vlm, tok, asked, cfg.batch_size, progress) for name, asked in columns.items()}
     return add_up(columns, answers)
 
 
@@ -221,7 +216,7 @@ def phrase(item, column, pictures, cfg):
     prompt = item["text"] + ("\n" + item["suffix"] if item["suffix"] else "")
     limit = SUITE[item["benchmark"]].max_new_tokens
     worked = cfg.cot and column != "direct"
-    if worked:  # InternVL's frame, or the benchmark's own, takes the place of the instruction
+    if worked:  # InternVL's frame takes the place of the instruction
         prompt = item.get("cot", COT + item["text"])
         limit = 4096
 
@@ -230,17 +225,6 @@ def phrase(item, column, pictures, cfg):
     turns = [*item.get("earlier", ()), ("human", typed)]
     phrased = item | {"column": column, "worked": worked, "prompt": prompt, "turns": turns}
     return phrased | {"pictures": pictures, "limit": cfg.max_new_tokens or limit}
-
-
-def ask_again(questions, answers):
-    """M3CoT asks a second time, for the letter; an empty first answer is no turn to go on from."""
-    again = []
-    for item in questions:
-        first = answers[item["id"]].get("answer")
-        if first and "then" in item:
-            turns = [*item["turns"], ("gpt", as_text(first)), ("human", item["then"])]
-            again.append(item | {"turns": turns, "column": item["column"] + ", then"})
-    return again
 
 
 def other_pictures(pictures):

@@ -51,14 +51,12 @@ def read_scienceqa(cfg):
     split = cfg.split or "test"
     problems = read_json(find_file(cfg, "problems.json"))
     rows = [(f"problems.json, {id}", id, problems[str(id)]) for id in splits[split]]
-    return read_each(rows, partial(ask_scienceqa, cfg.family))
+    return read_each(rows, ask_scienceqa)
 
 
-def ask_scienceqa(family, id, row):
+def ask_scienceqa(id, row):
     hint, image = row["hint"], row["image"]
-    context = ""
-    if hint:
-        context = f"{hint}\n" if family == "internvl" else f"Context: {hint}\n"
+    context = f"Context: {hint}\n" if hint else ""
 
     # The official breakdown: a question counts under its subject, its grade and its context.
     is_lower = row["grade"] in ("grade1", "grade2", "grade3", "grade4", "grade5", "grade6")

@@ -83,8 +83,8 @@ def question(id, image, text, suffix, truth, **more):
 
     image: its official path, the bytes of a picture, or None. truth: None where the labels are hidden.
     more: `unit`, the id by default, and `category`, of which there may be several; `asked`, the bare question
-    in a text that says more; `also`, another id that it goes by; `choices`, the options' texts; `cot` and
-    `then`, the prompts of a chain of thought that has its own; and what the judge needs.
+    in a text that says more; `also`, another id that it goes by; `choices`, the options' texts; `cot`, the
+    prompt of a chain of thought that has its own; and what the judge needs.
     """
     item = {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth}
     item |= {"unit": id, "category": [], "asked": text} | more
@@ -268,9 +268,9 @@ def final_answer(text):
     return found[2].strip() if found else text
 
 
-def lettered(choices, form="\n{}. {}"):
+def lettered(choices):
     """The options of a question, a line each."""
-    return "".join(form.format(letter, choice) for letter, choice in zip(LETTERS, choices))
+    return "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 def count_in(text, item=None):

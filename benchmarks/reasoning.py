@@ -9,7 +9,7 @@ Accuracy: the share of answers that, once extracted, are the label.
   MathVista  arXiv:2310.02255. Its authors let GPT-4 extract the answer. Here a rule does it, unless
              --predictions brings an `extraction`: their own short cuts, then the last option letter or
              number. Compare such a figure with its like only
-  M3CoT      arXiv:2405.16473. A letter, for which is asked once more after the chain of thought
+  M3CoT      arXiv:2405.16473. Asked as InternVL asks it; its authors ask for the letter in a second turn
 """
 
 import re
@@ -25,8 +25,6 @@ from benchmarks.common import (
     read_split,
     split_files,
 )
-
-IN_BRACKETS = "\n({}) {}"  # one option
 
 # ---- MathVista ----
 
@@ -116,30 +114,17 @@ def read_m3cot(cfg):
     seen = set()
 
     def ask(split, key, row):
-        if row["id"] in seen:
+        id, choices, asked = row["id"], row["choices"], row.get("question", "")
+        if id in seen:
             return None  # the first record of an id counts
-        seen.add(row["id"])
-        return ask_m3cot(row, cfg.family)
+        seen.add(id)
+        image = f"images/{row.get('image_id') or id}.png"
+        context = f"{row['context']}\n" if row.get("context") else ""
+        text = context + asked + lettered(choices)
+        more = {"category": [row["domain"], row["topic"]], "asked": asked, "choices": choices}
+        return question(id, image, text, LETTER, row.get("answer"), **more)
 
     return read_split(cfg, files, ask)
-
-
-def ask_m3cot(row, family):
-    id, choices, text = row["id"], row["choices"], row.get("question", "")
-    image = f"images/{row.get('image_id') or id}.png"
-    context = f"{row['context']}\n" if row.get("context") else ""
-    more = {"category": [row["domain"], row["topic"]], "asked": text, "choices": choices}
-    if family == "internvl":
-        suffix = LETTER
-        text = context + text + lettered(choices)
-    else:
-        suffix = ""
-        context = context and f"[Context]\n{context}"
-        text = f"{context}[Question]\n{text}\n[Choices]" + lettered(choices, IN_BRACKETS)
-        letters = ",".join(f'"({letter})"' for letter in LETTERS[: len(choices)])
-        more["cot"] = f"{text}\n\nLet's think step-by-step!"
-        more["then"] = f"Please select the correct answer from the [{letters}] options."
-    return question(id, image, text, suffix, row.get("answer"), **more)
 
 
 def m3cot_letter(text, item):

@@ -45,7 +45,7 @@ def judge_one(bench, item, answer):
         record["score"] = None
     if text is None or unreviewed:
         return record
-    if item["worked"] and "then" not in item:
+    if item["worked"]:
         text = final_answer(text)
     record["parsed"] = bench.parse(text, item | answer)
     if record["parsed"] is not None and item["truth"] is not None:

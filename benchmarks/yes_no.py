@@ -159,8 +159,7 @@ def read_vsr(cfg):
         return question(str(number), image, text, suffix, truth, category=category)
 
     # Of the two ways to split it the papers take the zero-shot one.
-    splits = {split: [f"zeroshot/{split}.jsonl", f"{split}.jsonl"] for split in ("test", "dev", "train")}
-    return read_split(cfg, splits, ask)
+    return read_split(cfg, {"test": ["zeroshot/test.jsonl", "test.jsonl"]}, ask)
 
 
 def vsr_label(text, item):

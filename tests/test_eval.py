@@ -805,7 +805,7 @@ def test_a_chain_of_thought_and_the_direct_answer_stand_side_by_side(asked, tmp_
     put(tmp_path, "m3cot/test.jsonl", jsonl(rows))
     result = asked("m3cot", tmp_path / "m3cot", "--cot", "--blind", "none")
     assert list(result["columns"]) == ["direct", "no pictures"]
-    assert all("step-by-step" in record["prompt"] for record in result["records"])
+    assert all("step by step" in record["prompt"] for record in result["records"])
 
 
 @pytest.mark.parametrize(
