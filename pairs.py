@@ -169,10 +169,12 @@ def read_question(vlm, tok, record, cfg):
         images = [open_image(path, "the path and --image-root") for path in paths]
         pictures = [cut_picture(vlm, image, len(images)) for image in images]
         prompt = encode_question(vlm, tok, text, pictures)
-        n_token, longest = len(prompt[0]), vlm.cfg.decoder.block_size
+        n_token = len(prompt[0])
+        longest = vlm.cfg.decoder.block_size
         if n_token >= longest * 3 // 4:
             raise UserError(f"its {n_token} tokens leave little room for an answer in {longest}")
-    names, chosen = record["images"], record.get("chosen")
+    names = record["images"]
+    chosen = record.get("chosen")
     image = names[0] if len(names) == 1 else names or None
     return Question(record["where"], image, text, prompt, truth, chosen and chosen.strip())
 
@@ -197,7 +199,9 @@ def pairs_by_correctness(vlm, tok, questions, cfg, seed, group):
     prompts = [question.prompt for question in questions for _ in range(cfg.samples)]
     answers = iter(draw_answers(vlm, tok, prompts, cfg, seed))
     for question in questions:
-        right, wrong = {}, {}  # {text of an answer: the part that is judged, or None where it kept no format}
+        # {text of an answer: the part that is judged, or None where it kept no format}
+        right = {}
+        wrong = {}
         for said in islice(answers, cfg.samples):
             kind, text, final = judge_answer(said, question.truth, cfg)
             counts.update({"answers": 1, "tokens": len(said.ids), f"answers {kind}": 1})
@@ -287,7 +291,8 @@ def pairs_by_dropout(vlm, tok, questions, cfg, seed, group):
     counts["answers empty or cut off"] = len(questions) - len(answered)
 
     # What the model makes of the first words of each.
-    begins, prompts = [], []
+    begins = []
+    prompts = []
     for question in answered:
         begin = first_words(vlm, tok, question.chosen, cfg.ratio)
         ids, pictures = question.prompt

@@ -55,7 +55,8 @@ def read_scienceqa(cfg):
 
 
 def ask_scienceqa(id, row):
-    hint, image = row["hint"], row["image"]
+    hint = row["hint"]
+    image = row["image"]
     context = f"Context: {hint}\n" if hint else ""
 
     # The official breakdown: a question counts under its subject, its grade and its context.
@@ -66,8 +67,10 @@ def ask_scienceqa(id, row):
 
     path = f"images/{row['split']}/{id}/{image}" if image else None
     text = context + row["question"] + lettered(row["choices"])
-    more = {"category": category, "choices": row["choices"], "asked": row["question"]}
-    return question(id, path, text, LETTER, LETTERS[row["answer"]], **more)
+    truth = LETTERS[row["answer"]]
+    return question(
+        id, path, text, LETTER, truth, category=category, choices=row["choices"], asked=row["question"]
+    )
 
 
 def scienceqa_letter(text, item):
@@ -179,13 +182,17 @@ def read_seed(cfg):
     kinds = {number: name for _, name, number in load_records(path, "question_type")}
 
     def ask(key, row):
-        id, kind = str(row["question_id"]), row["question_type_id"]
-        media, image = "image", f"SEED-Bench-image/{row['data_id']}"
+        id = str(row["question_id"])
+        kind = row["question_type_id"]
+        media = "image"
+        image = f"SEED-Bench-image/{row['data_id']}"
         if kind > 9:
-            media, image = "video", f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
+            media = "video"
+            image = f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
         choices = [row[f"choice_{letter}"] for letter in "abcd"]
-        more = {"category": [kinds[kind], media], "choices": choices}
-        asked = question(id, image, row["question"] + lettered(choices), LETTER, row["answer"] + "", **more)
+        text = row["question"] + lettered(choices)
+        truth = row["answer"] + ""
+        asked = question(id, image, text, LETTER, truth, category=[kinds[kind], media], choices=choices)
         return asked if wanted in ("all", media) else None
 
     return read_each(load_records(path, "questions"), ask)
@@ -211,10 +218,12 @@ def read_ai2d(cfg):
 
 
 def ask_ai2d(image, text, row):
-    category = "letters drawn" if row.get("abcLabel") else "no letters drawn"
-    choices, truth = row["answerTexts"], LETTERS[row["correctAnswer"]]
-    more = {"category": category, "choices": choices}
-    return question(row["questionId"], image, text + lettered(choices), LETTER, truth, **more)
+    id = row["questionId"]
+    choices = row["answerTexts"]
+    truth = LETTERS[row["correctAnswer"]]
+    category = "letters drawn" if row["abcLabel"] else "no letters drawn"
+    text += lettered(choices)
+    return question(id, image, text, LETTER, truth, category=category, choices=choices)
 
 
 def ai2d_letter(text, item):
@@ -227,7 +236,8 @@ def ai2d_letter(text, item):
 
 def read_tallyqa(cfg):
     def ask(split, key, row):
-        id, image = row["question_id"], row["image"] + ""
+        id = row["question_id"]
+        image = row["image"] + ""
         category = "complex" if row.get("issimple") is False else "simple"
         return question(id, image, row["question"], SHORT, row["answer"], category=category)
 

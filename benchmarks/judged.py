@@ -37,7 +37,8 @@ def read_llava_bench(cfg):
     references = rows_by(cfg, "question_id", "answers_gpt4.jsonl")
 
     def ask(split, key, row):
-        id, image = row["question_id"], row["image"]
+        id = row["question_id"]
+        image = row["image"]
         caption = pictures[image]["caption"]
         caption = "\n".join([caption] if isinstance(caption, str) else caption)
         category = row["category"].removeprefix("llava_bench_")
@@ -112,7 +113,8 @@ MM_VET = (
 def read_mm_vet(cfg):
     def ask(split, id, row):
         image = f"images/{row.get('imagename') or f'{id}.png'}"
-        truth, category = row["answer"] + "", list(row["capability"])
+        truth = row["answer"] + ""
+        category = list(row["capability"])
         return question(str(id), image, row["question"], "", truth, category=category)
 
     return read_split(cfg, {"all": ["mm-vet.json"]}, ask)

@@ -19,7 +19,8 @@ def is_right(said, truth):
     """
     if ("Final answer:" in said) != ("Final answer:" in truth):
         return False
-    said, truth = final_part(said), final_part(truth)
+    said = final_part(said)
+    truth = final_part(truth)
     if said == truth:  # "+", of which normalising leaves nothing
         return bool(said)
     if re.fullmatch("[a-z]", truth):

@@ -50,7 +50,8 @@ def mathvista_answer(text, item):
 def mathvista_extract(item, text):
     """What the official pipeline asks GPT-4 for, by rule."""
     text = text.strip()
-    choices, kind = item["choices"], item["answer_type"]
+    choices = item["choices"]
+    kind = item["answer_type"]
     is_choice = item["question_type"] == "multi_choice"
     is_number = kind in ("integer", "float") and mathvista_normal(text, item) is not None
     if not text or is_number or (is_choice and text in choices):
@@ -97,7 +98,8 @@ def edit_distance(a, b):
     """Levenshtein's: row[j] holds the edits between what is read of a and the first j letters of b."""
     row = range(len(b) + 1)
     for i, x in enumerate(a, 1):
-        above, row = row, [i]
+        above = row
+        row = [i]
         for j, y in enumerate(b):
             row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (x != y)))
     return row[-1]
@@ -114,15 +116,18 @@ def read_m3cot(cfg):
     seen = set()
 
     def ask(split, key, row):
-        id, choices, asked = row["id"], row["choices"], row.get("question", "")
+        id = row["id"]
+        choices = row["choices"]
+        asked = row.get("question", "")
         if id in seen:
             return None  # the first record of an id counts
         seen.add(id)
         image = f"images/{row.get('image_id') or id}.png"
         context = f"{row['context']}\n" if row.get("context") else ""
         text = context + asked + lettered(choices)
-        more = {"category": [row["domain"], row["topic"]], "asked": asked, "choices": choices}
-        return question(id, image, text, LETTER, row.get("answer"), **more)
+        category = [row["domain"], row["topic"]]
+        truth = row.get("answer")
+        return question(id, image, text, LETTER, truth, category=category, asked=asked, choices=choices)
 
     return read_split(cfg, files, ask)
 

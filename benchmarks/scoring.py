@@ -83,7 +83,8 @@ def bootstrap(units, score):
 
 def compare(bench, ours, theirs):
     """Paired bootstrap of two runs: the same units are drawn from both lists of records."""
-    ours, theirs = units_of(ours), units_of(theirs)
+    ours = units_of(ours)
+    theirs = units_of(theirs)
     pairs = [(unit, theirs[id]) for id, unit in ours.items() if id in theirs]
     if not pairs:
         raise UserError("the two runs share no scored question; are both of one benchmark?")

@@ -47,7 +47,8 @@ VQAV2 = {
 
 def read_vqav2(cfg):
     split, path = find_split(cfg, VQAV2)
-    folder, labels = "test2015", {}
+    folder = "test2015"
+    labels = {}
     if split == "val":
         folder = "val2014"
         annotations = load_records(find_file(cfg, "v2_mscoco_val2014_annotations.json"), "annotations")
@@ -73,7 +74,8 @@ def people(row):
 
 def read_vizwiz(cfg):
     def ask(split, key, row):
-        image, suffix = row["image"], f"{INSUFFICIENT}\n{SHORT}"
+        image = row["image"]
+        suffix = f"{INSUFFICIENT}\n{SHORT}"
         truth = None if split == "test" else people(row)
         category = row.get("answer_type")
         return question(image, f"{split}/{image}", row["question"], suffix, truth, category=category)
@@ -87,7 +89,8 @@ def read_textvqa(with_ocr, cfg):
         ocr = rows_by(cfg, "image_id", "TextVQA_Rosetta_OCR_v0.2_val.json", "data")
 
     def ask(key, row):
-        image, asked = row["image_id"], row["question"]
+        image = row["image_id"]
+        asked = row["question"]
         text = asked[:1].upper() + asked[1:]
         if with_ocr:
             text += "\nReference OCR token: " + ", ".join(ocr[image]["ocr_tokens"])
@@ -102,7 +105,8 @@ def read_gqa(cfg):
 
     def ask(split, id, row):
         truth = row["answer"] if row["isBalanced"] else None
-        image, category = f"images/{row['imageId']}.jpg", row["types"]["structural"]
+        image = f"images/{row['imageId']}.jpg"
+        category = row["types"]["structural"]
         return question(str(id), image, row["question"], SHORT, truth, category=category)
 
     return read_split(cfg, {"testdev": ["testdev_balanced_questions.json"]}, ask)

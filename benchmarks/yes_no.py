@@ -49,7 +49,8 @@ def read_pope(cfg):
 
 
 def ask_pope(split, is_merged, key, row):
-    number, image = int(row["question_id"]), row["image"]
+    number = int(row["question_id"])
+    image = row["image"]
     merged = number + OFFSETS[split]
     if image.startswith("COCO_val2014"):
         image = f"val2014/{image}"
@@ -67,8 +68,10 @@ def pope_label(text, item):
 def pope_figures(units):
     """Yes is the positive class. A missing answer is wrong: a false no, or a false yes."""
     count = Counter((record["truth"], record["score"] == 1) for (record,) in units)
-    tp, fn = count["yes", True], count["yes", False]
-    tn, fp = count["no", True], count["no", False]
+    tp = count["yes", True]
+    fn = count["yes", False]
+    tn = count["no", True]
+    fp = count["no", False]
     return {
         "TP": tp,
         "FP": fp,
@@ -155,7 +158,8 @@ def read_vsr(cfg):
         text = 'Based on the image, is this statement "True" or "False"? ' + row["caption"]
         suffix = 'Respond with "True" or "False" directly.'
         truth = {0: "False", 1: "True"}[row["label"]]
-        image, category = row["image"] + "", row["relation"]
+        image = row["image"] + ""
+        category = row["relation"]
         return question(str(number), image, text, suffix, truth, category=category)
 
     # Of the two ways to split it the papers take the zero-shot one.

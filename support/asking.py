@@ -38,7 +38,6 @@ def ask(vlm, tok, questions, batch_size, progress=None):
     with Bar(total=len(questions), initial=n_done, unit="question", desc=column) as bar:
         for batch, prompts in one_ahead(partial(encode_questions, vlm, tok), todo):
             rows = write_answers(vlm, tok, batch, prompts)
-            rows = [{"column": column, "id": item["id"]} | row for item, row in zip(batch, rows)]
             done |= {row["id"]: row for row in rows}
             if progress:
                 progress.add(rows)
@@ -102,9 +101,12 @@ def write_answers(vlm, tok, questions, prompts):
     sampling = questions[0].get("sampling", {})
     answers = iter(sample.answer(vlm, tok, fitting, limit, batch_size, **sampling))
     rows = []
-    for n in lengths:
-        found = next(answers) if n < block_size else None
-        rows.append({"answer": found.text, "cut_off": not found.whole} if found else {})
+    for item, n in zip(questions, lengths):
+        row = {"column": item["column"], "id": item["id"]}
+        if n < block_size:
+            found = next(answers)
+            row |= {"answer": found.text, "cut_off": not found.whole}
+        rows.append(row)
     return rows
 
 
