@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.cache import end_of_pictures, prefill_shared_prefix
+from support.cache import fill_known_prefix
 from support.cli import UserError
 from support.log_probs import token_log_probs
 from vision import VisionConfig, ViT, find_tiling
@@ -189,6 +189,7 @@ class VLM(nn.Module):
         if len(wanted) == 0:
             raise ValueError("no supervised token in the batch, so no loss; see python -m tools.show check")
         h = self.decoder(x, wanted=wanted)                                  # (K, D)
+        # Cross-entropy, F.cross_entropy(self.decoder.lm_head(h), targets[wanted]), in less memory.
         return -token_log_probs(h, self.decoder.lm_head.weight, targets[wanted]).mean()
 
     @property
@@ -204,8 +205,8 @@ class VLM(nn.Module):
     def embed(self, tokens, features=None, layout=None):
         """Embed the tokens (B, T) -> (B, T, D). The connector turns features (n, N, n_feature) into M visual
         tokens, which replace the embeddings at the M image-token positions."""
-        # In a 32,000-row table (LLaVA's own) these ids have no row: look up row 0. The result is replaced or
-        # never seen.
+        # The ids of <image> and <pad> may lie outside the table (32000 and 32001 with LLaVA's own): look up
+        # row 0. The embedding is replaced, or never seen.
         is_image = tokens == self.cfg.image_token                           # (B, T)
         no_row = is_image
         if self.cfg.pad_token >= self.cfg.decoder.vocab_size:
@@ -238,7 +239,7 @@ class VLM(nn.Module):
 
         lengths (B,): how many tokens of each row are prompt, where rows are padded on the right.
         stop: the ids that end an answer, if not </s> alone.
-        history: the support.cache.KVHistory of a chat, handed on from question to question, each of one row.
+        history: a support.cache.KVHistory, the same for all questions of a chat (B = 1): no turn twice.
         sampling: temperature, top_p, top_k and seed, the fields of Sampling; greedy without them.
         """
         B, T = tokens.shape
@@ -255,13 +256,10 @@ class VLM(nn.Module):
 
         # Prefill. In the cache a row's answer begins at place T, and no token of it sees the padding before.
         cache = self.decoder.new_cache(B, T + max_new_tokens)
-        if history is None:
-            x = self.embed(tokens, self.features(pixels), layout)           # (B, T, D)
-            end = end_of_pictures(tokens == self.cfg.image_token, lengths)
-            start = prefill_shared_prefix(self.decoder, x, end, cache)
-        else:
-            x = self.embed(tokens, history.features(self, pixels), layout)  # (1, T, D)
-            start = history.reuse_prefix(x, cache)
+        features = history.features(self, pixels) if history else self.features(pixels)
+        x = self.embed(tokens, features, layout)                            # (B, T, D)
+        is_image = tokens == self.cfg.image_token
+        start = fill_known_prefix(self.decoder, x, is_image, lengths, cache, history)
         h = self.decoder.prefill(x, start, lengths, cache)                  # (B, D)
         places = torch.arange(T + max_new_tokens, device=device)
         is_seen = (places < lengths[:, None]) | (places >= T)               # (B, places)

@@ -57,7 +57,7 @@ from support.distributed import (
     precision,
     processes,
     rank,
-    shares_of_step,
+    with_fillers,
     world_size,
 )
 from support.heldout import HeldOut
@@ -145,9 +145,10 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
         return None, {task.unit: 0}
 
     loss, metrics = 0.0, Counter({task.unit: n})
-    for batch, share in shares_of_step(batches, counts, n):
+    for batch, count in with_fillers(batches, counts):
         with autocast:
             mean, more = task.loss(vlm, batch)
+        share = count / n * world_size()  # gradients are averaged over the processes
         part = mean * share
         if part.requires_grad:  # texts alone teach a connector nothing
             part.backward()

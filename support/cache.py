@@ -8,6 +8,13 @@ import torch
 import torch.nn.functional as F
 
 
+def fill_known_prefix(decoder, x, is_image, lengths, cache, history=None):
+    """Put into a new cache what is known of the prompts x (B, T, D). -> how many of their first tokens."""
+    if history:
+        return history.reuse_prefix(x, cache)
+    return prefill_shared_prefix(decoder, x, end_of_pictures(is_image, lengths), cache)
+
+
 def prefill_shared_prefix(decoder, x, end, cache):
     """Prompts (B, T, D) about one picture begin alike. Of neighbouring rows that are equal up to `end` the
     first is computed, and its keys and values go to the others, too. -> how many tokens the cache holds."""

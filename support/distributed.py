@@ -154,15 +154,10 @@ def add_blank_tile(vlm, batch):
     return tokens, blank, labels, layout
 
 
-def shares_of_step(batches, counts, n):
-    """-> (batch, share) for each micro-batch: what it counts of the whole step's n, over all processes.
-
-    All go through as many as the one that has most; what is missing is a text that counts nothing. Because
-    gradients are averaged over the processes, shares are larger by their number.
-    """
+def with_fillers(batches, counts):
+    """-> [(batch, count), ...], as many as the process has that has most: what is missing counts nothing."""
     n_filler = int(gather_numbers([len(batches)]).max()) - len(batches)
-    all_batches = [*zip(batches, counts), *[(filler_batch(), 0)] * n_filler]
-    return [(batch, count / n * world_size()) for batch, count in all_batches]
+    return [*zip(batches, counts), *[(filler_batch(), 0)] * n_filler]
 
 
 def average_gradients(vlm, batches):
