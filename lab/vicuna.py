@@ -133,14 +133,14 @@ def make_lesson(tok, rng, progress):
     To name what a patch says, whatever that is, is a better habit than to know which kinds have which colors.
     """
     tokens, labels, spelled = plain_lesson(tok, rng, progress)
-    asks_for_legs = any(token in tok.encode("legs") for token in tokens)
+    asks_for_legs = tok.encode("legs")[-1] in tokens
     if rng.random() < 0.5 or asks_for_legs:              # who could count the legs of a word?
         return tokens, labels, spelled
 
     # Words that do not occur here, for all the forms of some names.
     names = [tok.encode(toyworld.plural(kind)) + tok.encode(kind) for kind in toyworld.KINDS]
     names += [tok.encode(color) for color in toyworld.COLORS]
-    taken = {token for name in names for token in name}.union(tokens, *spelled)
+    taken = set(tokens).union(*names, *spelled)
     words = [i for i in range(tok.n_text) if re.fullmatch(r"\u2581[A-Za-z]{3,}", tok.piece(i))]
     free = [word for word in words if word not in taken]
     other = {}
