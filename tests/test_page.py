@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import os
+import select
 import shutil
 import subprocess
 import threading
@@ -180,6 +181,7 @@ class Browser:
         os.write(self.to, json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self.waiting:
+                assert select.select([self.back], [], [], 60)[0], f"no answer to {method}"
                 self.waiting += os.read(self.back, 1 << 16)
             line, _, self.waiting = self.waiting.partition(b"\0")
             answer = json.loads(line)
@@ -268,15 +270,17 @@ class Tab:
             (Path(folder) / f"{name}-{self.browser.width}.png").write_bytes(base64.b64decode(png))
 
 
-@pytest.fixture(params=[400, 1400])
+@pytest.fixture
 def browser(request, tmp_path_factory):
+    """As wide as the test says, else as a telephone."""
     if CHROMIUM is None:
         pytest.skip("no chromium here; Debian's package of that name has it")
-    browser = Browser(tmp_path_factory.mktemp("chromium"), request.param)
+    browser = Browser(tmp_path_factory.mktemp("chromium"), getattr(request, "param", 400))
     yield browser
     browser.close()
 
 
+@pytest.mark.parametrize("browser", [400, 1400], indirect=True)
 def test_in_a_browser_one_drops_a_picture_asks_clicks_words_and_goes_on(browser, page, cat):
     tab = Tab(browser, f"http://{page.host}/")
     tab.screenshot("1-empty")
