@@ -24,7 +24,7 @@ from vision import join_tiles
 
 
 @torch.no_grad()
-def attention(decoder, x, rows):
+def mean_weights(decoder, x, rows):
     """Embeddings (1, T, D); the positions (K,) of those that look -> (K, T)."""
     rope = rotary_angles(torch.arange(x.shape[1], device=x.device)[None], decoder.cfg)
     n_early = len(decoder.layers) // 2
@@ -70,7 +70,7 @@ class Look:
         is_image = torch.tensor(self.prompt) == self.tok.image
         first = int(is_image.nonzero()[-1]) + 1                             # of the text after the pictures
         rows = torch.arange(first, self.x.shape[1], device=self.x.device)
-        seen = attention(self.decoder, self.x, rows).cpu()[:, : len(self.prompt)][:, is_image]
+        seen = mean_weights(self.decoder, self.x, rows).cpu()[:, : len(self.prompt)][:, is_image]
         seen = (seen - seen.mean(0)).clamp(min=0)                           # (K, M)
 
         # Each token of the answer is written by the one before it. A comma looks at what comes next, so the

@@ -82,7 +82,7 @@ def test_one_pass_over_the_answer_finds_what_its_steps_attended_to(chat, world):
     last, _ = read[-1]
     k = torch.cat([k for _, k in read], dim=1)
     weights = (last @ k.transpose(1, 2) / attn.head_dim**0.5).softmax(-1).mean(0)
-    found = attention.attention(chat.vlm.decoder, chat.history.x, torch.tensor([k.shape[1] - 1]))
+    found = attention.mean_weights(chat.vlm.decoder, chat.history.x, torch.tensor([k.shape[1] - 1]))
     assert torch.allclose(found, weights, atol=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_a_word_is_what_its_tokens_looked_at_without_the_punctuation_after_it(ch
     def each_row_its_number(decoder, x, rows):
         return rows[:, None].float().expand(-1, x.shape[1])
 
-    monkeypatch.setattr(attention, "attention", each_row_its_number)
+    monkeypatch.setattr(attention, "mean_weights", each_row_its_number)
     heat = Look(chat).heat
     pieces = [tok.piece(i) for i in ids]
     rows = range(n_prompt - 1, n_prompt - 1 + len(ids))
