@@ -64,7 +64,7 @@ class EvalConfig(sample.ModelConfig):
     cot: bool = arg(False, "ask for a chain of thought, and directly beside it; also: read --predictions so")
     compare: str = arg("", "results.json of another model: the difference on the same questions")
     family: str = arg(
-        "", "whose prompts; llava: Prismatic's, too; empty: by the template", choices=("llava", "internvl")
+        "", "whose boxes; llava: Prismatic's, too; empty: by the template", choices=("llava", "internvl")
     )
     batch_size: int = arg(32, "questions answered at once", at_least=1)
     max_new_tokens: int = arg(0, "longest answer in tokens; 0: the benchmark's, 16 to 1024")
