@@ -1,4 +1,4 @@
-"""Linear layers for asking a large model on a CPU: weights of 8 bits, and products with 16-bit weights.
+"""Linear layers for asking a model on a CPU: weights of 8 bits, of 16, and of 32 by columns.
 
     W ~ scale Q        Q int8 (out, in); scale, one number a row, makes its largest |w| 127
 
@@ -72,3 +72,12 @@ def widen_products(vlm):
             for layer in part.modules():
                 if type(layer) is nn.Linear:
                     layer.__class__ = WideLinear
+
+
+def lay_out_by_columns(vlm):
+    """On a CPU one row meets a tall float32 matrix up to 1.7 times as fast if that lies in memory by columns."""
+    for layer in vlm.decoder.modules():
+        if type(layer) is nn.Linear and layer.out_features > layer.in_features:
+            weight = layer.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                weight.data = weight.data.T.contiguous().T

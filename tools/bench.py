@@ -31,6 +31,7 @@ import torch
 import mpo
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
 from support.cli import REQUIRED, UserError, arg, parse, run_program
+from support.quantize import lay_out_by_columns
 from support.start import init_weights
 from vision import VisionConfig
 
@@ -287,6 +288,7 @@ def decoding(model, is_ours, batch):
     """Greedy, and past any end token: both sides make as many tokens."""
     tokens, _, pixels = batch
     if is_ours:
+        lay_out_by_columns(model)                        # as sample.py does
         return lambda: model.generate(tokens, pixels, N_NEW, stop=[model.cfg.pad_token])
     image_token = model.config.image_token_id
     options = {
