@@ -75,7 +75,7 @@ def widen_products(vlm):
 
 
 def lay_out_by_columns(vlm):
-    """On a CPU one row meets a tall float32 matrix up to 1.7 times as fast if that lies in memory by columns."""
+    """On a CPU one row meets a tall float32 matrix up to 1.7 times as fast if that lies by columns."""
     for layer in vlm.decoder.modules():
         if type(layer) is nn.Linear and layer.out_features > layer.in_features:
             weight = layer.weight
