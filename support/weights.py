@@ -302,13 +302,12 @@ def flatten(content, prefix=""):
 def newest_run(root="out"):
     """The model directory under out/ that was finished last: its config is the last file a run writes."""
     finished = [*Path(root).glob("*/config.json"), *Path(root).glob("*/plainvlm.json")]
-    newest = max(finished, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
+    if not finished:
         raise UserError(
             f"no finished run under {root}/; train one (python train.py --stage finetune), or give "
             "--model DIR, such as the checkpoint-N of an unfinished one"
         )
-    return str(newest.parent)
+    return str(max(finished, key=lambda path: path.stat().st_mtime).parent)
 
 
 def load_model(directory, device="cpu", dtype=torch.float32, vision=None, llm=None, int8=False):
@@ -496,9 +495,9 @@ def base_of(directory, llm=None):
     wanted = read_json(directory / "plainvlm.json", missing={}).get("base_fingerprint")
     base = Path(named)
     for place in directory / base.name, directory.parent / base.name, base:
-        if base.name and weight_files(place):
-            if wanted is None or wanted == fingerprint(weight_files(place)):
-                return place
+        files = weight_files(place)
+        if base.name and files and wanted in (None, fingerprint(files)):
+            return place
     raise UserError(f"{directory}: is a LoRA over {named!r}, which is not here, or is another model by now; "
                     "put it back, or give it by --llm DIR")
 
