@@ -336,14 +336,13 @@ def teach(cfg, Task):
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
         if cfg.minutes:
             n_step = 10**12  # until count_steps knows better
+        if cfg.dry_run or not cfg.resume:
+            vlm, tok = build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read
         if cfg.dry_run:
             if cfg.minutes:
                 raise UserError("--dry-run does not know how many steps --minutes are; leave that out")
-            vlm, tok = build(cfg, device="meta")
             make_trainable(vlm, cfg)
             return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
-        if not cfg.resume:
-            build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read
 
         # The model, as --resume left it or from its ingredients; and which of its parameters train.
         run = Run(cfg, n_step, records.paths)

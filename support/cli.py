@@ -47,10 +47,11 @@ def arg(default, help, choices=(), positional=False, **limits):
 def parse(Config, argv=None, description="", defaults=None):
     """argv, else sys.argv[1:], -> a Config. `defaults` replace those of the fields, the command line both."""
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    defaults = defaults or {}
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
     for f in flag_fields(Config):
-        add_flag(parser, f, (defaults or {}).get(f.name, f.default))
+        add_flag(parser, f, defaults.get(f.name, f.default))
     found, unknown = parser.parse_known_args([with_dashes(word) for word in argv])
     if unknown:
         known = {flag: action.help for action in parser._actions for flag in action.option_strings}
@@ -59,7 +60,8 @@ def parse(Config, argv=None, description="", defaults=None):
         alike = [flag for flag, text in known.items() if words and words in text]   # learning rate: --lr
         hint = nearest(flag, known) or nearest(flag, alike, cutoff=0)
         raise UserError(f"unknown argument {unknown[0]}{hint}; see --help")
-    cfg = Config(**vars(found))
+    given = {name: value for name, value in vars(found).items() if value is not None}
+    cfg = Config(**(defaults | given))
     check_values(cfg)
     return cfg
 
@@ -89,32 +91,17 @@ def add_flag(parser, f, default):
     if default is not REQUIRED and default not in ("", ()):
         shown = {True: "yes", False: "no", None: "auto"}[default] if f.type is bool else default
         text += f" (default {shown})"
-    options = {"help": text}
     if f.metadata["positional"]:
-        if default is not REQUIRED:
-            options |= {"nargs": "?", "default": default}
-        parser.add_argument(f.name, metavar=f.name.upper().replace("_", "-"), **options)
+        nargs = None if default is REQUIRED else "?"
+        parser.add_argument(f.name, metavar=f.name.upper().replace("_", "-"), nargs=nargs, help=text)
         return
     if f.type is bool:
-        options["action"] = argparse.BooleanOptionalAction
+        kind = {"action": argparse.BooleanOptionalAction}
     elif f.type is tuple:
-        options |= {"nargs": "+", "metavar": "TEXT", "action": AddWords}
+        kind = {"nargs": "+", "metavar": "TEXT", "action": "extend"}    # given again, it adds to its words
     else:
-        metavar = {int: "N", float: "X", str: "TEXT"}[f.type]
-        options |= {"type": f.type, "metavar": metavar}
-    if default is REQUIRED:
-        options["required"] = True
-    else:
-        options["default"] = default
-    parser.add_argument(flag_of(f.name), **options)
-
-
-class AddWords(argparse.Action):
-    """A flag that is given again adds to its words."""
-
-    def __call__(self, parser, found, words, flag=None):
-        before = getattr(found, self.dest)
-        setattr(found, self.dest, words if before is self.default else [*before, *words])
+        kind = {"type": f.type, "metavar": {int: "N", float: "X", str: "TEXT"}[f.type]}
+    parser.add_argument(flag_of(f.name), help=text, required=default is REQUIRED, **kind)
 
 
 def check_values(cfg):

@@ -62,11 +62,11 @@ def processes(cfg):
 
 def join_processes(cfg):
     """Join the other processes, if torchrun started any; -> this one's device."""
+    device = pick_device(cfg.device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return pick_device(cfg.device)
+        return device
     if cfg.shard and cfg.weights == "bfloat16":
         raise UserError("--shard --weights bfloat16: shards are kept in float32 already; leave out --weights")
-    device = pick_device(cfg.device)
     if device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)

@@ -347,7 +347,7 @@ def test_the_captions_of_stage_1_have_the_template_of_the_models_family(name):
 def test_stage_1_of_a_prismatic_model_supervises_the_end_token_and_of_llava_a_newline(tok):
     for name, end in ("prism_pure", "</s>"), ("vicuna_v1", "\n"):
         model_cfg = replace(PRESETS["toy"], template=name)
-        cfg = SimpleNamespace(template="", stage="pretrain", max_length=64, bad_records="stop")
+        cfg = SimpleNamespace(template="", stage="pretrain", max_length=64)
         task = Answering(cfg, None, SimpleNamespace(cfg=model_cfg), tok)
         turns = [("human", "<image>"), ("gpt", "a cat")]
         _, labels = encode_conversation(tok, turns, task.examples.template, [1])

@@ -244,6 +244,15 @@ def test_two_processes_give_the_losses_and_the_model_of_one(go, flags):
     close_runs("one", "two")
 
 
+@pytest.mark.parametrize("flag", ["--shard", "--no-shard"])
+def test_two_processes_agree_on_the_best_model_and_keep_it_whole(go, mixed, flag):
+    look = ["--val", mixed, "--eval-every", 10]
+    assert go(flag, *look, out="one") == {0} and go(flag, *look, out="two", n=2) == {0}
+    for name, t in weights("one/best").items():
+        assert_close(weights("two/best")[name], t, rtol=1e-3, atol=2e-4)
+    assert go(flag, *look, "--resume", out="two", n=2) == {0}
+
+
 @pytest.mark.parametrize(
     "before, after",
     [

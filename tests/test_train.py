@@ -287,6 +287,13 @@ def test_epochs_on_the_command_line_win_over_the_steps_of_a_recipe(world):
     assert train.parse_flags(["--data", str(world / "train.json"), "--epochs", "2"]).max_steps == 0
 
 
+def test_the_steps_of_the_photo_preset_follow_the_number_of_records(go, world, capfd):
+    n_record = len(Records(world / "train.json").split_questions())
+    assert go("--model", "photo", "--max-steps", 0, "--batch-size", 128, "--dry-run") == 0
+    n_step = math.ceil(10 * n_record / 128)
+    assert f"steps      {n_step} of 128 records" in capfd.readouterr().out
+
+
 def test_stage_2_starts_from_the_connector_of_stage_1(go, tiny, world):
     assert go("--stage", "pretrain", "--data", world / "pretrain.json", out="one") == 0
     vlm, _ = support_start.build(train.TrainConfig(model=str(tiny), projector="one"))
