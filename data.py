@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 import vision
@@ -166,6 +167,20 @@ def group_by_length(examples, budget, waste=64):
             width = round_up(length, 32)  # so that few shapes occur
         groups[-1].append(example)
     return groups
+
+
+def augment(pixels):
+    """Tiles (n, 3, S, S), each replaced by a part at least three quarters as wide; half are mirrored."""
+    S = pixels.shape[-1]
+    for tile in pixels:
+        cut, down, right, mirror = torch.rand(4).tolist()
+        size = S - int(cut * S / 4)
+        top = int(down * (S - size))
+        left = int(right * (S - size))
+        part = tile[:, top : top + size, left : left + size]
+        if mirror < 0.5:
+            part = part.flip(-1)
+        tile.copy_(F.interpolate(part[None], S, mode="bilinear")[0])
 
 
 def length_of(example):

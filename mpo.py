@@ -348,6 +348,7 @@ class MPOConfig(TrainConfig):
     projector: str = ""
     tokenizer: str = ""
     image_size: int = 0
+    augment: bool = False
     shard: bool = False
     split_questions: bool = False
 

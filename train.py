@@ -42,7 +42,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from conversation import find_template
-from data import Examples, Records, collate, draw_steps, micro_batches, share_by_rank
+from data import Examples, Records, augment, collate, draw_steps, micro_batches, share_by_rank
 from model import IGNORE, PRESETS
 from support.checkpoint import FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, parse, run_program
@@ -97,8 +97,10 @@ def fit(cfg, task, run, held_out=None):
         for step, batches in enumerate(load_steps(cfg, task, run), run.first_step):
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, run.n_step, group["peak_lr"], cfg.warmup)
-            if cfg.lora_dropout:
-                torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run drops the same
+            torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run draws the same
+            if cfg.augment:
+                for batch in batches:
+                    augment(batch["pixels"])
 
             # One step: the gradient of all its micro-batches, clipped, then AdamW.
             loss, metrics = backward(vlm, task, batches, autocast)
@@ -187,6 +189,8 @@ class Answering:
         template = cfg.template or vlm.cfg.template
         if cfg.stage == "pretrain" and not cfg.template:
             template = find_template(template).captions
+        if cfg.augment and vlm.cfg.tiling:
+            raise UserError(f"--augment is for one tile a picture; mode {vlm.cfg.image_mode} cuts several")
         longest = vlm.cfg.decoder.block_size
         if cfg.max_length > longest:  # what is learned beyond it could never be asked
             raise UserError(f"--max-length {cfg.max_length}: the decoder takes {longest} tokens, and no more")
@@ -421,6 +425,8 @@ class TrainConfig:
     global_view: str = arg("",
         "where the whole picture stands as one more tile; empty: as the mode has it",
         choices=("first", "last", "none"))
+    augment: bool = arg(False,
+        "of each picture a random part, and half of them mirrored; not where questions speak of places")
     max_length: int = arg(0, "longest record in tokens; 0: the decoder's block size")
     bad_records: str = arg("stop",
         "what to do with a record that cannot be used: stop, or skip and count", choices=("stop", "skip"))

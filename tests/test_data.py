@@ -32,7 +32,7 @@ from conversation import (
     find_template,
     stop_ids,
 )
-from data import IGNORE, Examples, Records, collate, picture_paths
+from data import IGNORE, Examples, Records, augment, collate, picture_paths
 from model import PRESETS, VLM, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.control_tokens import read_sentencepiece
@@ -347,7 +347,7 @@ def test_the_captions_of_stage_1_have_the_template_of_the_models_family(name):
 def test_stage_1_of_a_prismatic_model_supervises_the_end_token_and_of_llava_a_newline(tok):
     for name, end in ("prism_pure", "</s>"), ("vicuna_v1", "\n"):
         model_cfg = replace(PRESETS["toy"], template=name)
-        cfg = SimpleNamespace(template="", stage="pretrain", max_length=64)
+        cfg = SimpleNamespace(template="", stage="pretrain", max_length=64, augment=False)
         task = Answering(cfg, None, SimpleNamespace(cfg=model_cfg), tok)
         turns = [("human", "<image>"), ("gpt", "a cat")]
         _, labels = encode_conversation(tok, turns, task.examples.template, [1])
@@ -1188,6 +1188,17 @@ def test_where_bad_records_are_skipped_each_is_counted_with_its_reason(tmp_path,
     assert batch["record_ids"] == ["r0"] and len(batch["tokens"]) == 1 and len(batch["skipped"]) == 4
     assert "gone.png" in batch["skipped"][0]
     assert collate([items[1]], tok.pad)["tokens"].shape == (0, 0)
+
+
+def test_an_augmented_tile_is_a_large_part_of_itself_and_half_are_mirrored():
+    ramp = torch.arange(40, 240, 2, dtype=torch.uint8).expand(200, 3, 100, 100).clone()  # brighter to the right
+    torch.manual_seed(0)
+    augment(ramp)
+    rise = ramp[:, 0, 50].int().diff()
+    mirrored = (rise <= 0).all(1)
+    assert ((rise >= 0).all(1) | mirrored).all() and 70 < mirrored.sum() < 130
+    low, high = ramp.amin((1, 2, 3)).int(), ramp.amax((1, 2, 3)).int()
+    assert low.min() == 40 and high.max() == 238 and (high - low).min() >= 146 and len(set(low.tolist())) > 20
 
 
 # ---- programs --------

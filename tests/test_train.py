@@ -341,6 +341,15 @@ def test_a_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(go, at_s
     assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))] == list(range(1, 9))
 
 
+def test_augmented_pictures_are_the_same_in_a_resumed_run_and_other_ones_than_without(go, at_step, capfd):
+    assert go("--augment", out="whole") == 0 and go(out="plain") == 0 and not same("whole", "plain")
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert go("--augment") == 130
+    at_step(99, None)
+    assert go("--augment", "--resume", "--workers", 1) == 0 and same("whole", "run")
+    assert go("--augment", "--image-mode", "hd", out="hd") == 1 and "--augment is for one tile" in errors(capfd)[-1]
+
+
 def test_a_run_killed_three_times_still_has_its_tokenizer(
     go, at_step
 ):  # the checkpoint that it came from is gone by then
