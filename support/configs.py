@@ -97,13 +97,15 @@ PRISMATIC_TEMPLATES = {                  # by a word in the name of the language
     "instruct": "prism_mistral",
 }
 
-# Ours: smallest, largest; of all other numbers 0 and 2**24. No model comes near; damage and typing errors do.
+# Ours: smallest, largest; of all other numbers 1 and 2**24. No model comes near; damage and typing errors do.
 LIMITS = {
     "image_size": (1, 4096),
     "n_register": (0, 1000),
     "n_layer": (1, 1000),
     "norm_eps": (0, 1),
     "rope_theta": (1, 1e12),
+    "bos_token": (0, 2**24),
+    "eos_token": (0, 2**24),
     "image_token": (-1000, 2**24),       # LLaVA's own code has -200, of which VLMConfig says more
     "feature_layer": (-1000, 1000),
 }
@@ -125,7 +127,7 @@ def read_fields(c, Config, names=None):
         if isinstance(kind, type) and type(value) is not kind:
             raise TypeError(f"{theirs} is {value!r}, not {kind.__name__}")
         if kind is int or kind is float:
-            smallest, largest = LIMITS.get(ours, (0, 2**24))
+            smallest, largest = LIMITS.get(ours, (1, 2**24))
             if not smallest <= value <= largest:                            # NaN is not
                 raise UserError(f"{theirs} is {value}; it must be {smallest} to {largest}")
         found[ours] = value

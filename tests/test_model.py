@@ -782,11 +782,11 @@ DAMAGES = {
     ),
     "a size of zero": (
         lambda d: change_config(d, "vision_config", num_attention_heads=0),
-        "n_head is 0; it must be 1 to 65536",
+        "num_attention_heads is 0; it must be 1 to 16777216",
     ),
     "a tower of too many layers": (
         lambda d: change_config(d, "vision_config", num_hidden_layers=10**9),
-        "n_layer is 1000000000; it must be 1 to 1000",
+        "num_hidden_layers is 1000000000; it must be 1 to 1000",
     ),
     "a tile that is too large": (
         lambda d: change_config(d, "vision_config", image_size=10**9),
@@ -798,19 +798,19 @@ DAMAGES = {
     ),
     "a decoder of too many layers": (
         lambda d: change_config(d, "text_config", num_hidden_layers=10**9),
-        "n_layer is 1000000000",
+        "num_hidden_layers is 1000000000",
     ),
-    "a decoder of no width": (lambda d: change_config(d, "text_config", hidden_size=0), "n_embd is 0"),
+    "a decoder of no width": (lambda d: change_config(d, "text_config", hidden_size=0), "hidden_size is 0"),
     "a decoder without heads": (
         lambda d: change_config(d, "text_config", num_attention_heads=0),
-        "n_head is 0",
+        "num_attention_heads is 0",
     ),
     "angles that are no number": (
         lambda d: change_config(d, "text_config", rope_theta=math.nan),
         "rope_theta is nan",
     ),
     "an eps below 0": (lambda d: change_config(d, "text_config", rms_norm_eps=-1.0), "norm_eps is -1.0"),
-    "a token beyond any table": (lambda d: change_config(d, pad_token_id=2**30), "pad_token is 1073741824"),
+    "a token beyond any table": (lambda d: change_config(d, pad_token_id=2**30), "pad_token_id is 1073741824"),
     "several layers": (
         lambda d: change_config(d, vision_feature_layer=[-2, -5]),
         "config.json: damaged or of another kind",
@@ -860,7 +860,7 @@ DAMAGES = {
     ),
     "quantised weights": (
         lambda d: change_tensors(d, **{NORM: torch.zeros(32, dtype=torch.int8)}),
-        "decoder.norm.weight is int8",
+        "decoder.norm.weight is torch.int8",
     ),
 }
 
