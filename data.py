@@ -36,7 +36,7 @@ import vision
 from conversation import Tokenizer, encode_conversation, find_template
 from model import IGNORE
 from support.cli import UserError
-from support.data_files import choose_rows, count_markers, open_files
+from support.data_files import answered_questions, ask_alone, choose_rows, open_files
 
 # ---- examples and batches ----
 
@@ -53,7 +53,7 @@ class Examples(Dataset):
     vision_cfg: vision.VisionConfig
     image_mode: str
     max_length: int  # of a record in tokens
-    last_pictures: tuple = (None, None, None)  # of the record before; see show_pictures
+    last_pictures: tuple = (None, None, None)  # of the record before; see load_pictures
 
     def __post_init__(self):
         find_template(self.template)  # an unknown one is an error before any work
@@ -70,14 +70,14 @@ class Examples(Dataset):
     def make_example(self, record):
         """UserError for a record that cannot be used whole."""
         try:
-            (pixels, layout), n_visual = self.show_pictures(record)
+            (pixels, layout), n_visual = self.load_pictures(record)
             example = self.encode(record, n_visual)
         except UserError as error:
             raise UserError(f"{record['where']}: {error}") from None
         example |= {"pixels": pixels, "layout": layout}
         return example | {"id": record["id"], "number": record["number"]}
 
-    def show_pictures(self, record):
+    def load_pictures(self, record):
         """-> (pixels, layout) of all its pictures, and how many visual tokens each becomes.
 
         The last record's pictures are cached. Consecutive questions on the same pictures share the same
@@ -214,21 +214,6 @@ def draw_steps(group_sizes, size, n_step, seed):
         yield list(islice(order, size))
 
 
-def share_by_rank(numbers, records, tokens_per_tile, rank=0, world=1):
-    """What this process takes of a step's records: dealt out longest first, each to whoever has least so far.
-    """
-    if world == 1:
-        return numbers
-    tokens = {i: records.guess_tokens(i, tokens_per_tile) for i in numbers}
-    hands = [[] for _ in range(world)]
-    load = [0] * world
-    for i in sorted(numbers, key=lambda i: -tokens[i]):
-        least = load.index(min(load))
-        hands[least].append(i)
-        load[least] += tokens[i]
-    return hands[rank]
-
-
 # ---- records ----
 
 
@@ -263,7 +248,8 @@ class Records:
 
     def __getitem__(self, i):
         """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)]; and
-        where it comes from: where (for errors), file (a DataFile), number (i), group (its first question's).
+        where it comes from: where (for errors), file (a DataFile), number (i), group (the number of the first
+        question of the same record).
         """
         k, line, start, end, question = self.index[i].tolist()
         record = self.files[k].read_record(line, start, end)
@@ -304,22 +290,3 @@ class Records:
 
 def picture_paths(record):
     return [record["file"].image_path(name) for name in record["images"]]
-
-
-def answered_questions(record):
-    """A record for each answer to a question, with the turns before it and the pictures up to it."""
-    turns, images = record["turns"], record["images"]
-    questions = []
-    for end in range(2, len(turns) + 1):
-        if [role for role, _ in turns[end - 2 : end]] == ["human", "gpt"]:
-            n_shown = count_markers(turns[:end]) if count_markers(turns) else len(images)
-            where = f"{record['where']}, question {len(questions) + 1}"
-            questions.append(record | {"turns": turns[:end], "images": images[:n_shown], "where": where})
-    return questions
-
-
-def ask_alone(record):
-    """A record's last question without the turns before it, whose pictures then stand in front."""
-    *earlier, (role, text), answer = record["turns"]
-    text = "<image>\n" * count_markers(earlier) + text
-    return record | {"turns": [(role, text), answer]}

@@ -42,7 +42,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from conversation import find_template
-from data import Examples, Records, augment, collate, draw_steps, micro_batches, share_by_rank
+from data import Examples, Records, augment, collate, draw_steps, micro_batches
 from model import IGNORE, PRESETS
 from support.checkpoint import FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, parse, run_program
@@ -57,6 +57,7 @@ from support.distributed import (
     precision,
     processes,
     rank,
+    share_by_rank,
     with_fillers,
     world_size,
 )
@@ -109,13 +110,13 @@ def fit(cfg, task, run, held_out=None):
                 ids = ", ".join(record_id for batch in batches for record_id in batch["record_ids"])
                 raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
                                 f"lower --lr, or look at the records {ids}")
-            run.step = 0  # an error between here and log_step must save nothing: the step is half done
+            run.half_done = True  # until log_step: an error on the way must not save this step
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             metrics["lr"] = lr_at(step, run.n_step, cfg.lr, cfg.warmup)
             metrics["grad_norm"] = grad_norm
-            metrics |= task.state_dict()  # mpo.py's delta
+            metrics |= task.state_dict()  # what a task carries from step to step, as mpo.py its delta
             run.log_step(step, batches, loss, metrics)
 
             # Now and then: ask held-out questions, then save, so that a resumed run knows of all looks before
@@ -228,20 +229,21 @@ def load_steps(cfg, task, run):
     steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
     to_do = islice(steps, run.first_step - 1, None)
     n_token = run.vlm.cfg.vision.n_token
-    own = (share_by_rank(numbers, records, n_token, rank(), world_size()) for numbers in to_do)
-    cut = partial(micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
-                  collate=task.collate)
+    of_this_rank = (share_by_rank(numbers, records, n_token, rank(), world_size()) for numbers in to_do)
+    to_micro_batches = partial(
+        micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
+        collate=task.collate)
     on_gpu = next(run.vlm.parameters()).is_cuda
+    # What the loader takes for one batch is a step: a list of micro-batches.
     loader = DataLoader(
-        task.examples, batch_sampler=own, num_workers=cfg.workers, collate_fn=cut, pin_memory=on_gpu,
-        worker_init_fn=in_loader_process)
-    steps = iter(loader)
+        task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,
+        pin_memory=on_gpu, worker_init_fn=in_loader_process)
+    loaded = iter(loader)
     loaders = multiprocessing.active_children()
-    for batches in steps:
+    for batches in loaded:
         run.stop_at_bad_records(batches)
         yield batches
-        # PyTorch raises once, wherever the program is: if a plot has taken it for its own error, the rest of
-        # a torn message would be waited for without end.
+        # PyTorch tells of a killed loader only once, amid whatever runs then, which may swallow the error.
         if any(process.exitcode for process in loaders):
             raise RuntimeError("DataLoader worker was killed")
 

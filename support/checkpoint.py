@@ -64,6 +64,7 @@ class Run:
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.n_step = self.state.get("n_step", n_step)  # which --minutes has found in the steps before
         self.step = self.saved = self.state.get("step", 0)  # the last that is done, and on the disk
+        self.half_done = False  # whether the next has begun to change the weights
         self.task_state = self.state.get("task", {})  # after the last that is done
         self.first_step = self.step + 1
         self.skipped = self.state.get("skipped", 0)  # records, since the run began
@@ -140,7 +141,8 @@ class Run:
     def __exit__(self, kind, error, trace):
         # Whatever error ends the run, the steps before it are saved. Of several processes it may end only
         # one, which the others would not join in saving.
-        if isinstance(error, Exception) and world_size() == 1 and self.step > self.saved:
+        can_save = world_size() == 1 and not self.half_done
+        if isinstance(error, Exception) and can_save and self.step > self.saved:
             with contextlib.suppress(Exception):  # the first error says more
                 self.save()
         for number, handler in self.old_handlers.items():
@@ -174,7 +176,9 @@ class Run:
 
     def log_step(self, step, batches, loss, metrics):
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
-        self.step, self.task_state = step, self.task.state_dict()
+        self.step = step
+        self.half_done = False
+        self.task_state = self.task.state_dict()
         skipped = [reason for batch in batches for reason in batch["skipped"]]
         for reason in skipped[: max(0, 5 - self.skipped)]:  # later ones are only counted
             self.say(f"skipped: {reason}")

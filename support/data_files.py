@@ -183,3 +183,22 @@ def read_turns(record):
 
 def count_markers(turns):
     return sum(text.count("<image>") for role, text in turns if role == "human")
+
+
+def answered_questions(record):
+    """A record for each answer to a question, with the turns before it and the pictures up to it."""
+    turns, images = record["turns"], record["images"]
+    questions = []
+    for end in range(2, len(turns) + 1):
+        if [role for role, _ in turns[end - 2 : end]] == ["human", "gpt"]:
+            n_shown = count_markers(turns[:end]) if count_markers(turns) else len(images)
+            where = f"{record['where']}, question {len(questions) + 1}"
+            questions.append(record | {"turns": turns[:end], "images": images[:n_shown], "where": where})
+    return questions
+
+
+def ask_alone(record):
+    """A record's last question without the turns before it, whose pictures then stand in front."""
+    *earlier, (role, text), answer = record["turns"]
+    text = "<image>\n" * count_markers(earlier) + text
+    return record | {"turns": [(role, text), answer]}

@@ -154,6 +154,21 @@ def add_blank_tile(vlm, batch):
     return tokens, blank, labels, layout
 
 
+def share_by_rank(numbers, records, tokens_per_tile, rank=0, world=1):
+    """What this process takes of a step's records: dealt out longest first, each to whoever has least so far.
+    """
+    if world == 1:
+        return numbers
+    tokens = {i: records.guess_tokens(i, tokens_per_tile) for i in numbers}
+    hands = [[] for _ in range(world)]
+    load = [0] * world
+    for i in sorted(numbers, key=lambda i: -tokens[i]):
+        least = load.index(min(load))
+        hands[least].append(i)
+        load[least] += tokens[i]
+    return hands[rank]
+
+
 def with_fillers(batches, counts):
     """-> [(batch, count), ...], as many as the process has that has most: what is missing counts nothing."""
     n_filler = int(gather_numbers([len(batches)]).max()) - len(batches)

@@ -1311,10 +1311,9 @@ def test_an_error_in_a_loader_process_is_still_one_line(tmp_path, tok, pictures,
 
     def program():
         try:
-            items[1]
-        except (
-            UserError
-        ):  # what a loader process does with an error: sends it over with its traceback in the text
+            items.make_example(items.records[1])
+        except UserError:
+            # what a loader process does with an error: sends it over with its traceback in the text
             torch._utils.ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
     assert support_cli.run_program(program) == 1

@@ -30,6 +30,7 @@ import train
 from data import IGNORE, Records, picture_paths
 from model import VLM
 from support.cli import Bar, UserError, run_program
+from support.distributed import share_by_rank
 from support.export import save_adapter, write_model
 from support.lora import add_lora, lora_off, merged_state
 from support.weights import load_adapter, model_files
@@ -289,7 +290,7 @@ def test_shares_are_even_and_together_the_batch():
         def guess_tokens(self, i, tokens_per_tile):
             return 25 * (i % 7) + 12.5 + tokens_per_tile * (i % 3 == 0)
 
-    hands = [data.share_by_rank(list(range(64)), Sized(), 576, rank, 4) for rank in range(4)]
+    hands = [share_by_rank(list(range(64)), Sized(), 576, rank, 4) for rank in range(4)]
     assert sorted(i for hand in hands for i in hand) == list(range(64))
     load = [sum(25 * (i % 7) + 12.5 + 576 * (i % 3 == 0) for i in hand) for hand in hands]
     assert max(load) < 1.05 * min(load)
