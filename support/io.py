@@ -128,7 +128,7 @@ def read_rows(path):
     for line in text.split("\n"):
         try:
             yield json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets nested without end
             yield None
 
 

@@ -971,7 +971,8 @@ def test_what_others_put_or_broke_in_the_folder_ends_no_run(go, capfd):
     shutil.copytree(newest, "run/checkpoint-000004.bak")
     shutil.copytree(newest, "run/checkpoint-000002")  # as a kill leaves it between the save and the removal
     log = Path("run/log.jsonl").read_text().splitlines(keepends=True)
-    Path("run/log.jsonl").write_text(log[0] + '{"step": 2, "lo\x00\n{"step": "x"}\n[2]\n' + "".join(log[2:]))
+    damaged = ['{"step": 2, "lo\x00\n', '{"step": "x"}\n', "[2]\n", "[" * 9999 + "\n"]
+    Path("run/log.jsonl").write_text("".join([log[0], *damaged, *log[2:]]))
     Path("run/loss.png").unlink()
     Path("run/loss.png").mkdir()
     assert go("--save-every", 2, "--max-steps", 4, "--resume") == 0
