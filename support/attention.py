@@ -43,7 +43,8 @@ def attention_weights(attn, x, rope, rows):
     q = rotate(attn.q_proj(x).view(heads).transpose(1, 2), *rope)[0]        # (H, T, d)
     k = rotate(attn.k_proj(x).view(heads).transpose(1, 2), *rope)[0]        # (H_kv, T, d)
     k = k.repeat_interleave(len(q) // len(k), dim=0)
-    scores = q[:, rows].float() @ k.float().transpose(1, 2) / math.sqrt(attn.head_dim)
+    scores = q[:, rows].float() @ k.float().transpose(1, 2)                 # (H, K, T)
+    scores = scores / math.sqrt(attn.head_dim)
     is_later = torch.arange(T, device=x.device) > rows[:, None]             # (K, T)
     return scores.masked_fill(is_later, -math.inf).softmax(-1)
 
@@ -70,7 +71,8 @@ class Look:
         is_image = torch.tensor(self.prompt) == self.tok.image
         first = int(is_image.nonzero()[-1]) + 1                             # of the text after the pictures
         rows = torch.arange(first, self.x.shape[1], device=self.x.device)
-        seen = mean_weights(self.decoder, self.x, rows).cpu()[:, : len(self.prompt)][:, is_image]
+        seen = mean_weights(self.decoder, self.x, rows).cpu()               # (K, T)
+        seen = seen[:, : len(self.prompt)][:, is_image]                     # (K, M)
         seen = (seen - seen.mean(0)).clamp(min=0)                           # (K, M)
 
         # Each token of the answer is written by the one before it. A comma looks at what comes next, so the
@@ -81,7 +83,8 @@ class Look:
             word = len(self.tok.decode(ids[: k + 1]).split()) - 1
             if word not in rows_of or any(map(str.isalnum, self.tok.piece(token))):
                 rows_of[word].append(len(self.prompt) - 1 + k - first)
-        return torch.stack([seen[rows_of[n]].mean(0) for n in range(len(self.words))])
+        heats = [seen[rows_of[n]].mean(0) for n in range(len(self.words))]
+        return torch.stack(heats)
 
     def draw(self, n, side=240):
         """The tiles in the order in which they were read, bright where the decoder looked for word n; and the
@@ -91,11 +94,13 @@ class Look:
         is_patch = self.layout[:, 0] >= 0                                   # not the end of a row
         tile, place = self.layout[is_patch].T
         bright[tile, place] = self.heat[n, is_patch]
-        bright = bright.view(-1, 1, g, g) / self.heat.max().clamp(min=1e-9)   # a word may see little
+        bright = bright.view(-1, 1, g, g)
+        bright = bright / self.heat.max().clamp(min=1e-9)                   # a word may see little
         bright = F.interpolate(bright, size=self.tiles.shape[-2:], mode="bilinear")
         lit = (self.tiles * (0.2 + 0.8 * bright)).byte()                    # (n, 3, S, S)
         strip = torch.cat(list(lit), dim=-1).permute(1, 2, 0)               # (S, n S, 3)
-        image = Image.fromarray(strip.numpy()).resize((side * len(lit), side), Image.BICUBIC)
+        image = Image.fromarray(strip.numpy())
+        image = image.resize((side * len(lit), side), Image.BICUBIC)
 
         # Boxes as the models write them: fractions of the square that one tile shows.
         pen = ImageDraw.Draw(image)
