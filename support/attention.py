@@ -58,9 +58,10 @@ class Look:
         self.grid = chat.vlm.cfg.vision.token_grid
         self.prompt, pictures = chat.prompt
         self.tiles, self.layout = join_tiles(pictures)                      # (n, 3, S, S), (M, 2)
-        tiling = chat.vlm.cfg.tiling
-        is_last = tiling and tiling.global_view == "last"
-        self.whole = len(self.tiles) - 1 if is_last else 0                  # the tile of all the picture
+        # The tile that shows all of the picture, of one picture: boxes are drawn in it.
+        view = chat.vlm.cfg.tiling.global_view if chat.vlm.cfg.tiling else "first"
+        self.whole = len(self.tiles) - 1 if view == "last" else 0
+        self.has_whole = len(pictures) == 1 and (view != "none" or len(self.tiles) == 1)
         self.x = chat.history.x                                             # (1, T, D)
         self.answer = chat.answer
         self.words = chat.answer.text.split()
@@ -104,7 +105,7 @@ class Look:
 
         # Boxes as the models write them: fractions of the square that one tile shows.
         pen = ImageDraw.Draw(image)
-        for brackets in re.findall(r"[\[(].*?[\])]", self.answer.text):
+        for brackets in re.findall(r"[\[(].*?[\])]", self.answer.text) if self.has_whole else ():
             if box := read_box(brackets):
                 left, right = sorted(side * (self.whole + x) for x in box[::2])
                 top, bottom = sorted(side * y for y in box[1::2])

@@ -60,6 +60,8 @@ class Chat:
         [(_, question)] = put_in_front([("human", question)], n_new)
         self.prompt = encode_question(self.vlm, self.tok, question, self.pictures, self.turns)
         self.answer = Answer("", False, [])
+        if self.trace:
+            self.trace.begin()
         n_shown = 0
         try:
             for answer in stream_answer(self.vlm, self.tok, self.prompt, self.cfg, self.history):
@@ -129,6 +131,8 @@ def read_questions(chat):
     except (EOFError, KeyboardInterrupt):
         if on_terminal():
             print()
+    except UnicodeDecodeError:
+        raise UserError("the questions on standard input are not UTF-8 text") from None
 
 
 def on_terminal():
@@ -156,15 +160,14 @@ def print_answer(chat, question):
     remark = None
     with contextlib.closing(chat.ask(question)) as pieces:
         try:
-            if chat.cfg.trace:  # its lines would stand between the pieces
-                pieces = ["".join(pieces)]
             for piece in pieces:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
+                if not chat.trace:  # its lines would stand between the pieces
+                    print(piece, end="", flush=True)
+        except (KeyboardInterrupt, UserError) as error:
             if chat.cfg.prompt or not on_terminal():
                 raise
-            remark = "stopped"
-    print(flush=True)
+            remark = str(error) or "stopped"
+    print(chat.answer.text if chat.trace else "", flush=True)
     remark = remark or chat.remark
     if remark:
         print(f"[{remark}]", file=sys.stderr)

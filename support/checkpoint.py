@@ -57,7 +57,7 @@ class Run:
         self.out = Path(cfg.out)
         flags = {flag_of(name): value for name, value in asdict(cfg).items() if name not in FREE_TO_CHANGE}
         self.flags = flags | {"--data of checksum": fingerprint(data_files)}
-        self.locks = []  # files that stay open: when one is closed, a second lock of the same file goes, too
+        self.locks = []  # kept open: closing any handle of a file drops all this process's locks on it
         if rank() == 0 and self.out.is_dir():
             self.locks.append(lock(self.out / "lock"))
         self.checkpoint, self.state = self.find_checkpoint() if cfg.resume else (None, {})
@@ -160,7 +160,8 @@ class Run:
             signal.signal(number, signal.SIG_IGN if world_size() > 1 else self.old_handlers[number])
         with contextlib.suppress(OSError):
             # print is not safe in a handler
-            os.write(2, b"\nending this step, then saving; once more to stop at once\n")
+            more = b"; once more to stop at once" if world_size() == 1 else b""
+            os.write(2, b"\nending this step, then saving" + more + b"\n")
 
     def stop_at_bad_records(self, batches):
         """If --bad-records says so. What was done before it is saved first."""
@@ -180,7 +181,7 @@ class Run:
         self.half_done = False
         self.task_state = self.task.state_dict()
         skipped = [reason for batch in batches for reason in batch["skipped"]]
-        for reason in skipped[: max(0, 5 - self.skipped)]:  # later ones are only counted
+        for reason in skipped[: max(0, 5 - self.skipped)]:  # later ones stand in the log alone
             self.say(f"skipped: {reason}")
 
         # What all processes saw, and whether any of them was interrupted.
@@ -231,6 +232,7 @@ class Run:
 
     def save(self):
         """Write checkpoint-N, then remove the one before it."""
+        self.saved = self.step  # or it fails, and is not tried again
         final = self.out / f"checkpoint-{self.step:06d}"
         hidden = self.out / f".{final.name}.tmp"
         try:
@@ -240,7 +242,6 @@ class Run:
                 os.replace(hidden, final)
                 self.remove_older()
             barrier()
-            self.saved = self.step
         except UserError as error:
             raise UserError(f"{error}. --resume goes on from the checkpoint before") from None
         finally:

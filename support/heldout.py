@@ -17,14 +17,15 @@ class HeldOut:
     """The questions of --val: now and then their loss and some answers, at the end the table."""
 
     def __init__(self, cfg, vlm, tok, task, n=128):
-        """task: whose loss is measured, that of n records spread over the file."""
+        """task: a class such as train.Answering, whose loss is measured on n records spread over the file."""
         self.cfg, self.vlm, self.tok, self.task = cfg, vlm, tok, task
         self.exam = EvalConfig(data=cfg.val, image_root=cfg.image_root)
         self.questions = read_items("own", self.exam)
         records = Records(cfg.val, cfg.image_root)
         shape = (tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size)
+        examples = Examples(records, *shape)
         for record in records:  # what is wrong with any, as a picture that does not open, ends the run now
-            Examples(records, *shape).make_example(record)
+            examples.make_example(record)
         some = [records[i] for i in range(0, len(records), math.ceil(len(records) / n))]
         self.batches = micro_batches(list(Examples(some, *shape)), 32, tok.pad)
 
@@ -50,7 +51,7 @@ class HeldOut:
                 text += f", with pictures shuffled {shuffled:.4f}"
                 if shuffled < 1.01 * loss:
                     text += ": the model makes no use of the pictures"
-            answers = self.some_answers(step)
+            answers = self.some_answers(len(run.looks()))
         run.log(step, **values)
         looks = run.looks()
         best = min(looks, key=looks.get)
@@ -69,10 +70,10 @@ class HeldOut:
         mean = sum(n * mean for n, mean in zip(counts, means)) / sum(counts)
         return gather_numbers([mean]).mean().item()  # the same everywhere
 
-    def some_answers(self, step, n=3):
+    def some_answers(self, n_look, n=3):
         """A few questions, other ones each time, with the model's answers."""
         n_all = len(self.questions)
-        chosen = [self.questions[(step * 7 + i * n_all // n) % n_all] for i in range(n)]
+        chosen = [self.questions[(n_look * 7 + i * n_all // n) % n_all] for i in range(n)]
         prompts = encode_questions(self.vlm, self.tok, columns_of(chosen, self.exam)["direct"])
         answers = sample.answer(self.vlm, self.tok, prompts, max_new_tokens=96)
         shown = []

@@ -15,7 +15,7 @@ class Trace:
     def __init__(self, chat):
         """From now on the parts of the chat's model tell what goes in and what comes out."""
         self.chat = chat
-        self.told = time.perf_counter()
+        self.begin()
         vlm = chat.vlm
         parts = {f"tower {i}": tower for i, tower in enumerate(vlm.towers, 1)}
         parts["connector"] = vlm.connector
@@ -25,17 +25,21 @@ class Trace:
         vlm.decoder.register_forward_pre_hook(self.tell_prompt)
         vlm.decoder.lm_head.register_forward_hook(self.tell_token)
 
+    def begin(self):
+        """A question comes, or the first picture."""
+        self.n_token = 0  # of the answer, so far
+        self.told = time.perf_counter()
+
     def tell_picture(self, file, image, tiles, layout):
         cut = f"{tuple(tiles.shape)} by {self.chat.vlm.cfg.image_mode}, {len(layout)} visual tokens"
         self.tell("picture", f"{file}, {image.width} x {image.height} -> {cut}")
 
     def tell_shapes(self, name, part, inputs, output):
-        if not is_step(inputs[0]):
+        if self.n_token == 0:
             self.tell(name, f"{tuple(inputs[0].shape)} -> {tuple(output.shape)}")
 
     def tell_prompt(self, decoder, inputs):
-        if not is_step(inputs[0]):
-            self.n_token = 0
+        if self.n_token == 0:
             tokens, _ = self.chat.prompt
             n_visual = tokens.count(self.chat.tok.image)
             new = f"{inputs[0].shape[1]} not read before"
@@ -56,8 +60,3 @@ class Trace:
         now = time.perf_counter()
         print(f"{what:>10} {1000 * (now - self.told):8.1f} ms  {text}", file=sys.stderr, flush=True)
         self.told = now
-
-
-def is_step(x):
-    """Whether the decoder reads one token, (1, 1, D): of an answer."""
-    return x.shape[:2] == (1, 1)

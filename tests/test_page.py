@@ -71,12 +71,12 @@ def cat():
 
 
 def test_a_picture_two_questions_and_a_look_at_each_word_cost_one_run_of_the_tower(page, cat):
-    assert post(page, "/picture", cat) == [{"chat": 1}]
+    assert post(page, "/picture", cat) == [{"chat": page.chat_id}]
     for number in 0, 1:
-        text, numbers, _ = ask(page, 1, "What is it?")
+        text, numbers, _ = ask(page, page.chat_id, "What is it?")
         assert numbers == [number]
         for word in range(len(text.split())):
-            [line] = post(page, "/look", {"chat": 1, "answer": number, "word": word})
+            [line] = post(page, "/look", {"chat": page.chat_id, "answer": number, "word": word})
             assert Image.open(io.BytesIO(base64.b64decode(line["png"]))).size == (240, 240)
     assert page.looked_at == [1]
     assert [role for role, _ in page.chat.turns] == ["human", "gpt", "human", "gpt"]
@@ -93,9 +93,9 @@ def test_the_answer_comes_while_it_is_written(page, cat, monkeypatch):
 
     monkeypatch.setattr(VLM, "stream", stream)
     post(page, "/picture", cat)
-    response = send(page, "/ask", {"chat": 1, "question": "What?"})
+    response = send(page, "/ask", {"chat": page.chat_id, "question": "What?"})
     assert "text" in json.loads(response.readline())     # and the answer is not yet written
-    assert ask(page, 1, "And?") == ("", [], [BUSY])
+    assert ask(page, page.chat_id, "And?") == ("", [], [BUSY])
     goes_on.set()
     assert b'"answer": 0' in response.read()
 
@@ -114,18 +114,24 @@ def test_a_file_that_is_no_picture_and_one_too_large_are_refused_in_a_sentence(p
 
 def test_a_question_too_long_is_refused_in_a_sentence_and_the_chat_goes_on(page, cat):
     post(page, "/picture", cat)
-    [note] = ask(page, 1, "many words " * 400)[2]
+    [note] = ask(page, page.chat_id, "many words " * 400)[2]
     assert "leaves no room for an answer" in note
-    assert ask(page, 1, "What?")[1] == [0]
+    assert ask(page, page.chat_id, "What?")[1] == [0]
 
 
 def test_a_picture_in_another_tab_ends_the_chat_of_the_first(page, cat):
+    [first] = post(page, "/picture", cat)
+    ask(page, first["chat"], "What?")
+    [second] = post(page, "/picture", cat)
+    assert ask(page, first["chat"], "What?") == ("", [], [ENDED])
+    assert post(page, "/look", first | {"answer": 0, "word": 0}) == [{"note": ENDED}]
+    assert ask(page, second["chat"], "What?")[1] == [0]
+
+
+def test_a_tab_of_a_server_that_is_gone_holds_no_chat_of_the_next(page, cat):
     post(page, "/picture", cat)
-    ask(page, 1, "What?")
-    assert post(page, "/picture", cat) == [{"chat": 2}]
-    assert ask(page, 1, "What?") == ("", [], [ENDED])
-    assert post(page, "/look", {"chat": 1, "answer": 0, "word": 0}) == [{"note": ENDED}]
-    assert ask(page, 2, "What?")[1] == [0]
+    with Page(page.chat, 0) as restarted:
+        assert restarted.chat_id != page.chat_id
 
 
 def test_other_hosts_and_origins_are_refused(page, cat):
@@ -349,4 +355,4 @@ def test_in_a_browser_a_page_of_another_origin_gets_nothing(browser, page, cat):
     elsewhere.until("location.protocol == 'data:' && document.readyState == 'complete'")
     sent = f"fetch('http://{page.host}/picture', {{method: 'POST', body: 'x'}}).then(() => 'read', () => 'refused')"
     assert elsewhere.run(sent) == "refused"
-    assert page.n_chat == 0
+    assert page.chat_id is None

@@ -352,9 +352,12 @@ def test_without_a_chat_ctrl_c_ends_the_program(ask, monkeypatch):
     assert ask("--prompt", "What?") == 130
 
 
-def test_a_chat_that_grows_too_long_ends_with_one_line(chat, talkative, capfd):
-    assert chat(["How many things are there? " * 30] * 5) == 1
-    assert "the model takes 512 with its answer" in errors(capfd)[-1] and len(talkative) >= 1
+def test_a_chat_that_grows_too_long_says_so_and_can_be_saved_and_begun_anew(chat, talkative, capfd):
+    assert chat([*["How many things are there? " * 30] * 5, "/save chat.json", "/reset", "What?"]) == 0
+    assert "the model takes 512 with its answer" in capfd.readouterr().err
+    assert json.loads(Path("chat.json").read_text())[0]["conversations"]
+    prompt, _ = talkative[-1]
+    assert prompt.shape[1] < 100                         # "What?" was asked, of a new chat
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ There is one chat: a picture begins it, in whatever tab. Only this page is answe
 another host, or comes from a page of another origin, is refused. Nothing is written to disk. What
 tools/page.html sends, and gets as lines of JSON; instead of them, or at their end, {"note": a sentence}:
 
-    POST /picture  the bytes of a file      {"chat": its number}
+    POST /picture  the bytes of a file      {"chat": its id}
     POST /ask      {chat, question}         {"text": a piece of the answer}, ..., {"answer": its number}
     POST /look     {chat, answer, word}     {"png": where the decoder looked for that word, in base 64}
 """
@@ -14,9 +14,10 @@ tools/page.html sends, and gets as lines of JSON; instead of them, or at their e
 import base64
 import io
 import json
+import secrets
 import sys
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,13 +43,11 @@ class PageConfig(AskConfig):
 
 
 class Page(ThreadingHTTPServer):
-    daemon_threads = True            # Ctrl-C does not wait for an answer
-
     def __init__(self, chat, port):
         super().__init__(("127.0.0.1", port), Handler)
         self.host = f"127.0.0.1:{self.server_port}"
         self.chat = chat
-        self.n_chat = 0              # so far; the last one goes on
+        self.chat_id = None          # of the chat that goes on; of an earlier server's tabs none is like it
         self.looks = []              # a Look for each of its answers
         self.model = threading.Lock()  # held by the request that uses it
 
@@ -65,12 +64,13 @@ class Handler(BaseHTTPRequestHandler):
         if (self.headers["Host"], self.headers["Origin"]) != (host, f"http://{host}"):
             return self.send_error(403)
         self.start("application/x-ndjson")
-        try:
-            self.work()
-        except UserError as error:
-            self.tell(note=str(error))
-        except ConnectionError:      # the tab was closed
-            pass
+        with suppress(ConnectionError):  # the tab was closed
+            try:
+                self.work()
+            except UserError as error:
+                self.tell(note=str(error))
+            except RuntimeError as error:  # of PyTorch, such as a lack of memory
+                self.tell(note=f"the model failed: {error}")
 
     def work(self):
         length = int(self.headers["Content-Length"])
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.path == "/picture":
                 return self.begin(data)
             asked = json.loads(data)
-            if asked["chat"] != self.server.n_chat:
+            if asked["chat"] != self.server.chat_id:
                 raise UserError(ENDED)
             if self.path == "/ask":
                 self.ask(asked["question"])
@@ -98,11 +98,11 @@ class Handler(BaseHTTPRequestHandler):
         except UserError:
             raise UserError(NO_PICTURE) from None
         page = self.server
-        page.n_chat += 1
+        page.chat_id = secrets.token_hex(8)
         page.looks = []
         page.chat.reset()
         page.chat.show(["the picture"], [image])
-        self.tell(chat=page.n_chat)
+        self.tell(chat=page.chat_id)
 
     def ask(self, question):
         chat, looks = self.server.chat, self.server.looks
