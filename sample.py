@@ -3,7 +3,7 @@
     python sample.py --image cat.jpg                  # what it sees; on a terminal you can go on asking
     python sample.py --image cat.jpg --prompt "What color is the cat?"
     python sample.py --image a.png b.png --prompt "What differs?"       # several pictures, in this order
-    python sample.py --image cat.jpg < questions.txt  # one after the other, an answer each
+    python sample.py --image cat.jpg < questions.txt  # a caption, then an answer each, up to an empty line
     python sample.py --file QUESTIONS.jsonl --image-root DIR --out ANSWERS.jsonl   # LLaVA's files, in batches
     python sample.py --image cat.jpg --attention look.png      # where it looked for each word of the answer
     python sample.py --image cat.jpg --trace                   # shapes, times and likeliest tokens on the way

@@ -239,12 +239,12 @@ def load_steps(cfg, task, run):
         task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,
         pin_memory=on_gpu, worker_init_fn=in_loader_process)
     loaded = iter(loader)
-    loaders = multiprocessing.active_children()
+    workers = multiprocessing.active_children()
     for batches in loaded:
         run.stop_at_bad_records(batches)
         yield batches
         # PyTorch tells of a killed loader only once, amid whatever runs then, which may swallow the error.
-        if any(process.exitcode for process in loaders):
+        if any(process.exitcode for process in workers):
             raise RuntimeError("DataLoader worker was killed")
 
 
