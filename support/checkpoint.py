@@ -70,7 +70,7 @@ class Run:
         self.skipped = self.state.get("skipped", 0)  # records, since the run began
         self.n_token = 0  # since this program began
         self.lines = []  # of log.jsonl
-        if self.checkpoint:  # of the steps after it, and damaged ones, none
+        if self.checkpoint:  # without damaged lines, and those of later steps
             rows = read_rows(self.out / "log.jsonl")
             rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
             self.lines = [row for row in rows if row["step"] <= self.step]

@@ -78,7 +78,8 @@ class HeldOut:
         answers = sample.answer(self.vlm, self.tok, prompts, max_new_tokens=96)
         shown = []
         for question, found in zip(chosen, answers, strict=True):
-            asked = question["text"].replace("<image>", "").strip().split("\n")[0]  # no format prompt
+            lines = question["text"].replace("<image>", "").strip().split("\n")
+            asked = next((line for line in lines if "?" in line), lines[0])  # without its format prompt
             shown.append(f"  Q: {asked}\n  A: {found.text!r}   truth: {question['truth']!r}")
         return "\n".join(shown)
 
