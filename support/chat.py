@@ -104,6 +104,7 @@ def talk(chat, images):
         print_answer(chat, question)
         if chat.cfg.attention and chat.pictures and chat.answer.text:
             write_whole(chat.cfg.attention, Look(chat).save)
+            print(f"where it looked is drawn in {chat.cfg.attention}", file=sys.stderr)
     return 0
 
 
@@ -123,8 +124,8 @@ def read_questions(chat):
         readline.parse_and_bind("set enable-bracketed-paste off")
     try:
         while sys.stdin and (line := input("\n> " if on_terminal() else "").strip()):
-            command, _, file = line.partition(" ")
-            if command in COMMANDS:
+            if line.startswith("/"):
+                command, _, file = line.partition(" ")
                 obey(chat, command, file.strip())
             else:
                 yield as_text(line)
@@ -141,6 +142,8 @@ def on_terminal():
 
 def obey(chat, command, file):
     try:
+        if command not in COMMANDS:
+            raise UserError(f"{command} is no command; there are {', '.join(COMMANDS)}")
         if not file and command != "/reset":
             raise UserError(f"{command} needs the name of a file")
         if command == "/image":

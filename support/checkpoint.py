@@ -287,6 +287,7 @@ class Run:
         best = min(looks, key=looks.get, default=self.n_step)
         if best < self.n_step:
             print(f"held-out loss was lowest at step {best} ({looks[best]:.4f}): that model is in {out}/best")
+            print("which of the two answers better, eval.py says")
         if not fits_llava(self.vlm.cfg):
             print("transformers has no class for its parts and cannot open it; sample.py and eval.py can")
 

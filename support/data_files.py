@@ -32,7 +32,8 @@ def fill_in_paths(cfg):
     for flag, files in ("--data", cfg.data), ("--val", cfg.val):
         for file in filter(None, files.split(",")):
             if not Path(file).is_file():
-                raise UserError(f"{flag} {file}: no such file; give a LLaVA-format JSON or JSONL file")
+                what = "a folder" if Path(file).is_dir() else "no such file"
+                raise UserError(f"{flag} {file}: {what}; give a LLaVA-format JSON or JSONL file")
 
 
 def open_files(data, image_root="", weights=""):

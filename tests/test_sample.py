@@ -352,6 +352,12 @@ def test_without_a_chat_ctrl_c_ends_the_program(ask, monkeypatch):
     assert ask("--prompt", "What?") == 130
 
 
+def test_a_mistyped_command_is_no_question(chat, talkative, capfd):
+    assert chat(["/imgae a.png"]) == 0
+    assert "/imgae is no command; there are /image, /reset, /save" in capfd.readouterr().err
+    assert not talkative
+
+
 def test_a_chat_that_grows_too_long_says_so_and_can_be_saved_and_begun_anew(chat, talkative, capfd):
     assert chat([*["How many things are there? " * 30] * 5, "/save chat.json", "/reset", "What?"]) == 0
     assert "the model takes 512 with its answer" in capfd.readouterr().err

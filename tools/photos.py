@@ -56,6 +56,8 @@ def main(argv=None):
         raise UserError("--four is for a folder of photos; a table brings its own questions")
     if (out / "train.json").exists():
         raise UserError(f"--out {out}: a train.json is there; remove the folder, or give another")
+    if not source.exists():
+        raise UserError(f"{source}: not there; give a folder of folders of photos, or a table")
     rng = random.Random(0)
     train, val = table_pages(source, rng) if is_table else folder_pages(source, cfg.four, rng)
 

@@ -180,7 +180,8 @@ def check_records(cfg):
         n_labels.append(int((example["labels"] != IGNORE).sum()))
         n_pictures[len(example["n_visual"])] += 1
 
-    print(f"{cfg.data}: {n} records read, {len(lengths)} good, {n - len(lengths)} wrong")
+    counts = f"{n} records read, {len(lengths)} good, {n - len(lengths)} wrong"
+    print(f"{cfg.data}, as --model {cfg.model}: {counts}")
     if lengths:
         low, mid, high, top = np.percentile(lengths, [0, 50, 95, 100], method="higher")
         pictures = ", ".join(f"{k}: {count} records" for k, count in sorted(n_pictures.items()))
