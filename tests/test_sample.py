@@ -7,6 +7,8 @@ import json
 import os
 import pty
 import re
+import select
+import signal
 import subprocess
 import sys
 import termios
@@ -198,16 +200,21 @@ def test_on_a_terminal_one_can_go_on_asking(ask):
 
 
 def test_on_a_terminal_the_arrow_up_brings_the_last_question_and_ctrl_c_stops_an_answer(ask):
+    def own_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)     # a shell's background job ignores it
+
     keyboard, terminal = pty.openpty()
     command = [sys.executable, ROOT / "sample.py", "--max-new-tokens", "400", "--temperature", "3"]
     child = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-                             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                             preexec_fn=own_terminal)
     os.close(terminal)
     shown = b""
 
     def until(text):
         nonlocal shown
         while text not in shown:
+            assert select.select([keyboard], [], [], 60)[0], shown
             shown += os.read(keyboard, 4096)
         shown = shown.partition(text)[2]
 
