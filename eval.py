@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import sample
 from benchmarks import BENCHMARKS
-from benchmarks.common import COT, Benchmark, as_said, data_folder, question
+from benchmarks.common import COT, Benchmark, as_said, data_folder, draw_boxes, question
 from benchmarks.own import most_frequent, own_right
 from benchmarks.predictions import match_predictions, unanswered_categories
 from benchmarks.scoring import compare, describe_comparison, grade
@@ -340,6 +340,8 @@ def draw_wrong(records, cfg, path):
         top = k * 248
         for picture in pictures[record["id"]][:1]:
             sheet.paste(ImageOps.pad(read_picture(picture), (240, 240), color="white"), (0, top))
+            draw_boxes(pen, str(record["truth"]), 0, top, 240, "green")
+            draw_boxes(pen, str(record["answer"]), 0, top, 240, "red")
         text = f"{record['prompt']}\nsaid: {record['answer']}\ntruth: {record['truth']}"
         lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 100)]
         pen.text((248, top), "\n".join(lines[:16]), fill="black", font_size=12)

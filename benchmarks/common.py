@@ -293,6 +293,15 @@ def read_box(text, item=None):
     return [x / 1000 for x in box] if sum(box) >= 4 else box
 
 
+def draw_boxes(pen, text, left, top, side, color):
+    """Draw the boxes that a text names on a picture that was padded to a square, as LLaVA counts them."""
+    for brackets in re.findall(r"[\[(].*?[\])]", text):
+        if box := read_box(brackets):
+            x1, x2 = sorted(left + side * x for x in box[::2])
+            y1, y2 = sorted(top + side * y for y in box[1::2])
+            pen.rectangle((x1, y1, x2, y2), outline=color, width=2)
+
+
 def iou(a, b):
     """Intersection over union of two boxes [x1, y1, x2, y2]; reversed corners enclose nothing."""
 

@@ -10,7 +10,6 @@ of prompt and answer, which the chat still has, gives it for all words: the towe
 """
 
 import math
-import re
 from collections import defaultdict
 from functools import cached_property
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from benchmarks.common import read_box
+from benchmarks.common import draw_boxes
 from model import rotary_angles, rotate
 from vision import join_tiles
 
@@ -103,13 +102,8 @@ class Look:
         image = Image.fromarray(strip.numpy())
         image = image.resize((side * len(lit), side), Image.BICUBIC)
 
-        # Boxes as the models write them: fractions of the square that one tile shows.
-        pen = ImageDraw.Draw(image)
-        for brackets in re.findall(r"[\[(].*?[\])]", self.answer.text) if self.has_whole else ():
-            if box := read_box(brackets):
-                left, right = sorted(side * (self.whole + x) for x in box[::2])
-                top, bottom = sorted(side * y for y in box[1::2])
-                pen.rectangle((left, top, right, bottom), outline="#ff3030", width=2)
+        if self.has_whole:
+            draw_boxes(ImageDraw.Draw(image), self.answer.text, side * self.whole, 0, side, "#ff3030")
         return image
 
     def save(self, path, side=240, width=1250):

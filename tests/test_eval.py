@@ -888,6 +888,16 @@ def test_show_draws_wrong_answers_under_their_pictures(toy, tmp_path):
         assert sheet.size == (1024, 3 * 248) and len(sheet.convert("RGB").getcolors(1 << 20)) > 10
 
 
+def test_a_wrong_box_is_drawn_in_red_and_the_true_one_in_green(tmp_path):
+    Image.new("RGB", (80, 80), "white").save(tmp_path / "a.png")
+    boxes = {"answer": "[0.5, 0.5, 0.75, 0.75]", "truth": "[0.25, 0.25, 0.5, 0.5]"}
+    record = {"id": 1, "image": ["a.png"], "score": 0.0, "prompt": "Where?"} | boxes
+    ev.draw_wrong([record], ev.EvalConfig(data="val.jsonl", image_root=str(tmp_path), show=1), tmp_path / "wrong.png")
+    with Image.open(tmp_path / "wrong.png") as sheet:
+        assert sheet.getpixel((180, 150)) == (255, 0, 0)     # the right side of one, of 240 px
+        assert sheet.getpixel((60, 90)) == (0, 128, 0)       # the left side of the other
+
+
 def test_resume_refuses_other_flags(toy, capfd):
     assert toy() == 0
     assert toy("--resume", "--cot") == 1 and "written with cot False, now it is True" in complaint(capfd)
