@@ -453,8 +453,8 @@ def test_a_pair_that_the_reference_has_not_seen_so_is_never_trained_on(tiny, fol
 
 
 def test_minutes_of_preferring_are_the_steps_that_fit_from_a_fresh_delta(tiny, folder, capfd):
-    assert go(tiny, folder, "--minutes", 0.05) == 0
-    n_step = re.search(r"--minutes 0.05 is --max-steps (\d+)", capfd.readouterr().out)[1]
+    assert go(tiny, folder, "--minutes", 0.03) == 0
+    n_step = re.search(r"--minutes 0.03 is --max-steps (\d+)", capfd.readouterr().out)[1]
     assert go(tiny, folder, "--max-steps", n_step, out="same") == 0
     deltas = [[line["delta"] for line in map(json.loads, open(f"{run}/log.jsonl"))] for run in ("run", "same")]
     assert losses("run") == losses("same") and deltas[0] == deltas[1]

@@ -1188,12 +1188,12 @@ def test_a_killed_and_resumed_run_knows_its_best_model(go, monkeypatch, at_step,
 
 def test_minutes_are_the_steps_that_fit_and_change_nothing_else(go, at_step, capfd):
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGINT))  # of them, nine measure
-    assert go("--minutes", 0.1) == 130 and newest_step("run") == 3
-    found = re.search(r"[\d.]+ steps a minute, so --minutes 0.1 is --max-steps (\d+)", capfd.readouterr().out)
+    assert go("--minutes", 0.05) == 130 and newest_step("run") == 3
+    found = re.search(r"[\d.]+ steps a minute, so --minutes 0.05 is --max-steps (\d+)", capfd.readouterr().out)
     n_step = int(found[1])
     assert n_step > 3
     at_step(10**9, None)
-    assert go("--minutes", 0.1, "--resume") == 0 and "steps a minute" not in capfd.readouterr().out
+    assert go("--minutes", 0.05, "--resume") == 0 and "steps a minute" not in capfd.readouterr().out
     assert go("--max-steps", n_step, out="same") == 0 and same("same", "run")
     assert go("--minutes", 1, "--dry-run") == 1 and "--minutes" in errors(capfd)[-1]
 
