@@ -888,6 +888,11 @@ def test_show_draws_wrong_answers_under_their_pictures(toy, tmp_path):
         assert sheet.size == (1024, 3 * 248) and len(sheet.convert("RGB").getcolors(1 << 20)) > 10
 
 
+def test_results_of_an_earlier_run_are_not_replaced_in_silence(toy, capfd):
+    assert toy() == 0 and "are replaced" not in capfd.readouterr().out
+    assert toy() == 0 and "toy: the results of an earlier run are replaced" in capfd.readouterr().out
+
+
 def test_a_wrong_box_is_drawn_in_red_and_the_true_one_in_green(tmp_path):
     Image.new("RGB", (80, 80), "white").save(tmp_path / "a.png")
     boxes = {"answer": "[0.5, 0.5, 0.75, 0.75]", "truth": "[0.25, 0.25, 0.5, 0.5]"}
