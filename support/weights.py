@@ -191,8 +191,10 @@ def tower_tensors(tensors):
         if ".attn.qkv." in name:
             for own, third in zip(QKV, tensor.chunk(3)):
                 found[name.replace("qkv", own)] = third
-        elif name in ("class_token", "registers", "pos"):
-            found[name] = tensor.squeeze()                                  # (1, N, D) -> (N, D)
+        elif name == "class_token":
+            found[name] = tensor.flatten()                                  # (1, 1, D) -> (D,)
+        elif name in ("registers", "pos"):
+            found[name] = tensor.flatten(0, -2)                             # (1, N, D) -> (N, D)
         else:
             found[name] = tensor
 

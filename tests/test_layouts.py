@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from layouts import (
+    DINO,
     LLAMA,
     LM2,
     PIXELS,
@@ -97,6 +98,12 @@ def test_timms_names_are_the_same_towers(tmp_path, kind):
     unsaid = {"activation": ours.cfg.activation, "norm_eps": ours.cfg.norm_eps}
     assert replace(read_tower(folder), **unsaid) == ours.cfg
     close(open_tower(folder, **unsaid)(PIXELS), features_of(theirs))
+
+
+def test_one_register_is_a_row_like_several(tmp_path):
+    theirs = tr.Dinov2WithRegistersModel(tr.Dinov2WithRegistersConfig(**DINO, num_register_tokens=1))
+    theirs.save_pretrained(tmp_path)
+    assert open_tower(tmp_path).registers.shape == (1, 64)
 
 
 @torch.no_grad()
