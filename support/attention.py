@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.common import draw_boxes
 from model import rotary_angles, rotate
+from support.io import write_whole
 from vision import join_tiles
 
 
@@ -119,4 +120,4 @@ class Look:
             sheet.paste(panel, (x, y))
             below = x + panel.width / 2, y + side + 22
             pen.text(below, self.words[n], fill="black", anchor="ms", font_size=18)
-        sheet.save(path, format="PNG")
+        write_whole(path, lambda tmp: sheet.save(tmp, "PNG"))

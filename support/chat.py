@@ -15,7 +15,7 @@ from sample import DESCRIBE, Answer, cut_picture, encode_question, stream_answer
 from support.attention import Look
 from support.cache import KVHistory
 from support.cli import UserError
-from support.io import write_json, write_whole
+from support.io import write_json
 from support.trace import Trace
 from vision import open_image
 
@@ -103,7 +103,7 @@ def talk(chat, images):
     for question in read_questions(chat):
         print_answer(chat, question)
         if chat.cfg.attention and chat.pictures and chat.answer.text:
-            write_whole(chat.cfg.attention, Look(chat).save)
+            Look(chat).save(chat.cfg.attention)
             print(f"where it looked is drawn in {chat.cfg.attention}", file=sys.stderr)
     return 0
 

@@ -158,6 +158,15 @@ def test_sample_writes_a_sheet_of_all_words(run, tmp_path, capfd):
         assert sheet.size == (250 * min(n_word, 5), 274 * -(-n_word // 5))
 
 
+def test_a_lack_of_memory_is_not_said_of_the_disk(run, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(attention, "mean_weights", fail)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        run("--prompt", "What?", "--attention", "look.png")
+
+
 def test_attention_without_a_picture_is_an_error_of_one_line(tiny, capfd):
     flags = ["--model", str(tiny), "--prompt", "What?", "--attention", "look.png"]
     assert sample.run_program(lambda: sample.main(flags)) == 1
