@@ -132,8 +132,8 @@ def new_file(out):
 
 def answer_file(cfg):
     """LLaVA's file of questions -> its file of answers, in the same order."""
-    if not (cfg.file and cfg.out) or cfg.image or cfg.prompt:
-        raise UserError("--file FILE and --out FILE go together, without --image and --prompt")
+    if not (cfg.file and cfg.out) or cfg.image or cfg.prompt or cfg.trace:
+        raise UserError("--file FILE and --out FILE go together, without --image, --prompt and --trace")
     with new_file(cfg.out) as out:
         records = Records(cfg.file, cfg.image_root)
         questions = [file_question(records[i], cfg) for i in range(len(records))]

@@ -459,8 +459,10 @@ def test_what_is_wrong_with_a_file_of_questions_is_said_before_a_model_is_read(a
     Path("q.jsonl").write_text('{"question_id": 3, "image": "none.png", "text": "What?"}\n')
     assert ask("--file", "q.jsonl", "--out", "a.jsonl", "--model", "none") == 1
     assert re.search("line 1 .id '3'.: .*none.png: no such picture", errors(capfd)[-1])
-    assert ask("--file", "q.jsonl") == 1
-    assert "--file FILE and --out FILE go together" in errors(capfd)[-1]
+    file = ["--file", "q.jsonl"]
+    for flags in file, ["--resume"], [*file, "--out", "a.jsonl", "--trace"]:
+        assert ask(*flags) == 1
+        assert "--file FILE and --out FILE go together" in errors(capfd)[-1]
 
 
 def make_prompts(vlm, tok, world):
