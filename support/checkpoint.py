@@ -30,6 +30,7 @@ from support.cli import UserError, flag_of
 from support.distributed import (
     END_SIGNALS,
     barrier,
+    gather_lists,
     gather_numbers,
     gather_on_first,
     placed_like,
@@ -44,8 +45,7 @@ from support.processor import save_processor
 # What --resume may change; any other flag would make it another run.
 FREE_TO_CHANGE = (
     "resume", "out", "workers", "threads", "device", "dry_run", "compile", "shard", "recompute",
-    "micro_batch_size", "token_budget", "log_every", "eval_every", "save_every", "final_eval", "eval_limit",
-    "bad_records",
+    "micro_batch_size", "token_budget", "log_every", "save_every", "final_eval", "eval_limit", "bad_records",
 )
 
 
@@ -165,30 +165,30 @@ class Run:
 
     def stop_at_bad_records(self, batches):
         """If --bad-records says so. What was done before it is saved first."""
-        reasons = [reason for batch in batches for reason in batch["skipped"]]
-        n = gather_numbers([len(reasons)]).sum()
-        if n == 0 or self.cfg.bad_records == "skip":
+        if self.cfg.bad_records == "skip":
+            return
+        reasons = gather_lists([reason for batch in batches for reason in batch["skipped"]])
+        if not reasons:
             return
         if self.step > self.saved:
             self.save()
-        where = reasons[0] if reasons else "a record that another process names"
         todo = "go on without such by --resume --bad-records skip" if self.step else "or --bad-records skip"
-        raise UserError(f"{where}; {todo}")
+        raise UserError(f"{reasons[0]}; {todo}")
 
     def log_step(self, step, batches, loss, metrics):
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
         self.step = step
         self.half_done = False
         self.task_state = self.task.state_dict()
-        skipped = [reason for batch in batches for reason in batch["skipped"]]
+        skipped = gather_lists([reason for batch in batches for reason in batch["skipped"]])
         for reason in skipped[: max(0, 5 - self.skipped)]:  # later ones stand in the log alone
             self.say(f"skipped: {reason}")
 
         # What all processes saw, and whether any of them was interrupted.
         n_token = sum(int(batch["lengths"].sum()) for batch in batches)
-        n_token, n_skipped, n_pressed = gather_numbers([n_token, len(skipped), self.pressed]).sum(0).tolist()
+        n_token, n_pressed = gather_numbers([n_token, self.pressed]).sum(0).tolist()
         self.n_token += n_token
-        self.skipped += int(n_skipped)
+        self.skipped += len(skipped)
         self.interrupted = n_pressed > 0
         if step == 1 and metrics.get("supervised"):
             n = metrics["supervised"]  # nothing, or everything: that would be a fault of the template

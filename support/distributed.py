@@ -86,6 +86,14 @@ def gather_numbers(numbers):
     return torch.stack(rows)
 
 
+def gather_lists(items):
+    """The items of all processes, the same list everywhere."""
+    lists = [items] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(lists, items)
+    return sum(lists, [])
+
+
 def in_loader_process(_):
     """Whatever ends the run, the parent wants this step's records first; without a parent nobody does.
 

@@ -285,6 +285,16 @@ def test_two_processes_stop_at_a_bad_record_of_one_and_save_first(go, mixed, fla
     assert go(flag, "--batch-size", 1, "--resume", "--bad-records", "skip", out="bad", n=2) == {0}
 
 
+def test_what_any_process_skips_is_named(go, mixed, capfd):
+    for k in range(4):
+        (mixed.parent / f"{k}.png").unlink()
+    assert go("--bad-records", "skip", "--max-steps", 8, out="bad", n=2) == {0}
+    reasons = [why for line in map(json.loads, open("bad/log.jsonl")) for why in line.get("skipped", [])]
+    assert sorted(re.search(r"\d\.png", why)[0] for why in reasons) == ["0.png", "1.png", "2.png", "3.png"]
+    out = capfd.readouterr().out
+    assert all(f"skipped: {why}" in out for why in reasons) and "4 of 16 records skipped" in out
+
+
 def test_shares_are_even_and_together_the_batch():
     class Sized:
         def guess_tokens(self, i, tokens_per_tile):

@@ -865,7 +865,7 @@ def test_whatever_error_ends_a_run_the_steps_before_it_are_saved(go, monkeypatch
         stop(patch)
         assert go(*flags, "--eval-every", 4) == 1 and words in errors(capfd)[-1]
     assert newest_step("run") == 4
-    assert go(*flags, "--resume") == 0 and same("whole", "run")
+    assert go(*flags, "--eval-every", 4, "--resume") == 0 and same("whole", "run")
 
 
 def test_a_killed_loader_ends_the_run_though_its_error_was_swallowed(go, at_step, beside, capfd):
@@ -925,6 +925,8 @@ def test_a_loader_needs_no_shared_memory(go, beside, monkeypatch):
 
 def test_resuming_with_other_flags_names_the_flag(go, capfd):
     assert go("--max-steps", 2) == 0
+    assert go("--max-steps", 2, "--eval-every", 1, "--resume") == 1  # best/ may be of a look that was undone
+    assert "written with --eval-every 0, now it is 1" in errors(capfd)[-1]
     assert go("--max-steps", 2, "--lr", "0.5", "--resume") == 1
     assert "--lr 0.003, now it is 0.5" in errors(capfd)[-1]
     torch.save({}, "run/checkpoint-000002/trainer.pt")
