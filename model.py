@@ -16,7 +16,7 @@
 
 Flags call the decoder llm, the tower vision, and a connector's file projector.
 Letters: B rows of a batch, T tokens of a row, n tiles of all pictures, S pixels a side of a tile, N features
-of a tile, n_feature channels of a feature, M visual tokens of all pictures, K wanted positions of all B T,
+of a tile, D_f channels of a feature, M visual tokens of all pictures, K wanted positions of all B T,
 D channels of the decoder, H heads, d channels of a head, V tokens of the vocabulary.
 
 Rows are padded on the right, in training and in generation alike: under a causal mask no token ever sees the
@@ -112,14 +112,14 @@ class VLMConfig:
         return find_tiling(self.vision, self.image_mode)
 
     @property
-    def n_feature(self):
-        """Channels of a feature, of both towers together."""
-        return self.vision.n_feature + (self.vision2.n_feature if self.vision2 else 0)
+    def feature_width(self):
+        """D_f, channels of a feature, of both towers together."""
+        return self.vision.feature_width + (self.vision2.feature_width if self.vision2 else 0)
 
     @property
-    def row_end(self):
+    def ends_rows(self):
         """Whether a learned embedding ends each row of a picture's visual tokens."""
-        return self.tiling is not None and self.tiling.row_end
+        return self.tiling is not None and self.tiling.ends_rows
 
     @property
     def never_generated(self):
@@ -197,13 +197,13 @@ class VLM(nn.Module):
         return [self.vision, self.vision2] if self.cfg.vision2 else [self.vision]
 
     def features(self, pixels):
-        """Tiles (n, 3, S, S) -> features (n, N, n_feature) of all towers. None where there is no picture."""
+        """Tiles (n, 3, S, S) -> features (n, N, D_f) of all towers. None where there is no picture."""
         if pixels is None or len(pixels) == 0:
             return None
         return torch.cat([tower(pixels) for tower in self.towers], dim=-1)
 
     def embed(self, tokens, features=None, layout=None):
-        """Embed the tokens (B, T) -> (B, T, D). The connector turns features (n, N, n_feature) into M visual
+        """Embed the tokens (B, T) -> (B, T, D). The connector turns features (n, N, D_f) into M visual
         tokens, which replace the embeddings at the M image-token positions."""
         # The ids of <image> and <pad> may lie outside the table (32000 and 32001 with LLaVA's own): look up
         # row 0. The embedding is replaced, or never seen.
@@ -305,7 +305,7 @@ class VLM(nn.Module):
 
 
 class Connector(nn.Module):
-    """Features (n, N, n_feature) -> visual tokens (M, D), which the decoder reads like embeddings of text.
+    """Features (n, N, D_f) -> visual tokens (M, D), which the decoder reads like embeddings of text.
 
     One linear layer is Eq. 1 of the first LLaVA paper (arXiv:2304.08485v2); LLaVA-1.5 has two.
     """
@@ -313,7 +313,7 @@ class Connector(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         kind = CONNECTORS[cfg.connector]
-        n_in, D = cfg.n_feature, cfg.decoder.n_embd
+        n_in, D = cfg.feature_width, cfg.decoder.n_embd
         self.D = D
         self.n_linear = kind.n_linear
         self.norm = nn.LayerNorm(n_in) if kind.norm else nn.Identity()
@@ -324,22 +324,22 @@ class Connector(nn.Module):
             self.add_module(f"linear_{i}", nn.Linear(n_in, width))  # fresh weights are PyTorch's own
             n_in = width
         self.register_parameter("row_end", None)
-        self.set_row_end(cfg.row_end)
+        self.set_row_end(cfg.ends_rows)
 
-    def set_row_end(self, wanted):
-        if not wanted:
+    def set_row_end(self, ends_rows):
+        if not ends_rows:
             self.row_end = None
         elif self.row_end is None:
             self.row_end = nn.Parameter(self.linear_1.bias.new_empty(self.D))
             nn.init.normal_(self.row_end, std=self.D**-0.5)
 
     def forward(self, features, layout=None):
-        """Features of all tiles (n, N, n_feature) -> visual tokens (M, D) in the order of the layout."""
+        """Features of all tiles (n, N, D_f) -> visual tokens (M, D) in the order of the layout."""
         N = features.shape[-2]
-        x = features.flatten(0, -2)                                         # (n N, n_feature)
+        x = features.flatten(0, -2)                                         # (n N, D_f)
         if layout is not None:
             index = layout[:, 0] * N + layout[:, 1]                         # (M,), negative for a row end
-            x = x.index_select(0, index.clamp(min=0))                       # (M, n_feature)
+            x = x.index_select(0, index.clamp(min=0))                       # (M, D_f)
         x = self.linear_1(self.norm(x))
         for i in range(2, self.n_linear + 1):
             x = self.get_submodule(f"linear_{i}")(F.gelu(x))

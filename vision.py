@@ -1,7 +1,7 @@
 """Pictures: a file to tiles of pixels, and the vision transformer (ViT, arXiv:2010.11929) that encodes them.
 
     file --open_image--> upright RGB --cut_tiles--> tiles (n, 3, S, S) uint8, layout (M, 2) of M visual tokens
-    tiles --ViT--> features (n, N, n_feature), taken after an inner block of the ViT
+    tiles --ViT--> features (n, N, D_f), taken after an inner block of the ViT
 
 A layout lists the visual tokens in the order in which the decoder reads them: each one's tile, and its place
 among the token_grid x token_grid visual tokens of that tile; or (-1, 0) for the learned embedding that ends a
@@ -23,22 +23,20 @@ Where this departs from the originals:
   - a tile of which no visual token is kept is not run; LLaVA-NeXT runs it and drops its features.
 
 Letters: n tiles, S pixels a side of a tile, P of a patch, D_v channels inside the ViT, T tokens inside it, N
-features of a tile (one for each patch, or for merge x merge of them), n_feature = merge^2 D_v their channels.
+features of a tile (one for each patch, or for merge x merge of them), D_f = merge^2 D_v their channels.
 """
 
 import math
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from support.cli import UserError
-from support.io import reading
+from support.picture_files import open_image as open_image  # for whoever imports this file
 from support.tiling import TILINGS, Tiling, choose_grid, kept_tokens, make_layout
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -103,7 +101,7 @@ class VisionConfig:
         return self.token_grid**2
 
     @property
-    def n_feature(self):  # channels of a feature
+    def feature_width(self):  # D_f, channels of a feature
         return self.n_embd * self.merge**2
 
     @property
@@ -137,7 +135,7 @@ class ViT(nn.Module):
         self.norm = make_norm(cfg) if cfg.final_norm else nn.Identity()
 
     def forward(self, pixels):
-        """(n, 3, S, S), uint8 or normalised floats -> features (n, N, n_feature)."""
+        """(n, 3, S, S), uint8 or normalised floats -> features (n, N, D_f)."""
         x = self.embed(pixels)
         for block in self.blocks[: self.cfg.depth]:
             x = block(x)
@@ -228,43 +226,6 @@ def normalize_pixels(pixels, cfg, dtype):
         return pixels.to(dtype)
     mean, std = torch.tensor([cfg.mean, cfg.std], device=pixels.device)[:, :, None, None]  # (3, 1, 1) each
     return ((pixels.float() / 255 - mean) / std).to(dtype)
-
-
-# ---- a file to a picture ----
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would start Ghostscript for an EPS
-MAX_PIXELS = 100_000_000  # a picture of more is refused unread: it may be a decompression bomb
-MAX_SIDE = 1_000_000  # Pillow needs memory for each row, too
-
-
-def open_image(path, to_check="the path", file=None):
-    """A picture file, whatever its name -> upright 8-bit RGB, the first frame of an animation.
-
-    file: its bytes, open to be read, if they lie in no folder.
-    """
-    with reading(path, hint="save it again as JPEG or PNG, or drop the record"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF is no news, and our own limit speaks below
-        if file is None and not Path(path).exists():
-            raise UserError(f"{path}: no such picture; check {to_check}")
-        with Image.open(file or path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                most = f"{MAX_PIXELS:,} pixels in all or {MAX_SIDE:,} on a side"
-                raise UserError(f"{path}: more than {most}; scale it down before use")
-            return to_rgb(ImageOps.exif_transpose(image))
-
-
-def to_rgb(image):
-    """Pillow's own convert("RGB") clips 16 bits to white and forgets transparency."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        high_bytes = np.asarray(image).clip(0, 65535) // 256
-        image = Image.fromarray(high_bytes.astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 # ---- a picture to one tile ----
@@ -397,7 +358,7 @@ def row_by_row(image, columns, rows, cfg, tiling):
     # What shows padding alone is dropped. Something is kept of a picture that has no other view.
     least = 1 if tiling.global_view == "none" else tiling.least
     kept = kept_tokens(image.size, columns * g, rows * g, least)
-    layout = make_layout(columns, rows, g, kept, row_end=True)
+    layout = make_layout(columns, rows, g, kept, ends_rows=True)
 
     # Tiles of which nothing is kept are left out, and the others numbered anew.
     is_patch = layout[:, 0] >= 0  # not a row's end
@@ -417,18 +378,18 @@ def scale_into(image, W, H):
 def join_tiles(parts):
     """[(tiles, layout), ...] of several pictures, or of the views of one -> (tiles, layout) of them all.
 
-    Tiles are numbered through. Where the same tensor of tiles comes twice, for two questions about a picture,
-    it is taken once, and goes through the tower once.
+    Tiles are numbered through. Two questions about a picture bring the same tensor of tiles, which is taken
+    once, and goes through the tower once.
     """
     all_tiles, layouts = [], []
     n_tile = 0
-    first_tile = {}  # id of a part's tiles: where they begin
+    first_tile = {}  # of each tensor of tiles; a tensor is a key by itself, as in optimizer.state
     for tiles, layout in parts:
-        if id(tiles) not in first_tile:
-            first_tile[id(tiles)] = n_tile
+        if tiles not in first_tile:
+            first_tile[tiles] = n_tile
             n_tile += len(tiles)
             all_tiles.append(tiles)
         is_row_end = layout[:, :1] < 0
-        moved = layout + torch.tensor([first_tile[id(tiles)], 0])
+        moved = layout + torch.tensor([first_tile[tiles], 0])
         layouts.append(torch.where(is_row_end, layout, moved))
     return torch.cat(all_tiles), torch.cat(layouts)

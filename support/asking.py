@@ -19,8 +19,8 @@ from benchmarks.common import COT, LETTER, SHORT
 from data import Records, picture_paths
 from support.cli import Bar, UserError
 from support.io import Progress, fingerprint, lock, write_json_lines
+from support.picture_files import FORMATS, open_image, to_rgb
 from support.weights import model_files
-from vision import FORMATS, open_image, to_rgb
 
 
 def ask(vlm, tok, questions, batch_size, progress=None):

@@ -41,12 +41,12 @@ class KVHistory:
     """What a chat has computed so far: its next question costs its own tokens and tiles alone."""
 
     def __init__(self):
-        self.tile_features = []      # (n, N, n_feature) each time some tiles were new
+        self.tile_features = []      # (n, N, D_f) each time some tiles were new
         self.x = None                # embeddings (1, L, D) of all tokens read and written
         self.cache = None            # their keys and values
 
     def features(self, vlm, pixels):
-        """All tiles of the chat so far (n, 3, S, S) -> their features (n, N, n_feature), or None."""
+        """All tiles of the chat so far (n, 3, S, S) -> their features (n, N, D_f), or None."""
         n_known = sum(len(features) for features in self.tile_features)
         if pixels is not None and len(pixels) > n_known:
             self.tile_features.append(vlm.features(pixels[n_known:]))

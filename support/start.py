@@ -169,7 +169,7 @@ def set_image_mode(vlm, mode, grids=(), global_view=""):
     elif grids or global_view:
         raise UserError(f"image mode {mode} cuts no tiles, so --max-tiles and --global-view change nothing")
     vlm.cfg = replace(vlm.cfg, image_mode=mode, vision=replace(vlm.cfg.vision, tiling=tiling))
-    vlm.connector.set_row_end(vlm.cfg.row_end)
+    vlm.connector.set_row_end(vlm.cfg.ends_rows)
 
 
 def lora_base(cfg):

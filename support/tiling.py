@@ -50,7 +50,7 @@ class Tiling:
             raise UserError(f"grids of tiles are {self.grids}; each needs 1 to {MAX_TILES} tiles")
 
     @property
-    def row_end(self):  # whether a learned embedding ends each row of patches
+    def ends_rows(self):  # whether a learned embedding ends each row of patches
         return not self.by_tile
 
 
@@ -71,7 +71,7 @@ TILINGS = {
 }
 
 
-def make_layout(columns, rows, g, kept=None, row_end=False):
+def make_layout(columns, rows, g, kept=None, ends_rows=False):
     """A grid of tiles of g x g visual tokens -> (M, 2): tile and place in it, row by row across the tiles.
 
     kept: ((first row, end), (first column, end)) of those that are read; all without.
@@ -82,7 +82,7 @@ def make_layout(columns, rows, g, kept=None, row_end=False):
     tile = y // g * columns + x // g
     place = y % g * g + x % g
     layout = torch.stack([tile, place], dim=-1)  # (rows of tokens, columns of tokens, 2)
-    if row_end:
+    if ends_rows:
         ends = torch.tensor([-1, 0]).expand(len(layout), 1, 2)
         layout = torch.cat([layout, ends], dim=1)
     return layout.flatten(0, 1)

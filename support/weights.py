@@ -471,7 +471,7 @@ def check_tokenizer(vlm, tok):
 
 
 def check_image_mode(vlm, directory):
-    if vlm.cfg.row_end and vlm.connector.row_end is None:
+    if vlm.cfg.ends_rows and vlm.connector.row_end is None:
         raise UserError(
             f"--image-mode {vlm.cfg.image_mode}: {directory} has never learned how the rows of several tiles "
             "end; finetune it with this mode first"

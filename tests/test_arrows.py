@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [                            # files of one row may know each other
     {"support.io", "support.cli", "support.cache", "support.log_probs", "support.quantize", "support.tiling",
-     "support.templates"},
+     "support.templates", "support.picture_files"},
     {"vision"},
     {"model"},
     {"support.lora"},

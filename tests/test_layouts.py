@@ -768,7 +768,7 @@ def test_a_preset_is_built_from_two_towers_of_other_families_trains_and_is_saved
     towers = f"{tmp_path / 'registers'},{tmp_path / 'siglip'}"
     cfg = train.TrainConfig(model="toy", vision=towers, llm=start.TOY["llm"], image_size=84, stage="pretrain")
     vlm, tok = start.build(cfg)
-    assert (vlm.cfg.vision.n_token, vlm.cfg.n_feature) == (36, 128)  # 6 x 6 patches, resized from 4 x 4
+    assert (vlm.cfg.vision.n_token, vlm.cfg.feature_width) == (36, 128)  # 6 x 6 patches, resized from 4 x 4
     assert vlm.cfg.connector == "fused_gelu"
     train.freeze(vlm, replace(cfg, train="connector,vision"))
     trained = {name.split(".")[0] for name, p in vlm.named_parameters() if p.requires_grad}

@@ -356,7 +356,7 @@ def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
 
 def test_a_layout_names_the_tile_and_the_place_of_each_visual_token():
     with_ends = [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]]  # vision.py's example
-    assert make_layout(1, 1, 2, row_end=True).tolist() == with_ends
+    assert make_layout(1, 1, 2, ends_rows=True).tolist() == with_ends
     assert make_layout(2, 1, 1).tolist() == [[0, 0], [1, 0]]
 
 

@@ -27,7 +27,7 @@ from sample import AskConfig, open_asked
 from support.attention import Look
 from support.chat import Chat
 from support.cli import UserError, arg, parse, run_program
-from vision import FORMATS, open_image
+from support.picture_files import FORMATS, open_image
 
 HTML = Path(__file__).with_name("page.html")
 MAX_BYTES = 20_000_000
