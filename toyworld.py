@@ -52,37 +52,38 @@ class WorldConfig:
 
 
 VERSION = 4                              # of pictures and questions: raise it when either changes
-COLORS = {
-    "red": (216, 40, 42),
-    "orange": (250, 138, 24),
-    "yellow": (250, 222, 50),
-    "green": (44, 158, 68),
-    "blue": (38, 92, 222),
-    "purple": (146, 58, 186),
-    "white": (252, 252, 252),
-    "black": (34, 34, 40),
+COLOR_CODES = {
+    "red": "#d8282a",
+    "orange": "#fa8a18",
+    "yellow": "#fade32",
+    "green": "#2c9e44",
+    "blue": "#265cde",
+    "purple": "#923aba",
+    "white": "#fcfcfc",
+    "black": "#222228",
 }
+COLORS = {name: ImageColor.getrgb(code) for name, code in COLOR_CODES.items()}
 GRID = 20                                # in steps of a box: 1/20 of the side, so two decimals say it exactly
-SIDES = {                                # width and height in grid steps, small and big
-    "cat": ((4, 4), (6, 6)),
-    "fish": ((4, 3), (7, 5)),
-    "bird": ((4, 4), (6, 6)),
-    "tree": ((3, 4), (5, 7)),
-    "house": ((4, 4), (6, 6)),
-    "car": ((4, 3), (7, 5)),
-    "ball": ((4, 4), (6, 6)),
-    "star": ((4, 4), (6, 6)),
+SQUARE = ((4, 4), (6, 6))                # width and height in grid steps, small and big
+WIDE = ((4, 3), (7, 5))
+TALL = ((3, 4), (5, 7))
+SIDES = {
+    "cat": SQUARE,
+    "fish": WIDE,
+    "bird": SQUARE,
+    "tree": TALL,
+    "house": SQUARE,
+    "car": WIDE,
+    "ball": SQUARE,
+    "star": SQUARE,
 }
 KINDS = tuple(SIDES)
 SIZES = ("small", "big")
 LEGS = {"cat": 4, "bird": 2, "fish": 0}
-PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-BACKGROUNDS = ("meadow", "beach", "night", "room", "snow")
-WORDS = ("STOP", "OPEN", "TAXI", "CAFE", "PARK", "SALE", "BUS", "ZOO", "INN", "GYM", "EXIT", "SHOP")
-UNSEEN = {
-    ("cat", "blue"), ("fish", "red"), ("bird", "white"), ("tree", "orange"),
-    ("house", "purple"), ("car", "green"), ("ball", "black"), ("star", "yellow"),
-}
+PLACES = "top left, top, top right, left, middle, right, bottom left, bottom, bottom right".split(", ")
+BACKGROUNDS = "meadow beach night room snow".split()
+WORDS = "STOP OPEN TAXI CAFE PARK SALE BUS ZOO INN GYM EXIT SHOP".split()
+UNSEEN = set(zip(KINDS, "blue red white orange purple green black yellow".split()))  # of each kind one color
 
 # ---- what is said around a question ----
 DETAIL = "Give a detailed description of the image."
@@ -141,9 +142,10 @@ def random_scene(rng, held_out=False):
         sides.append((len(word) + 4, 4))
     spots = random_spots(rng, sides)
 
-    things = []
-    for (kind, color), size, (place, box) in zip(chosen, sizes, spots):
-        things.append(Thing(kind, color, SIZES[size], place, box))
+    things = [
+        Thing(kind, color, SIZES[size], place, box)
+        for (kind, color), size, (place, box) in zip(chosen, sizes, spots)
+    ]
     background = rng.choice(BACKGROUNDS)
     sign = Sign(word, *spots[-1]) if word else None
     return Scene(background, tuple(reading_order(things)), sign)
@@ -289,15 +291,31 @@ ART = {
         32 24, 55 7 57 9, 80 16 82 18, 93 36 95 38, 16 40 18 42
     """,
 }
-LETTERS = {                              # strokes on a grid 4 wide and 6 high, a point is two digits x y
-    "A": "06 02 20 42 46,04 44", "B": "00 30 41 42 33 03,33 44 45 36 06 00", "C": "41 30 10 01 05 16 36 45",
-    "E": "40 00 06 46,03 33", "F": "40 00 06,03 33", "G": "41 30 10 01 05 16 36 45 43 23",
-    "H": "00 06,40 46,03 43", "I": "10 30,20 26,16 36", "K": "00 06,40 03 46", "L": "00 06 46",
-    "M": "06 00 23 40 46", "N": "06 00 46 40", "O": "10 30 41 45 36 16 05 01 10",
-    "P": "06 00 30 41 43 34 04", "R": "06 00 30 41 42 33 03,23 46",
-    "S": "41 30 10 01 02 13 33 44 45 36 16 05", "T": "00 40,20 26", "U": "00 05 16 36 45 40",
-    "X": "00 46,40 06", "Y": "00 23 40,23 26", "Z": "00 40 06 46",
-}
+# A letter's strokes on a grid 4 wide and 6 high; a point is two digits, x y.
+STROKES = """
+    A 06 02 20 42 46,04 44
+    B 00 30 41 42 33 03,33 44 45 36 06 00
+    C 41 30 10 01 05 16 36 45
+    E 40 00 06 46,03 33
+    F 40 00 06,03 33
+    G 41 30 10 01 05 16 36 45 43 23
+    H 00 06,40 46,03 43
+    I 10 30,20 26,16 36
+    K 00 06,40 03 46
+    L 00 06 46
+    M 06 00 23 40 46
+    N 06 00 46 40
+    O 10 30 41 45 36 16 05 01 10
+    P 06 00 30 41 43 34 04
+    R 06 00 30 41 42 33 03,23 46
+    S 41 30 10 01 02 13 33 44 45 36 16 05
+    T 00 40,20 26
+    U 00 05 16 36 45 40
+    X 00 46,40 06
+    Y 00 23 40,23 26
+    Z 00 40 06 46
+"""
+LETTERS = dict(line.split(maxsplit=1) for line in STROKES.strip().splitlines())
 
 
 def draw_scene(scene, size=96):
@@ -404,7 +422,7 @@ def parse_points(shape):
 @functools.cache
 def palette(name):
     """The paints of a thing: its own color, one of COLORS or any "#rrggbb", and what goes with it."""
-    color = COLORS[name] if name in COLORS else ImageColor.getrgb(name)
+    color = COLORS.get(name) or ImageColor.getrgb(name)
 
     def mix(other, share):
         return tuple(round(a + (b - a) * share) for a, b in zip(color, other))
@@ -701,8 +719,7 @@ def ask_chat(scene, rng):
 
     toy-vicuna has read such questions, answered in a word, but no such answers. The finetune teaches them.
     """
-    kinds = ("picture", "picture", "place", "color", "size", "spot", "count", "sign", "existence", "spatial")
-    what = rng.choice(kinds)
+    what = rng.choice("picture picture place color size spot count sign existence spatial".split())
     thing = rng.choice(scene.things)
     if what == "picture":
         return rng.choice(LOOK), caption(scene)
