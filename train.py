@@ -402,6 +402,7 @@ class TrainConfig:
     projector: str = arg("",
         "connector to start from: a model directory that stage 1 wrote, its model.safetensors, or a "
         "mm_projector.bin; empty: the model's own")
+    connector: str = arg("", "of a preset; empty: its own", choices=("linear", "mlp2x_gelu"))
     from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
 
     # What trains

@@ -2,7 +2,6 @@
 
     python -m lab.run --list
     python -m lab.run formats            # results/formats.md and formats.png
-    python -m lab.run formats --seeds 1
     python -m lab.run formats --quick    # a step and a few questions, to see that it runs; in out/lab-quick
 
 lab/experiments.py has the experiments. What has been trained lies in out/lab and is not trained again: a row
@@ -27,17 +26,14 @@ import mpo
 import pairs
 import toyworld
 import train
-from lab.experiments import EXPERIMENTS, FILES
+from lab.experiments import EXPERIMENTS, FILES, MEASURES
 from support.cli import UserError, arg, parse, run_program
 from support.io import read_json, write_json, write_json_lines
 
 PROGRAMS = {"train": train, "pairs": pairs, "mpo": mpo}
-UNDISTURBED = "--eval-every 0 --save-every 0"
-QUICK = {
-    "train": "--max-steps 1 --batch-size 2 --workers 0 --eval-limit 24",
-    "pairs": "--limit 12 --max-new-tokens 48",
-    "mpo": "--max-steps 1 --batch-size 2 --workers 0 --eval-limit 24",
-}
+UNDISTURBED = " --eval-every 0 --save-every 0"
+QUICK = " --max-steps 1 --batch-size 2 --workers 0 --eval-limit 24"
+QUICK_PAIRS = " --limit 12 --max-new-tokens 48"
 
 
 @dataclass
@@ -53,14 +49,12 @@ def main(argv=None):
     cfg = parse(LabConfig, argv, description=__doc__)
     if cfg.list or not cfg.name:
         for name, experiment in EXPERIMENTS.items():
-            print(f"{name:12} {experiment.minutes:3} minutes a seed  {experiment.paper}")
-            print("\n".join(f"             - {claim}" for claim in experiment.claims))
+            print(f"{name:12}{experiment.paper}; {experiment.minutes} minutes a seed")
+            print("\n".join(f"{'':12}- {claim}" for claim in experiment.claims))
         return 0
 
     experiment = EXPERIMENTS[cfg.name]
     lab = Path("out/lab-quick" if cfg.quick else "out/lab")
-    pages = lab if cfg.quick else Path(cfg.out)
-    pages.mkdir(parents=True, exist_ok=True)
     results = {}                     # {row: [{column: share} of each seed]}
     seconds = 0
     for seed in range(cfg.seeds):
@@ -68,15 +62,16 @@ def main(argv=None):
             run, took = make_row(lab, commands, seed, cfg.quick)
             seconds += took
             records = read_json(run / "results.json")["records"]
-            scores = {column: measure(records) for column, measure in experiment.columns.items()}
+            scores = {column: MEASURES[column](records) for column in experiment.columns}
             results.setdefault(row, []).append(scores)
             shares = ", ".join(f"{column} {share:.1%}" for column, share in scores.items())
             print(f"seed {seed}, {row}: {shares}", flush=True)
 
-    draw_results(pages / f"{cfg.name}.png", results)
-    page = write_page(cfg.name, experiment, results, seconds)
-    (pages / f"{cfg.name}.md").write_text(page)
-    print(f"{page}\nin {pages / cfg.name}.md")
+    page = (lab if cfg.quick else Path(cfg.out)) / f"{cfg.name}.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    draw_results(page.with_suffix(".png"), results)
+    page.write_text(write_page(cfg.name, experiment, results, seconds))
+    print(f"{page.read_text()}\nin {page}")
     return 0
 
 
@@ -88,26 +83,27 @@ def make_row(lab, commands, seed, quick):
     made = []
     seconds = 0
     for command in commands:
-        program, flags = command.partition(" ")[::2]
+        program, _, flags = command.partition(" ")
         if program == "train":
             flags += "" if "--data" in flags else " --data {base}"
             flags += "" if "--max-steps" in flags or "--epochs" in flags else " --epochs 1"
-        files = {name: make_file(lab, name, quick) for name in re.findall("{([a-z]+)", flags)}
-        flags = flags.format(*made, **files) + f" --seed {seed}"
-        if program != "pairs":
-            flags += " " + UNDISTURBED
+        flags += f" --seed {seed}" + ("" if program == "pairs" else UNDISTURBED)
         if quick:
-            flags += " " + QUICK[program]
+            flags += QUICK_PAIRS if program == "pairs" else QUICK
+        files = {name: make_file(lab, name, quick) for name in re.findall("{([a-z]+)", flags)}
+        flags = flags.format(*made, **files)
 
-        # A file of the seconds that it took says that it is done.
-        name = f"{program}-{zlib.crc32(flags.encode()):08x}"
-        out = lab / (f"{name}.jsonl" if program == "pairs" else name)
-        done = lab / f"{name}.json"
+        # Its file of seconds says that a command is done.
+        out = lab / f"{program}-{zlib.crc32(flags.encode()):08x}"
+        done = out.with_suffix(".json")
+        if program == "pairs":
+            out = out.with_suffix(".jsonl")
         if not done.exists():
             began = time.time()
-            with open(lab / f"{name}.txt", "w") as log, contextlib.redirect_stdout(log):
+            log = out.with_suffix(".txt")
+            with open(log, "w") as file, contextlib.redirect_stdout(file):
                 if PROGRAMS[program].main(["--out", str(out), *flags.split()]):
-                    raise UserError(f"{out}: not finished; what was printed is in {lab / name}.txt")
+                    raise UserError(f"{out}: not finished; what was printed is in {log}")
             write_json(done, {"command": f"{program} {flags}", "seconds": round(time.time() - began)})
         seconds += read_json(done)["seconds"]
         made.append(out)
@@ -115,21 +111,18 @@ def make_row(lab, commands, seed, quick):
 
 
 def make_file(lab, name, quick):
-    """A file of a toy world, rewritten record by record -> its path."""
-    world, source, rewrite = FILES[name]
-    n_train, n_val, size, words = world
-    folder = lab / "world-{}-{}-{}-{}".format(*world)
+    """The path of a file of FILES: that of a toy world, rewritten record by record, beside its pictures."""
+    (n_train, n_val, size, words), source, rewrite = FILES[name]
+    folder = lab / f"world-{n_train}-{n_val}-{size}-{words}"
     path = folder / f"{name}{Path(source).suffix}"
     if path.exists():
         return path
-    with contextlib.redirect_stdout(None):
-        toyworld.write_world(folder, *((16, 8) if quick else (n_train, n_val)), size, 0, words)
+    toyworld.write_world(folder, *((16, 8) if quick else (n_train, n_val)), size, 0, words)
+    text = (folder / source).read_text()
     if path.suffix == ".json":
-        records = [new for record in json.loads((folder / source).read_text()) for new in rewrite(record)]
-        write_json(path, records)
+        write_json(path, [new for record in json.loads(text) for new in rewrite(record)])
     else:
-        lines = (folder / source).read_text().splitlines()
-        write_json_lines(path, [new for line in lines for new in rewrite(json.loads(line))])
+        write_json_lines(path, [new for line in text.splitlines() for new in rewrite(json.loads(line))])
     return path
 
 
@@ -139,15 +132,17 @@ def make_file(lab, name, quick):
 def write_page(name, experiment, results, seconds):
     n_seed = len(next(iter(results.values())))
     machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    lines = [f"# {name}", "", f"{experiment.paper}. {experiment.says}", ""]
-    lines += [f"    python -m lab.run {name}", ""]
-    lines += [f"{experiment.setup} Mean and standard deviation of {n_seed} seeds, {seconds / 60:.0f} minutes "
-              f"in all ({machine}).", ""]
-    lines += [*table_lines(results), "", f"![each seed a dot, the mean a line]({name}.png)", ""]
-    lines += [f"- {claim}: {judge(results, *cells)}" for claim, cells in experiment.claims.items()]
-    if experiment.note:
-        lines += ["", experiment.note]
-    return "\n".join(lines) + "\n"
+    parts = [
+        f"# {name}",
+        f"{experiment.paper}: {experiment.says}",
+        f"    python -m lab.run {name}",
+        f"{experiment.setup} Mean and standard deviation of {n_seed} seeds; {seconds / 60:.0f} minutes "
+        f"in all ({machine}).",
+        "\n".join(table_lines(results)),
+        f"![each seed a dot, their mean a stroke]({name}.png)",
+        "\n".join(f"- {claim}: {judge(results, claim)}" for claim in experiment.claims),
+    ]
+    return "\n\n".join(filter(None, [*parts, experiment.note])) + "\n"
 
 
 def table_lines(results):
@@ -164,48 +159,47 @@ def table_lines(results):
     return lines
 
 
-def judge(results, high, sign, low):
-    """What becomes of a claim: that a cell is above another (>), or that they are alike (=).
-
-    The same seed of both is compared, and only what all seeds agree in is a difference.
-    """
-    (row, column), (other_row, other_column) = high, low
+def judge(results, claim):
+    """What becomes of a claim. The same seeds are compared; a difference is what all seeds agree in."""
+    first, sign, second = re.fullmatch("(.+) ([>=]) (.+)", claim).groups()
+    (row, column), (other_row, other_column) = first.rsplit(", ", 1), second.rsplit(", ", 1)
     gaps = [a[column] - b[other_column] for a, b in zip(results[row], results[other_row])]
+    differs = min(gaps) > 0 or max(gaps) < 0
     if len(gaps) == 1:
         said = "not to be told from one seed"
-    elif min(gaps) > 0:
-        said = "**shows**" if sign == ">" else "**does not show**"
-    elif max(gaps) < 0:
-        said = "**the contrary shows**" if sign == ">" else "**does not show**"
+    elif sign == "=":
+        said = "does not show" if differs else "shows: the seeds disagree"
+    elif differs:
+        said = "shows" if min(gaps) > 0 else "the contrary shows"
     else:
-        said = "**does not show**" if sign == ">" else "**shows**, the seeds disagree"
+        said = "does not show: the seeds disagree"
     points = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
-    return f"{said} ({points} points by seed)"
+    return f"**{said}** ({points} points by seed)"
 
 
 def draw_results(path, results):
     """A panel for each column, a line for each row: a dot for each seed, a stroke for their mean."""
     columns = list(next(iter(results.values()))[0])
-    width, height, left = 190, 26, 250
-    image = Image.new("RGB", (left + width * len(columns), height * (len(results) + 2)), "white")
+    left, width, height = 180, 130, 26
+    image = Image.new("RGB", (left + (width + 40) * len(columns), height * (len(results) + 2)), "white")
     pen = ImageDraw.Draw(image)
     for i, row in enumerate(results):
         pen.text((8, height * (i + 1.5)), row, "black", anchor="lm", font_size=13)
     for k, column in enumerate(columns):
+        start = left + (width + 40) * k
         shares = [scores[column] for runs in results.values() for scores in runs]
         low, high = min(shares), max(shares)
-        scale = (width - 60) / (high - low or 1)
-        start = left + width * k + 20
+        scale = width / (high - low or 1)
         pen.text((start, 4), column, "black", font_size=13)
         pen.text((start, image.height - 18), f"{low:.0%}", "gray", font_size=11)
-        pen.text((start + width - 60, image.height - 18), f"{high:.0%}", "gray", anchor="ra", font_size=11)
+        pen.text((start + width, image.height - 18), f"{high:.0%}", "gray", anchor="ra", font_size=11)
         for i, runs in enumerate(results.values()):
             y = height * (i + 1.5)
-            pen.line([(start, y), (start + width - 60, y)], "#e6e6e6")
-            mean = start + scale * (statistics.mean(scores[column] for scores in runs) - low)
+            places = [start + scale * (scores[column] - low) for scores in runs]
+            mean = statistics.mean(places)
+            pen.line([(start, y), (start + width, y)], "#e6e6e6")
             pen.line([(mean, y - 8), (mean, y + 8)], "#1f6fb5", 2)
-            for scores in runs:
-                x = start + scale * (scores[column] - low)
+            for x in places:
                 pen.ellipse((x - 3, y - 3, x + 3, y + 3), "#d6502b")
     image.save(path)
 

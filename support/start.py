@@ -128,7 +128,7 @@ def preset_plan(cfg):
     # Towers look at tiles of one size; two are fused. Mode internvl has its own pixel shuffle and connector.
     towers = [read_tower(path) for path in cfg.vision.split(",")] if cfg.vision else [preset.vision]
     changes = {"image_size": cfg.image_size or towers[-1].image_size}
-    connector = preset.connector
+    connector = cfg.connector or preset.connector
     if cfg.image_mode == "internvl":
         changes["merge"] = 2
         connector = "norm_gelu"
