@@ -345,6 +345,7 @@ class MPOConfig(TrainConfig):
     # Fields of TrainConfig that are no flags here, being without arg().
     stage: str = "finetune"
     from_scratch: bool = False
+    connector: str = ""
     projector: str = ""
     tokenizer: str = ""
     image_size: int = 0

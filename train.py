@@ -322,7 +322,7 @@ def parse_flags(argv=None, Config=None, description=__doc__):
         recipe["max_steps"] = 0
     if given.from_scratch:
         recipe |= dict(vision="", llm="", projector="")
-    elif given.vision or given.llm or given.image_mode == "internvl":
+    elif given.vision or given.llm or given.connector or given.image_mode == "internvl":
         # Other widths than the recipe's connector has: another tower or decoder, or internvl's pixel shuffle.
         recipe["projector"] = ""
     return parse(Config, argv, description, recipe)

@@ -48,8 +48,9 @@ def build(cfg, checkpoint=None, device="cpu"):
     else:
         if "/" not in cfg.model and not Path(cfg.model).is_dir():
             one_of("--model", cfg.model, [*PRESETS, "a model directory"])
-        if cfg.tokenizer or cfg.from_scratch:
-            raise UserError(f"--model {cfg.model} is whole; --tokenizer and --from-scratch are for presets")
+        if cfg.tokenizer or cfg.from_scratch or cfg.connector:
+            other = "--tokenizer, --connector and --from-scratch are for presets"
+            raise UserError(f"--model {cfg.model} is whole; {other}")
         vlm, tok = open_directory(cfg.model, cfg.vision, cfg.llm, device)
     check_tokenizer(vlm, tok)
     with torch.device(device), NothingDrawn():
@@ -128,7 +129,7 @@ def preset_plan(cfg):
     # Towers look at tiles of one size; two are fused. Mode internvl has its own pixel shuffle and connector.
     towers = [read_tower(path) for path in cfg.vision.split(",")] if cfg.vision else [preset.vision]
     changes = {"image_size": cfg.image_size or towers[-1].image_size}
-    connector = cfg.connector or preset.connector
+    connector = preset.connector
     if cfg.image_mode == "internvl":
         changes["merge"] = 2
         connector = "norm_gelu"
@@ -144,7 +145,8 @@ def preset_plan(cfg):
             f"{decoder.vocab_size:,} rows; they do not belong together, give the decoder's own tokenizer"
         )
     plan = replace(
-        preset, vision=towers[0], vision2=towers[1] if len(towers) == 2 else None, connector=connector,
+        preset, vision=towers[0], vision2=towers[1] if len(towers) == 2 else None,
+        connector=cfg.connector or connector,
         decoder=replace(decoder, vocab_size=tok.vocab_size),
         image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos,
     )

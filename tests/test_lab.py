@@ -5,15 +5,16 @@ import json
 import math
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import ImageColor
+from PIL import Image, ImageColor
 
-import lab.hd
-import lab.mpo
 import lab.run
+import mpo
+import pairs
 import toyworld
 import train
 from lab.clip import FALSE, TRUE, UNTOLD, contrastive_batch, contrastive_loss, holds
@@ -28,10 +29,11 @@ from lab.common import (
     scene_facts,
     spell,
 )
+from lab.experiments import EXPERIMENTS, FILES, MEASURES, add_text
 from lab.ingredients import main as make_parts
 from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE
-from support.cli import UserError
+from support.cli import UserError, parse
 from support.start import build
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
 
@@ -205,49 +207,103 @@ def test_one_part_can_be_made_over_the_others(tmp_path, capsys):
     assert "toy-clip, step 1: loss" in capsys.readouterr().out
 
 
-def test_each_way_of_the_hd_experiment_gets_the_same_tokens_and_runs_once(tmp_path, monkeypatch, capsys):
+# ---- experiments ----
+
+
+parse_mpo = partial(parse, mpo.MPOConfig)
+parse_pairs = partial(parse, pairs.PairsConfig)
+
+
+def test_every_experiment_has_rows_that_parse_and_claims_about_its_own_cells(tmp_path):
+    for experiment in EXPERIMENTS.values():
+        assert set(experiment.columns) <= set(MEASURES)
+        cells = {f"{row}, {column}" for row in experiment.rows for column in experiment.columns}
+        for claim in experiment.claims:
+            assert set(re.split(" [>=] ", claim)) <= cells
+        for commands in experiment.rows.values():
+            for k, command in enumerate(commands):
+                program, *flags = command.format(*range(k), **{name: tmp_path for name in FILES}).split()
+                parse_flags = {"train": train.parse_flags, "mpo": parse_mpo, "pairs": parse_pairs}[program]
+                parse_flags([*flags, "--out", "x"])
+
+
+def test_a_page_has_the_papers_figures_a_table_and_a_verdict_on_each_claim(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    scores = {"with prompts": [0.5, 0.6, 0.7], "without": [0.4, 0.5, 0.6]}
     runs = []
 
     def pretend_to_train(argv):
         flags = dict(zip(argv[::2], argv[1::2]))
         runs.append(flags)
-        out = Path(flags["--out"])
-        out.mkdir(parents=True)
-        cell = {"score": 50 + 10 * int(flags["--seed"])}
-        (out / "results.json").write_text(json.dumps(cell | {"categories": {"reading": cell}}))
-        (out / "config.json").write_text("{}")
+        row = "without" if "bare" in flags["--data"] else "with prompts"
+        score = scores[row][int(flags["--seed"])]
+        records = [{"category": [name], "score": score, "answer": "red"} for name in ("count", "chat")]
+        Path(flags["--out"]).mkdir(parents=True)
+        (Path(flags["--out"]) / "results.json").write_text(json.dumps({"records": records}))
+        return 0
 
     monkeypatch.setattr(train, "main", pretend_to_train)
-    for _ in range(2):
-        assert lab.run.main(["hd", "--quick", "--seeds", "3", "--out", str(tmp_path)]) == 0
-    ways = [(run["--image-mode"], run.get("--global-view")) for run in runs]
-    assert ways == 3 * [("pad", None), ("hd", None), ("hd", "none")]
-    assert [run["--seed"] for run in runs] == 3 * ["0"] + 3 * ["1"] + 3 * ["2"]
-    table = (tmp_path / "hd-quick/table.md").read_text()
-    assert "| pad | 60.0% ± 10.0 | 60.0% ± 10.0 |" in table
-    assert "not to be told at this size (+0.0, +0.0, +0.0 points by seed)" in table
-
-    said = re.findall(r"(\d+) tokens a record", capsys.readouterr().out)
-    pad, hd, hd_without_global_view = [int(length) for length in said[:3]]
-    assert hd - pad == pytest.approx(4 * 64 + 16, abs=1)         # four tiles more, and the ends of 16 rows
-    assert hd - hd_without_global_view == pytest.approx(64, abs=1)
-    for run, length in zip(runs[:3], (pad, hd, hd_without_global_view)):
-        tokens = int(run["--max-steps"]) * int(run["--batch-size"]) * length
-        assert tokens == pytest.approx(60_000, rel=0.05)
+    monkeypatch.setattr(lab.run, "make_file", lambda folder, name, quick: folder / f"{name}.json")
+    Path("out/lab").mkdir(parents=True)
+    for _ in range(2):                                           # the second time all is there
+        assert lab.run.main(["formats"]) == 0
+    assert len(runs) == 6
+    page = Path("results/formats.md").read_text()
+    assert "MME rises from 1,197.0 to 1,323.8" in page
+    assert "| with prompts | 60.0% ± 10.0 |" in page
+    assert "short answers: **shows** (+10.0, +10.0, +10.0 points by seed)" in page
+    assert "in one word: **does not show: the seeds disagree** (+0.0, +0.0, +0.0 points by seed)" in page
+    assert Image.open("results/formats.png").width > 500
 
 
-def test_the_chain_of_preference_learning_draws_up_its_table(tmp_path, capsys):
-    assert lab.run.main(["mpo", "--quick", "--seeds", "1", "--out", str(tmp_path)]) == 0
-    folder = tmp_path / "mpo-quick"
-    table = (folder / "table.md").read_text()
-    assert all(f"| {row} | " in table for row in ["before", *lab.mpo.VARIANTS])
-    assert all(f"- {claim}: not to be told from one seed" in table for claim in lab.mpo.CLAIMS)
-    assert "in 0." in capsys.readouterr().out
-    made = {"correctness-0.jsonl", "dropout-0.25-0.jsonl", "dropout-0.5-0.jsonl", "dropout-0.75-0.jsonl"}
-    assert {path.name for path in folder.glob("*-0.jsonl")} == made
+def test_a_difference_is_what_all_seeds_agree_in():
+    def verdict(sign, *gaps):
+        results = {"a": [{"all": 0.5 + gap} for gap in gaps], "b": [{"all": 0.5} for _ in gaps]}
+        return lab.run.judge(results, f"a, all {sign} b, all").split("**")[1]
+
+    assert verdict(">", 0.1, 0.2) == "shows"
+    assert verdict(">", -0.1, -0.2) == "the contrary shows"
+    assert verdict(">", 0.1, -0.2) == "does not show: the seeds disagree"
+    assert verdict("=", 0.1, -0.2) == "shows: the seeds disagree"
+    assert verdict("=", 0.1, 0.2) == verdict("=", -0.1, -0.2) == "does not show"
+    assert verdict(">", 0.1) == "not to be told from one seed"
+
+
+def test_preference_learning_runs_from_finetuning_to_its_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    two = ("before", "MPO")
+    monkeypatch.setattr(EXPERIMENTS["losses"], "rows", {row: EXPERIMENTS["losses"].rows[row] for row in two})
+    monkeypatch.setattr(EXPERIMENTS["losses"], "claims", ("MPO, cot > before, cot",))
+    assert lab.run.main(["losses", "--quick", "--seeds", "1"]) == 0
+    page = Path("out/lab-quick/losses.md").read_text()
+    assert "| MPO | " in page
+    assert "not to be told from one seed" in page
+
+
+def test_things_that_captions_make_up_are_counted_once_each():
+    truth = 'A red cat and a sign that says OPEN.'
+    answers = ["A red cat.", "A blue cat, a red cat and a sign that says EXIT."]
+    records = [{"category": ["caption"], "answer": answer, "truth": truth} for answer in answers]
+    assert MEASURES["made up"](records) == 2 / 4
+
+
+def test_a_text_only_record_has_the_description_in_place_of_the_picture():
+    pairs = [("What color is the cat?", "red"), (toyworld.DETAIL, "a big red cat at the left")]
+    kept, text = add_text(toyworld.llava_record("train-5", "5.png", pairs))
+    assert kept["image"] == "5.png"
+    assert "image" not in text
+    values = [turn["value"] for turn in text["conversations"]]
+    assert values == ["a big red cat at the left\nWhat color is the cat?", "red"]
+    assert len(add_text(toyworld.llava_record("train-6", "6.png", pairs))) == 1
 
 
 def test_a_run_that_does_not_finish_ends_the_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "main", lambda argv: 130)
     with pytest.raises(UserError, match="not finished"):
-        lab.run.main(["mpo", "--quick", "--out", str(tmp_path)])
+        lab.run.main(["formats", "--quick"])
+
+
+def test_a_linear_connector_is_one_flag(tmp_path):
+    vlm, _ = build(train.parse_flags(["--connector", "linear"]), device="meta")
+    assert vlm.connector.n_linear == 1

@@ -1,11 +1,13 @@
 """Every command of the README runs, in the order of the README, in a fresh copy of the repository."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from common import ROOT, call
@@ -15,9 +17,13 @@ from tools import show
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [part for line in LINES for part in line.split(" && ") if part.startswith("python ")]
+COMMANDS = [part for line in LINES for part in line.split(" && ") if part.startswith(("python ", "sh "))]
 FEWER = {                            # what takes minutes takes a step or two here
     "train.py": "--max-steps 2 --batch-size 4 --eval-every 2 --eval-limit 6 --workers 0",
+    "pairs.py": "--limit 24 --max-new-tokens 64",
+    "mpo-toy.sh": "--max-steps 2 --batch-size 2 --workers 0 --eval-limit 6",
+    "mpo.py": "--max-steps 2 --batch-size 2 --workers 0 --eval-limit 6",
+    "-m lab.run": "--quick --seeds 1",
     "-m lab.ingredients": "--clip-steps 1 --vicuna-steps 1 --connector-steps 1 --out made",
 }
 WORLD = 'write_world(out="toyworld", n_train=6000,'     # what the first command draws: here a tenth
@@ -39,13 +45,13 @@ def copy(tmp_path_factory):
 def test_the_command_runs(command, copy):
     if command.startswith(("python -m pytest", "python -m venv")):
         pytest.skip("the test command itself")
-    words = shlex.split(command, comments=True)[1:]
+    words = shlex.split(command, comments=True)
     for program, flags in FEWER.items():
-        if command.startswith(f"python {program}"):
+        if program in command:
             words += flags.split()
-    done = subprocess.run(
-        [sys.executable, *words], cwd=copy, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    streams = dict(capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(words, cwd=copy, env=os.environ | {"PATH": path, "LIMIT": "48"}, **streams)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
