@@ -83,3 +83,12 @@ def test_every_file_the_readme_names_is_there_and_as_long_as_it_says():
     for name, lines in re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README):
         length = len((ROOT / name).read_text().splitlines())
         assert abs(length - int(lines)) <= 0.05 * length, f"{name} has {length} lines"
+
+
+def test_each_exercise_has_a_test_that_fails_as_the_code_stands():
+    exercises = re.findall(r"^def test_(\w+)", (ROOT / "tests/exercises.py").read_text(), re.M)
+    table = README.split("## Ten exercises")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.M) == exercises
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/exercises.py"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert f"{len(exercises)} failed" in done.stdout
