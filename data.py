@@ -1,7 +1,8 @@
 """Records of a file to examples, and examples to batches for the model.
 
 The way of a record:
-    FILE  --Records-->       {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", ...)]}
+    FILE  --Records-->       {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", ...)]},
+                             by support/data_files.py
           --Examples-->      its tensors: pixels (n, 3, S, S) uint8 of its n tiles, and layout (M, 2) of the M
                              visual tokens they become, by vision.py; tokens (T,) and labels (T,), where a
                              picture is a run of image-token ids, one a visual token, by conversation.py
@@ -25,7 +26,6 @@ its labels to IGNORE.
 
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ import vision
 from conversation import Tokenizer, encode_conversation, find_template
 from model import IGNORE
 from support.cli import UserError
-from support.data_files import answered_questions, ask_alone, choose_rows, open_files
+from support.data_files import Records, picture_paths
 
 # ---- examples and batches ----
 
@@ -47,7 +47,7 @@ class Examples(Dataset):
     "n_visual" (visual tokens of each picture), "id", "number" (the record's)}, or {"skipped": why, "number"}.
     """
 
-    records: "Records"
+    records: Records
     tok: Tokenizer
     template: str
     vision_cfg: vision.VisionConfig
@@ -123,24 +123,27 @@ def collate(examples, pad, multiple=1, more=None):
     more: {name: padding} of further rows beside tokens and labels.
     """
     used = [e for e in examples if "skipped" not in e]
-    lengths = [length_of(e) for e in used]
     batch = {
-        "lengths": torch.tensor(lengths, dtype=torch.int64),
+        "lengths": torch.tensor([length_of(e) for e in used], dtype=torch.int64),
         "record_ids": [e["id"] for e in used],
         "skipped": [e["skipped"] for e in examples if "skipped" in e],  # why the others are not in it
     }
-
-    # Rows (B, T).
-    width = round_up(max(lengths, default=0), multiple)
     for name, padding in {"tokens": pad, "labels": IGNORE, **(more or {})}.items():
-        batch[name] = torch.full((len(used), width), padding)
-        for row, example in zip(batch[name], used):
-            row[: length_of(example)] = example[name]
+        batch[name] = pad_rows([e[name] for e in used], padding, multiple)  # (B, T)
 
     # Pictures (n, 3, S, S) and (M, 2). Those that questions share go through the towers once.
     pictures = [(e["pixels"], e["layout"]) for e in used]
     batch["pixels"], batch["layout"] = vision.join_tiles(pictures or [no_picture(0)])
     return batch
+
+
+def pad_rows(rows, padding, multiple=1):
+    """Lists or tensors (T,) of unequal length -> (B, T), padded on the right to a multiple of so many."""
+    width = round_up(max(map(len, rows), default=0), multiple)
+    padded = torch.full((len(rows), width), padding)
+    for place, row in zip(padded, rows):
+        place[: len(row)] = torch.as_tensor(row)
+    return padded
 
 
 def micro_batches(examples, size, pad, budget=0, collate=collate):
@@ -212,81 +215,3 @@ def draw_steps(group_sizes, size, n_step, seed):
     order = endless()
     for _ in range(n_step):
         yield list(islice(order, size))
-
-
-# ---- records ----
-
-
-class Records:
-    """The records of one file or of several, each parsed when it is asked for.
-
-    `index` says where each stands (support/data_files.py, ROW). A weight of 2 has every row twice, a fraction
-    of 0.1 a tenth of them.
-    """
-
-    with_earlier = False  # see split_questions
-
-    def __init__(self, data, image_root="", weights="", fraction=1.0, seed=0):
-        """data: FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's. Pictures lie below
-        image_root, or below the folder of their file."""
-        self.files = open_files(str(data), image_root, weights)
-        given = [Path(path) for path in str(data).split(",")]
-        self.paths = list(dict.fromkeys([file.path for file in self.files] + given))  # a meta.json, too
-        parts = []
-        for k, file in enumerate(self.files):
-            rows = file.find_rows(k)
-            if len(self.files) > 1 or file.weight * fraction != 1:
-                n_all = len(rows)
-                rows = choose_rows(rows, file.weight * fraction, [seed, k])
-                share = f"{len(rows):,} of {n_all:,} records"
-                print(f"{file.path}: {share} an epoch (weight {file.weight:g})")
-            parts.append(rows)
-        self.index = np.concatenate(parts)
-
-    def __len__(self):
-        return len(self.index)
-
-    def __getitem__(self, i):
-        """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)]; and
-        where it comes from: where (for errors), file (a DataFile), number (i), group (the number of the first
-        question of the same record).
-        """
-        k, line, start, end, question = self.index[i].tolist()
-        record = self.files[k].read_record(line, start, end)
-        record |= {"number": i, "group": i - max(0, question)}
-        if question < 0:
-            return record
-        asked = answered_questions(record)[question]
-        return asked if self.with_earlier else ask_alone(asked)
-
-    def split_questions(self, with_earlier=False):
-        """Make a record of every question with its answer; with_earlier: and with the turns before it.
-
-        All records are read once, to count their questions.
-        """
-        self.with_earlier = with_earlier
-        counts = []
-        for i in range(len(self)):
-            try:
-                counts.append(len(answered_questions(self[i])))
-            except UserError:  # raised, or counted, when it is this record's turn
-                counts.append(0)
-        self.index = self.index.repeat(np.maximum(counts, 1))
-        self.index["question"] = np.concatenate([np.arange(n) if n else [-1] for n in counts])
-        return self
-
-    @property
-    def group_sizes(self):
-        """How many neighbours are questions of one record each time: those stay together in an epoch."""
-        first = np.flatnonzero(self.index["question"] <= 0)
-        return np.diff(first, append=len(self))
-
-    def guess_tokens(self, i, tokens_per_tile):
-        """Good enough to share out work, and without parsing: 4 bytes a token, one picture of one tile."""
-        k, _, start, end, _ = self.index[i].tolist()
-        has_picture = b'"image' in self.files[k].read(start, end)
-        return (end - start) / 4 + tokens_per_tile * has_picture
-
-
-def picture_paths(record):
-    return [record["file"].image_path(name) for name in record["images"]]

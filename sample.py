@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from conversation import TEMPLATES, Tokenizer, cut_at_stop, encode_prompt, put_in_front, stop_ids
-from data import no_picture
+from data import no_picture, pad_rows
 from model import VLM
 from support.cli import UserError, arg, parse, pick_device, run_program
 from support.quantize import lay_out_by_columns, widen_products
@@ -112,8 +112,8 @@ def order_prompts(prompts):
     once), and groups of similar length meet (little padding)."""
     groups = {}
     for i, (_, pictures) in enumerate(prompts):
-        tiles = tuple(id(tiles) for tiles, _ in pictures)
-        groups.setdefault(tiles or ("no picture", i), []).append(i)
+        same_tiles = tuple(tiles for tiles, _ in pictures)  # the same tensors; see vision.join_tiles
+        groups.setdefault(same_tiles or i, []).append(i)
     by_length = sorted(groups.values(), key=lambda group: max(len(prompts[i][0]) for i in group))
     return [i for group in by_length for i in group]
 
@@ -129,11 +129,10 @@ def make_batch(vlm, tok, prompts, max_new_tokens):
             "with its answer; ask less, or begin a new chat"
         )
     device = vlm.decoder.lm_head.weight.device
-    padded = [ids + [tok.pad] * (T - len(ids)) for ids, _ in prompts]
     pictures = [picture for _, its_pictures in prompts for picture in its_pictures]
     pixels, layout = join_tiles(pictures or [no_picture(vlm.cfg.vision.image_size)])
     return {
-        "tokens": torch.tensor(padded, device=device),  # (B, T)
+        "tokens": pad_rows([ids for ids, _ in prompts], tok.pad).to(device),  # (B, T)
         "lengths": lengths,
         "pixels": pixels.to(device),  # (n, 3, S, S), all tiles of the batch
         "layout": layout.to(device),  # (M, 2)

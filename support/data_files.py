@@ -1,4 +1,4 @@
-"""The files of --data: where each record stands in them, what it says, and where its pictures lie.
+"""The files of --data as one list of records: where each stands, what it says, where its pictures lie.
 
 JSON lines stay on the disk: of each record only its place is kept. A JSON list is read once and kept in
 memory as JSON lines, in bytes. data.py shows what a record may look like.
@@ -34,6 +34,81 @@ def fill_in_paths(cfg):
             if not Path(file).is_file():
                 what = "a folder" if Path(file).is_dir() else "no such file"
                 raise UserError(f"{flag} {file}: {what}; give a LLaVA-format JSON or JSONL file")
+
+
+class Records:
+    """The records of one file or of several, each parsed when it is asked for.
+
+    `index` says where each stands, as ROW has it. A weight of 2 has every row twice, a fraction of 0.1 a
+    tenth of them.
+    """
+
+    with_earlier = False  # see split_questions
+
+    def __init__(self, data, image_root="", weights="", fraction=1.0, seed=0):
+        """data: FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's. Pictures lie below
+        image_root, or below the folder of their file."""
+        self.files = open_files(str(data), image_root, weights)
+        given = [Path(path) for path in str(data).split(",")]
+        self.paths = list(dict.fromkeys([file.path for file in self.files] + given))  # a meta.json, too
+        parts = []
+        for k, file in enumerate(self.files):
+            rows = file.find_rows(k)
+            if len(self.files) > 1 or file.weight * fraction != 1:
+                n_all = len(rows)
+                rows = choose_rows(rows, file.weight * fraction, [seed, k])
+                share = f"{len(rows):,} of {n_all:,} records"
+                print(f"{file.path}: {share} an epoch (weight {file.weight:g})")
+            parts.append(rows)
+        self.index = np.concatenate(parts)
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        """The record as it is in the file, and beside: id (text), images (names), turns [(role, text)]; and
+        where it comes from: where (for errors), file (a DataFile), number (i), group (the number of the first
+        question of the same record).
+        """
+        k, line, start, end, question = self.index[i].tolist()
+        record = self.files[k].read_record(line, start, end)
+        record |= {"number": i, "group": i - max(0, question)}
+        if question < 0:
+            return record
+        asked = answered_questions(record)[question]
+        return asked if self.with_earlier else ask_alone(asked)
+
+    def split_questions(self, with_earlier=False):
+        """Make a record of every question with its answer; with_earlier: and with the turns before it.
+
+        All records are read once, to count their questions.
+        """
+        self.with_earlier = with_earlier
+        counts = []
+        for i in range(len(self)):
+            try:
+                counts.append(len(answered_questions(self[i])))
+            except UserError:  # raised, or counted, when it is this record's turn
+                counts.append(0)
+        self.index = self.index.repeat(np.maximum(counts, 1))
+        self.index["question"] = np.concatenate([np.arange(n) if n else [-1] for n in counts])
+        return self
+
+    @property
+    def group_sizes(self):
+        """How many neighbours are questions of one record each time: those stay together in an epoch."""
+        first = np.flatnonzero(self.index["question"] <= 0)
+        return np.diff(first, append=len(self))
+
+    def guess_tokens(self, i, tokens_per_tile):
+        """Good enough to share out work, and without parsing: 4 bytes a token, one picture of one tile."""
+        k, _, start, end, _ = self.index[i].tolist()
+        has_picture = b'"image' in self.files[k].read(start, end)
+        return (end - start) / 4 + tokens_per_tile * has_picture
+
+
+def picture_paths(record):
+    return [record["file"].image_path(name) for name in record["images"]]
 
 
 def open_files(data, image_root="", weights=""):
