@@ -122,7 +122,7 @@ def read_fields(c, Config, names=None):
         value, kind = c.get(theirs), kinds[ours]
         if value is None:
             continue
-        if kind is tuple or kind is float:
+        if kind is tuple or kind is float and type(value) is int:
             value = kind(value)          # JSON has lists, and whole numbers
         if isinstance(kind, type) and type(value) is not kind:
             raise TypeError(f"{theirs} is {value!r}, not {kind.__name__}")

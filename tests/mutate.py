@@ -195,11 +195,15 @@ def judge(code, said, usual, damaged):
         return "traceback"
     if not damaged:  # an odd value may be a good one
         return "fine"
-    words, usual_words = [sorted(re.sub(r"\S*\d\S*", "", text).split()) for text in (said, usual[1])]
+    words, usual_words = [without_numbers(text) for text in (said, usual[1])]
     if (code, words) == (usual[0], usual_words):
         return "silent"
     error = said[max(0, said.rfind("error: ")) :]
     return "fine" if code == 0 or any(part in error for part in Path(damaged).parts) else "unnamed"
+
+
+def without_numbers(text):
+    return sorted(word for word in text.split() if not re.search(r"\d", word))
 
 
 if __name__ == "__main__":

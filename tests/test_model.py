@@ -809,6 +809,10 @@ DAMAGES = {
         lambda d: change_config(d, "text_config", rope_theta=math.nan),
         "rope_theta is nan",
     ),
+    "angles that are yes": (
+        lambda d: change_config(d, "text_config", rope_theta=True),
+        "rope_theta is True, not float",
+    ),
     "an eps below 0": (lambda d: change_config(d, "text_config", rms_norm_eps=-1.0), "norm_eps is -1.0"),
     "a token beyond any table": (lambda d: change_config(d, pad_token_id=2**30), "pad_token_id is 1073741824"),
     "several layers": (
