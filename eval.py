@@ -162,8 +162,7 @@ def read_own(cfg):
     path = path / "val.jsonl" if path.is_dir() else path
     records = Records(path, cfg.image_root).split_questions(with_earlier=True)
     n_seen = Counter()
-    for i in range(len(records)):
-        record = records[i]
+    for record in records:
         if [role for role, _ in record["turns"][-2:]] != ["human", "gpt"]:
             raise UserError(f'{record["where"]}: no answer; a question needs "text" and "answer"')
         *earlier, (_, text), (_, truth) = record["turns"]
@@ -172,8 +171,7 @@ def read_own(cfg):
         if n_seen[id] > 1:  # another question of this record, or another record of this name
             id = f"{id}#{n_seen[id]}"
         category = str(record.get("category") or "all")
-        item = question(id, None, text, "", truth, category=category, earlier=earlier)
-        yield item | {"image": record["images"]}
+        yield question(id, record["images"], text, "", truth, category, earlier=earlier)
 
 
 SUITE = BENCHMARKS | {"own": Benchmark(read_own, as_said, own_right, max_new_tokens=96)}
@@ -244,7 +242,7 @@ def find_pictures(items, cfg):
     for item in items:
         images = item["image"] if isinstance(item["image"], list) else [item["image"]]  # own: several
         images = [find(image) if isinstance(image, str) else image for image in images]
-        pictures[item["id"]] = [image for image in images if image is not None]
+        pictures[item["id"]] = [image for image in images if image]
     return pictures
 
 

@@ -48,9 +48,9 @@ from support.io import read_json, reading
 def read_scienceqa(cfg):
     splits = read_json(find_file(cfg, "pid_splits.json"))
     one_of("--split", cfg.split, list(splits))
-    split = cfg.split or "test"
     problems = read_json(find_file(cfg, "problems.json"))
-    rows = [(f"problems.json, {id}", id, problems[str(id)]) for id in splits[split]]
+    ids = splits[cfg.split or "test"]
+    rows = [(f"problems.json, {id}", id, problems[str(id)]) for id in ids]
     return read_each(rows, ask_scienceqa)
 
 
@@ -58,18 +58,24 @@ def ask_scienceqa(id, row):
     hint = row["hint"]
     image = row["image"]
     context = f"Context: {hint}\n" if hint else ""
-
+    grade = int(row["grade"].removeprefix("grade"))
     # The official breakdown: a question counts under its subject, its grade and its context.
-    is_lower = row["grade"] in ("grade1", "grade2", "grade3", "grade4", "grade5", "grade6")
-    category = [row["subject"], "grades 1-6" if is_lower else "grades 7-12"]
-    contexts = {"text context": hint, "image context": image, "no context": not (hint or image)}
-    category += [name for name, is_there in contexts.items() if is_there]
-
-    path = f"images/{row['split']}/{id}/{image}" if image else None
-    text = context + row["question"] + lettered(row["choices"])
-    truth = LETTERS[row["answer"]]
+    category = [
+        row["subject"],
+        "grades 1-6" if grade <= 6 else "grades 7-12",
+        "text context" if hint else "",
+        "image context" if image else "",
+        "" if hint or image else "no context",
+    ]
     return question(
-        id, path, text, LETTER, truth, category=category, choices=row["choices"], asked=row["question"]
+        id,
+        f"images/{row['split']}/{id}/{image}" if image else None,
+        context + row["question"] + lettered(row["choices"]),
+        LETTER,
+        LETTERS[row["answer"]],
+        category,
+        row["choices"],
+        asked=row["question"],
     )
 
 
@@ -119,12 +125,19 @@ def read_mmbench(files, suffix, cfg):
         index = int(float(row["index"]))
         hint = f"{row['hint']}\n" if row.get("hint") else ""
         choices = [row[letter] for letter in takewhile(row.get, "ABCD")]  # an empty cell ends them
-        text = hint + row["question"] + lettered(choices)
-
         # Later releases keep a picture once, in one row of its group, and elsewhere that row's number.
-        image = base64.b64decode(pictures.get(row["image"], row["image"]), validate=True) or None
-        more = {"unit": index % 1_000_000, "category": row.get("category"), "choices": choices, "row": row}
-        return question(index, image, text, suffix, row.get("answer") or None, **more)
+        picture = pictures.get(row["image"], row["image"])
+        return question(
+            index,
+            base64.b64decode(picture, validate=True),
+            hint + row["question"] + lettered(choices),
+            suffix,
+            row.get("answer") or None,
+            row.get("category"),
+            choices,
+            unit=index % 1_000_000,
+            row=row,
+        )
 
     return read_each(rows, ask)
 
@@ -189,11 +202,11 @@ def read_seed(cfg):
         if kind > 9:
             media = "video"
             image = f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
+        if wanted not in ("all", media):
+            return None
         choices = [row[f"choice_{letter}"] for letter in "abcd"]
         text = row["question"] + lettered(choices)
-        truth = row["answer"] + ""
-        asked = question(id, image, text, LETTER, truth, category=[kinds[kind], media], choices=choices)
-        return asked if wanted in ("all", media) else None
+        return question(id, image, text, LETTER, row["answer"] + "", [kinds[kind], media], choices)
 
     return read_each(load_records(path, "questions"), ask)
 
@@ -218,12 +231,16 @@ def read_ai2d(cfg):
 
 
 def ask_ai2d(image, text, row):
-    id = row["questionId"]
     choices = row["answerTexts"]
-    truth = LETTERS[row["correctAnswer"]]
-    category = "letters drawn" if row["abcLabel"] else "no letters drawn"
-    text += lettered(choices)
-    return question(id, image, text, LETTER, truth, category=category, choices=choices)
+    return question(
+        row["questionId"],
+        image,
+        text + lettered(choices),
+        LETTER,
+        LETTERS[row["correctAnswer"]],
+        "letters drawn" if row["abcLabel"] else "no letters drawn",
+        choices,
+    )
 
 
 def ai2d_letter(text, item):
@@ -234,14 +251,15 @@ def ai2d_letter(text, item):
 # ---- TallyQA ----
 
 
-def read_tallyqa(cfg):
-    def ask(split, key, row):
-        id = row["question_id"]
-        image = row["image"] + ""
-        category = "complex" if row.get("issimple") is False else "simple"
-        return question(id, image, row["question"], SHORT, row["answer"], category=category)
-
-    return read_split(cfg, split_files("{}.json", "test train"), ask)
+def ask_tallyqa(split, key, row):
+    return question(
+        row["question_id"],
+        row["image"] + "",
+        row["question"],
+        SHORT,
+        row["answer"],
+        "complex" if row.get("issimple") is False else "simple",
+    )
 
 
 CIRCULAR = {"score": score_mmbench, "submit": submit_mmbench, "metric": "circular accuracy %"}
@@ -275,7 +293,7 @@ BENCHMARKS = {
         "InternVL2.5-8B-MPO 84.5",
     ),
     "tallyqa": Benchmark(
-        read_tallyqa,
+        partial(read_split, split_files("{}.json", "test train"), ask_tallyqa),
         count_in,
         paper="LLaVA-1.5-7B 62.06, LLaVA-1.5-13B 64.83, Prism-7B 66.70, Prism-13B 70.41",
     ),

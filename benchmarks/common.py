@@ -64,7 +64,7 @@ def is_truth(answer, item):
 
 @dataclass(frozen=True)
 class Benchmark:
-    read: Callable  # cfg -> questions
+    read: Callable  # cfg -> questions; read_split, where all stand in one file
     parse: Callable  # (text, item) -> the answer in it; None: it cannot be read, which is wrong
     right: Callable = is_truth  # (answer, item) -> 0 to 1
     score: Callable = percent_right  # units -> the headline figure
@@ -78,23 +78,21 @@ class Benchmark:
     apart: bool = False  # its categories are splits: of --predictions one without any answer is left out
 
 
-def question(id, image, text, suffix, truth, **more):
+def question(id, image, text, suffix, truth, category=None, choices=None, **more):
     """One question. The prompt is the text, a newline, the suffix.
 
-    image: its official path, the bytes of a picture, or None. truth: None where the labels are hidden.
-    more: `unit`, the id by default, and `category`, of which there may be several; `asked`, the bare question
-    in a text that says more; `also`, another id that it goes by; `choices`, the options' texts; `cot`, the
-    prompt of a chain of thought that has its own; and what the judge needs.
+    image: its official path, the bytes of a picture, a list of names in one's own files, or None.
+    truth: None where the labels are hidden. category: a name, a list of them, or None. choices: the options.
+    more: `unit`, the id by default; `asked`, the bare question in a text that says more; `also`, another id
+    that it goes by; `cot`, the prompt of a chain of thought that has its own; and what the judge needs.
     """
-    item = {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth}
-    item |= {"unit": id, "category": [], "asked": text} | more
-    if not isinstance(item["category"], list):
-        item["category"] = [item["category"]] if item["category"] else []
-    choices = item.get("choices")
+    names = category if isinstance(category, list) else [category]
+    item = {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth, "choices": choices}
+    item |= {"unit": id, "asked": text, "category": [name for name in names if name]} | more
     texts = [text, item["asked"], *item["category"], *(choices or [])]
-    if not isinstance(id, (str, int)) or not all(isinstance(x, str) for x in texts):
+    if not isinstance(id, str | int) or not all(isinstance(x, str) for x in texts):
         raise ValueError("id, question, category and options must be text")
-    if not isinstance(image, (str, bytes, type(None))):
+    if not isinstance(image, str | bytes | list | None):
         raise ValueError("the picture must be a name")
     if type(truth) not in (type(None), str, int, list):
         raise ValueError(f"the label is {truth!r}")
@@ -158,10 +156,10 @@ def split_files(form, splits):
     return {split: [form.format(split)] for split in splits.split()}
 
 
-def read_split(cfg, files, ask, under=None):
+def read_split(files, ask, cfg):
     """Questions of the official file of a split. ask(split, key, record) -> question, or None."""
     split, path = find_split(cfg, files)
-    return read_each(load_records(path, under), partial(ask, split))
+    return read_each(load_records(path), partial(ask, split))
 
 
 def load_records(path, under=None):

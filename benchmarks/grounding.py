@@ -18,7 +18,7 @@ from functools import partial
 from benchmarks.common import Benchmark, iou, question, read_box, read_split, split_files
 
 
-def ask_region(cfg, id, image, sentence, box, size, **more):
+def ask_region(cfg, id, image, sentence, box, size, category=None):
     """box: corners in pixels; size: the picture's width and height."""
     width, height = size
     x1, y1, x2, y2 = box
@@ -27,9 +27,9 @@ def ask_region(cfg, id, image, sentence, box, size, **more):
     internvl = cfg.family == "internvl"
     digits = 4 if internvl else 2
     quoted = f"<ref>{sentence}</ref>" if internvl else f'"{sentence}"'
-    truth = [round(x, digits) for x in (x1 / width, y1 / height, x2 / width, y2 / height)]
+    truth = [round(x / side, digits) for x, side in zip(box, [width, height] * 2)]
     text = f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}"
-    return question(id, image, text, "", truth, asked=sentence, **more)
+    return question(id, image, text, "", truth, category, asked=sentence)
 
 
 def read_refcoco(name, splits, cfg):
@@ -39,7 +39,7 @@ def read_refcoco(name, splits, cfg):
         size = row["width"], row["height"]
         return ask_region(cfg, str(number), row["image"] + "", row["sent"], row["bbox"], size)
 
-    return read_split(cfg, split_files(name + "_{}.jsonl", splits), ask)
+    return read_split(split_files(name + "_{}.jsonl", splits), ask, cfg)
 
 
 def read_ocid(cfg):
@@ -50,9 +50,9 @@ def read_ocid(cfg):
         take = row["take_id"]
         clutter = "Minimum" if take <= 9 else "Medium" if take <= 16 else "Maximum"
         image = f"OCID-dataset/{row['scene_path']}"
-        return ask_region(cfg, str(id), image, row["sentence"], box, (640, 480), category=clutter)
+        return ask_region(cfg, str(id), image, row["sentence"], box, (640, 480), clutter)
 
-    return read_split(cfg, split_files("{}_expressions.json", "val test train"), ask)
+    return read_split(split_files("{}_expressions.json", "val test train"), ask, cfg)
 
 
 def boxes(read, least, paper):

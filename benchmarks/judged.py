@@ -40,12 +40,17 @@ def read_llava_bench(cfg):
         id = row["question_id"]
         image = row["image"]
         caption = pictures[image]["caption"]
-        caption = "\n".join([caption] if isinstance(caption, str) else caption)
-        category = row["category"].removeprefix("llava_bench_")
-        truth = references[id]["text"] + ""
-        return question(id, f"images/{image}", row["text"], "", truth, category=category, caption=caption)
+        return question(
+            id,
+            f"images/{image}",
+            row["text"],
+            "",
+            references[id]["text"] + "",
+            row["category"].removeprefix("llava_bench_"),
+            caption="\n".join([caption] if isinstance(caption, str) else caption),
+        )
 
-    return read_split(cfg, {"all": ["questions.jsonl"]}, ask)
+    return read_split({"all": ["questions.jsonl"]}, ask, cfg)
 
 
 def review_scores(review, item):
@@ -110,14 +115,15 @@ MM_VET = (
 )
 
 
-def read_mm_vet(cfg):
-    def ask(split, id, row):
-        image = f"images/{row.get('imagename') or f'{id}.png'}"
-        truth = row["answer"] + ""
-        category = list(row["capability"])
-        return question(str(id), image, row["question"], "", truth, category=category)
-
-    return read_split(cfg, {"all": ["mm-vet.json"]}, ask)
+def ask_mm_vet(split, id, row):
+    return question(
+        str(id),
+        f"images/{row.get('imagename') or f'{id}.png'}",
+        row["question"],
+        "",
+        row["answer"] + "",
+        list(row["capability"]),
+    )
 
 
 def mean_grade(grade, item):
@@ -166,7 +172,7 @@ BENCHMARKS = {
         paper="LLaVA-1.5-7B 65.4, LLaVA-1.5-13B 72.5",
     ),
     "mm-vet": Benchmark(
-        read_mm_vet,
+        partial(read_split, {"all": ["mm-vet.json"]}, ask_mm_vet),
         mean_grade,
         as_said,
         score_mm_vet,

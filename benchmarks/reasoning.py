@@ -13,6 +13,7 @@ Accuracy: the share of answers that, once extracted, are the label.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from benchmarks.common import (
@@ -29,16 +30,21 @@ from benchmarks.common import (
 # ---- MathVista ----
 
 
-def read_mathvista(cfg):
-    def ask(split, id, row):
-        query = row["query"]
-        more = {name: row[name] for name in ("question_type", "answer_type", "precision", "choices")}
-        more |= {"asked": row["question"], "category": row["metadata"]["task"]}
+def ask_mathvista(split, id, row):
+    query = row["query"]
+    return question(
+        str(id),
+        row["image"] + "",
+        query,
+        "",
+        row["answer"] or None,
+        row["metadata"]["task"],
+        row["choices"],
+        asked=row["question"],
         # A chain of thought has a frame of its own in the place of the hint.
-        more["cot"] = COT + re.sub("^Hint: .*\n", "", query)
-        return question(str(id), row["image"] + "", query, "", row["answer"] or None, **more)
-
-    return read_split(cfg, split_files("{}.json", "testmini test"), ask)
+        cot=COT + re.sub("^Hint: .*\n", "", query),
+        **{name: row[name] for name in ("question_type", "answer_type", "precision")},
+    )
 
 
 def mathvista_answer(text, item):
@@ -117,19 +123,24 @@ def read_m3cot(cfg):
 
     def ask(split, key, row):
         id = row["id"]
-        choices = row["choices"]
-        asked = row.get("question", "")
         if id in seen:
             return None  # the first record of an id counts
         seen.add(id)
-        image = f"images/{row.get('image_id') or id}.png"
+        choices = row["choices"]
+        asked = row.get("question", "")
         context = f"{row['context']}\n" if row.get("context") else ""
-        text = context + asked + lettered(choices)
-        category = [row["domain"], row["topic"]]
-        truth = row.get("answer")
-        return question(id, image, text, LETTER, truth, category=category, asked=asked, choices=choices)
+        return question(
+            id,
+            f"images/{row.get('image_id') or id}.png",
+            context + asked + lettered(choices),
+            LETTER,
+            row.get("answer"),
+            [row["domain"], row["topic"]],
+            choices,
+            asked=asked,
+        )
 
-    return read_split(cfg, files, ask)
+    return read_split(files, ask, cfg)
 
 
 def m3cot_letter(text, item):
@@ -150,7 +161,7 @@ def m3cot_letter(text, item):
 
 BENCHMARKS = {
     "mathvista": Benchmark(
-        read_mathvista,
+        partial(read_split, split_files("{}.json", "testmini test"), ask_mathvista),
         mathvista_answer,
         max_new_tokens=128,
         metric="accuracy %, extracted by rule where no extraction was given",

@@ -58,7 +58,7 @@ def read_vqav2(cfg):
         id = row["question_id"]
         image = f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"
         truth, category = labels[id] if split == "val" else (None, None)
-        return question(id, image, row["question"], SHORT, truth, category=category, file=path)
+        return question(id, image, row["question"], SHORT, truth, category, file=path)
 
     return read_each(load_records(path, "questions"), ask)
 
@@ -72,15 +72,16 @@ def people(row):
     return [answer["answer"] + "" for answer in row["answers"]]
 
 
-def read_vizwiz(cfg):
-    def ask(split, key, row):
-        image = row["image"]
-        suffix = f"{INSUFFICIENT}\n{SHORT}"
-        truth = None if split == "test" else people(row)
-        category = row.get("answer_type")
-        return question(image, f"{split}/{image}", row["question"], suffix, truth, category=category)
-
-    return read_split(cfg, split_files("{}.json", "val test train"), ask)
+def ask_vizwiz(split, key, row):
+    image = row["image"]
+    return question(
+        image,
+        f"{split}/{image}",
+        row["question"],
+        f"{INSUFFICIENT}\n{SHORT}",
+        None if split == "test" else people(row),
+        row.get("answer_type"),
+    )
 
 
 def read_textvqa(with_ocr, cfg):
@@ -100,16 +101,16 @@ def read_textvqa(with_ocr, cfg):
     return read_each(load_records(path, "data"), ask)
 
 
-def read_gqa(cfg):
+def ask_gqa(split, id, row):
     """Questions that are not balanced are asked, as the official scorer wants them all, and not scored."""
-
-    def ask(split, id, row):
-        truth = row["answer"] if row["isBalanced"] else None
-        image = f"images/{row['imageId']}.jpg"
-        category = row["types"]["structural"]
-        return question(str(id), image, row["question"], SHORT, truth, category=category)
-
-    return read_split(cfg, {"testdev": ["testdev_balanced_questions.json"]}, ask)
+    return question(
+        str(id),
+        f"images/{row['imageId']}.jpg",
+        row["question"],
+        SHORT,
+        row["answer"] if row["isBalanced"] else None,
+        row["types"]["structural"],
+    )
 
 
 # ---- how answers are compared ----
@@ -194,7 +195,7 @@ BENCHMARKS = {
         paper="LLaVA-1.5-7B 78.5, LLaVA-1.5-13B 80.0, Prism-7B 80.97, Prism-13B 81.66",
     ),
     "vizwiz": Benchmark(
-        read_vizwiz,
+        partial(read_split, split_files("{}.json", "val test train"), ask_vizwiz),
         vizwiz_normal,
         partial(is_agreed, as_said),
         rounded_percent,
@@ -217,7 +218,7 @@ BENCHMARKS = {
         paper="LLaVA-1.5-7B 58.2, LLaVA-1.5-13B 61.3, Prism-7B 59.71, Prism-13B 62.89",
     ),
     "gqa": Benchmark(
-        read_gqa,
+        partial(read_split, {"testdev": ["testdev_balanced_questions.json"]}, ask_gqa),
         gqa_normal,
         score=score_gqa,
         all_needed=True,

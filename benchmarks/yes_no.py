@@ -50,13 +50,17 @@ def read_pope(cfg):
 
 def ask_pope(split, is_merged, key, row):
     number = int(row["question_id"])
-    image = row["image"]
     merged = number + OFFSETS[split]
-    if image.startswith("COCO_val2014"):
-        image = f"val2014/{image}"
-    id = merged if is_merged else number
-    truth = LABELS[row["label"]]
-    return question(id, image, row["text"], SHORT, truth, category=split, also=str(merged))
+    image = row["image"]
+    return question(
+        merged if is_merged else number,
+        f"val2014/{image}" if image.startswith("COCO_val2014") else image,
+        row["text"],
+        SHORT,
+        LABELS[row["label"]],
+        split,
+        also=str(merged),
+    )
 
 
 def pope_label(text, item):
@@ -108,7 +112,7 @@ def read_mme(cfg):
             # LLaVA puts its own format prompt in the place of this sentence.
             text = re.sub(r"\s*Please answer yes or no\.\s*$", "", text)
             category = [task, "perception" if task in PERCEPTION else "cognition"]
-            yield question(id, image, text, SHORT, label, unit=image, category=category)
+            yield question(id, image, text, SHORT, label, category, unit=image)
     for image, n in n_asked.items():
         if n != 2:
             raise UserError(f"{found.parent}: {image} has {n} question(s); every picture of MME has two")
@@ -153,17 +157,15 @@ def score_mme(units):
 # ---- VSR ----
 
 
-def read_vsr(cfg):
-    def ask(split, number, row):
-        text = 'Based on the image, is this statement "True" or "False"? ' + row["caption"]
-        suffix = 'Respond with "True" or "False" directly.'
-        truth = {0: "False", 1: "True"}[row["label"]]
-        image = row["image"] + ""
-        category = row["relation"]
-        return question(str(number), image, text, suffix, truth, category=category)
-
-    # Of the two ways to split it the papers take the zero-shot one.
-    return read_split(cfg, {"test": ["zeroshot/test.jsonl", "test.jsonl"]}, ask)
+def ask_vsr(split, number, row):
+    return question(
+        str(number),
+        row["image"] + "",
+        'Based on the image, is this statement "True" or "False"? ' + row["caption"],
+        'Respond with "True" or "False" directly.',
+        {0: "False", 1: "True"}[row["label"]],
+        row["relation"],
+    )
 
 
 def vsr_label(text, item):
@@ -191,7 +193,8 @@ BENCHMARKS = {
         paper="LLaVA-1.5-7B 1510.7, LLaVA-1.5-13B 1531.3",
     ),
     "vsr": Benchmark(
-        read_vsr,
+        # Of the two ways to split it the papers take the zero-shot one.
+        partial(read_split, {"test": ["zeroshot/test.jsonl", "test.jsonl"]}, ask_vsr),
         vsr_label,
         paper="LLaVA-1.5-7B 51.47, LLaVA-1.5-13B 69.07, Prism-7B 59.57, Prism-13B 72.18",
     ),
