@@ -38,7 +38,7 @@ import sample
 from benchmarks import BENCHMARKS
 from benchmarks.common import COT, Benchmark, as_said, data_folder, draw_boxes, question
 from benchmarks.own import most_frequent, own_right
-from benchmarks.predictions import match_predictions, unanswered_categories
+from benchmarks.predictions import match_predictions, unanswered_parts
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
 from data import Records
@@ -96,8 +96,8 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
     items = read_items(name, cfg)
     if cfg.predictions:
         answers = match_predictions(bench, items, cfg.predictions)
-        left_out = unanswered_categories(items, answers) if bench.apart else set()
-        items = draw_some([item for item in items if not left_out & set(item["category"])], cfg.limit)
+        left_out = unanswered_parts(items, answers)
+        items = draw_some([item for item in items if item.get("part") not in left_out], cfg.limit)
         questions = [phrase(item, "given", [], cfg) for item in items]
         result = add_up({"given": questions}, {"given": answers}) | {"left_out": sorted(left_out)}
     else:

@@ -70,12 +70,11 @@ class Benchmark:
     score: Callable = percent_right  # units -> the headline figure
     more: Callable | None = None  # units -> {figure: number}, what the authors publish beside it
     submit: Callable | None = None  # (items, records) -> file name, content: what is handed in
-    by_gpt: bool = False  # GPT-4 judges: `submit` makes its requests, --predictions brings its reviews
+    review: str = ""  # GPT-4 judges, as `submit` requests; of --predictions the field with its reviews
     paper: str = ""  # published figures: LLaVA-1.5 by its own tables, else by Prismatic's; Prism-DINOSigLIP
     metric: str = "accuracy %"
     max_new_tokens: int = 16
     all_needed: bool = False  # the official scorer refuses a file in which an answer is missing
-    apart: bool = False  # its categories are splits: of --predictions one without any answer is left out
 
 
 def question(id, image, text, suffix, truth, category=None, choices=None, **more):
@@ -84,7 +83,8 @@ def question(id, image, text, suffix, truth, category=None, choices=None, **more
     image: its official path, the bytes of a picture, a list of names in one's own files, or None.
     truth: None where the labels are hidden. category: a name, a list of them, or None. choices: the options.
     more: `unit`, the id by default; `asked`, the bare question in a text that says more; `also`, another id
-    that it goes by; `cot`, the prompt of a chain of thought that has its own; and what the judge needs.
+    that it goes by; `part`, its split, which --predictions may leave out as a whole; `cot`, the prompt of a
+    chain of thought that has its own; and what the judge needs.
     """
     names = category if isinstance(category, list) else [category]
     item = {"id": id, "image": image, "text": text, "suffix": suffix, "truth": truth, "choices": choices}

@@ -24,13 +24,14 @@ TEXT_KEYS = ("text", "prediction", "response", "answer", "output")
 
 def match_predictions(bench, items, path):
     """-> {question id: {"answer", ...}}"""
-    about = defaultdict(list)  # {name of a picture: questions}
+    known = defaultdict(list)  # {name: the questions that go by it}
     for item in items:
-        if isinstance(item["image"], str):
-            for name in {item["image"], Path(item["image"]).stem}:
-                about[name].append(item)
-    known = about | {str(item["id"]): [item] for item in items}
-    known |= {item["also"]: [item] for item in items if "also" in item}
+        image = item["image"]
+        if isinstance(image, str):
+            for name in {image, Path(image).stem}:
+                known[name].append(item)
+    known |= {str(item["id"]): [item] for item in items}
+    known |= {item.get("also"): [item] for item in items}
     known |= {k: [item] for k, item in enumerate(items)}
 
     answers = {}
@@ -57,9 +58,9 @@ def match_predictions(bench, items, path):
     return answers
 
 
-def unanswered_categories(items, answers):
-    answered = {name for item in items if item["id"] in answers for name in item["category"]}
-    return {name for item in items for name in item["category"]} - answered
+def unanswered_parts(items, answers):
+    answered = {item.get("part") for item in items if item["id"] in answers}
+    return {item.get("part") for item in items} - answered
 
 
 def pick_question(where, row, names, known, answers):
@@ -106,9 +107,8 @@ def read_prediction(where, row, bench):
         return {"answer": str((row["messages"] or [""])[-1])}
     if "extraction" in row:  # MathVista's
         return {"answer": str(row["extraction"]), "is_extracted": True}
-    for name in ("content", "score") if bench.by_gpt else ():
-        if name in row:
-            return {"answer": str(row[name]), "is_review": True}
+    if bench.review in row:
+        return {"answer": str(row[bench.review]), "is_review": True}
     for name in TEXT_KEYS:
         is_truth = name == "answer" and "choices" in row  # a row that repeats its problem
         if is_text(row.get(name)) and not is_truth:

@@ -40,7 +40,7 @@ def judge_one(bench, item, answer):
     record = {name: item[name] for name in ("id", "unit", "category", "image", "asked", "prompt", "truth")}
     record |= {"answer": None, "parsed": None, "score": 0.0} | answer
     text = record["answer"]
-    unreviewed = bench.by_gpt and "is_review" not in answer
+    unreviewed = bench.review and "is_review" not in answer
     if item["truth"] is None or unreviewed:
         record["score"] = None
     if text is None or unreviewed:
@@ -101,10 +101,7 @@ def compare(bench, ours, theirs):
         ours, theirs = zip(*pairs)
         return bench.score(ours) - bench.score(theirs)
 
-    def total(unit):
-        return sum(record["score"] for record in unit)
-
-    gains = [total(a) - total(b) for a, b in pairs]
+    gains = [sum(one["score"] - other["score"] for one, other in zip(*pair)) for pair in pairs]
     if not np.isfinite(gains).all():
         raise ValueError("a score is no number")
     return {

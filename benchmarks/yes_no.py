@@ -59,6 +59,7 @@ def ask_pope(split, is_merged, key, row):
         SHORT,
         LABELS[row["label"]],
         split,
+        part=split,
         also=str(merged),
     )
 
@@ -179,7 +180,6 @@ BENCHMARKS = {
         pope_label,
         score=score_pope,
         more=pope_figures,
-        apart=True,
         metric="mean F1 % of the splits",
         paper="LLaVA-1.5-7B 85.9, LLaVA-1.5-13B 85.9, InternVL2-8B-MPO 88.1; accuracy: Prism-7B 88.12, "
         "Prism-13B 88.07",
