@@ -52,7 +52,7 @@ class EvalConfig(sample.ModelConfig):
     benchmark: tuple = arg(
         ("own",), "own: the questions of a val.jsonl, such as the toy world's", choices=("own", *BENCHMARKS)
     )
-    data: str = arg("", "folder with the official files, or the one file; of own: val.jsonl or its folder")
+    data: str = arg("toyworld", "folder with the official files, or the one; of own: val.jsonl or its folder")
     image_root: str = arg("", "folder that the pictures' official paths start from; empty: --data")
     predictions: str = arg("", "score these answers, JSON or JSON lines of an id and a text")
     split: str = arg("", "val, test, testA, ...; empty: the one with public labels")
@@ -145,7 +145,6 @@ def add_up(columns, answers):
 
 def read_items(name, cfg):
     bench = SUITE[name]
-    cfg.data = cfg.data or ("toyworld" if name == "own" else "")
     with reading(cfg.data):
         items = [item | {"benchmark": name} for item in bench.read(cfg)]
     if not items:
@@ -205,15 +204,15 @@ def columns_of(items, cfg):
         if len(other) > 1:
             shuffled = {id: [other[picture] for picture in found] for id, found in pictures.items()}
             pictures_of_column["shuffled pictures"] = shuffled
-    columns = {}
-    for column, found in pictures_of_column.items():
-        columns[column] = [phrase(item, column, found[item["id"]], cfg) for item in items]
-    return columns
+    return {
+        column: [phrase(item, column, found[item["id"]], cfg) for item in items]
+        for column, found in pictures_of_column.items()
+    }
 
 
 def phrase(item, column, pictures, cfg):
     """A question as it is asked: with its prompt, its pictures and the most tokens of its answer."""
-    prompt = item["text"] + ("\n" + item["suffix"] if item["suffix"] else "")
+    prompt = f"{item['text']}\n{item['suffix']}".removesuffix("\n")
     limit = SUITE[item["benchmark"]].max_new_tokens
     worked = cfg.cot and column != "direct"
     if worked:  # InternVL's frame takes the place of the instruction
@@ -241,8 +240,8 @@ def find_pictures(items, cfg):
     pictures = {}
     for item in items:
         images = item["image"] if isinstance(item["image"], list) else [item["image"]]  # own: several
-        images = [find(image) if isinstance(image, str) else image for image in images]
-        pictures[item["id"]] = [image for image in images if image]
+        found = [find(image) if isinstance(image, str) else image for image in images if image]
+        pictures[item["id"]] = found
     return pictures
 
 
@@ -273,7 +272,8 @@ def write_results(bench, result, items, out):
     if bench.submit:
         name, files[name] = bench.submit(items, result["records"])
     for name, text in files.items():
-        write_whole(out / name, lambda tmp, text=text: tmp.write_text(text, "utf-8", "replace"))
+        write = partial(Path.write_text, data=text, encoding="utf-8", errors="replace")
+        write_whole(out / name, write)
     return [str(out / name) for name in files]
 
 
@@ -282,12 +282,12 @@ def report(result):
     notes = [f"{result['benchmark']}: {result['n']} questions, {result['column']}"]
     if result.get("left_out"):
         notes.append(f"nothing of {', '.join(result['left_out'])} is answered, so it is left out")
-    scored = [record for record in result["records"] if record["score"] is not None]
-    n_missing = sum(record["answer"] is None for record in scored)
+    n_missing = sum(r["answer"] is None and r["score"] is not None for r in result["records"])
     if n_missing:
         notes.append(f"{n_missing} without an answer, counted as wrong")
-    if 0 < len(scored) < len(result["records"]):
-        notes.append(f"{len(result['records']) - len(scored)} not scored, for want of a label or a review")
+    n_unscored = len(result["records"]) - result["n"]
+    if n_unscored:
+        notes.append(f"{n_unscored} not scored, for want of a label or a review")
     if result["cut_off"]:
         notes.append(f"{result['cut_off']} answers cut off")
     if result["score"] is None:
@@ -303,13 +303,12 @@ def table(results):
     rows = [["", "score", "95% interval", "n", "unparsed", *others, ""]]
     for result in results:
         baselines = [result["columns"].get(name) for name in others]
-        scores = [score_cell(baseline) for baseline in baselines]
         notes = f"{result['metric']}  {result['paper']}"
-        rows.append([result["benchmark"], *figure_cells(result), f"{result['unparsed']:.1%}", *scores, notes])
+        rows.append(table_row(result["benchmark"], result, f"{result['unparsed']:.1%}", baselines, notes))
         for category, figures in result["categories"].items():
-            scores = [score_cell(baseline and baseline["categories"][category]) for baseline in baselines]
+            of_category = [baseline and baseline["categories"][category] for baseline in baselines]
             more = ", ".join(f"{name} {figure:.4g}" for name, figure in figures["more"].items())
-            rows.append([f"  {category}", *figure_cells(figures), "", *scores, more])
+            rows.append(table_row(f"  {category}", figures, "", of_category, more))
 
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -319,9 +318,10 @@ def table(results):
     return "\n".join(lines)
 
 
-def figure_cells(figures):
+def table_row(name, figures, unparsed, baselines, notes):
     interval = "{:.2f} to {:.2f}".format(*figures["ci95"]) if figures["ci95"] else "-"
-    return [score_cell(figures), interval, str(figures["n"])]
+    scores = map(score_cell, baselines)
+    return [name, score_cell(figures), interval, str(figures["n"]), unparsed, *scores, notes]
 
 
 def score_cell(figures):
@@ -340,8 +340,8 @@ def draw_wrong(records, cfg, path):
         top = k * 248
         for picture in pictures[record["id"]][:1]:
             sheet.paste(ImageOps.pad(read_picture(picture), (240, 240), color="white"), (0, top))
-            draw_boxes(pen, str(record["truth"]), 0, top, 240, "green")
-            draw_boxes(pen, str(record["answer"]), 0, top, 240, "red")
+            for field, color in ("truth", "green"), ("answer", "red"):
+                draw_boxes(pen, str(record[field]), 0, top, 240, color)
         text = f"{record['prompt']}\nsaid: {record['answer']}\ntruth: {record['truth']}"
         lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 100)]
         pen.text((248, top), "\n".join(lines[:16]), fill="black", font_size=12)
