@@ -102,6 +102,7 @@ class Run:
             else:
                 move_aside(self.out, self.cfg)
                 self.locks.append(lock(self.out / "lock"))
+                (self.out / "log.jsonl").touch()  # from now on --resume finds a run
                 if vlm.lora and vlm.lora["base"] == base:
                     save_processor(base, tok.path, vlm.cfg)
                     vlm.save_pretrained(base)  # B is still 0

@@ -511,10 +511,11 @@ def exit_code_of(program):
     return child.exitcode
 
 
-def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, monkeypatch):
+@pytest.mark.parametrize("name, call", [("loss", 4), ("ask_reference", 1)])
+def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, monkeypatch, name, call):
     assert go(tiny, folder, out="whole") == 0
     with monkeypatch.context() as patch:
-        die_at(patch, mpo.Preferring, "loss", call=4)
+        die_at(patch, mpo.Preferring, name, call)
         assert exit_code_of(lambda: go(tiny, folder)) == 9
     assert go(tiny, folder, "--resume") == 0
     whole, resumed = log("whole"), log("run")
