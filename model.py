@@ -414,7 +414,7 @@ class Decoder(nn.Module):
         """Room for the keys and values of each layer: n_layer x (2, B, H_kv, length, d)."""
         like = self.embed_tokens.weight
         shape = 2, B, self.cfg.n_kv_head, length, self.cfg.head_dim
-        return [torch.zeros(shape, device=like.device, dtype=like.dtype) for _ in self.layers]
+        return [torch.empty(shape, device=like.device, dtype=like.dtype) for _ in self.layers]
 
 
 class DecoderBlock(nn.Module):
