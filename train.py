@@ -298,6 +298,8 @@ def is_due(step, every, n_step):
 
 def main(argv=None):
     cfg = parse_flags(argv)
+    if cfg.resume and not cfg.data and not os.path.exists("toyworld"):
+        raise UserError("--resume: give the --data of the run, too; the toy world was never drawn here")
     cfg.data = cfg.data or draw_toy_world(cfg.stage)
     return teach(cfg, Answering)
 
@@ -340,15 +342,14 @@ def teach(cfg, Task):
         if cfg.split_questions:
             records.split_questions()
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
-        if cfg.minutes:
-            n_step = 10**12  # until count_steps knows better
         if cfg.dry_run or not cfg.resume:
             vlm, tok = build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read
         if cfg.dry_run:
-            if cfg.minutes:
-                raise UserError("--dry-run does not know how many steps --minutes are; leave that out")
             make_trainable(vlm, cfg)
             return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
+
+        if cfg.minutes:
+            n_step = 10**12  # until count_steps knows better
 
         # The model, as --resume left it or from its ingredients; and which of its parameters train.
         run = Run(cfg, n_step, records.paths)

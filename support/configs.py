@@ -154,7 +154,9 @@ def config_json(directory):
     file = config_file(directory)
     if not file.exists():
         todo = "give one that is"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not Path(directory).exists():
+        if config_file(f"out/{directory}").exists():
+            todo = f"did you mean out/{directory}?"
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not Path(directory).exists():
             todo = f"if it is a name on huggingface.co: hf download {directory} --local-dir DIR, and give DIR"
         raise UserError(f"{file}: not found, so {directory} is not a model directory; {todo}")
     return read_json(file)

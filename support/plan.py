@@ -18,6 +18,8 @@ def dry_run(cfg, examples, n_step, vlm, device):
     print(f"data       {len(examples):,} records; in {len(look)} of them {n_token:.0f} tokens each "
           f"(the longest {look[:, 0].max():.0f}), {n_picture:.2f} pictures in {n_tile:.2f} tiles")
     print(f"steps      {n_step:,} of {cfg.batch_size} records, {n_record * n_token / 1e6:,.1f}M tokens")
+    if cfg.minutes:
+        print("           so many without --minutes, whose steps are counted when training begins")
 
     memory = count_memory(cfg, vlm, n_token, device)
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())

@@ -46,7 +46,7 @@ COMMANDS = {                         # name -> program and flags
     "sample": f"sample {ASK} --image world/images/train_00000.png --prompt What?",
     "eval": f"eval {ASK} --data world/val.jsonl --limit 6 --out new",
     "score": "eval --data world/val.jsonl --predictions predictions.jsonl --out new",
-    "compare": "tools.compare results.json results.json",
+    "compare": "eval --data world/val.jsonl --predictions predictions.jsonl --compare results.json --out new",
     "pairs": f"pairs {ASK} --method dropout-ntp --data world/val.jsonl --image-root world --out new.jsonl",
     "mpo": f"mpo --model model --data pairs.jsonl --image-root world {ONE_STEP} --out new",
     "meta": f"mpo --model model --data meta.json --image-root . {ONE_STEP} --out new",

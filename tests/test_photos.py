@@ -140,9 +140,11 @@ def test_what_it_writes_passes_the_check_and_trains(folder, tmp_path, tiny, monk
         (["nowhere.csv"], "nowhere.csv: not there"),
         (["one"], "one: b: fewer than two photos"),
         (["bad.csv"], "bad.csv: line 2: one of image, .* is missing; its first line names .* image, text"),
+        (["semi.csv"], "semi.csv: line 2: .* names these columns, between commas: image;question;answer"),
         (["short.csv"], "short.csv: line 3: one of image, question, answer is missing"),
         (["short.csv", "--four"], "--four is for a folder of photos"),
-        (["broken"], "broken/a/1.png: cannot be read"),
+        (["broken"], r"broken/./1.png: cannot be read .*\. 1 more are as bad: broken/./1.png$"),
+        (["broken", "--four"], "broken/./1.png: cannot be read"),
         (["mine", "--size", 1], "--size 1: must be at least 2"),
         (["mine", "--out", "full"], "--out full: a train.json is there"),
     ],
@@ -150,10 +152,12 @@ def test_what_it_writes_passes_the_check_and_trains(folder, tmp_path, tiny, monk
 def test_what_cannot_be_used_is_said_in_a_line(flags, says, folder, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").symlink_to(folder)
-    for path in "one/a/1 one/a/2 one/b/1 broken/a/2 broken/b/1 broken/b/2".split():
+    for path in "one/a/1 one/a/2 one/b/1 broken/a/2 broken/b/2".split():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / f"{path}.png")
     (tmp_path / "broken/a/1.png").write_text("no picture")
+    (tmp_path / "broken/b/1.png").write_text("no picture")
+    (tmp_path / "semi.csv").write_text("image;question;answer\na.png;What?;A cat\n")
     (tmp_path / "bad.csv").write_text("image,text\na.png,What?\n")
     (tmp_path / "short.csv").write_text("image,question,answer\na.png,What?,A cat\nb.png,What?\n")
     (tmp_path / "full").mkdir()

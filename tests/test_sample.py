@@ -406,6 +406,12 @@ def test_a_missing_picture_of_the_command_line_has_no_image_root_to_check(ask, c
     assert ask("--image", "none.png") == 1 and "--image-root" not in errors(capfd)[-1]
 
 
+def test_the_bare_name_of_a_run_is_led_to_its_folder(ask, capfd):
+    Path("out/mine").mkdir(parents=True)
+    Path("out/mine/config.json").write_text("{}")
+    assert ask("--model", "mine") == 1 and "did you mean out/mine?" in errors(capfd)[-1]
+
+
 # ---- many prompts at once ----
 
 

@@ -1197,7 +1197,13 @@ def test_minutes_are_the_steps_that_fit_and_change_nothing_else(go, at_step, cap
     at_step(10**9, None)
     assert go("--minutes", 0.05, "--resume") == 0 and "steps a minute" not in capfd.readouterr().out
     assert go("--max-steps", n_step, out="same") == 0 and same("same", "run")
-    assert go("--minutes", 1, "--dry-run") == 1 and "--minutes" in errors(capfd)[-1]
+    assert go("--minutes", 1, "--dry-run") == 0 and "without --minutes" in capfd.readouterr().out
+
+
+def test_to_resume_without_data_draws_no_world(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert call(train.main, "--resume", "--out", "mine") == 1
+    assert "give the --data of the run" in errors(capfd)[-1] and not Path("toyworld").exists()
 
 
 def test_threads_wait_without_spinning_and_their_number_is_a_flag(go, monkeypatch):

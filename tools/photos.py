@@ -62,12 +62,17 @@ def main(argv=None):
     train, val = table_pages(source, rng) if is_table else folder_pages(source, cfg.four, rng)
 
     # What train.py reads.
+    bad = {}  # {photo: why it cannot be opened}
     records = []
-    for i, (name, page) in enumerate(write_pictures(out, "train", train, cfg.size)):
+    for i, (name, page) in enumerate(write_pictures(out, "train", train, cfg.size, bad)):
         records.append(llava_record(f"train-{i}", name, [pair for _, *pair in page.asked]))
     questions = []
-    for i, (name, page) in enumerate(write_pictures(out, "val", val, cfg.size)):
+    for i, (name, page) in enumerate(write_pictures(out, "val", val, cfg.size, bad)):
         questions += [val_line(i, k, name, asked) for k, asked in enumerate(page.asked)]
+    if bad:
+        first, *others = bad
+        more = f". {len(others)} more are as bad: {', '.join(others[:9])}" if others else ""
+        raise UserError(f"{bad[first]}{more}")
     write_json_lines(out / "val.jsonl", questions)
     write_json(out / "train.json", records, indent=1)  # last: a folder that has it is whole
     print(f"{out}: {len(train):,} pictures to train on; {len(val):,} held out, {len(questions):,} questions")
@@ -102,7 +107,7 @@ def table_pages(table, rng):
             cells = [row.get(column) for column in ("image", "question", "answer")]
             if not all(cells):
                 raise UserError(f"line {rows.line_num}: one of image, question, answer is missing; its first "
-                                f"line names the columns {', '.join(rows.fieldnames)}")
+                                f"line names these columns, between commas: {', '.join(rows.fieldnames)}")
             image, question, answer = cells
             asked[image].append(("all", question, answer))
     pages = [Page([table.parent / image], questions) for image, questions in asked.items()]
@@ -159,26 +164,31 @@ def ask_four(shown, kinds, all_kinds, rng):
 # ---- what is written ----
 
 
-def write_pictures(out, split, pages, size):
+def write_pictures(out, split, pages, size, bad):
     """-> (name, page) of each"""
     for i, page in enumerate(Bar(pages, f"{split} pictures", leave=False)):
         name = f"images/{split}_{i:06d}.jpg"
-        image = draw_page(page.photos, size)
-        write_whole(out / name, partial(image.save, format="JPEG", quality=95))
-        yield name, page
+        photos = []
+        for path in page.photos:
+            try:
+                photos.append(open_image(path))
+            except UserError as error:
+                bad[str(path)] = error
+        if len(photos) == len(page.photos):
+            image = draw_page(photos, size)
+            write_whole(out / name, partial(image.save, format="JPEG", quality=95))
+            yield name, page
 
 
 def draw_page(photos, size):
     """One photo, made smaller where it is too large; or four, each cut to a square."""
     if len(photos) == 1:
-        image = open_image(photos[0])
-        image.thumbnail((size, size))
-        return image
+        photos[0].thumbnail((size, size))
+        return photos[0]
     side = size // 2
     page = Image.new("RGB", (2 * side, 2 * side))
-    for k, path in enumerate(photos):
-        tile = ImageOps.fit(open_image(path), (side, side))
-        page.paste(tile, (k % 2 * side, k // 2 * side))
+    for k, photo in enumerate(photos):
+        page.paste(ImageOps.fit(photo, (side, side)), (k % 2 * side, k // 2 * side))
     return page
 
 
