@@ -85,7 +85,7 @@ def make_row(lab, commands, seed, quick):
     for command in commands:
         program, _, flags = command.partition(" ")
         if program == "train":
-            flags += "" if "--data" in flags else " --data {base}"
+            flags += "" if "--data " in flags else " --data {base}"
             flags += "" if "--max-steps" in flags or "--epochs" in flags else " --epochs 1"
         flags += f" --seed {seed}" + ("" if program == "pairs" else UNDISTURBED)
         if quick:
