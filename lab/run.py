@@ -83,11 +83,7 @@ def make_row(lab, commands, seed, quick):
     made = []
     seconds = 0
     for command in commands:
-        program, _, flags = command.partition(" ")
-        if program == "train":
-            flags += "" if "--data " in flags else " --data {base}"
-            flags += "" if "--max-steps" in flags or "--epochs" in flags else " --epochs 1"
-        flags += f" --seed {seed}" + ("" if program == "pairs" else UNDISTURBED)
+        program, flags = fill_in(command, seed)
         if quick:
             flags += QUICK_PAIRS if program == "pairs" else QUICK
         files = {name: make_file(lab, name, quick) for name in re.findall("{([a-z]+)", flags)}
@@ -108,6 +104,15 @@ def make_row(lab, commands, seed, quick):
         seconds += read_json(done)["seconds"]
         made.append(out)
     return out, seconds
+
+
+def fill_in(command, seed):
+    """-> the program, its flags with those that a command leaves out."""
+    program, _, flags = command.partition(" ")
+    if program == "train":
+        flags += "" if "--data " in flags else " --data {base}"
+        flags += "" if "--max-steps" in flags or "--epochs" in flags else " --epochs 1"
+    return program, f"{flags} --seed {seed}" + ("" if program == "pairs" else UNDISTURBED)
 
 
 def make_file(lab, name, quick):
