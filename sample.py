@@ -18,7 +18,6 @@ encode_question makes one; answer() completes any number of them, and every prog
 questions does so through it.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from itertools import takewhile
@@ -26,52 +25,22 @@ from typing import NamedTuple
 
 import torch
 
-from conversation import TEMPLATES, Tokenizer, cut_at_stop, encode_prompt, put_in_front, stop_ids
+from conversation import Tokenizer, cut_at_stop, encode_prompt, put_in_front, stop_ids
 from data import no_picture, pad_rows
 from model import VLM
 from support.cli import UserError, arg, parse, pick_device, run_program
+from support.flags import AskConfig, ModelConfig
 from support.quantize import lay_out_by_columns, widen_products
 from support.weights import check_image_mode, check_tokenizer, newest_run, tokenizer_home
-from vision import MODES, cut_tiles, join_tiles, open_image
+from vision import cut_tiles, join_tiles, open_image
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
 
 
 @dataclass
-class ModelConfig:
-    """Which model answers; eval.py and pairs.py have these flags, too."""
-
-    model: str = arg("", "model directory; empty: the newest finished run under out/")
-    vision: str = arg("", "tower of a model that was published without, DIR or DIR,DIR")
-    llm: str = arg("", "directory of the base of a LoRA")
-    template: str = arg("", "conversation template; empty: the model's own", choices=TEMPLATES)
-    image_mode: str = arg("", "how a picture becomes tiles; empty: the model's own", choices=MODES)
-    device: str = arg("auto", "cpu, cuda, cuda:N, mps (Apple's; untested) or auto")
-    dtype: str = arg(
-        "auto",
-        "of the weights; auto: as stored, but bfloat16 for float16 on a CPU",
-        choices=("auto", "float32", "bfloat16", "float16"),
-    )
-    quantize: str = arg("", "int8: the decoder's matrices in 8 bits, half the memory", choices=("int8",))
-
-
-@dataclass
-class AskConfig(ModelConfig):
-    """And how, unless it is an evaluation."""
-
-    temperature: float = arg(
-        0.0, "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf
-    )
-    top_p: float = arg(
-        1.0, "draw from the smallest set of words that holds this probability", above=0, at_most=1
-    )
-    top_k: int = arg(0, "draw from this many likeliest words; 0: all")
-    max_new_tokens: int = arg(256, "longest answer in tokens", at_least=1)
-    seed: int = arg(0, "of the draws", below=2**30)
-
-
-@dataclass
 class SampleConfig(AskConfig):
+    """Which model answers and how it draws its words: support/flags.py."""
+
     image: tuple = arg((), "picture files, in the order the question speaks of them")
     prompt: str = arg("", "one question; empty: describe the picture, then what is typed or piped")
     file: str = arg("", "questions to answer, JSON lines of {question_id, image, text}; they go to --out")
@@ -151,24 +120,6 @@ def read_answer(tok, template, ids):
     return Answer(text.strip(), whole, ids[: len(before) + 1])
 
 
-def stream_answer(vlm, tok, prompt, cfg, history=None):
-    """Yield the Answer as it grows, with each token. history: the KVHistory of a chat."""
-    template = vlm.cfg.template
-    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
-    sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
-    ids = []
-    for new in vlm.stream(**batch, history=history, **sampling):
-        ids.append(int(new))
-        so_far = read_answer(tok, template, ids)
-        if so_far.whole:
-            break
-
-        # Half a character, the beginning of a stop and a space wait for what follows.
-        text = cut_at_stop(tok.decode(ids, partial=True), template, partial=True).strip()
-        yield so_far._replace(text=text)
-    yield so_far
-
-
 def encode_question(vlm, tok, text, pictures=(), earlier=()):
     """A question after the turns `earlier` -> a prompt. Pictures stand where <image> does, else in front."""
     turns = put_in_front([*earlier, ("human", text)], len(pictures))
@@ -184,8 +135,8 @@ def cut_picture(vlm, image, n_picture=1):
 # ---- open a model ----
 
 
-def open_asked(cfg):
-    """A ModelConfig -> the VLM, whose cfg holds the template and the image mode asked for, and its Tokenizer.
+def open_asked(cfg: ModelConfig):
+    """-> the VLM, whose cfg holds the template and the image mode asked for, and its Tokenizer.
 
     An empty cfg.model becomes the name of the run that answers.
     """

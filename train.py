@@ -27,7 +27,6 @@ import math
 import multiprocessing
 import os
 import sys
-import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -45,7 +44,7 @@ from conversation import find_template
 from data import Examples, Records, augment, collate, draw_steps, micro_batches
 from model import IGNORE, PRESETS
 from support.checkpoint import FREE_TO_CHANGE, Run
-from support.cli import UserError, arg, parse, run_program
+from support.cli import UserError, arg, run_program
 from support.data_files import fill_in_paths
 from support.distributed import (
     average_gradients,
@@ -61,14 +60,180 @@ from support.distributed import (
     with_fillers,
     world_size,
 )
+from support.flags import MoreFlags, parse_with_recipe
 from support.heldout import HeldOut
 from support.lora import LORA_TARGETS, add_lora
 from support.optim import PARTS, make_optimizer, part_of
-from support.plan import dry_run, print_parameters
+from support.plan import count_steps, dry_run, print_parameters
 from support.start import ASSETS, TOY, build, lora_base
-from support.tiling import MAX_TILES
 from support.weights import load_adapter
 from vision import MODES
+
+# ---- flags and recipes ----
+
+
+@dataclass
+class TrainConfig(MoreFlags):
+    """Further flags, for large and for unusual runs, are in support/flags.py."""
+
+    # What is taught to what
+    stage: str = arg("finetune", "what is taught; see above", choices=("pretrain", "finetune"))
+    model: str = arg("toy", f"a preset ({', '.join(PRESETS)}) or a model directory to go on from")
+    data: str = arg("",
+        "LLaVA-format JSON or JSONL file; FILE,FILE: several as one; a meta.json as MMPR's; empty: the toy "
+        "world, drawn into toyworld/ on first use")
+    image_root: str = arg("", "folder that the records' image paths start from; empty: that of their file")
+    val: str = arg("",
+        "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if any")
+    out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")
+
+    # Where the weights come from
+    vision: str = arg("",
+        "directory or file of the tower (CLIP, SigLIP, DINOv2, ViT) of a preset or of a model published "
+        "without; DIR,DIR: two towers; empty: random weights")
+    llm: str = arg("",
+        "Llama, Mistral or InternLM2 directory for decoder and tokenizer of a preset, or the base of a LoRA; "
+        "empty: random weights")
+    projector: str = arg("",
+        "connector to start from: a model directory that stage 1 wrote, its model.safetensors, or a "
+        "mm_projector.bin; empty: the model's own")
+
+    # What trains, and how a record becomes tokens
+    train: str = arg("",
+        "parts to train; empty: those of the stage, and all that start from random weights", choices=PARTS)
+    template: str = arg("", "conversation template; empty: the model's own, in stage pretrain its captions'")
+    image_mode: str = arg("",
+        "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
+        "internvl: several; empty: the model's own", choices=MODES)
+    max_length: int = arg(0, "longest record in tokens; 0: the decoder's block size")
+
+    # Steps and rates
+    batch_size: int = arg(16, "records a step", at_least=1, at_most=2**20)
+    micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
+    lr: float = arg(1e-3, "peak learning rate, after warmup", above=0, below=math.inf)
+    weight_decay: float = arg(0.0, "AdamW's, on matrices only", below=math.inf)
+    warmup: float = arg(0.03, "share of the steps with a rising learning rate", at_most=1)
+    clip: float = arg(1.0, "largest norm of the gradient; inf: no limit", above=0)
+    epochs: float = arg(1.0, "passes over the data", above=0, at_most=1e6)
+    max_steps: int = arg(0, "steps; 0: as --epochs says", at_most=10**12)
+    seed: int = arg(0, "for weights and the order of the records", below=2**63)
+
+    # Now and then
+    eval_every: int = arg(100,
+        "steps between held-out losses and answers; the best model so far is kept; 0: never")
+    save_every: int = arg(100, "steps between checkpoints; 0: only at the end")
+    final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
+    resume: bool = arg(False,
+        f"go on from the newest checkpoint in --out, with the same flags but for {', '.join(FREE_TO_CHANGE)}")
+
+
+# What a preset changes; a flag on the command line still wins. llava-1.5 has the published values: their
+# DeepSpeed settings name no limit of the gradient's norm, so nothing was clipped.
+LLAVA = dict(clip=math.inf, max_length=2048)
+LLAVA_PRETRAIN = LLAVA | dict(lr=1e-3, batch_size=256, image_mode="crop", token_budget=16384)
+LLAVA_FINETUNE = LLAVA | dict(lr=2e-5, batch_size=128, token_budget=8192)
+PHOTO = dict(lr=1e-3, batch_size=128, epochs=10, split_questions=True)
+RECIPES = {
+    # LLaVA's stage 1 uses template "plain"; the toy's uses vicuna_v1, the only format its decoder has seen.
+    ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),
+    ("toy", "finetune"): TOY | dict(
+        lr=4e-4, max_steps=280, token_budget=2048, projector=str(ASSETS / "toy-connector")),
+    ("photo", "finetune"): PHOTO,
+}
+LLAVAS = ("llava-1.5-7b", "llava-1.5-hd-7b", "llava-1.5-13b")
+RECIPES |= {(llava, "pretrain"): LLAVA_PRETRAIN for llava in LLAVAS}  # stage 1 of HD sees no tiles either
+RECIPES |= {(llava, "finetune"): LLAVA_FINETUNE for llava in LLAVAS}
+
+
+def parse_flags(argv=None, Config=TrainConfig, description=__doc__):
+    return parse_with_recipe(Config, argv, description, RECIPES)
+
+
+# ---- set up ----
+
+
+def main(argv=None):
+    cfg = parse_flags(argv)
+    if cfg.resume and not cfg.data and not os.path.exists("toyworld"):
+        raise UserError("--resume: give the --data of the run, too; the toy world was never drawn here")
+    cfg.data = cfg.data or draw_toy_world(cfg.stage)
+    return teach(cfg, Answering)
+
+
+def draw_toy_world(stage):
+    """-> the file of records of that stage"""
+    import toyworld
+
+    toyworld.write_world("toyworld")
+    return "toyworld/pretrain.json" if stage == "pretrain" else "toyworld/train.json"
+
+
+def teach(cfg, Task):
+    """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
+    fill_in_paths(cfg)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    with processes(cfg) as device:
+        cfg.compile = compiles(cfg, device)
+        print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
+        records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
+        if cfg.split_questions:
+            records.split_questions()
+        n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+        if cfg.dry_run or not cfg.resume:
+            vlm, tok = build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read
+        if cfg.dry_run:
+            make_trainable(vlm, cfg)
+            return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
+
+        if cfg.minutes:
+            n_step = 10**12  # until count_steps knows better
+
+        # The model, as --resume left it or from its ingredients; and which of its parameters train.
+        run = Run(cfg, n_step, records.paths)
+        torch.manual_seed(cfg.seed)
+        vlm, tok = build(cfg, run.checkpoint)
+        make_trainable(vlm, cfg)
+        if vlm.lora and run.checkpoint:
+            load_adapter(vlm, run.checkpoint)
+        vlm.to(device).train()
+
+        # What is wrong with the questions is an error before the folder is made, not after the training.
+        held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
+        task = Task(cfg, records, vlm, tok)
+        run.open(vlm, tok, task)
+        print_parameters(cfg, vlm)
+        task.prepare(run)
+        return fit(cfg, task, run, held_out)
+
+
+def make_trainable(vlm, cfg):
+    """Gradients for the parts of --train; without it for those of the stage and all from random weights."""
+    if cfg.train:
+        chosen = cfg.train.split(",")
+    else:
+        chosen = ["connector", "llm"] if cfg.stage == "finetune" else ["connector"]
+        if cfg.model in PRESETS:
+            from_random = {"llm": not cfg.llm, "vision": not cfg.vision}
+            chosen += [part for part in from_random if from_random[part]]
+    for name, p in vlm.named_parameters():
+        p.requires_grad = part_of(name) in chosen
+    for tower in vlm.towers:  # what comes behind the features
+        tower.blocks[tower.cfg.depth :].requires_grad_(False)
+        tower.norm.requires_grad_(False)
+
+    if cfg.weights == "bfloat16":
+        vlm.bfloat16()
+    if cfg.lora_r:  # made after that: it stays in float32
+        if not any(p.requires_grad for p in vlm.decoder.parameters()):
+            raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
+        targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
+        add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
+        vlm.lora["base"] = lora_base(cfg)
+    vlm.decoder.recompute = cfg.recompute
+
+
+# ---- the loop ----
 
 
 def fit(cfg, task, run, held_out=None):
@@ -91,7 +256,8 @@ def fit(cfg, task, run, held_out=None):
     optimizer = make_optimizer(vlm, cfg)
     run.restore(optimizer)
     if cfg.minutes and not run.checkpoint:
-        run.n_step = count_steps(cfg, task, run, autocast)
+        trial = (backward(vlm, task, batches, autocast) for batches in load_steps(cfg, task, run))
+        run.n_step = count_steps(cfg.minutes, task, vlm, trial)
     print(f"{run.n_step:,} steps of {cfg.batch_size}, from {len(task.examples):,} records", flush=True)
 
     with run:
@@ -161,21 +327,47 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
     return gather_numbers([loss]).mean().item(), dict(metrics)
 
 
-def count_steps(cfg, task, run, autocast):
-    """How many steps fit in --minutes, at the speed of nine that move nothing and are forgotten."""
-    state = task.state_dict()
-    times = [time.time()]
-    for batches in islice(load_steps(cfg, task, run), 9):
-        backward(run.vlm, task, batches, autocast)
-        run.vlm.zero_grad()
-        times.append(time.time())
-    task.load_state_dict(state)
+def load_steps(cfg, task, run):
+    """The steps that are still to do, each a list of micro-batches."""
+    records = task.examples.records
+    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
+    to_do = islice(steps, run.first_step - 1, None)
+    n_token = run.vlm.cfg.vision.n_token
+    of_this_rank = (share_by_rank(numbers, records, n_token, rank(), world_size()) for numbers in to_do)
+    to_micro_batches = partial(
+        micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
+        collate=task.collate)
+    on_gpu = next(run.vlm.parameters()).is_cuda
+    # What the loader takes for one batch is a step: a list of micro-batches.
+    loader = DataLoader(
+        task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,
+        pin_memory=on_gpu, worker_init_fn=in_loader_process)
+    loaded = iter(loader)
+    workers = multiprocessing.active_children()
+    for batches in loaded:
+        run.stop_at_bad_records(batches)
+        yield batches
+        # PyTorch tells of a killed loader only once, amid whatever runs then, which may swallow the error.
+        if any(process.exitcode for process in workers):
+            raise RuntimeError("DataLoader worker was killed")
 
-    seconds = (times[-1] - times[1]) / 8  # the first waits for the loader and the compiler
-    left = 60 * cfg.minutes - (times[-1] - times[0])
-    n_step = max(1, int(gather_numbers([left / seconds]).min()))
-    print(f"{60 / seconds:.1f} steps a minute, so --minutes {cfg.minutes:g} is --max-steps {n_step}")
-    return n_step
+
+def lr_at(step, n_step, peak, warmup):
+    """From 0 in a line to the peak, over a share of the steps; then half a cosine, to 0 after the last step.
+
+    `step` counts from 1. As LLaVA's and InternVL's code has it; Prismatic's rounds the warmup down.
+    """
+    n_done, n_warmup = step - 1, math.ceil(warmup * n_step)
+    if n_done < n_warmup:
+        return peak * n_done / n_warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (n_done - n_warmup) / (n_step - n_warmup)))
+
+
+def is_due(step, every, n_step):
+    return every > 0 and (step % every == 0 or step == n_step)
+
+
+# ---- the task of answering ----
 
 
 class Answering:
@@ -221,285 +413,6 @@ class Answering:
 
     def load_state_dict(self, state):
         pass
-
-
-def load_steps(cfg, task, run):
-    """The steps that are still to do, each a list of micro-batches."""
-    records = task.examples.records
-    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
-    to_do = islice(steps, run.first_step - 1, None)
-    n_token = run.vlm.cfg.vision.n_token
-    of_this_rank = (share_by_rank(numbers, records, n_token, rank(), world_size()) for numbers in to_do)
-    to_micro_batches = partial(
-        micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
-        collate=task.collate)
-    on_gpu = next(run.vlm.parameters()).is_cuda
-    # What the loader takes for one batch is a step: a list of micro-batches.
-    loader = DataLoader(
-        task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,
-        pin_memory=on_gpu, worker_init_fn=in_loader_process)
-    loaded = iter(loader)
-    workers = multiprocessing.active_children()
-    for batches in loaded:
-        run.stop_at_bad_records(batches)
-        yield batches
-        # PyTorch tells of a killed loader only once, amid whatever runs then, which may swallow the error.
-        if any(process.exitcode for process in workers):
-            raise RuntimeError("DataLoader worker was killed")
-
-
-def lr_at(step, n_step, peak, warmup):
-    """From 0 in a line to the peak, over a share of the steps; then half a cosine, to 0 after the last step.
-
-    `step` counts from 1. As LLaVA's and InternVL's code has it; Prismatic's rounds the warmup down.
-    """
-    n_done, n_warmup = step - 1, math.ceil(warmup * n_step)
-    if n_done < n_warmup:
-        return peak * n_done / n_warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (n_done - n_warmup) / (n_step - n_warmup)))
-
-
-def freeze(vlm, cfg):
-    """Only the parts of --train get gradients; without it those of the stage and all from random weights."""
-    if cfg.train:
-        chosen = cfg.train.split(",")
-    else:
-        chosen = ["connector", "llm"] if cfg.stage == "finetune" else ["connector"]
-        if cfg.model in PRESETS:
-            from_random = {"llm": not cfg.llm, "vision": not cfg.vision}
-            chosen += [part for part in from_random if from_random[part]]
-    for name, p in vlm.named_parameters():
-        p.requires_grad = part_of(name) in chosen
-    for tower in vlm.towers:  # what comes behind the features
-        tower.blocks[tower.cfg.depth :].requires_grad_(False)
-        tower.norm.requires_grad_(False)
-
-
-def make_trainable(vlm, cfg):
-    """Which parameters train, in which precision, and the LoRA among them."""
-    freeze(vlm, cfg)
-    if cfg.weights == "bfloat16":
-        vlm.bfloat16()
-    if cfg.lora_r:  # made after that: it stays in float32
-        if not any(p.requires_grad for p in vlm.decoder.parameters()):
-            raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
-        targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
-        add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
-        vlm.lora["base"] = lora_base(cfg)
-    vlm.decoder.recompute = cfg.recompute
-
-
-def is_due(step, every, n_step):
-    return every > 0 and (step % every == 0 or step == n_step)
-
-
-# ---- set up ----
-
-
-def main(argv=None):
-    cfg = parse_flags(argv)
-    if cfg.resume and not cfg.data and not os.path.exists("toyworld"):
-        raise UserError("--resume: give the --data of the run, too; the toy world was never drawn here")
-    cfg.data = cfg.data or draw_toy_world(cfg.stage)
-    return teach(cfg, Answering)
-
-
-def draw_toy_world(stage):
-    """-> the file of records of that stage"""
-    import toyworld
-
-    toyworld.write_world("toyworld")
-    return "toyworld/pretrain.json" if stage == "pretrain" else "toyworld/train.json"
-
-
-def parse_flags(argv=None, Config=None, description=__doc__):
-    """The recipe of (--model, --stage) replaces defaults, the command line replaces both."""
-    Config = Config or TrainConfig
-    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-
-    # A first look finds the recipe, and what else some flags change in the defaults of others.
-    given = parse(Config, [word for word in argv if word not in ("-h", "--help")])
-    recipe = dict(RECIPES.get((given.model, given.stage), {}))
-    if any(word.startswith("--epochs") for word in argv):
-        recipe["max_steps"] = 0
-    if given.from_scratch:
-        recipe |= dict(vision="", llm="", projector="")
-    elif given.vision or given.llm or given.connector or given.image_mode == "internvl":
-        # Other widths than the recipe's connector has: another tower or decoder, or internvl's pixel shuffle.
-        recipe["projector"] = ""
-    return parse(Config, argv, description, recipe)
-
-
-def teach(cfg, Task):
-    """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
-    fill_in_paths(cfg)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    with processes(cfg) as device:
-        cfg.compile = compiles(cfg, device)
-        print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
-        records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
-        if cfg.split_questions:
-            records.split_questions()
-        n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
-        if cfg.dry_run or not cfg.resume:
-            vlm, tok = build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read
-        if cfg.dry_run:
-            make_trainable(vlm, cfg)
-            return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
-
-        if cfg.minutes:
-            n_step = 10**12  # until count_steps knows better
-
-        # The model, as --resume left it or from its ingredients; and which of its parameters train.
-        run = Run(cfg, n_step, records.paths)
-        torch.manual_seed(cfg.seed)
-        vlm, tok = build(cfg, run.checkpoint)
-        make_trainable(vlm, cfg)
-        if vlm.lora and run.checkpoint:
-            load_adapter(vlm, run.checkpoint)
-        vlm.to(device).train()
-
-        # What is wrong with the questions is an error before the folder is made, not after the training.
-        held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
-        task = Task(cfg, records, vlm, tok)
-        run.open(vlm, tok, task)
-        print_parameters(cfg, vlm)
-        task.prepare(run)
-        return fit(cfg, task, run, held_out)
-
-
-# ---- flags and recipes ----
-
-
-@dataclass
-class TrainConfig:
-    # What is taught to what
-    stage: str = arg("finetune", "what is taught; see above", choices=("pretrain", "finetune"))
-    model: str = arg("toy", f"a preset ({', '.join(PRESETS)}) or a model directory to go on from")
-    data: str = arg("",
-        "LLaVA-format JSON or JSONL file; FILE,FILE: several as one; a meta.json as MMPR's; empty: the toy "
-        "world, drawn into toyworld/ on first use")
-    data_weights: str = arg("",
-        "how often an epoch shows each file of --data, X,X; empty: once, or as meta.json says")
-    data_fraction: float = arg(1.0,
-        "share of the records to train on; a smaller one is part of a larger one of the same --seed",
-        above=0, at_most=1)
-    split_questions: bool = arg(False, "each question of a conversation with its answer as its own record")
-    image_root: str = arg("", "folder that the records' image paths start from; empty: that of their file")
-    val: str = arg("",
-        "held-out questions (JSONL: image, text, answer, category); empty: val.jsonl beside --data, if any")
-    out: str = arg("", "folder for the run; empty: out/STAGE. An earlier run that is there is moved aside")
-
-    # Where the weights come from
-    vision: str = arg("",
-        "directory or file of the tower (CLIP, SigLIP, DINOv2, ViT) of a preset or of a model published "
-        "without; DIR,DIR: two towers; empty: random weights")
-    llm: str = arg("",
-        "Llama, Mistral or InternLM2 directory for decoder and tokenizer of a preset, or the base of a LoRA; "
-        "empty: random weights")
-    tokenizer: str = arg("",
-        "sentencepiece tokenizer.model of a preset, or a directory that holds one; empty: the decoder's own")
-    projector: str = arg("",
-        "connector to start from: a model directory that stage 1 wrote, its model.safetensors, or a "
-        "mm_projector.bin; empty: the model's own")
-    connector: str = arg("", "of a preset; empty: its own", choices=("linear", "mlp2x_gelu"))
-    from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
-
-    # What trains
-    train: str = arg("",
-        "parts to train; empty: those of the stage, and all that start from random weights", choices=PARTS)
-    lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none",
-        at_most=65536)
-    lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it", below=math.inf)
-    lora_dropout: float = arg(0.0, "share of a LoRA's inputs that are dropped", below=1)
-    lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", choices=LORA_TARGETS)
-
-    # How a record becomes tokens
-    template: str = arg("", "conversation template; empty: the model's own, in stage pretrain its captions'")
-    image_size: int = arg(0,
-        "pixels a side of the tile of a preset's --vision; 0: the tower's own, of two the second's",
-        at_most=4096)
-    image_mode: str = arg("",
-        "pad, letterbox, crop or resize: one tile a picture; hd (LLaVA-1.5-HD), anyres (LLaVA-NeXT) or "
-        "internvl: several; empty: the model's own", choices=MODES)
-    max_tiles: int = arg(0,
-        "most tiles of a picture in modes hd and internvl; 0: the model's own, or 6 and 12",
-        at_most=MAX_TILES)
-    global_view: str = arg("",
-        "where the whole picture stands as one more tile; empty: as the mode has it",
-        choices=("first", "last", "none"))
-    augment: bool = arg(False,
-        "of each picture a random part, and half of them mirrored; not where questions speak of places")
-    max_length: int = arg(0, "longest record in tokens; 0: the decoder's block size")
-    bad_records: str = arg("stop",
-        "what to do with a record that cannot be used: stop, or skip and count", choices=("stop", "skip"))
-
-    # Steps and rates
-    batch_size: int = arg(16, "records a step", at_least=1, at_most=2**20)
-    micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
-    token_budget: int = arg(0,
-        "tokens in memory at once, padding counted: a step's records are sorted by length and cut to fit; 0: "
-        "as --micro-batch-size")
-    lr: float = arg(1e-3, "peak learning rate, after warmup", above=0, below=math.inf)
-    lr_connector: float = arg(0.0, "the connector's own; 0: as --lr", below=math.inf)
-    lr_vision: float = arg(0.0, "the towers' own; 0: as --lr", below=math.inf)
-    weight_decay: float = arg(0.0, "AdamW's, on matrices only", below=math.inf)
-    warmup: float = arg(0.03, "share of the steps with a rising learning rate", at_most=1)
-    clip: float = arg(1.0, "largest norm of the gradient; inf: no limit", above=0)
-    epochs: float = arg(1.0, "passes over the data", above=0, at_most=1e6)
-    max_steps: int = arg(0, "steps; 0: as --epochs says", at_most=10**12)
-    minutes: float = arg(0.0,
-        "as many steps as fit into so many minutes at the speed of the first few; 0: as --max-steps says",
-        below=math.inf)
-    seed: int = arg(0, "for weights and the order of the records", below=2**63)
-
-    # Now and then
-    eval_every: int = arg(100,
-        "steps between held-out losses and answers; the best model so far is kept; 0: never")
-    save_every: int = arg(100, "steps between checkpoints; 0: only at the end")
-    log_every: int = arg(10, "steps between printed lines", at_least=1)
-    final_eval: bool = arg(True, "at the end, answer the held-out questions and print the table")
-    eval_limit: int = arg(0, "answer only this many of them, drawn once for all; 0: all")
-    resume: bool = arg(False,
-        f"go on from the newest checkpoint in --out, with the same flags but for {', '.join(FREE_TO_CHANGE)}")
-
-    # The machine
-    workers: int = arg(1, "processes that prepare records; 0: none", at_most=256)
-    threads: int = arg(0, "threads that compute on a CPU; 0: one a core", at_most=1024)
-    device: str = arg("auto", "cpu, cuda, cuda:N, mps (Apple's; untested) or auto")
-    dtype: str = arg("auto",
-        "bfloat16: autocast; auto: that on a GPU, float32 on a CPU",
-        choices=("float32", "bfloat16", "auto"))
-    weights: str = arg("float32",
-        "bfloat16: what that cuts off is kept beside the optimizer, so that no small step is lost",
-        choices=("float32", "bfloat16"))
-    recompute: int = arg(0,
-        "blocks of the decoder, from the first, that keep no activations but compute them twice: less "
-        "memory, more time")
-    compile: bool = arg(None,
-        "torch.compile the blocks: a minute or two first, then faster; auto: on a GPU")
-    shard: bool = arg(False,
-        "under torchrun: FSDP2, weights and optimizer in shards; --no-shard: each process has all")
-    dry_run: bool = arg(False, "say what the run would train, need and take, read no weights, and end")
-
-
-# What a preset changes; a flag on the command line still wins. llava-1.5 has the published values: their
-# DeepSpeed settings name no limit of the gradient's norm, so nothing was clipped.
-LLAVA = dict(clip=math.inf, max_length=2048)
-LLAVA_PRETRAIN = LLAVA | dict(lr=1e-3, batch_size=256, image_mode="crop", token_budget=16384)
-LLAVA_FINETUNE = LLAVA | dict(lr=2e-5, batch_size=128, token_budget=8192)
-PHOTO = dict(lr=1e-3, batch_size=128, epochs=10, split_questions=True)
-RECIPES = {
-    # LLaVA's stage 1 uses template "plain"; the toy's uses vicuna_v1, the only format its decoder has seen.
-    ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),
-    ("toy", "finetune"): TOY | dict(
-        lr=4e-4, max_steps=280, token_budget=2048, projector=str(ASSETS / "toy-connector")),
-    ("photo", "finetune"): PHOTO,
-}
-LLAVAS = ("llava-1.5-7b", "llava-1.5-hd-7b", "llava-1.5-13b")
-RECIPES |= {(llava, "pretrain"): LLAVA_PRETRAIN for llava in LLAVAS}  # stage 1 of HD sees no tiles either
-RECIPES |= {(llava, "finetune"): LLAVA_FINETUNE for llava in LLAVAS}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ An empty line or Ctrl-D ends it, and so does Ctrl-C; while an answer is written,
 import contextlib
 import sys
 
-from conversation import as_text, put_in_front
-from sample import DESCRIBE, Answer, cut_picture, encode_question, stream_answer
+from conversation import as_text, cut_at_stop, put_in_front
+from sample import DESCRIBE, Answer, cut_picture, encode_question, make_batch, read_answer
 from support.attention import Look
 from support.cache import KVHistory
 from support.cli import UserError
@@ -89,6 +89,24 @@ class Chat:
         if n_token == self.cfg.max_new_tokens:
             limit = "raise --max-new-tokens"
         return f"cut off after {n_token} tokens; {limit}"
+
+
+def stream_answer(vlm, tok, prompt, cfg, history=None):
+    """Yield the Answer as it grows, with each token. history: the KVHistory of a chat."""
+    template = vlm.cfg.template
+    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
+    sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    ids = []
+    for new in vlm.stream(**batch, history=history, **sampling):
+        ids.append(int(new))
+        so_far = read_answer(tok, template, ids)
+        if so_far.whole:
+            break
+
+        # Half a character, the beginning of a stop and a space wait for what follows.
+        text = cut_at_stop(tok.decode(ids, partial=True), template, partial=True).strip()
+        yield so_far._replace(text=text)
+    yield so_far
 
 
 COMMANDS = "/image", "/reset", "/save"

@@ -18,6 +18,7 @@ Type, default, help, choices and range of a flag stand on its field and nowhere 
 
 import argparse
 import difflib
+import inspect
 import io
 import os
 import re
@@ -81,7 +82,9 @@ def flag_of(name):
 
 
 def flag_fields(Config):
-    return [f for f in fields(Config) if f.metadata.get("help")]      # an empty help hides a field
+    """A class's own before those that it inherits; an empty help hides a field."""
+    own = [name for cls in Config.__mro__ for name in inspect.get_annotations(cls)]
+    return sorted((f for f in fields(Config) if f.metadata.get("help")), key=lambda f: own.index(f.name))
 
 
 def add_flag(parser, f, default):

@@ -19,7 +19,7 @@ ORDER = [                            # files of one row may know each other
     {"support.control_tokens"},
     {"conversation"},
     {"support.processor"},
-    {"support.data_files"},
+    {"support.data_files", "support.flags"},
     {"data"},
     {"sample"},
     {"benchmarks"},

@@ -770,7 +770,7 @@ def test_a_preset_is_built_from_two_towers_of_other_families_trains_and_is_saved
     vlm, tok = start.build(cfg)
     assert (vlm.cfg.vision.n_token, vlm.cfg.feature_width) == (36, 128)  # 6 x 6 patches, resized from 4 x 4
     assert vlm.cfg.connector == "fused_gelu"
-    train.freeze(vlm, replace(cfg, train="connector,vision"))
+    train.make_trainable(vlm, replace(cfg, train="connector,vision"))
     trained = {name.split(".")[0] for name, p in vlm.named_parameters() if p.requires_grad}
     assert trained == {"connector", "vision", "vision2"}
     save_processor(tmp_path / "m", tok.path, vlm.cfg)

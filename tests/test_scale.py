@@ -369,7 +369,7 @@ def test_each_part_has_its_learning_rate_and_unlisted_parts_have_none(tiny):
     cfg = train.TrainConfig(
         model=str(tiny), train="connector,llm", lr=2e-4, lr_connector=2e-5, weight_decay=0.1
     )
-    train.freeze(vlm, cfg)
+    train.make_trainable(vlm, cfg)
     groups = {
         (part, vector): (g["peak_lr"], g["weight_decay"])
         for g in support_optim.make_optimizer(vlm, cfg).param_groups

@@ -248,7 +248,7 @@ def test_the_template_of_stage_2_is_saved_with_the_model_that_of_stage_1_is_not(
 )
 def test_what_starts_from_random_weights_trains_in_either_stage(tok, flags, parts):
     vlm = VLM(tiny_config(tok))
-    train.freeze(vlm, train.TrainConfig(model="toy", **flags))
+    train.make_trainable(vlm, train.TrainConfig(model="toy", **flags))
     assert {name.split(".")[0] for name, p in vlm.named_parameters() if p.requires_grad} == parts
 
 
