@@ -527,8 +527,8 @@ def read_lora(directory, llm=None):
     file = directory / "adapter_config.json"
     with reading(file):
         c = read_json(file)
-        only_values(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False)
-        scale = c["lora_alpha"] / c["r"]
+        only_values(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False, alpha_pattern={})
+        alpha = float(c["lora_alpha"])
 
     # The base, what LLaVA's own code keeps beside a LoRA, the LoRA and PEFT's modules_to_save.
     extra, adapter = directory / "non_lora_trainables.bin", directory / "adapter_model.safetensors"
@@ -541,6 +541,7 @@ def read_lora(directory, llm=None):
                 parts[part][name] = tensor
             elif ".lora_A" in name:
                 target = name.removesuffix(".lora_A")
+                scale = alpha / len(tensor)  # its rank: with a rank_pattern c["r"] is that of others
                 lora[f"{part}.{target}.weight"] = tensor, trained.get(f"{target}.lora_B"), scale
     return parts, lora
 

@@ -246,6 +246,8 @@ def test_a_lora_is_merged_over_its_base(tmp_path, file):
     with pytest.raises(UserError, match="LoRA over 'lmsys/vicuna'.*--llm DIR"):
         VLM.from_pretrained(lora, vision=clip)
     assert same(VLM.from_pretrained(lora, vision=clip, llm=under), tuned)
+    (lora / "adapter_config.json").write_text('{"r": 8, "rank_pattern": {"q_proj": 2}, "lora_alpha": 4}')
+    assert same(VLM.from_pretrained(lora, vision=clip, llm=under), tuned)
     write(lora, None, {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": A}, file)
     with pytest.raises(UserError, match="its LoRA of decoder.layers.7.self_attn.q_proj.weight does not fit"):
         VLM.from_pretrained(lora, vision=clip, llm=under)
@@ -724,9 +726,10 @@ def test_what_is_wrong_with_a_decoders_or_an_adapters_config_is_said_with_its_fi
     assert f"{tmp_path / 'llm/config.json'}: hidden_act is 'relu'" in capfd.readouterr().err
     base = original(tmp_path / "base", narrow(), tower=True)
     lora, _, _ = original_lora(tmp_path / "lora", base, narrow())
-    (lora / "adapter_config.json").write_text('{"r": 0, "lora_alpha": 4}')
-    with pytest.raises(UserError, match=f"^{lora}/adapter_config.json: .*division by zero"):
-        VLM.from_pretrained(lora, llm=str(base))
+    for wrong in '{"r": 2, "lora_alpha": "x"}', '{"r": 2, "lora_alpha": 4, "alpha_pattern": {"q_proj": 8}}':
+        (lora / "adapter_config.json").write_text(wrong)
+        with pytest.raises(UserError, match=f"^{lora}/adapter_config.json: .*('x'|'q_proj')"):
+            VLM.from_pretrained(lora, llm=str(base))
 
 
 def test_weights_that_may_not_be_read_are_not_called_absent(tmp_path, monkeypatch):
