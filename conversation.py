@@ -86,7 +86,8 @@ def find_template(name):
     if name not in TEMPLATES:
         near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
         known = ", ".join(TEMPLATES)
-        raise UserError(f"template {name!r} is unknown; did you mean {near[0]!r}? Known are {known}")
+        raise UserError(f"template {name!r} is unknown; did you mean {near[0]!r}? Known are {known}. The "
+                        "model's config.json names it; give another by --template")
     return TEMPLATES[name]
 
 

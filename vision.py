@@ -78,7 +78,8 @@ class VisionConfig:
     def __post_init__(self):
         colors = *self.mean, *self.std
         if len(colors) != 6 or 0 in self.std or not all(0 <= number <= 1 for number in colors):
-            raise UserError(f"mean {self.mean} and std {self.std} must be three numbers of 0 to 1, std no 0")
+            colors = f"image_mean {self.mean} and image_std {self.std} of preprocessor_config.json"
+            raise UserError(f"{colors} must be three numbers of 0 to 1, std no 0")
         if self.n_head < 1 or self.n_embd % self.n_head:
             raise UserError(f"a tower {self.n_embd} wide cannot be shared by {self.n_head} heads")
         if not self.grid or self.grid % self.merge:

@@ -188,7 +188,7 @@ def read_config(directory, parts=None, given=()):
     given: the VisionConfigs of towers that are not among them.
     """
     c, processor = config_json(directory), processor_json(directory)
-    with reading(config_file(directory)):
+    with reading(config_file(directory), "get it and preprocessor_config.json again"):
         layout = layout_of(c)
         if layout not in READERS:
             raise UserError(

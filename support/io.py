@@ -150,7 +150,7 @@ def reading(path, hint="get the file again"):
             raise OSError("a named pipe or a device, not a file")  # nobody may ever write into a pipe
         yield
     except UserError as error:
-        if str(path) in str(error):
+        if str(error).startswith(str(path)):
             raise
         raise UserError(f"{path}: {error}") from None
     except OSError as error:

@@ -36,7 +36,7 @@ from data import IGNORE, Examples, Records, augment, collate, picture_paths
 from model import PRESETS, VLM, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.control_tokens import read_sentencepiece
-from support.io import read_json, read_rows
+from support.io import read_json, read_rows, reading
 from support.weights import open_weights
 from train import Answering
 from vision import VisionConfig, open_image
@@ -1023,6 +1023,11 @@ def test_a_folder_and_a_pipe_are_no_files(tmp_path):
     for path, why in (tmp_path, "Is a directory"), (tmp_path / "pipe.json", "a named pipe or a device"):
         with pytest.raises(UserError, match=f"{path.name}: cannot be read .{why}"):
             Records(path)
+
+
+def test_a_file_is_named_although_its_name_stands_in_the_error_by_chance():
+    with pytest.raises(UserError, match="^clip: only clip_vision is"), reading("clip"):
+        raise UserError("only clip_vision is implemented")
 
 
 def all_rows(path):

@@ -813,6 +813,10 @@ DAMAGES = {
         lambda d: change_config(d, "text_config", rope_theta=True),
         "rope_theta is True, not float",
     ),
+    "two colors": (
+        lambda d: (d / "preprocessor_config.json").write_text('{"image_mean": [0, 1]}'),
+        "image_mean .* of preprocessor_config.json must be three numbers",
+    ),
     "an eps below 0": (lambda d: change_config(d, "text_config", rms_norm_eps=-1.0), "norm_eps is -1.0"),
     "a token beyond any table": (lambda d: change_config(d, pad_token_id=2**30), "pad_token_id is 1073741824"),
     "several layers": (
