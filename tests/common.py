@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import runpy
+import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -37,6 +40,38 @@ def save(vlm, tok, directory):
 def call(program, *flags):
     """-> exit code of a program's main with these flags, of any type."""
     return run_program(lambda: program([str(flag) for flag in flags]))
+
+
+def in_child(function):
+    """Run it in a forked process and wait; -> its exit code, minus the signal that killed it."""
+    child = fork(target=lambda: os._exit(function() or 0))
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def run_python(words, folder):
+    """`python WORDS` in a copy of the repository -> exit code. For a fork: the process is spoiled by it.
+
+    The libraries are those that are imported here; the copy's own files are imported anew.
+    """
+    own = {path.stem for path in ROOT.iterdir()}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in own:
+            del sys.modules[name]
+    sys.path = [str(folder), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
+    sys.stdin = open(os.devnull)
+    os.chdir(folder)
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def losses(out):

@@ -12,6 +12,7 @@ if older := {"avx2": "AVX2", "default": "SSE41"}.get(os.environ.get("ATEN_CPU_CA
 
 import pytest
 import torch
+import torch._dynamo  # noqa: F401 (optimizers import it: once here, not in each fork)
 from common import QUICK, ROOT, call, save, tiny_config
 from tqdm import tqdm
 
@@ -21,6 +22,8 @@ from conversation import Tokenizer
 from model import VLM
 from support.start import wave_positions
 
+# A killed process loses nothing of what it has written; fsync is against a loss of power, and waits 10 ms.
+os.fsync = lambda file: None
 # Its own lock is one for all forks: a child killed while it writes would keep it, and all would wait.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0  # no thread beside the main one, which might hold that lock in the moment of a fork

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # noqa: F401 (optimizers import it: once here, not in each fork)
 from common import QUICK, ROOT, call, fork, losses, tiny_config, weights
 from PIL import Image
 from safetensors.torch import load_file
