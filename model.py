@@ -36,7 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.cache import fill_known_prefix
+from support.cache import prefill
 from support.cli import UserError
 from support.log_probs import token_log_probs
 from vision import VisionConfig, ViT, find_tiling
@@ -259,11 +259,10 @@ class VLM(nn.Module):
         features = history.features(self, pixels) if history else self.features(pixels)
         x = self.embed(tokens, features, layout)                            # (B, T, D)
         is_image = tokens == self.cfg.image_token
-        start = fill_known_prefix(self.decoder, x, is_image, lengths, cache, history)
-        h = self.decoder.prefill(x, start, lengths, cache)                  # (B, D)
+        h = prefill(self.decoder, x, is_image, lengths, cache, history)     # (B, D), of the last tokens
         places = torch.arange(T + max_new_tokens, device=device)
         is_seen = (places < lengths[:, None]) | (places >= T)               # (B, places)
-        mask = None if is_seen.all() else is_seen
+        mask = None if is_seen.all() else is_seen[:, None, None]            # (B, 1, 1, places)
 
         # Decode, one token a row and step.
         ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -276,7 +275,8 @@ class VLM(nn.Module):
             if ended.all() or step + 1 == max_new_tokens:
                 return
             x = self.decoder.embed_tokens(new.masked_fill(ended, 0))        # (B, D)
-            h = self.decoder.decode_step(x, lengths + step, T + step, cache, mask)
+            seen = mask if mask is None else mask[..., : T + step + 1]
+            h = self.decoder(x[:, None], (lengths + step)[:, None], seen, cache=cache)[:, 0]
             if history:
                 history.x = torch.cat([history.x, x[None]], dim=1)
 
@@ -334,22 +334,30 @@ class Connector(nn.Module):
             nn.init.normal_(self.row_end, std=self.D**-0.5)
 
     def forward(self, features, layout=None):
-        """Features of all tiles (n, N, D_f) -> visual tokens (M, D) in the order of the layout."""
+        """Features of all tiles (n, N, D_f) -> visual tokens (M, D) in the order of the layout.
+
+        Without a layout these are all features of each tile, and no row ends.
+        """
         N = features.shape[-2]
         x = features.flatten(0, -2)                                         # (n N, D_f)
-        if layout is not None:
-            index = layout[:, 0] * N + layout[:, 1]                         # (M,), negative for a row end
-            x = x.index_select(0, index.clamp(min=0))                       # (M, D_f)
+        if layout is None:
+            if self.row_end is not None:
+                raise ValueError("this model's pictures come with a layout (vision.cut_tiles); give it, too")
+            return self.translate(x)
+
+        index = layout[:, 0] * N + layout[:, 1]                             # (M,), negative for a row end
+        x = self.translate(x.index_select(0, index.clamp(min=0)))           # (M, D)
+        if self.row_end is not None:
+            return torch.where(index[:, None] < 0, self.row_end.to(x.dtype), x)
+        if (index < 0).any():
+            raise ValueError("the pictures have row ends and the model none: cut them in its own mode")
+        return x
+
+    def translate(self, x):
+        """(M, D_f) -> (M, D)"""
         x = self.linear_1(self.norm(x))
         for i in range(2, self.n_linear + 1):
             x = self.get_submodule(f"linear_{i}")(F.gelu(x))
-
-        if self.row_end is not None:
-            if layout is None:
-                raise ValueError("this model's pictures come with a layout (vision.cut_tiles); give it, too")
-            x = torch.where(index[:, None] < 0, self.row_end.to(x.dtype), x)
-        elif layout is not None and (layout < 0).any():
-            raise ValueError("the pictures have row ends and the model none: cut them in its own mode")
         return x
 
 
@@ -367,15 +375,15 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
 
-    def forward(self, x, positions=None, mask=None, wanted=None, cache=None, start=0):
+    def forward(self, x, positions=None, mask=None, wanted=None, cache=None):
         """Embeddings (B, T, D) -> hidden states (B, T, D), ready for lm_head.
 
         positions (1 or B, T): 0 to T - 1 without.
         wanted (K,): flat positions b * T + t whose outputs are returned, as (K, D); the last block drops the
         others after attention.
-        cache: keys and values of x are stored in it from place `start` on, behind those of earlier tokens.
-        mask (1 or B, 1, T, start + T), True where a token may attend to another. None: causal; behind others
-        in the cache only one token a row can do without.
+        cache: a LayerCache for each layer. x continues the tokens that these have read.
+        mask (1 or B, 1, T, tokens read and T), True where a token may attend to another. None: causal; behind
+        others in the cache only one token a row can do without.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]     # (1, T)
@@ -384,37 +392,33 @@ class Decoder(nn.Module):
         rope = rotary_angles(positions, self.cfg)
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
-            inputs = x, rope, mask, wanted if is_last else None, cache[i], start
+            inputs = x, rope, mask, wanted if is_last else None, cache[i]
             if i < self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
         return self.norm(x)
 
-    def prefill(self, x, start, lengths, cache):
-        """Prompts (B, T, D), their first `start` tokens in the cache -> hidden states (B, D) of the last."""
-        B, T, _ = x.shape
-        positions = torch.arange(start, T, device=x.device)[None]           # (1, T - start)
-        mask = None
-        if start:
-            mask = torch.arange(T, device=x.device) <= positions.T          # (T - start, T)
-            mask = mask[None, None]
-        last = torch.arange(B, device=x.device) * (T - start) + lengths - 1 - start
-        return self(x[:, start:], positions, mask, last, cache, start)
-
-    def decode_step(self, x, positions, place, cache, mask=None):
-        """One more token a row: (B, D) at positions (B,), kept at one place of the cache -> its hidden state.
-
-        mask (B, places): which places a row may attend to; None: all up to this one."""
-        if mask is not None:
-            mask = mask[:, None, None, : place + 1]
-        return self(x[:, None], positions[:, None], mask, cache=cache, start=place)[:, 0]
-
     def new_cache(self, B, length):
-        """Room for the keys and values of each layer: n_layer x (2, B, H_kv, length, d)."""
+        """For `length` tokens of B rows."""
         like = self.embed_tokens.weight
         shape = 2, B, self.cfg.n_kv_head, length, self.cfg.head_dim
-        return [torch.empty(shape, device=like.device, dtype=like.dtype) for _ in self.layers]
+        return [LayerCache(torch.empty(shape, device=like.device, dtype=like.dtype)) for _ in self.layers]
+
+
+class LayerCache:
+    """The keys and values of all tokens that a layer has read."""
+
+    def __init__(self, room):
+        self.room = room             # (2, B, H_kv, length, d), for these and more
+        self.n_read = 0
+
+    def append(self, k, v):
+        """Keys and values (B, H_kv, T, d) of the next tokens -> those of all."""
+        end = self.n_read + k.shape[2]
+        self.room[:, :, :, self.n_read : end] = torch.stack([k, v])
+        self.n_read = end
+        return self.room[:, :, :, :end]
 
 
 class DecoderBlock(nn.Module):
@@ -428,8 +432,8 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = SwiGLU(cfg)
 
-    def forward(self, x, rope, mask=None, wanted=None, cache=None, start=0):
-        y = self.self_attn(self.input_layernorm(x), rope, mask, wanted, cache, start)
+    def forward(self, x, rope, mask=None, wanted=None, cache=None):
+        y = self.self_attn(self.input_layernorm(x), rope, mask, wanted, cache)
         if wanted is not None:
             x = x.flatten(0, 1).index_select(0, wanted)                     # (K, D)
         x = x + y
@@ -449,17 +453,16 @@ class CausalAttention(nn.Module):
         self.v_proj = nn.Linear(D, cfg.n_kv_head * d, bias=False)
         self.o_proj = nn.Linear(cfg.n_head * d, D, bias=False)
 
-    def forward(self, x, rope, mask=None, wanted=None, cache=None, start=0):
+    def forward(self, x, rope, mask=None, wanted=None, cache=None):
         B, T, _ = x.shape                                                   # (B, T, D)
         heads = B, T, -1, self.head_dim
         q = self.q_proj(x).view(heads).transpose(1, 2)                      # (B, H, T, d)
         k = self.k_proj(x).view(heads).transpose(1, 2)                      # (B, H_kv, T, d)
         v = self.v_proj(x).view(heads).transpose(1, 2)                      # (B, H_kv, T, d)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:  # these tokens see what was stored before them, too
-            cache[:, :, :, start : start + T] = torch.stack([k, v])
-            k, v = cache[:, :, :, : start + T]
-        is_causal = mask is None and not start
+        if cache is not None:  # these tokens see those before them, too
+            k, v = cache.append(k, v)
+        is_causal = mask is None and (cache is None or cache.n_read == T)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped)
         y = y.transpose(1, 2).reshape(B, T, -1)                             # (B, T, H d)
         if wanted is not None:

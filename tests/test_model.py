@@ -384,7 +384,8 @@ def test_a_cached_step_computes_what_the_whole_sequence_would_in_rows_of_unequal
     is_seen = (places < lengths[:, None]) | (places >= 7)
     for step in range(2):
         new = torch.stack([x[i, n + step] for i, n in enumerate(lengths)])
-        h = decoder.decode_step(new, lengths + step, 7 + step, cache, is_seen)
+        mask = is_seen[:, None, None, : 8 + step]
+        h = decoder(new[:, None], (lengths + step)[:, None], mask, cache=cache)[:, 0]
         for i, n in enumerate(lengths):
             assert_close(h[i], decoder(x[i : i + 1, : n + step + 1])[0, -1], rtol=1e-4, atol=1e-5)
 
@@ -396,7 +397,7 @@ def test_the_rest_of_a_prompt_is_read_against_a_cache_that_holds_its_beginning(v
     decoder(x[:, :4], cache=cache)
     positions = torch.arange(4, 9)
     mask = torch.arange(9) <= positions[:, None]  # (T, keys)
-    rest = decoder(x[:, 4:], positions[None], mask[None, None], cache=cache, start=4)
+    rest = decoder(x[:, 4:], positions[None], mask[None, None], cache=cache)
     assert_close(rest, decoder(x)[:, 4:], rtol=1e-4, atol=1e-5)
 
 

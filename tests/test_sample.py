@@ -18,10 +18,11 @@ import pytest
 import torch
 from common import ROOT, errors
 
+import model
 import sample
 from conversation import encode_prompt
 from data import Records, picture_paths
-from model import VLM, Decoder
+from model import VLM
 from support.cli import UserError, run_program
 from support.weights import newest_run
 from vision import cut_tiles, open_image
@@ -331,14 +332,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat, monkeypatch, tok, capfd)
             if len(prompts) == 1 and step == 1:
                 raise KeyboardInterrupt
 
-    def prefill(self, *given):
+    def prefill(*given):
         if len(prompts) == 2:
             raise KeyboardInterrupt
-        return original_prefill(self, *given)
+        return original_prefill(*given)
 
-    original_prefill = Decoder.prefill
+    original_prefill = model.prefill
     monkeypatch.setattr(VLM, "stream", stream)
-    monkeypatch.setattr(Decoder, "prefill", prefill)
+    monkeypatch.setattr(model, "prefill", prefill)
     assert chat(["Two?", "Three?"], "--image", "a.png", "--max-new-tokens", 6) == 0
     captured = capfd.readouterr()
     assert captured.err.count("[stopped]") == 2
