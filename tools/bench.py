@@ -18,15 +18,19 @@ for each, the reference asked in every step, a log-softmax of all logits.
 
 import copy
 import multiprocessing
+import re
 import statistics
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
 import mpo
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
@@ -100,27 +104,24 @@ def main(argv=None):
 
 def run_in_turn(cfg, work):
     """-> {side: seconds of each step that counts}, {side: what each step gave}"""
-    steps = {}
-    for name, model in make_models(cfg, work).items():
-        steps[name] = make_step(name, model, cfg, work)
+    steps = {name: make_step(model, cfg, work) for name, model in make_models(cfg, work).items()}
     seconds = {name: [] for name in steps}
     outputs = {name: [] for name in steps}
     # The first step compiles and warms up, the second makes nothing new: neither counts.
     for i in range(N_STEP + 2):
         for name, step in steps.items():
             began = time.process_time()
-            output = step()
+            outputs[name].append(step().tolist())
             if i >= 2:
                 seconds[name].append(time.process_time() - began)
-            outputs[name].append(output.tolist())
     return seconds, outputs
 
 
 def check_agreement(cfg, ours, theirs):
     """Both must have computed the same: how well do the losses agree, or how many tokens of the answers?"""
     if cfg.program == "sample":
-        same = [a == b for rows in zip(ours[0], theirs[0]) for a, b in zip(*rows)]
-        return f"{statistics.mean(same):.0%} of the tokens are the same"
+        same = torch.tensor(ours[0]) == torch.tensor(theirs[0])
+        return f"{same.float().mean():.0%} of the tokens are the same"
     worst = max(abs(a - b) / b for a, b in zip(ours, theirs))
     if worst > (1e-3 if cfg.dtype == "float32" else 3e-2):
         raise UserError(
@@ -134,17 +135,17 @@ def check_agreement(cfg, ours, theirs):
 
 
 def plan_work(cfg):
-    work = SIZES[cfg.preset]
-    vision, decoder = work.cfg.vision, work.cfg.decoder
+    work = copy.deepcopy(SIZES[cfg.preset])
+    plan = work.cfg
     if cfg.program == "mpo":
-        vision = replace(vision, image_size=16 * vision.patch_size)
+        plan.vision.image_size = 16 * plan.vision.patch_size
         work = work._replace(rows=8, words=32, n_answer=60)
     elif cfg.program == "sample":
         work = work._replace(rows=1)
-    V = cfg.vocab or decoder.vocab_size
-    decoder = replace(decoder, vocab_size=V)
-    vlm_cfg = replace(work.cfg, vision=vision, decoder=decoder, image_token=V - 2, pad_token=V - 1)
-    return work._replace(cfg=vlm_cfg, rows=cfg.rows or work.rows)
+    plan.decoder.vocab_size = cfg.vocab or plan.decoder.vocab_size
+    plan.image_token = plan.decoder.vocab_size - 2
+    plan.pad_token = plan.decoder.vocab_size - 1
+    return work._replace(rows=cfg.rows or work.rows)
 
 
 def random_batch(cfg, work):
@@ -174,33 +175,56 @@ def make_models(cfg, work):
         raise UserError("--peer transformers: pip install transformers, or leave out --peer") from None
     with tempfile.TemporaryDirectory() as directory:
         vlm.save_pretrained(directory)
-        peer = LlavaForConditionalGeneration.from_pretrained(
+        theirs = LlavaForConditionalGeneration.from_pretrained(
             directory, attn_implementation="sdpa", dtype=torch.float32
         )
-    return {"plainvlm": vlm, "transformers": peer}
+    return {"plainvlm": vlm, "transformers": Peer(theirs)}
 
 
-def make_step(name, model, cfg, work):
+class Peer(nn.Module):
+    """A model of transformers, called as a VLM is."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.vision = model.model.vision_tower
+
+    def forward(self, tokens, pixels, labels=None):
+        mask = torch.ones_like(tokens)
+        found = self.model(input_ids=tokens, attention_mask=mask, pixel_values=pixels, labels=labels)
+        return found.logits if labels is None else found.loss
+
+    def generate(self, tokens, pixels, n, stop):
+        """It never stops either: n tokens at least, none of them <image> or <pad>."""
+        image_token = self.model.config.image_token_id
+        ids = self.model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels, do_sample=False,
+            max_new_tokens=n, min_new_tokens=n, suppress_tokens=[image_token, *stop], pad_token_id=0,
+        )
+        return ids[:, tokens.shape[1] :]
+
+
+def make_step(model, cfg, work):
     """-> a function that does the work once, and returns the loss or the new ids."""
-    is_ours = name == "plainvlm"
-    tower = model.vision if is_ours else model.model.vision_tower
-    tower.requires_grad_(False)                          # as in LLaVA's second stage
-    batch = random_batch(cfg, work)
-    call = model
-    if cfg.compile and is_ours:
-        for block in [*model.decoder.layers, *model.vision.blocks]:
-            block.compile(dynamic=None)
-    elif cfg.compile and cfg.compile_peer:
-        call = torch.compile(model)
+    is_ours = isinstance(model, VLM)
+    model.vision.requires_grad_(False)                   # as in LLaVA's second stage
+    if cfg.compile and (is_ours or cfg.compile_peer):
+        for part in [*model.decoder.layers, *model.vision.blocks] if is_ours else [model]:
+            part.compile()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    with autocast:
-        if cfg.program == "train":
-            compute = answer_loss(call, is_ours, batch)
-        elif cfg.program == "mpo":
-            compute = pair_loss(model, call, is_ours, work.n_answer, batch, cfg)
-        else:
-            compute = decoding(model.eval(), is_ours, batch)
+    tokens, labels, pixels = random_batch(cfg, work)
+    if cfg.program == "train":
+        compute = partial(model, tokens, pixels, labels)
+    elif cfg.program == "mpo":
+        with autocast:
+            compute = pair_loss(model, cfg, tokens, pixels, work.n_answer)
+    else:
+        model.eval()
+        if is_ours:
+            lay_out_by_columns(model)                    # as sample.py does
+        # Past any end token, so that both sides make as many tokens.
+        compute = partial(model.generate, tokens, pixels, N_NEW, stop=[work.cfg.pad_token])
 
     def step():
         with autocast:
@@ -214,97 +238,62 @@ def make_step(name, model, cfg, work):
     return step
 
 
-# ---- one step of each program and side ----
+# ---- preferences ----
 
 
-def answer_loss(call, is_ours, batch):
-    tokens, labels, pixels = batch
-    if is_ours:
-        return lambda: call(tokens, pixels, labels)
-    mask = torch.ones_like(tokens)
-    return lambda: call(input_ids=tokens, attention_mask=mask, pixel_values=pixels, labels=labels).loss
-
-
-def pair_loss(model, call, is_ours, n, batch, cfg):
-    sums = (pairs_in_a_row if is_ours else pairs_in_two_rows)(model, n, batch)
-    nets = [call]
+def pair_loss(model, cfg, tokens, pixels, n):
+    """-> a function: the loss of mpo.py, of pairs with n tokens an answer."""
+    prompt, chosen, rejected = tokens.split([tokens.shape[1] - 2 * n, n, n], dim=1)
     known = []
-    if is_ours and cfg.precomputed:
-        with torch.no_grad():
-            known = sums([model])
+    nets = [model]
+    if isinstance(model, VLM):
+        sums = pairs_in_a_row(prompt, chosen, rejected, pixels)
+        if cfg.precomputed:
+            with torch.no_grad():
+                known = sums(nets)
     else:
+        sums = pairs_in_two_rows(prompt, chosen, rejected, pixels)
+    if not known:
         nets.append(copy.deepcopy(model).requires_grad_(False))
     loss_cfg = mpo.MPOConfig()
 
-    def loss_of():
+    def compute():
         s, s_ref = sums(nets) + known
         rewards = loss_cfg.beta * (s - s_ref)
         delta, _ = mpo.update_delta(0.0, 0, rewards)
         terms = mpo.mpo_terms(rewards, s, torch.full_like(s, n), delta, loss_cfg)
         return sum(weight * term for weight, term in terms.values())
 
-    return loss_of
+    return compute
 
 
-def pairs_in_a_row(model, n, batch):
-    """-> a function: the sums (B, 2) of each of some nets. A pair is one row: prompt, chosen, rejected."""
-    tokens, _, pixels = batch
-    layout = torch.tensor([(0, i) for i in range(model.cfg.vision.n_token)])
-    examples = []
-    for i, ids in enumerate(tokens.tolist()):
-        example = mpo.pair_row(ids[: -2 * n], ids[-2 * n : -n], ids[-n:])
-        example |= {"pixels": pixels[i : i + 1], "layout": layout, "id": "", "number": i}
-        examples.append(example)
-    pairs = mpo.collate_pairs(examples, model.cfg.pad_token)
+def pairs_in_a_row(prompt, chosen, rejected, pixels):
+    """-> a function: the sums (B, 2) of each of some nets. A pair is one row, its picture looked at once."""
+    rows = [mpo.pair_row(*parts) for parts in zip(prompt.tolist(), chosen.tolist(), rejected.tolist())]
+    pairs = {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"layout": None}
 
     def sums(nets):
-        features = model.features(pairs["pixels"])
+        features = nets[0].features(pixels)
         return [mpo.pair_log_probs(net, pairs, features)[0] for net in nets]
 
     return sums
 
 
-def pairs_in_two_rows(model, n, batch):
+def pairs_in_two_rows(prompt, chosen, rejected, pixels):
     """The same of 2 B rows, the chosen answers first."""
-    tokens, _, pixels = batch
-    chosen = tokens[:, :-n]
-    rejected = torch.cat([tokens[:, : -2 * n], tokens[:, -n:]], dim=1)
-    rows = torch.cat([chosen, rejected])                 # (2 B, T - n)
-    mask = torch.ones_like(rows)
-    both_pixels = torch.cat([pixels, pixels])
+    answers = torch.cat([chosen, rejected])              # (2 B, n)
+    rows = torch.cat([prompt.repeat(2, 1), answers], dim=1)  # (2 B, T)
+    both_pixels = pixels.repeat(2, 1, 1, 1)
 
     def sums(nets):
         found = []
         for net in nets:
-            logits = net(input_ids=rows, attention_mask=mask, pixel_values=both_pixels).logits.float()
-            log_probs = logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None])[:, :, 0]
-            found.append(log_probs[:, -n:].sum(1).view(2, -1).T)
+            log_probs = net(rows, both_pixels).float()[:, :-1].log_softmax(-1)
+            log_probs = log_probs.gather(-1, rows[:, 1:, None])[:, -answers.shape[1] :, 0]
+            found.append(log_probs.sum(1).view(2, -1).T)
         return found
 
     return sums
-
-
-def decoding(model, is_ours, batch):
-    """Greedy, and past any end token: both sides make as many tokens."""
-    tokens, _, pixels = batch
-    if is_ours:
-        lay_out_by_columns(model)                        # as sample.py does
-        return lambda: model.generate(tokens, pixels, N_NEW, stop=[model.cfg.pad_token])
-    image_token = model.config.image_token_id
-    options = {
-        "max_new_tokens": N_NEW,
-        "min_new_tokens": N_NEW,
-        "do_sample": False,
-        "suppress_tokens": [image_token, image_token + 1],       # as here, where nothing says them
-        "pad_token_id": 0,
-    }
-    mask = torch.ones_like(tokens)
-
-    def generate():
-        ids = model.generate(input_ids=tokens, attention_mask=mask, pixel_values=pixels, **options)
-        return ids[:, tokens.shape[1] :]
-
-    return generate
 
 
 # ---- memory ----
@@ -319,20 +308,17 @@ def measure_memory(cfg, name):
 def memory_of_two_steps(cfg, name):
     torch.set_num_threads(1)
     work = plan_work(cfg)
-    model = make_models(cfg, work)[name]
-    step = make_step(name, model, cfg, work)
+    step = make_step(make_models(cfg, work)[name], cfg, work)
     before = process_bytes("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                  # what was held for a moment earlier does not count
+    Path("/proc/self/clear_refs").write_text("5")        # what was held for a moment earlier does not count
     step()
     step()
     return process_bytes("VmHWM"), before
 
 
 def process_bytes(key):
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(key))
-    return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{key}:\s*(\d+)", status)[1]) * 1024
 
 
 if __name__ == "__main__":
