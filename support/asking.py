@@ -12,14 +12,12 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
-from PIL import Image
-
 import sample
 from benchmarks.common import COT, LETTER, SHORT
 from data import Records, picture_paths
 from support.cli import Bar, UserError
 from support.io import Progress, fingerprint, lock, write_json_lines
-from support.picture_files import FORMATS, open_image, to_rgb
+from support.picture_files import open_image
 from support.weights import model_files
 
 
@@ -85,7 +83,7 @@ def open_picture(vlm, picture, n_picture):
 def read_picture(picture):
     """MMBench's pictures are bytes that stand in its table; all others are files."""
     if isinstance(picture, bytes):
-        return to_rgb(Image.open(io.BytesIO(picture), formats=FORMATS))
+        return open_image("a picture of the table", file=io.BytesIO(picture))
     return open_image(picture)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import sys
 
 from conversation import as_text, cut_at_stop, put_in_front
+from model import PRESETS
 from sample import DESCRIBE, Answer, cut_picture, encode_question, make_batch, read_answer
 from support.attention import Look
 from support.cache import KVHistory
@@ -128,12 +129,13 @@ def talk(chat, images):
 
 def read_questions(chat):
     """--prompt; without it a caption is asked for, where there are pictures, and then each line that is typed
-    or piped, up to an empty one."""
+    or piped, up to an empty one. A model of the preset photo learned from no captions: it is asked for none.
+    """
     prompt = chat.cfg.prompt
     if prompt:
         yield prompt if chat.pictures else as_text(prompt)
         return
-    if chat.pictures:
+    if chat.pictures and chat.vlm.cfg.vision != PRESETS["photo"].vision:
         print(f"> {DESCRIBE}")
         yield DESCRIBE
     with contextlib.suppress(ImportError):  # Windows has none

@@ -1,14 +1,17 @@
 """tools.photos: a folder of photos, or a table of questions, becomes records that train."""
 
+import io
 import json
 import re
 
 import pytest
-from common import QUICK, call, errors
+from common import QUICK, call, errors, save
 from PIL import Image
 
+import sample
 import train
 from data import Records
+from support.start import build
 from tools import photos, show
 
 KINDS = {"cat": "red", "ice_bear": "white", "dog": "blue"}
@@ -130,6 +133,14 @@ def test_what_it_writes_passes_the_check_and_trains(folder, tmp_path, tiny, monk
     assert call(show.main, "check", "a/val.jsonl") == 0
     assert len(Records("a/train.json")) == 27 // 4
     assert call(train.main, "--model", tiny, "--data", "a/train.json", *QUICK) == 0
+
+
+def test_a_chat_asks_a_model_of_photos_for_no_caption(folder, tmp_path, monkeypatch, capsys):
+    vlm, tok = build(train.TrainConfig(model="photo"))
+    save(vlm, tok, tmp_path / "model")
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is in the picture?\n"))
+    assert call(sample.main, "--model", tmp_path / "model", "--image", folder / "cat/0.png") == 0
+    assert "caption" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Subset
 
 from data import Examples, Records
@@ -90,15 +90,13 @@ def show_record(cfg):
 
     layouts = example["layout"].split(example["n_visual"])
     for name, layout in zip(record["images"], layouts):
-        seen = layout[layout[:, 0] >= 0]
-        n_tile = len(seen[:, 0].unique())
-        n_end = len(layout) - len(seen)
-        print(f"{name}: {n_tile} tiles, {len(layout)} visual tokens, {n_end} of them row ends")
+        tiles = layout[:, 0]
+        n_tile = len(tiles[tiles >= 0].unique())
+        print(f"{name}: {n_tile} tiles, {len(tiles)} visual tokens, {(tiles < 0).sum()} of them row ends")
     sheet = draw_tokens(example["pixels"], example["layout"], positions.tolist(), tower)
     zoom = -(-600 // sheet.width)  # the toy's tiles are small
-    size = zoom * sheet.width, zoom * sheet.height
     try:
-        sheet.resize(size, Image.Resampling.NEAREST).save(cfg.out)
+        ImageOps.scale(sheet, zoom, Image.Resampling.NEAREST).save(cfg.out)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {cfg.out}: cannot be written ({error}); let it end in .png") from None
     print(f"its visual tokens are drawn in {cfg.out}")
@@ -139,7 +137,7 @@ def draw_tokens(pixels, layout, positions, cfg):
     row_before = None  # of the tile; of neighbouring tiles it is the same, after a row end there is none
     for (tile, patch), position in zip(layout.tolist(), positions):
         row = patch // cfg.token_grid if tile >= 0 else row_before
-        if row_before is None or row != row_before:
+        if row != row_before:
             rows.append([])
         rows[-1].append((tile, patch, position))
         row_before = row if tile >= 0 else None
