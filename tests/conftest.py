@@ -1,8 +1,10 @@
 """What several files of tests share."""
 
+import itertools
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 # Also of the programs that tests start: for models this small a second thread is only in the way.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,6 +18,7 @@ import torch._dynamo  # noqa: F401 (optimizers import it: once here, not in each
 from common import QUICK, ROOT, call, save, tiny_config
 from tqdm import tqdm
 
+import support.plan
 import toyworld
 import train
 from conversation import Tokenizer
@@ -60,12 +63,31 @@ def large_world(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def eight_steps(tiny, world):
+    """The flags of a run of the tiny model; no evaluation unless asked for."""
+    return ["--model", tiny, "--data", world / "train.json", *QUICK, "--max-steps", 8]
+
+
+@pytest.fixture(scope="session")
+def whole(eight_steps, tmp_path_factory):
+    """The folder of such a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert call(train.main, *eight_steps, "--out", out) == 0
+    return out
+
+
 @pytest.fixture
-def go(tiny, world, tmp_path, monkeypatch):
-    """go("--lr", 1, out="a") trains in tmp_path and returns the exit code; no evaluation unless asked for."""
+def go(eight_steps, tmp_path, monkeypatch):
+    """go("--lr", 1, out="a") trains in tmp_path and returns the exit code."""
     monkeypatch.chdir(tmp_path)
-    base = ["--model", tiny, "--data", world / "train.json", *QUICK, "--max-steps", 8]
-    return lambda *flags, out="run": call(train.main, *base, "--out", out, *flags)
+    return lambda *flags, out="run": call(train.main, *eight_steps, "--out", out, *flags)
+
+
+@pytest.fixture
+def steps_of_a_second(monkeypatch):
+    """By the clock that --minutes measures with."""
+    monkeypatch.setattr(support.plan, "time", SimpleNamespace(time=itertools.count().__next__))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import QUICK, ROOT, call, errors, fork, losses, save
+from common import QUICK, ROOT, call, errors, fork, in_child, losses, save
 from PIL import Image
 
 import lab.losses as lab_losses
@@ -443,7 +443,7 @@ def test_a_pair_that_the_reference_has_not_seen_so_is_never_trained_on(tiny, fol
         Image.new("RGB", (20, 40), "green").save("b.png")
     with monkeypatch.context() as patch:
         die_at(patch, mpo.Preferring, "loss", call=4)
-        assert exit_code_of(lambda: go(tiny, folder)) == 9
+        assert in_child(lambda: go(tiny, folder)) == 9
     os.replace("away.png", "b.png")
     assert go(tiny, folder, "--resume") == 0
     before, *_, after = log("run")
@@ -452,12 +452,11 @@ def test_a_pair_that_the_reference_has_not_seen_so_is_never_trained_on(tiny, fol
     assert all("the reference was asked about another pair" in reason for reason in after["skipped"])
 
 
-def test_minutes_of_preferring_are_the_steps_that_fit_from_a_fresh_delta(tiny, folder, capfd):
-    assert go(tiny, folder, "--minutes", 0.03) == 0
-    n_step = re.search(r"--minutes 0.03 is --max-steps (\d+)", capfd.readouterr().out)[1]
-    assert go(tiny, folder, "--max-steps", n_step, out="same") == 0
-    deltas = [[line["delta"] for line in map(json.loads, open(f"{run}/log.jsonl"))] for run in ("run", "same")]
-    assert losses("run") == losses("same") and deltas[0] == deltas[1]
+def test_minutes_of_preferring_are_the_steps_that_fit_from_a_fresh_delta(tiny, folder, steps_of_a_second):
+    assert go(tiny, folder, "--minutes", 0.2) == 0
+    assert go(tiny, folder, "--max-steps", 3, out="same") == 0
+    assert losses("run") == losses("same") and len(losses("run")) == 3
+    assert [line["delta"] for line in log("run")] == [line["delta"] for line in log("same")]
 
 
 def test_a_reference_is_asked_about_no_more_pairs_than_the_steps_will_show(tiny, folder):
@@ -504,19 +503,11 @@ def die_at(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, dying)
 
 
-def exit_code_of(program):
-    child = fork(target=lambda: os._exit(program()))
-    child.start()
-    child.join()
-    return child.exitcode
-
-
-@pytest.mark.parametrize("name, call", [("loss", 4), ("ask_reference", 1)])
 def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, monkeypatch, name, call):
     assert go(tiny, folder, out="whole") == 0
     with monkeypatch.context() as patch:
         die_at(patch, mpo.Preferring, name, call)
-        assert exit_code_of(lambda: go(tiny, folder)) == 9
+        assert in_child(lambda: go(tiny, folder)) == 9
     assert go(tiny, folder, "--resume") == 0
     whole, resumed = log("whole"), log("run")
     for line in whole + resumed:
@@ -996,7 +987,7 @@ def test_a_model_that_answers_directly_is_told_of_the_format_and_makes_pairs_wit
 def test_other_questions_under_the_same_name_are_refused(tiny, folder, asked, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         die_at(patch, pairs, "draw_answers", call=2)
-        assert exit_code_of(lambda: build(tiny, folder, "correctness")) == 9
+        assert in_child(lambda: build(tiny, folder, "correctness")) == 9
     text = asked.read_text()
     asked.write_text(text.replace("How many", "How few"))
     assert build(tiny, folder, "correctness") == 1
@@ -1019,7 +1010,7 @@ def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(
 
     with monkeypatch.context() as patch:
         die_at(patch, pairs, "draw_answers", call=3)
-        assert exit_code_of(lambda: build(tiny, folder, method, *flags, out="made.jsonl")) == 9
+        assert in_child(lambda: build(tiny, folder, method, *flags, out="made.jsonl")) == 9
     assert not Path("made.jsonl").exists()
     with open("made.jsonl.part", "a") as file:
         file.write('{"pairs": [')  # the kill came while a line was written

@@ -7,17 +7,14 @@ import math
 import multiprocessing
 import os
 import pty
-import random
 import re
 import resource
-import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import termios
-import textwrap
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -26,7 +23,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import QUICK, ROOT, call, errors, fork, losses, tiny_config, weights
+import torch.distributed.run
+from common import ROOT, call, errors, fork, in_child, losses, tiny_config, weights
 from PIL import Image
 
 import data
@@ -57,14 +55,6 @@ def same_weights(a, b):
 
 def leftovers(out):
     return [p.name for p in Path(out).rglob(".*")]
-
-
-def in_child(function):
-    """Run it in a forked process and wait; -> its exit code, minus the signal that killed it."""
-    child = fork(target=lambda: os._exit(function() or 0))
-    child.start()
-    child.join()
-    return child.exitcode
 
 
 @pytest.fixture
@@ -177,23 +167,23 @@ def test_the_questions_of_one_record_stay_together_in_an_epoch():
 def test_split_questions_look_once_at_a_picture_that_several_questions_of_a_step_are_about(go, monkeypatch):
     tiles, look = [], VLM.features
     monkeypatch.setattr(VLM, "features", lambda self, pixels: tiles.append(len(pixels)) or look(self, pixels))
-    assert go("--split-questions", "--batch-size", 32) == 0
-    assert len(tiles) == 8 and max(tiles) < 32
+    flags = ["--batch-size", 32, "--max-steps", 3]
+    assert go(*flags, "--split-questions") == 0
+    assert len(tiles) == 3 and max(tiles) < 32
     tiles.clear()
-    assert go("--batch-size", 32, out="whole") == 0 and set(tiles) == {32}
+    assert go(*flags, out="unsplit") == 0 and set(tiles) == {32}
 
 
-def test_accumulation_and_the_full_batch_train_the_same_model(go):
-    assert go(out="full") == 0 and go("--micro-batch-size", 3, out="micro") == 0
-    torch.testing.assert_close(losses("micro"), losses("full"), rtol=1e-4, atol=1e-4)
+def test_accumulation_and_the_full_batch_train_the_same_model(go, whole):
+    assert go("--micro-batch-size", 3, out="micro") == 0
+    torch.testing.assert_close(losses("micro"), losses(whole), rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_trains_the_same_within_its_precision(go):
-    assert go(out="full") == 0 and go("--dtype", "bfloat16", out="half") == 0
-    assert losses("full") != losses("half") and all(
-        p.dtype == torch.float32 for p in weights("half").values()
-    )
-    torch.testing.assert_close(losses("half"), losses("full"), rtol=0.02, atol=0.02)
+def test_bfloat16_trains_the_same_within_its_precision(go, whole):
+    assert go("--dtype", "bfloat16", out="half") == 0
+    assert losses("half") != losses(whole)
+    assert all(p.dtype == torch.float32 for p in weights("half").values())
+    torch.testing.assert_close(losses("half"), losses(whole), rtol=0.02, atol=0.02)
 
 
 # ---- what trains ----
@@ -312,23 +302,18 @@ def test_stage_2_starts_from_the_connector_of_stage_1(go, tiny, world):
 # ---- the same run again ----
 
 
-def test_the_same_seed_gives_the_same_weights_whoever_prepares_the_records(go):
-    assert (
-        go(out="a")
-        == go("--workers", 1, out="b")
-        == go("--workers", 2, out="c")
-        == go("--seed", 1, out="d")
-        == 0
-    )
-    assert same("a", "b") and same("a", "c") and not same("a", "d")
+def test_the_same_seed_gives_the_same_weights_whoever_prepares_the_records(go, whole):
+    for n_worker in 0, 1, 2:
+        out = f"by {n_worker}"
+        assert go("--workers", n_worker, out=out) == 0
+        assert same(whole, out)
+    assert go("--seed", 1) == 0
+    assert not same(whole, "run")
 
 
-@pytest.mark.parametrize(
-    "kill_at", [2, 4, 5, 8]
-)  # before the first checkpoint, in the step after one, between two, at the end
-def test_a_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(go, at_step, kill_at):
-    assert go("--save-every", 3, out="whole") == 0
-
+# Before the first checkpoint, in the step after one, between two, at the end.
+@pytest.mark.parametrize("kill_at", [2, 4, 5, 8])
+def test_a_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(go, whole, at_step, kill_at):
     def killed():
         at_step(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
         go("--save-every", 3)
@@ -337,33 +322,32 @@ def test_a_killed_and_resumed_run_ends_where_the_uninterrupted_one_does(go, at_s
     with open("run/log.jsonl", "a") as log:
         log.write('{"step": 6, "lo')  # a torn last line
     assert go("--save-every", 3, "--resume", "--workers", 1) == 0
-    assert same("whole", "run") and leftovers("run") == []
+    assert same(whole, "run") and leftovers("run") == []
     assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))] == list(range(1, 9))
 
 
-def test_augmented_pictures_are_the_same_in_a_resumed_run_and_other_ones_than_without(go, at_step, capfd):
-    assert go("--augment", out="whole") == 0 and go(out="plain") == 0 and not same("whole", "plain")
+def test_augmented_pictures_are_the_same_in_a_resumed_run_and_other_ones_than_without(
+    go, whole, at_step, capfd
+):
+    assert go("--augment", out="augmented") == 0 and not same(whole, "augmented")
     at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert go("--augment") == 130
     at_step(99, None)
-    assert go("--augment", "--resume", "--workers", 1) == 0 and same("whole", "run")
-    assert go("--augment", "--image-mode", "hd", out="hd") == 1 and "--augment is for one tile" in errors(capfd)[-1]
+    assert go("--augment", "--resume", "--workers", 1) == 0 and same("augmented", "run")
+    assert go("--augment", "--image-mode", "hd", out="hd") == 1
+    assert "--augment is for one tile" in errors(capfd)[-1]
 
 
-def test_a_run_killed_three_times_still_has_its_tokenizer(
-    go, at_step
-):  # the checkpoint that it came from is gone by then
+def test_a_run_killed_three_times_still_has_its_tokenizer(go, whole, at_step):
+    """The checkpoint that it came from is gone by then."""
+
     def killed(*flags):
         at_step(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
         go("--save-every", 1, *flags)
 
-    assert go(out="whole") == 0
-    assert [
-        in_child(lambda: killed()),
-        in_child(lambda: killed("--resume")),
-        in_child(lambda: killed("--resume")),
-    ] == [-9] * 3
-    assert go("--resume", "--save-every", 1) == 0 and same("whole", "run")
+    for flags in [], ["--resume"], ["--resume"]:
+        assert in_child(lambda: killed(*flags)) == -signal.SIGKILL
+    assert go("--resume", "--save-every", 1) == 0 and same(whole, "run")
 
 
 def open_checkpoint(checkpoint):
@@ -371,25 +355,6 @@ def open_checkpoint(checkpoint):
     VLM.from_pretrained(checkpoint)
     Tokenizer(checkpoint)
     torch.load(checkpoint / "trainer.pt", weights_only=True)
-
-
-def test_no_kill_leaves_a_checkpoint_that_does_not_load(go):
-    flags = ["--max-steps", 120, "--save-every", 1]
-    assert go(*flags, "--save-every", 0, out="whole") == 0
-    rng = random.Random(0)
-    for _ in range(5):
-        resume = ["--resume"] if Path("run/log.jsonl").exists() else []
-        child = fork(target=lambda more=resume: os._exit(go(*flags, *more)))
-        child.start()
-        wait_for("run/log.jsonl")
-        child.join(0.05 + 0.5 * rng.random())
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL  # it had not ended before
-        for checkpoint in Path("run").glob("checkpoint-*"):
-            open_checkpoint(checkpoint)
-    assert go(*flags, "--resume", "--save-every", 0) == 0
-    assert same("whole", "run") and leftovers("run") == []
 
 
 def die_at_call(k, monkeypatch):
@@ -436,22 +401,18 @@ def test_a_save_that_dies_at_any_point_leaves_the_old_checkpoint_or_the_new_one(
     assert code == 0 and deaths > 15 and names == ["checkpoint-000002"] and leftovers(out) == []
 
 
-def test_ctrl_c_saves_the_step_and_a_second_one_ends_at_once(go, at_step, capfd, ctrl_c_arrives):
-    assert go(out="whole") == 0
+def test_ctrl_c_saves_the_step_and_a_second_one_ends_at_once(go, whole, at_step, capfd, ctrl_c_arrives):
     at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert (
-        go() == 130
-        and [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-000003"]
-        and not Path("run/config.json").exists()
-    )
+    assert go() == 130
+    assert [path.name for path in Path("run").glob("checkpoint-*")] == ["checkpoint-000003"]
+    assert not Path("run/config.json").exists()
     assert "step 3 is saved" in capfd.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     at_step(2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
-    assert go("--resume") == 130 and [p.name for p in Path("run").glob("checkpoint-*")] == [
-        "checkpoint-000004"
-    ]
+    assert go("--resume") == 130
+    assert [path.name for path in Path("run").glob("checkpoint-*")] == ["checkpoint-000004"]
     at_step(99, None)
-    assert go("--resume") == 0 and same("whole", "run")
+    assert go("--resume") == 0 and same(whole, "run")
 
 
 def newest_step(out):
@@ -471,7 +432,7 @@ def test_a_signal_to_all_processes_lets_the_loader_finish_the_step_which_is_save
     def slow(examples, **flags):
         if examples[0]["number"] in later:  # of step 3, the loader is two ahead
             Path("there").touch()
-            time.sleep(1)
+            time.sleep(0.5)
         return original(examples, **flags)
 
     records = Records(world / "train.json", world)
@@ -490,21 +451,25 @@ def test_a_signal_to_all_processes_lets_the_loader_finish_the_step_which_is_save
     assert child.exitcode == 130 and newest_step("run") == last_logged("run") < 8
 
 
-def test_under_torchrun_a_signal_comes_twice_and_the_step_is_saved(tiny, world, tmp_path):
-    flags = ["--model", tiny, "--data", world / "train.json", *QUICK, "--max-steps", 100_000, "--save-every", 0]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command = [*torchrun, ROOT / "train.py", *flags, "--out", tmp_path / "run"]
-    child = subprocess.Popen([str(word) for word in command], start_new_session=True, cwd=tmp_path)
-    wait_for(tmp_path / "run/log.jsonl")
-    time.sleep(1)
+def test_under_torchrun_a_signal_comes_twice_and_the_step_is_saved(eight_steps, tmp_path, beside):
+    def train_under_torchrun():
+        os.setsid()
+        torchrun = ["--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
+        flags = [*eight_steps, "--max-steps", 100_000, "--save-every", 0, "--out", tmp_path / "run"]
+        torch.distributed.run.main([*torchrun, *map(str, flags)])
+
+    child = beside(train_under_torchrun)
+    log = tmp_path / "run/log.jsonl"
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
     os.killpg(child.pid, signal.SIGINT)
-    assert child.wait(60) != 0 and newest_step(tmp_path / "run") == last_logged(tmp_path / "run")
+    child.join(60)
+    assert child.exitcode not in (0, None)
+    assert newest_step(tmp_path / "run") == last_logged(tmp_path / "run")
 
 
-def test_resuming_a_finished_run_changes_nothing(go):
-    assert go() == 0
-    shutil.copytree("run", "before")
-    assert go("--resume") == 0 and same("before", "run")
+def test_resuming_a_finished_run_changes_nothing(go, whole):
+    shutil.copytree(whole, "run")
+    assert go("--resume") == 0 and same(whole, "run")
 
 
 # ---- two runs in one folder ----
@@ -527,9 +492,13 @@ def beside():
 
 
 def wait_for(path):
+    wait_until(lambda: Path(path).exists())
+
+
+def wait_until(is_so):
     began = time.time()
-    while not Path(path).exists():
-        assert time.time() - began < 60, path
+    while not is_so():
+        assert time.time() - began < 60
         time.sleep(0.01)
 
 
@@ -546,10 +515,8 @@ def processes():
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_folder_in_which_a_run_still_writes_is_refused_until_that_is_killed(
-    go, at_step, beside, capfd, workers
+    go, whole, at_step, beside, capfd, workers
 ):
-    assert go(out="whole") == 0
-
     def stop_at_5():
         at_step(5, lambda: (Path("there").touch(), time.sleep(600)))
         go("--workers", workers)
@@ -565,10 +532,9 @@ def test_a_folder_in_which_a_run_still_writes_is_refused_until_that_is_killed(
     assert sorted(path.name for path in Path("run").iterdir()) == before and not Path("run.1").exists()
     child.kill()
     child.join()
-    assert go("--resume") == 0 and same("whole", "run")
-    began = time.time()
-    while any(processes().get(pid, "Z")[0] != "Z" for pid in loaders):
-        assert time.time() - began < 20, "a loader process outlives its parent"
+    assert go("--resume") == 0 and same(whole, "run")
+    # No loader process outlives its parent.
+    wait_until(lambda: all(processes().get(pid, "Z")[0] == "Z" for pid in loaders))
 
 
 def test_a_folder_that_was_made_beforehand_has_one_writer_too(go, beside, at_step, capfd):
@@ -610,26 +576,20 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # larger writes fail, as on a full disk
 
 
-def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(go, at_step, capfd):
-    assert go(out="whole") == 0
-    capfd.readouterr()
-
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(go, whole, at_step, capfd):
     def full():
         at_step(3, small_files)
         return go()
 
     assert in_child(full) == 1
-    error = errors(capfd)
-    assert (
-        len(error) == 1 and "could not be written" in error[0] and "--resume" in error[0]
-    )
-    assert [p.name for p in Path("run").glob("checkpoint-*")] == ["checkpoint-000002"] and leftovers(
-        "run"
-    ) == []
-    assert go("--resume") == 0 and same("whole", "run")
+    (error,) = errors(capfd)
+    assert "could not be written" in error and "--resume" in error
+    assert [path.name for path in Path("run").glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert leftovers("run") == []
+    assert go("--resume") == 0 and same(whole, "run")
 
 
-def test_a_full_disk_at_the_final_model_leaves_the_last_checkpoint(go, monkeypatch, capfd):
+def test_a_full_disk_at_the_final_model_leaves_the_last_checkpoint(go, whole, monkeypatch, capfd):
     def full():
         original = Run.save_model
 
@@ -643,11 +603,10 @@ def test_a_full_disk_at_the_final_model_leaves_the_last_checkpoint(go, monkeypat
 
     assert in_child(full) == 1
     error = errors(capfd)
-    assert error[-1].startswith(
-        "error: run/model.safetensors: could not be written"
-    ) and "Traceback" not in "".join(error)
+    assert error[-1].startswith("error: run/model.safetensors: could not be written")
+    assert "Traceback" not in "".join(error)
     assert leftovers("run") == [] and not Path("run/config.json").exists()
-    assert go("--resume") == 0 and go(out="whole") == 0 and same("whole", "run")
+    assert go("--resume") == 0 and same(whole, "run")
 
 
 def test_a_full_disk_while_logging_is_one_line_too(go, at_step, capfd):
@@ -857,15 +816,13 @@ def lose_picture(monkeypatch):
     (kill_loader, "DataLoader worker"),
     (lose_picture, "no such picture"),
 ])
-def test_whatever_error_ends_a_run_the_steps_before_it_are_saved(go, monkeypatch, capfd, stop, words):
-    flags = ["--save-every", 0, "--workers", 1]
-    assert go(*flags, out="whole") == 0
-    capfd.readouterr()
+def test_whatever_error_ends_a_run_the_steps_before_it_are_saved(go, whole, monkeypatch, capfd, stop, words):
+    flags = ["--save-every", 0, "--workers", 1, "--eval-every", 4]
     with monkeypatch.context() as patch:
         stop(patch)
-        assert go(*flags, "--eval-every", 4) == 1 and words in errors(capfd)[-1]
+        assert go(*flags) == 1 and words in errors(capfd)[-1]
     assert newest_step("run") == 4
-    assert go(*flags, "--eval-every", 4, "--resume") == 0 and same("whole", "run")
+    assert go(*flags, "--resume") == 0 and same(whole, "run")
 
 
 def test_a_killed_loader_ends_the_run_though_its_error_was_swallowed(go, at_step, beside, capfd):
@@ -1010,8 +967,8 @@ def test_a_run_ends_with_a_table_beside_two_baselines(go, world, capfd):
     assert [line["step"] for line in map(json.loads, open("run/log.jsonl")) if "val_loss" in line] == [4, 8]
 
 
-def test_looking_at_held_out_questions_does_not_change_the_run(go):
-    assert go(out="a") == go("--eval-every", 1, out="b") == 0 and same("a", "b")
+def test_looking_at_held_out_questions_does_not_change_the_run(go, whole):
+    assert go("--eval-every", 3) == 0 and same(whole, "run")
 
 
 def write_val(world, lines):
@@ -1172,31 +1129,31 @@ def test_a_run_whose_last_look_is_its_best_does_not_speak_of_another(go, monkeyp
     assert "overfits" not in out and "lowest" not in out and same_weights("run", "run/best")
 
 
-@pytest.mark.parametrize("kill_at", [4, 6, 7])  # steps 3 and 6 are saved, after 2, 4 and 6 it looks
-def test_a_killed_and_resumed_run_knows_its_best_model(go, monkeypatch, at_step, capfd, kill_at):
+def test_a_killed_and_resumed_run_knows_its_best_model(go, monkeypatch, at_step, capfd):
     rising_after(monkeypatch, best=2)
     flags = ["--eval-every", 2, "--save-every", 3]
-    assert go(*flags, out="whole") == 0
+    assert go(*flags, out="undisturbed") == 0
 
-    def killed():
+    def train_until(kill_at, out):
         at_step(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        go(*flags)
+        go(*flags, out=out)
 
-    assert in_child(killed) == -signal.SIGKILL
-    capfd.readouterr()
-    assert go(*flags, "--resume") == 0 and same("whole", "run") and same_weights("whole/best", "run/best")
-    assert "higher for 3 looks than at step 2" in capfd.readouterr().out
+    for kill_at in 4, 6, 7:  # steps 3 and 6 are saved, after 2, 4 and 6 it looks
+        out = f"killed at {kill_at}"
+        assert in_child(lambda: train_until(kill_at, out)) == -signal.SIGKILL
+        capfd.readouterr()
+        assert go(*flags, "--resume", out=out) == 0
+        assert same("undisturbed", out) and same_weights("undisturbed/best", f"{out}/best")
+        assert "higher for 3 looks than at step 2" in capfd.readouterr().out
 
 
-def test_minutes_are_the_steps_that_fit_and_change_nothing_else(go, at_step, capfd):
+def test_minutes_are_the_steps_that_fit_and_change_nothing_else(go, at_step, capfd, steps_of_a_second):
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGINT))  # of them, nine measure
-    assert go("--minutes", 0.05) == 130 and newest_step("run") == 3
-    found = re.search(r"[\d.]+ steps a minute, so --minutes 0.05 is --max-steps (\d+)", capfd.readouterr().out)
-    n_step = int(found[1])
-    assert n_step > 3
+    assert go("--minutes", 0.25) == 130 and newest_step("run") == 3
+    assert "60.0 steps a minute, so --minutes 0.25 is --max-steps 6" in capfd.readouterr().out
     at_step(10**9, None)
-    assert go("--minutes", 0.05, "--resume") == 0 and "steps a minute" not in capfd.readouterr().out
-    assert go("--max-steps", n_step, out="same") == 0 and same("same", "run")
+    assert go("--minutes", 0.25, "--resume") == 0 and "steps a minute" not in capfd.readouterr().out
+    assert go("--max-steps", 6, out="same") == 0 and same("same", "run")
     assert go("--minutes", 1, "--dry-run") == 0 and "without --minutes" in capfd.readouterr().out
 
 
@@ -1271,82 +1228,67 @@ def test_help_gives_every_flag_with_its_default(capsys, monkeypatch):
     ] and "assets/toy-clip)" in "".join(entries["--vision"].split())
 
 
-def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(tiny, world, tmp_path):
+def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(go, beside, capfd):
     reader, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    flags = [
-        "--model",
-        tiny,
-        "--data",
-        world / "train.json",
-        "--batch-size",
-        "4",
-        "--max-steps",
-        "12",
-        "--eval-every",
-        "0",
-        "--no-final-eval",
-        "--workers",
-        "0",
-        "--out",
-        tmp_path / "run",
-    ]
-    child = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags],
-        stdout=subprocess.PIPE,
-        stderr=terminal,
-        text=True,
-        cwd=tmp_path,
-    )
+
+    def train_on_terminal():
+        sys.stderr = open(terminal, "w")
+        os._exit(go("--max-steps", 12))
+
+    child = beside(train_on_terminal)
     os.close(terminal)
     shown = b""
     with contextlib.suppress(OSError):  # the end of a terminal is an error
         while part := os.read(reader, 4096):
             shown += part
-    lines = child.communicate()[0]
-    assert child.returncode == 0 and "step    10/12  loss " in lines and "left" in lines
+    child.join()
+    lines = capfd.readouterr().out
+    assert child.exitcode == 0 and "step    10/12  loss " in lines and "left" in lines
     assert b"12/12" in shown and b"loss" in shown and b"tokens/s" in shown
 
 
-@pytest.mark.parametrize("end", ["stdout", "stderr"])
-def test_a_run_goes_on_when_nobody_reads_its_output(tiny, world, tmp_path, end):
-    flags = ["--model", tiny, "--data", world / "train.json", *QUICK, "--log-every", 1, "--out", tmp_path / "run"]
-    command = [sys.executable, "-u", ROOT / "train.py", *map(str, flags)]
-    child = subprocess.Popen(command, **{end: subprocess.PIPE})
-    getattr(child, end).readline()
-    getattr(child, end).close()
+def test_a_run_goes_on_when_nobody_reads_its_output(eight_steps, tmp_path):
+    command = [sys.executable, "-u", ROOT / "train.py", *eight_steps, "--log-every", 1, "--out", tmp_path / "run"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen([str(word) for word in command], **streams)
+    for end in child.stdout, child.stderr:
+        end.readline()
+        end.close()
     assert child.wait() == 0 and (tmp_path / "run/config.json").exists()
 
 
-@pytest.mark.parametrize("end", [1, 2])
-def test_a_run_goes_on_when_an_output_is_closed_from_the_start(tiny, world, tmp_path, end):
-    flags = ["--model", tiny, "--data", world / "train.json", *QUICK, "--out", tmp_path / "run"]
-    command = shlex.join([sys.executable, str(ROOT / "train.py"), *map(str, flags)])
-    child = subprocess.run(f"{command} {end}>&-", shell=True, capture_output=True)
-    assert child.returncode == 0 and b"Error" not in child.stderr, child.stderr
-    assert (tmp_path / "run/config.json").exists()
+@pytest.mark.parametrize("end, name", [(1, "stdout"), (2, "stderr")])
+def test_a_run_goes_on_when_an_output_is_closed_from_the_start(go, capfd, end, name):
+    def train_without():
+        os.close(end)
+        setattr(sys, name, None)  # as Python finds it
+        return go()
+
+    assert in_child(train_without) == 0
+    assert "Error" not in capfd.readouterr().err
+    assert Path("run/config.json").exists()
 
 
-def test_what_the_terminal_cannot_show_ends_no_run(tiny, world, tmp_path):
-    write_json(tmp_path / "val.json", [{"image": PICTURE, "text": "这是什么？", "answer": "红色。"}], indent=None)
-    flags = ["--model", tiny, "--data", world / "train.json", "--image-root", world, *QUICK,
-             "--val", tmp_path / "val.json", "--eval-every", 1, "--out", tmp_path / "run"]
-    child = subprocess.run([sys.executable, ROOT / "train.py", *map(str, flags)], capture_output=True,
-                           env=os.environ | {"PYTHONIOENCODING": "cp1252"})
-    assert child.returncode == 0 and rb"truth: '\u7ea2\u8272\u3002'" in child.stdout
+def test_what_the_terminal_cannot_show_ends_no_run(go, world, capfd):
+    write_json("val.json", [{"image": PICTURE, "text": "这是什么？", "answer": "红色。"}], indent=None)
+
+    def train_on_windows():
+        sys.stdout = sys.__stdout__ = open(1, "w", encoding="cp1252", closefd=False)
+        code = go("--val", "val.json", "--image-root", world, "--eval-every", 1, "--max-steps", 2)
+        sys.stdout.flush()
+        return code
+
+    assert in_child(train_on_windows) == 0
+    assert r"truth: '\u7ea2\u8272\u3002'" in capfd.readouterr().out
 
 
-def test_a_run_whose_loader_processes_are_no_forks_is_the_same(go, tiny, world, tmp_path):
+def test_a_run_whose_loader_processes_are_no_forks_is_the_same(go, whole):
     """As on Windows and macOS."""
-    assert go("--workers", 1, out="whole") == 0
-    flags = ["--model", tiny, "--data", world / "train.json", *QUICK, "--max-steps", 8, "--workers", 1]
-    code = f"""
-        import multiprocessing, sys, train
-        if __name__ == "__main__":
-            multiprocessing.set_start_method("spawn")
-            sys.exit(train.main({[str(flag) for flag in [*flags, "--out", tmp_path / "run"]]!r}))
-    """
-    (tmp_path / "program.py").write_text(textwrap.dedent(code))
-    path = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=path).returncode == 0
-    assert same("whole", "run")
+
+    def train_without_forks():
+        multiprocessing.set_start_method("spawn", force=True)
+        return go("--workers", 1)
+
+    assert in_child(train_without_forks) == 0
+    assert same(whole, "run")
