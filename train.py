@@ -65,7 +65,7 @@ from support.heldout import HeldOut
 from support.lora import LORA_TARGETS, add_lora
 from support.optim import PARTS, make_optimizer, part_of
 from support.plan import count_steps, dry_run, print_parameters
-from support.start import ASSETS, TOY, build, lora_base
+from support.start import ASSETS, TOY, build
 from support.weights import load_adapter
 from vision import MODES
 
@@ -229,7 +229,6 @@ def make_trainable(vlm, cfg):
             raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
         targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
         add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
-        vlm.lora["base"] = lora_base(cfg)
     vlm.decoder.recompute = cfg.recompute
 
 

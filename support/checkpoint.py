@@ -39,14 +39,17 @@ from support.distributed import (
 )
 from support.export import fits_llava, save_adapter
 from support.io import check_flags, fingerprint, lock, read_rows, reading, write_json_lines, write_whole
-from support.plots import curve, plot
+from support.plots import plot
 from support.processor import save_processor
+from support.start import saves_base
 
 # What --resume may change; any other flag would make it another run.
 FREE_TO_CHANGE = (
     "resume", "out", "workers", "threads", "device", "dry_run", "compile", "shard", "recompute",
     "micro_batch_size", "token_budget", "log_every", "save_every", "final_eval", "eval_limit", "bad_records",
 )
+# What trainer.pt holds of a Run. task_state: after the step.
+SAVED = ("step", "n_step", "skipped", "task_state", "flags")
 
 
 class Run:
@@ -55,19 +58,21 @@ class Run:
     def __init__(self, cfg, n_step, data_files=()):
         self.cfg = cfg
         self.out = Path(cfg.out)
+        self.base = self.out / "base"  # where a LoRA's is saved, if need be
         flags = {flag_of(name): value for name, value in asdict(cfg).items() if name not in FREE_TO_CHANGE}
         self.flags = flags | {"--data of checksum": fingerprint(data_files)}
         self.locks = []  # kept open: closing any handle of a file drops all this process's locks on it
         if rank() == 0 and self.out.is_dir():
             self.locks.append(lock(self.out / "lock"))
-        self.checkpoint, self.state = self.find_checkpoint() if cfg.resume else (None, {})
+        self.n_step = n_step
+        self.step = 0  # the last that is done
+        self.skipped = 0  # records, since the run began
+        self.task_state = {}
+        self.checkpoint = self.find_checkpoint() if cfg.resume else None
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
-        self.n_step = self.state.get("n_step", n_step)  # which --minutes has found in the steps before
-        self.step = self.saved = self.state.get("step", 0)  # the last that is done, and on the disk
-        self.half_done = False  # whether the next has begun to change the weights
-        self.task_state = self.state.get("task", {})  # after the last that is done
+        self.saved = self.step  # the last that is on the disk
         self.first_step = self.step + 1
-        self.skipped = self.state.get("skipped", 0)  # records, since the run began
+        self.half_done = False  # whether a step has begun to change the weights
         self.n_token = 0  # since this program began
         self.lines = []  # of log.jsonl
         if self.checkpoint:  # without damaged lines, and those of later steps
@@ -78,24 +83,26 @@ class Run:
         self.interrupted = False  # or to any, as all know after each step
 
     def find_checkpoint(self):
-        """The newest and what its trainer.pt holds. Refuses what would make it another run."""
-        if not checkpoints(self.out):
+        """-> the newest; what its trainer.pt holds is true of this Run now. What would make it another run is
+        refused."""
+        found = checkpoints(self.out)
+        if not found:
             if not (self.out / "log.jsonl").exists():
                 raise UserError(f"--resume: there is no run in {self.out}; check --out, or leave it out")
             print(f"--resume: no checkpoint in {self.out} yet; starting from the beginning")
-            return None, {}
-        newest = checkpoints(self.out)[-1]
+            return None
+        newest = found[-1]
         with reading(newest / "trainer.pt", f"remove {newest} and start anew"):
             state = torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
             check_flags(newest, state["flags"], self.flags)
-        print(f"resuming after step {state['step']}")
-        return newest, state
+        vars(self).update(state)
+        print(f"resuming after step {self.step}")
+        return newest
 
     def open(self, vlm, tok, task):
         """Make the folder: that of the checkpoint is rewound to it, an earlier run's is moved aside."""
         self.vlm, self.tok, self.task = vlm, tok, task
         if rank() == 0:
-            base = self.out / "base"
             if self.checkpoint:
                 self.rewind()
                 self.remove_older()
@@ -103,9 +110,9 @@ class Run:
                 move_aside(self.out, self.cfg)
                 self.locks.append(lock(self.out / "lock"))
                 (self.out / "log.jsonl").touch()  # from now on --resume finds a run
-                if vlm.lora and vlm.lora["base"] == base:
-                    save_processor(base, tok.path, vlm.cfg)
-                    vlm.save_pretrained(base)  # B is still 0
+                if vlm.lora and saves_base(self.cfg):
+                    save_processor(self.base, tok.path, vlm.cfg)
+                    vlm.save_pretrained(self.base)  # B is still 0
             save_processor(self.out, tok.path, vlm.cfg)
         barrier()
         tok.path = self.out / "tokenizer.model"  # the checkpoint that it may have come from will be deleted
@@ -122,7 +129,7 @@ class Run:
         if not self.checkpoint:
             return
         with reading(self.checkpoint, "files of it are missing, or of another version; start anew"):
-            self.task.load_state_dict(self.state["task"])
+            self.task.load_state_dict(self.task_state)
             file = self.checkpoint / "optimizer.pt"
             moments = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
         for name, p in self.vlm.named_parameters():
@@ -215,11 +222,8 @@ class Run:
 
     def draw_plots(self):
         for file, panels in self.task.plots.items():
-            curves = {}
-            for title, names in panels.items():
-                curves[title] = {label: curve(self.lines, name) for label, name in names.items()}
             try:
-                plot(self.out / file, curves)
+                plot(self.out / file, self.lines, panels)
             except UserError as error:  # no reason to end a run
                 self.say(str(error))
 
@@ -262,8 +266,7 @@ class Run:
             if p in self.optimizer.state:
                 moments[name] = {key: gather_on_first(t) for key, t in self.optimizer.state[p].items()}
         if rank() == 0:
-            state = {"step": self.step, "n_step": self.n_step, "skipped": self.skipped}
-            state |= {"flags": self.flags, "task": self.task_state}
+            state = {name: getattr(self, name) for name in SAVED}
             write_whole(directory / "optimizer.pt", lambda tmp: torch.save(moments, tmp))
             write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))
 
@@ -303,9 +306,8 @@ class Run:
             return
         save_processor(directory, self.tok.path, vlm.cfg)
         if vlm.lora:
-            base = vlm.lora["base"]
-            if base.is_relative_to(self.out):
-                base = os.path.relpath(base)  # as the run may be moved
+            # As the run may be moved, a base in it is named from here.
+            base = os.path.relpath(self.base) if saves_base(self.cfg) else os.path.abspath(self.cfg.model)
             save_adapter(vlm, directory, base, tensors)
         else:
             vlm.save_pretrained(directory, tensors)

@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from dataclasses import field, fields
+from operator import ge, gt, le, lt
 
 from tqdm import tqdm
 
@@ -41,19 +42,22 @@ def arg(default, help, choices=(), positional=False, **limits):
     choices: the words allowed, an empty text beside them; of a text with commas each part is looked up.
     limits: at_least, above, at_most, below. What is not said of a number is at_least=0.
     """
+    limits.setdefault("at_least", 0)
     metadata = {"help": help, "choices": choices, "positional": positional, "limits": limits}
     return field(default=default, metadata=metadata)
 
 
 def parse(Config, argv=None, description="", defaults=None):
     """argv, else sys.argv[1:], -> a Config. `defaults` replace those of the fields, the command line both."""
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    argv = sys.argv[1:] if argv is None else map(str, argv)
+    argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     defaults = defaults or {}
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(
+        description=description, formatter_class=raw, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in flag_fields(Config):
         add_flag(parser, f, defaults.get(f.name, f.default))
-    found, unknown = parser.parse_known_args([with_dashes(word) for word in argv])
+    found, unknown = parser.parse_known_args(argv)
     if unknown:
         known = {flag: action.help for action in parser._actions for flag in action.option_strings}
         flag = unknown[0].split("=")[0]
@@ -61,15 +65,9 @@ def parse(Config, argv=None, description="", defaults=None):
         alike = [flag for flag, text in known.items() if words and words in text]   # learning rate: --lr
         hint = nearest(flag, known) or nearest(flag, alike, cutoff=0)
         raise UserError(f"unknown argument {unknown[0]}{hint}; see --help")
-    given = {name: value for name, value in vars(found).items() if value is not None}
-    cfg = Config(**(defaults | given))
+    cfg = Config(**(defaults | vars(found)))
     check_values(cfg)
     return cfg
-
-
-def with_dashes(word):
-    """--image_root=DIR -> --image-root=DIR"""
-    return re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,7 +89,7 @@ def add_flag(parser, f, default):
     text = f.metadata["help"].replace("%", "%%")
     if f.metadata["choices"]:
         text += f" ({', '.join(f.metadata['choices'])})"
-    if default is not REQUIRED and default not in ("", ()):
+    if default not in (REQUIRED, "", ()):
         shown = {True: "yes", False: "no", None: "auto"}[default] if f.type is bool else default
         text += f" (default {shown})"
     if f.metadata["positional"]:
@@ -115,20 +113,12 @@ def check_values(cfg):
         if f.metadata["choices"]:
             for word in value if f.type is tuple else value.split(","):
                 one_of(name, word, f.metadata["choices"])
-        limits = f.metadata["limits"]
-        if f.type in (int, float):
-            limits = limits | {"at_least": 0} | limits                  # in this order: the field's own first
-        for rule, limit in limits.items():
-            if not RULES[rule](value, limit):
+        for rule, limit in f.metadata["limits"].items():
+            if f.type in (int, float) and not RULES[rule](value, limit):
                 raise UserError(f"{name} {value}: must be {rule.replace('_', ' ')} {limit:g}")
 
 
-RULES = {                            # NaN keeps none of them
-    "at_least": lambda x, limit: x >= limit,
-    "above": lambda x, limit: x > limit,
-    "at_most": lambda x, limit: x <= limit,
-    "below": lambda x, limit: x < limit,
-}
+RULES = {"at_least": ge, "above": gt, "at_most": le, "below": lt}       # NaN keeps none of them
 
 
 def one_of(name, value, known):
@@ -150,17 +140,17 @@ class Bar(tqdm):
     def __init__(self, *args, **options):
         self.on_terminal = sys.stderr.isatty()
         self.said = time.time()
-        file = sys.stderr if self.on_terminal else io.StringIO()
-        super().__init__(*args, file=file, dynamic_ncols=True, miniters=1, **options)
+        if not self.on_terminal:
+            line = "{desc}: {n:,} of {total:,}, {remaining} left"
+            options |= {"file": io.StringIO(), "bar_format": line}
+        super().__init__(*args, dynamic_ncols=True, miniters=1, **options)
 
     def display(self, *args, **options):
         if self.on_terminal:
             return super().display(*args, **options)
         if time.time() - self.said >= self.SECONDS:
             self.said = time.time()
-            left = self.format_dict["elapsed"] / max(1, self.n - self.initial) * (self.total - self.n)
-            text = f"{self.desc}: {self.n:,} of {self.total:,}, {self.format_interval(left)} left"
-            print(text, file=sys.stderr, flush=True)
+            print(self, file=sys.stderr, flush=True)
 
 
 def pick_device(name):

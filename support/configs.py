@@ -44,16 +44,15 @@ LLAMA_FIELDS = {                         # of a decoder
     "rms_norm_eps": "norm_eps",
     "rope_theta": "rope_theta",
 }
-MODEL_FIELDS = {                         # of a whole model
+LLAVA_FIELDS = {                         # of a whole model
     "image_token_index": "image_token",
-    "image_token_id": "image_token",     # its newer name
     "pad_token_id": "pad_token",
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
-    "mm_projector_type": "connector",
-    "image_aspect_ratio": "image_mode",
+    "image_aspect_ratio": "image_mode",  # for which transformers does not ask, and we do
     "template": "template",
 }
+MODEL_FIELDS = LLAVA_FIELDS | {"image_token_id": "image_token", "mm_projector_type": "connector"}
 # And what SigLIP's and DINOv2's have beside it, and an image processor.
 TOWER_FIELDS = CLIP_FIELDS | {"num_register_tokens": "n_register", "image_mean": "mean", "image_std": "std"}
 USE_FIELDS = {                           # and of how it uses its tower
@@ -108,7 +107,10 @@ LIMITS = {
     "eos_token": (0, 2**24),
     "image_token": (-1000, 2**24),       # LLaVA's own code has -200, of which VLMConfig says more
     "feature_layer": (-1000, 1000),
+    "least": (0, 1000),
 }
+# In our own layout: configs inside others.
+PARTS = {"vision": VisionConfig, "vision2": VisionConfig, "decoder": DecoderConfig, "tiling": Tiling}
 
 
 def read_fields(c, Config, names=None):
@@ -122,14 +124,16 @@ def read_fields(c, Config, names=None):
         value, kind = c.get(theirs), kinds[ours]
         if value is None:
             continue
+        if ours in PARTS:
+            kind = PARTS[ours]
+            value = kind(**read_fields(value, kind))
         if kind is tuple or kind is float and type(value) is int:
             value = kind(value)          # JSON has lists, and whole numbers
-        if isinstance(kind, type) and type(value) is not kind:
+        if type(value) is not kind:
             raise TypeError(f"{theirs} is {value!r}, not {kind.__name__}")
-        if kind is int or kind is float:
-            smallest, largest = LIMITS.get(ours, (1, 2**24))
-            if not smallest <= value <= largest:                            # NaN is not
-                raise UserError(f"{theirs} is {value}; it must be {smallest} to {largest}")
+        smallest, largest = LIMITS.get(ours, (1, 2**24))
+        if kind in (int, float) and not smallest <= value <= largest:       # NaN is not
+            raise UserError(f"{theirs} is {value}; it must be {smallest} to {largest}")
         found[ours] = value
     return found
 
@@ -189,13 +193,14 @@ def read_config(directory, parts=None, given=()):
     """
     c, processor = config_json(directory), processor_json(directory)
     with reading(config_file(directory), "get it and preprocessor_config.json again"):
-        layout = layout_of(c)
-        if layout not in READERS:
-            raise UserError(
-                f"model_type is {layout!r}; only {', '.join(READERS)} can be opened. A language model alone "
-                "goes to --llm, a tower to --vision"
-            )
-        return READERS[layout](c, processor, parts or {}, given)
+        read = find_kind(layout_of(c), READERS, ". A language model alone goes to --llm, a tower to --vision")
+        return read(c, processor, parts or {}, given)
+
+
+def find_kind(kind, known, more=""):
+    if kind not in known:
+        raise UserError(f"model_type is {kind!r}; only {', '.join(known)} can be opened{more}")
+    return known[kind]
 
 
 def llava_hf(c, processor, parts, given):
@@ -208,7 +213,7 @@ def llava_hf(c, processor, parts, given):
     if c["model_type"] == "llava_next":  # transformers reads sizes in pixels as (height, width)
         found["image_mode"] = "anyres"
         grids = [(columns, rows) for rows, columns in count_tiles(c, tower)]
-        tower.tiling = unusual_tiling("anyres", grids=tuple(grids))
+        tower.tiling = unusual_tiling("anyres", grids=grids)
         if c["text_config"].get("model_type") == "mistral":
             found.setdefault("template", "mistral_instruct")
     elif processor.get("do_center_crop") and not processor.get("do_pad"):
@@ -234,7 +239,7 @@ def original_llava(c, processor, parts, given):
     template = "llava_v1" if connector == "linear" else "vicuna_v1"
     if c.get("model_type") == "llava_mistral":
         template = "mistral_instruct"
-    mode = c.get("image_aspect_ratio") or "square"
+    mode = (c.get("image_aspect_ratio") or "square").replace("square", "crop")
     if mode == "anyres":                 # as LLaVA-NeXT, whose own code reads sizes as (width, height)
         only_values({"mm_patch_merge_type": "flat", **c}, mm_patch_merge_type="spatial_unpad")
         tower.tiling = unusual_tiling("anyres", grids=count_tiles(c, tower))
@@ -242,7 +247,7 @@ def original_llava(c, processor, parts, given):
         tower,
         decoder_config(c | {"model_type": "llama"}),
         connector,
-        image_mode="crop" if mode == "square" else mode,
+        image_mode=mode,
         template=c.get("template") or template,
     )
 
@@ -252,10 +257,9 @@ def internvl(c, processor, parts, given):
     only_values(c, ps_version="v2", downsample_ratio=0.5, min_dynamic_patch=1)
     tower = replace(use_tower(vision_config(c["vision_config"]), c), merge=2)
     decoder = decoder_config(c["llm_config"], c)
-    if c.get("dynamic_image_size"):
-        grids = grids_up_to(c.get("max_dynamic_patch") or 6)
-        view = "last" if c.get("use_thumbnail") else "none"
-        tower.tiling = unusual_tiling("internvl", grids=grids, global_view=view)
+    grids = grids_up_to(c.get("max_dynamic_patch") or 6)
+    view = "last" if c.get("use_thumbnail") else "none"
+    tower.tiling = unusual_tiling("internvl", grids=grids, global_view=view)
     return VLMConfig(
         tower,
         decoder,
@@ -280,8 +284,7 @@ def prismatic(c, processor, parts, given):
     towers = given or towers_inside(parts)
     if len(towers) != 1 + is_fused:
         raise UserError(f"vision_backbone_id {tower_id!r} wants --vision DIR, or two: --vision DIR,DIR")
-    size = re.search(r"(\d+)px", tower_id)
-    image_size = int(size[1]) if size else 224
+    image_size = int(re.search(r"(\d+)px|$", tower_id)[1] or 224)
     towers = [replace(tower, image_size=image_size, activation="gelu") for tower in towers]
     if towers[0].pre_norm:               # every tower runs with the exact GELU but CLIP alone
         towers[0].activation = "quick_gelu"
@@ -302,21 +305,9 @@ def prismatic_fields(c):
     return c["model"] if isinstance(c.get("model"), dict) else c
 
 
-def prismatic_llm(c):
-    """Prismatic's name of its language model; None where the config is not Prismatic's."""
-    return prismatic_fields(c).get("llm_backbone_id")
-
-
 def own_layout(c, processor, parts, given):
     """What VLM.save_pretrained writes where no public layout holds the model."""
-    found = dict(c)
-    for part, Config in ("vision", VisionConfig), ("vision2", VisionConfig), ("decoder", DecoderConfig):
-        if c[part]:
-            found[part] = Config(**read_fields(c[part], Config))
-    for tower in found["vision"], found["vision2"]:
-        if tower and tower.tiling:       # a dict still
-            tower.tiling = Tiling(**tower.tiling)
-    return VLMConfig(**read_fields(found, VLMConfig))
+    return VLMConfig(**read_fields(c, VLMConfig))
 
 
 def use_tower(tower, c):
@@ -330,7 +321,7 @@ def count_tiles(c, tower):
     sizes = c.get("image_grid_pinpoints") or [(336 * a, 336 * b) for a, b in TILINGS["anyres"].grids]
     if any(a % S or b % S for a, b in sizes):
         raise UserError(f"image_grid_pinpoints are {sizes}; must be whole multiples of the tower's {S} px")
-    return tuple((a // S, b // S) for a, b in sizes)
+    return [(a // S, b // S) for a, b in sizes]
 
 
 def unusual_tiling(mode, **choices):
@@ -356,9 +347,7 @@ def vision_config(c, processor=None):
     """config.json of a tower, alone or in a larger model's, and of its image processor -> VisionConfig."""
     inner = c.get("vision_config") or c  # beside a text tower
     kind = inner.get("model_type") or c.get("model_type") or "clip"
-    if kind not in TOWERS:
-        raise UserError(f"model_type is {kind!r}; only {', '.join(TOWERS)} are implemented")
-    base = TOWERS[kind]
+    base = find_kind(kind, TOWERS)
     found = read_fields((processor or {}) | inner, VisionConfig, TOWER_FIELDS)
     if found.get("activation") == "gelu_pytorch_tanh":
         found["activation"] = "gelu_tanh"
@@ -379,20 +368,18 @@ def read_decoder(directory):
 def decoder_config(c, whole=None):
     """config.json of a Llama, Mistral or InternLM2 -> DecoderConfig. whole: that of the larger model."""
     kind = c.get("model_type", "llama")
-    if kind not in DECODERS:
-        raise UserError(f"model_type is {kind!r}; only {', '.join(DECODERS)} are implemented")
+    defaults = find_kind(kind, DECODERS)
     only_values(c, hidden_act="silu", attention_bias=False, mlp_bias=False, bias=False)
     rope = (c.get("rope_parameters") or {}) | (c.get("rope_scaling") or {})
     if "dynamic" not in rope.values():   # changes nothing up to the longest sequence
         only_values(rope, rope_type="default", type="default")
 
-    found = DECODERS[kind] | read_fields(c | rope, DecoderConfig, LLAMA_FIELDS)
+    found = defaults | read_fields(c | rope, DecoderConfig, LLAMA_FIELDS)
     found["head_from_embedding"] = any(part.get("tie_word_embeddings") for part in (c, whole or {}))
     found.setdefault("n_kv_head", found["n_head"])
     found.setdefault("head_dim", found["n_embd"] // found["n_head"])
     if kind == "mistral":                # one window; null: none, as in v0.2
-        window = c.get("sliding_window", 4096)
-        found["block_size"] = min(found["block_size"], window or found["block_size"])
+        found["block_size"] = min(found["block_size"], c.get("sliding_window", 4096) or math.inf)
     return DecoderConfig(**found)
 
 
@@ -419,10 +406,10 @@ def tower_by_shapes(tensors):
         image_size=patch_size * math.isqrt(shape["pos"][0] - family.class_token),
         patch_size=patch_size,
         n_embd=n_embd,
-        n_layer=count_blocks(tensors, "blocks."),
+        n_layer=sum(name.endswith(".mlp.fc1.weight") for name in shape),
         n_head=16 if n_embd == 1152 else max(1, n_embd // 64),
         n_hidden=shape["blocks.0.mlp.fc1.weight"][0],
-        n_register=shape["registers"][0] if "registers" in shape else 0,
+        n_register=shape.get("registers", [0])[0],
     )
 
 
@@ -433,13 +420,9 @@ def decoder_by_shapes(tensors):
     vocab_size, n_embd = tensors["embed_tokens.weight"].shape
     return DecoderConfig(
         vocab_size=vocab_size,
-        n_layer=count_blocks(tensors, "layers."),
+        n_layer=sum(name.endswith(".mlp.gate_proj.weight") for name in tensors),
         n_head=n_embd // 128,
         n_kv_head=len(tensors["layers.0.self_attn.k_proj.weight"]) // 128,
         n_embd=n_embd,
         n_hidden=len(tensors["layers.0.mlp.gate_proj.weight"]),
     )
-
-
-def count_blocks(tensors, start):
-    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(start))

@@ -11,7 +11,7 @@ from itertools import count
 import sentencepiece
 
 from support.cli import UserError
-from support.configs import prismatic_llm
+from support.configs import layout_of
 from support.io import read_json, reading
 
 NOWHERE = "((?!))"                   # a pattern that matches nowhere
@@ -50,7 +50,7 @@ def find_control_tokens(processor, folder):
     if placeholders[-1] != processor.unk_id():
         found |= zip(INTERNLM2_CONTROL, placeholders)
         found |= zip(INTERNVL_CONTROL, count(n_text))
-    if prismatic_llm(read_json(folder / "config.json", {})):
+    if layout_of(read_json(folder / "config.json", {})) == "Prismatic":
         found["<PAD>"] = n_text
 
     added = read_json(folder / "added_tokens.json", {})
@@ -70,14 +70,11 @@ def image_and_pad(control, n_text, eos):
     Llama as in llava-hf. InternLM2 pads with </s>. Prismatic has <PAD>, 32000, and no token for a picture:
     that is 32001 then, a row that it never uses.
     """
-    free = count(max(n_text, max(control.values()) + 1))
-    image = control.get("<IMG_CONTEXT>", control.get("<image>"))
-    if image is None:
-        image = next(free)
-    pad = eos if "<|im_end|>" in control else control.get("<pad>", control.get("<PAD>"))
-    if pad is None:
-        pad = next(free)
-    return image, pad
+    free = max(n_text, max(control.values()) + 1)
+    image = control.get("<IMG_CONTEXT>", control.get("<image>", free))
+    free = max(free, image + 1)
+    pad = control.get("<pad>", control.get("<PAD>", free))
+    return image, eos if "<|im_end|>" in control else pad
 
 
 def find_seams(processor, bare, control_ids):

@@ -27,11 +27,11 @@ END_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster send
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))  # torchrun's
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def barrier():
@@ -63,7 +63,7 @@ def processes(cfg):
 def join_processes(cfg):
     """Join the other processes, if torchrun started any; -> this one's device."""
     device = pick_device(cfg.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         return device
     if cfg.shard and cfg.weights == "bfloat16":
         raise UserError("--shard --weights bfloat16: shards are kept in float32 already; leave out --weights")
@@ -76,22 +76,22 @@ def join_processes(cfg):
     return device
 
 
+def gather(own):
+    """-> a list of what each process has, the same everywhere."""
+    found = [own] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, own)
+    return found
+
+
 def gather_numbers(numbers):
-    """A few numbers of each process -> (world_size, n), the same everywhere."""
-    own = torch.tensor(numbers, dtype=torch.float64)
-    if world_size() == 1:
-        return own[None]
-    rows = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(rows, own)
-    return torch.stack(rows)
+    """A few numbers of each process -> (world_size, n)"""
+    return torch.tensor(gather(numbers), dtype=torch.float64)
 
 
 def gather_lists(items):
-    """The items of all processes, the same list everywhere."""
-    lists = [items] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(lists, items)
-    return sum(lists, [])
+    """The items of all processes, in one list."""
+    return sum(gather(items), [])
 
 
 def in_loader_process(_):
@@ -169,18 +169,19 @@ def share_by_rank(numbers, records, tokens_per_tile, rank=0, world=1):
         return numbers
     tokens = {i: records.guess_tokens(i, tokens_per_tile) for i in numbers}
     hands = [[] for _ in range(world)]
-    load = [0] * world
-    for i in sorted(numbers, key=lambda i: -tokens[i]):
-        least = load.index(min(load))
-        hands[least].append(i)
-        load[least] += tokens[i]
+    for i in sorted(numbers, key=tokens.get, reverse=True):
+        emptiest = min(hands, key=lambda hand: sum(map(tokens.get, hand)))
+        emptiest.append(i)
     return hands[rank]
 
 
 def with_fillers(batches, counts):
     """-> [(batch, count), ...], as many as the process has that has most: what is missing counts nothing."""
     n_filler = int(gather_numbers([len(batches)]).max()) - len(batches)
-    return [*zip(batches, counts), *[(filler_batch(), 0)] * n_filler]
+    ones = torch.ones(1, 2, dtype=torch.int64)
+    pixels, layout = no_picture(0)
+    filler = {"tokens": ones, "labels": ones, "pixels": pixels, "layout": layout}
+    return [*zip(batches, counts), *[(filler, 0)] * n_filler]
 
 
 def average_gradients(vlm, batches):
@@ -196,12 +197,6 @@ def average_gradients(vlm, batches):
             p.grad /= world_size()
 
 
-def filler_batch():
-    ones = torch.ones(1, 2, dtype=torch.int64)
-    pixels, layout = no_picture(0)
-    return {"tokens": ones, "labels": ones, "pixels": pixels, "layout": layout}
-
-
 def full_tensor(t):
     """A tensor of which each process may hold a shard -> all of it. Every process must take part."""
     return t.full_tensor() if isinstance(t, DTensor) else t
@@ -209,9 +204,8 @@ def full_tensor(t):
 
 def gather_on_first(t):
     """The same, in the memory of rank 0 alone: elsewhere None."""
-    if isinstance(t, DTensor):
-        t = t.full_tensor().cpu()
-    return t if rank() == 0 else None
+    t = full_tensor(t)
+    return t.cpu() if rank() == 0 else None
 
 
 def placed_like(p, t):

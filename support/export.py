@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from support.configs import CLIP, CLIP_FIELDS, LLAMA_FIELDS
+from support.configs import CLIP, CLIP_FIELDS, LLAMA_FIELDS, LLAVA_FIELDS
 from support.io import fingerprint, write_json, write_whole
 from support.lora import merged_state
 from support.tiling import TILINGS
@@ -94,16 +94,10 @@ def llava_config(cfg, dtype):
         "dtype": dtype,
         "vision_config": clip_json(cfg.vision),
         "text_config": llama_json(cfg.decoder),
-        "image_token_index": cfg.image_token,
-        "pad_token_id": cfg.pad_token,
-        "bos_token_id": cfg.bos_token,
-        "eos_token_id": cfg.eos_token,
         "image_seq_length": cfg.vision.n_token,
         "vision_feature_layer": cfg.vision.feature_layer,
         "tie_word_embeddings": False,
-        # What transformers does not ask for, and we do.
-        "image_aspect_ratio": cfg.image_mode,
-        "template": cfg.template,
+        **public_fields(cfg, LLAVA_FIELDS),
         **grid_pinpoints(cfg),
     }
 
@@ -135,27 +129,18 @@ def save_adapter(vlm, directory, base, state=None):
     The directory opens like any other model, with PEFT too where its base opens in transformers.
     `python -m tools.weights convert` makes a whole one of it.
     """
+    directory = Path(directory)
     if state is None:
         state = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad}
-    parts = {"multi_modal_projector": vlm.connector, "vision_tower": vlm.vision}
-    whole = [name for name, part in parts.items() if any(p.requires_grad for p in part.parameters())]
-    targets = "|".join(vlm.lora["targets"])
-    adapter_config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
-        "r": vlm.lora["r"],
-        "lora_alpha": vlm.lora["lora_alpha"],
-        "lora_dropout": vlm.lora["lora_dropout"],
-        "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({targets})",
-        "modules_to_save": whole or None,
-    }
-    write_json(Path(directory) / "adapter_config.json", adapter_config)
+    parts = {llava_name(name).partition(".")[0] for name in state}
+    whole = sorted(parts & {"multi_modal_projector", "vision_tower"})
+    beside = {"base_model_name_or_path": str(base), "modules_to_save": whole or None}
+    write_json(directory / "adapter_config.json", vlm.lora | beside)
     if fits_llava(vlm.cfg):
         state = {llava_name(name, PEFT_NAMES): tensor for name, tensor in state.items()}
-    write_tensors(Path(directory) / "adapter_model.safetensors", state)
-    found = fingerprint(weight_files(base))
-    write_json(Path(directory) / "plainvlm.json", public_layout(vlm)[1] | {"base_fingerprint": found})
+    write_tensors(directory / "adapter_model.safetensors", state)
+    found = {"base_fingerprint": fingerprint(weight_files(base))}
+    write_json(directory / "plainvlm.json", public_layout(vlm)[1] | found)
 
 
 def write_model(directory, tensors, config):

@@ -17,8 +17,12 @@ except ImportError:  # Windows: there nothing is locked
     fcntl = None
 
 
+def write_text(path, text):
+    write_whole(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
 def write_json(path, content, indent=2):
-    write_whole(path, lambda tmp: tmp.write_text(json.dumps(content, indent=indent)))
+    write_text(path, json.dumps(content, indent=indent))
 
 
 def json_lines(rows):
@@ -26,7 +30,7 @@ def json_lines(rows):
 
 
 def write_json_lines(path, rows):
-    write_whole(path, lambda tmp: tmp.write_text(json_lines(rows), encoding="utf-8"))
+    write_text(path, json_lines(rows))
 
 
 def write_whole(path, write):

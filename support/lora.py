@@ -35,19 +35,28 @@ class LoRALinear(nn.Linear):
 
 def merge_weight(weight, A, B, scale):
     """W + alpha/r B A"""
-    return (weight.float() + scale * (B.float() @ A.float())).to(weight.dtype)
+    A, B = A.to(weight.device).float(), B.to(weight.device).float()
+    return (weight.float() + scale * (B @ A)).to(weight.dtype)
 
 
 def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
-    """Put a LoRA on the decoder's linear layers of these names. Of the decoder nothing else trains then."""
+    """Put a LoRA on the decoder's linear layers of these names. Of the decoder nothing else trains then.
+
+    vlm.lora is what PEFT's adapter_config.json says of it.
+    """
     vlm.decoder.requires_grad_(False)
-    for block in vlm.decoder.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, layer in part.named_children():
-                if name in targets:
-                    layer.__class__ = LoRALinear
-                    layer.begin_lora(r, alpha, dropout)
-    vlm.lora = {"base": None, "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "targets": list(targets)}
+    for name, layer in vlm.decoder.layers.named_modules():
+        if name.rpartition(".")[2] in targets:
+            layer.__class__ = LoRALinear
+            layer.begin_lora(r, alpha, dropout)
+    vlm.lora = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(targets)})",
+    }
 
 
 @contextmanager

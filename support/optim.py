@@ -1,5 +1,7 @@
 """AdamW: a learning rate for each part of the model; a variant for bfloat16 weights, losing no small step."""
 
+from collections import defaultdict
+
 import torch
 from torch.optim.adamw import adamw
 
@@ -19,14 +21,14 @@ def lr_of(part, cfg):
 
 def make_optimizer(vlm, cfg):
     """AdamW over what trains; weight decay on matrices only. Each part has its own peak of the rate."""
+    alike = defaultdict(list)
+    for name, p in vlm.named_parameters():
+        if p.requires_grad:
+            decay = cfg.weight_decay if p.ndim >= 2 else 0.0
+            alike[lr_of(part_of(name), cfg), decay].append(p)
     groups = []
-    for part in PARTS:
-        trained = [p for name, p in vlm.named_parameters() if part_of(name) == part and p.requires_grad]
-        matrices = [p for p in trained if p.ndim >= 2]
-        vectors = [p for p in trained if p.ndim < 2]
-        peak_lr = lr_of(part, cfg)
-        groups.append({"params": matrices, "weight_decay": cfg.weight_decay, "peak_lr": peak_lr})
-        groups.append({"params": vectors, "weight_decay": 0.0, "peak_lr": peak_lr})
+    for (peak_lr, decay), params in alike.items():
+        groups.append({"params": params, "weight_decay": decay, "peak_lr": peak_lr})
     if cfg.weights == "float32":
         return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 

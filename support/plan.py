@@ -49,13 +49,18 @@ def look_at_records(examples, n=200):
     return torch.tensor(counts, dtype=torch.float64)
 
 
-def print_parameters(cfg, vlm):
+def count_parts(vlm):
+    """{part: [its parameters, those of them that train]}"""
     parts = {}
     for name, p in vlm.named_parameters():
         counts = parts.setdefault(part_of(name), [0, 0])
         counts[0] += p.numel()
         counts[1] += p.numel() * p.requires_grad
-    for part, (n_all, n_train) in parts.items():
+    return parts
+
+
+def print_parameters(cfg, vlm):
+    for part, (n_all, n_train) in count_parts(vlm).items():
         lr = lr_of(part, cfg)
         text = f"{n_train / 1e6:,.2f}M train at {lr:g}" if n_train else "frozen"
         if n_train and lr > 0.1:
@@ -70,14 +75,15 @@ def count_memory(cfg, vlm, n_token, device):
     about 10 rows as wide as the model and 4 as wide as its MLP."""
     decoder = vlm.cfg.decoder
     is_split = cfg.weights == "bfloat16"
-    half = is_split or uses_autocast(cfg, device)
-    n_byte = 2 if half else 4
-    n_all = sum(p.numel() for p in vlm.parameters())
-    n_train = sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+    has_copies = uses_autocast(cfg, device)
+    n_byte = 2 if is_split or has_copies else 4
+    counts = count_parts(vlm).values()
+    n_all = sum(n for n, _ in counts)
+    n_train = sum(n for _, n in counts)
     small_gradients = is_split and not cfg.token_budget and not cfg.micro_batch_size
     memory = {
         "weights": sum(p.numel() * p.element_size() for p in vlm.parameters()),
-        "their bfloat16 copies": 2 * n_all if half and not is_split else 0,
+        "their bfloat16 copies": 2 * n_all if has_copies else 0,
         "gradients": n_train * (2 if small_gradients else 4),
         "optimizer": n_train * (10 if is_split else 8),
     }
@@ -94,15 +100,15 @@ def count_memory(cfg, vlm, n_token, device):
 def count_flops(cfg, vlm, n_token, n_tile):
     """Of a record. For each weight and token 2 forward, 2 for the inputs' gradients, 2 for its own."""
     decoder, vision = vlm.cfg.decoder, vlm.cfg.vision
-    trains_llm = any(p.requires_grad for p in vlm.decoder.parameters()) and not cfg.lora_r
+    parts = count_parts(vlm)
+    trains_llm = parts["llm"][1] and not cfg.lora_r
     blocks = sum(p.numel() for p in vlm.decoder.layers.parameters())
     head = vlm.decoder.lm_head.weight.numel()
     again = 2 * blocks * min(cfg.recompute / decoder.n_layer, 1)
     flops = n_token * ((6 if trains_llm else 4) * (blocks + head) + again)
 
-    tower = [p for name, p in vlm.named_parameters() if part_of(name) == "vision"]
-    per_weight = 6 if any(p.requires_grad for p in tower) else 2
-    return flops + per_weight * sum(p.numel() for p in tower) * n_tile * vision.grid**2
+    n_all, n_train = parts["vision"]
+    return flops + (6 if n_train else 2) * n_all * n_tile * vision.grid**2
 
 
 def count_steps(minutes, task, vlm, trial):

@@ -1,9 +1,10 @@
 """Curves, drawn as a PNG with Pillow.
 
-    plot("loss.png", {"loss per supervised token": {"training": (steps, losses), "held-out": ([50], [2.1])}})
+    plot("loss.png", lines, {"loss per supervised token": {"training": "loss", "held-out": "val_loss"}})
 
-Each title is a panel, each label a curve: pale as it was measured, strong as the mean of the values around.
-A vertical axis is logarithmic where all its values are positive and differ by a factor of ten.
+draws what the lines of log.jsonl say of "loss" and "val_loss". Each title is a panel, each label a curve:
+pale as it was measured, strong as the mean of the values around. A vertical axis is logarithmic where all its
+values are positive and differ by a factor of ten.
 """
 
 import math
@@ -16,35 +17,34 @@ from support.io import write_whole
 COLORS = ("#1f6fb5", "#d6502b", "#3a9a4a")
 GREY, PALE_GREY, BLACK = "#555555", "#e6e6e6", "#222222"
 WIDTH = 800
+ROUND = np.outer(10.0 ** np.arange(-30, 30), [1, 2, 5]).ravel()  # ..., 0.5, 1, 2, 5, 10, 20, ...
 
 
-def curve(lines, name):
-    """The values of that name in the lines of log.jsonl -> (xs, ys)."""
-    found = [line for line in lines if isinstance(line.get(name), (int, float))]
-    return [line["step"] for line in found], [line[name] for line in found]
-
-
-def plot(path, panels):
-    """panels: {title: {label: (xs, ys)}}, one below the other. What has no points is left out."""
-    drawn = []
-    for title, curves in panels.items():
-        curves = {label: np.array(points, dtype=float) for label, points in curves.items() if points[0]}
+def plot(path, lines, panels):
+    """panels: {title: {label: name in the lines}}, one below the other. What has no points is left out."""
+    drawn = {}
+    for title, names in panels.items():
+        curves = {}
+        for label, name in names.items():
+            found = [line for line in lines if isinstance(line.get(name), (int, float))]
+            points = [(line["step"], line[name]) for line in found]
+            if points:
+                curves[label] = np.array(points, dtype=float).T
         if curves:
-            drawn.append((title, curves))
+            drawn[title] = curves
 
     n = max(1, len(drawn))
     height = max(460 // n, 190)
     image = Image.new("RGB", (WIDTH, height * n), "white")
     pen = ImageDraw.Draw(image, "RGBA")  # with alpha: a pale line lets the one below it through
-    for k, (title, curves) in enumerate(drawn):
-        frame = (70, k * height + 34, WIDTH - 24, (k + 1) * height - 32)
-        draw_panel(pen, frame, title, curves)
+    for k, (title, curves) in enumerate(drawn.items()):
+        draw_panel(pen, k * height + 34, (k + 1) * height - 32, title, curves)
     write_whole(path, lambda tmp: image.save(tmp, format="PNG"))
 
 
-def draw_panel(pen, frame, title, curves):
-    """frame: (left, top, right, bottom) in pixels; curves: {label: array (2, n)}."""
-    left, top, right, bottom = frame
+def draw_panel(pen, top, bottom, title, curves):
+    """From one row of pixels to another; curves: {label: array (2, n)}."""
+    left, right = 70, WIDTH - 24
     xs, ys = np.concatenate(list(curves.values()), axis=1)
     is_log = ys.min() > 0 and ys.max() >= 10 * ys.min()
     x_ticks, across = make_axis(xs, left, right)
@@ -78,13 +78,9 @@ def make_axis(values, start, end, is_log=False):
     low, high = low - room, high + room
 
     if is_log:
-        powers = 10.0 ** np.arange(math.floor(low), math.ceil(high))
-        times = [1, 2, 5] if high - low < 2 else [1]
-        ticks = np.outer(powers, times).ravel()
+        ticks = ROUND if high - low < 2 else ROUND[::3]
     else:
-        rough = (high - low) / 7
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = power * min(times for times in (1, 2, 5, 10) if times * power >= rough)
+        step = ROUND[ROUND >= (high - low) / 7][0]
         ticks = step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
     ticks = ticks[(bend(ticks) >= low) & (bend(ticks) <= high)]
     return ticks, lambda value: start + (end - start) * (bend(value) - low) / (high - low)

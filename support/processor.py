@@ -15,7 +15,7 @@ from pathlib import Path
 
 from conversation import Tokenizer, find_template
 from support.export import fits_llava, grid_pinpoints
-from support.io import write_json, write_whole
+from support.io import write_json, write_text, write_whole
 
 
 def save_processor(directory, tokenizer_file, cfg):
@@ -40,8 +40,7 @@ def save_processor(directory, tokenizer_file, cfg):
     })  # fmt: skip
     form = find_template(cfg.template)
     if form.human:                       # stage 1 has no chat
-        text = chat_template(form)
-        write_whole(directory / "chat_template.jinja", lambda tmp: tmp.write_text(text, encoding="utf-8"))
+        write_text(directory / "chat_template.jinja", chat_template(form))
 
 
 def preprocessor_config(cfg):

@@ -66,12 +66,11 @@ def use_int8(module, device):
 
 def widen_products(vlm):
     """On a CPU the layers of a 16-bit model become WideLinears; not its head, which has a row a question."""
-    weight = vlm.decoder.lm_head.weight
-    if weight.device.type == "cpu" and weight.element_size() == 2:
-        for part in [*vlm.towers, vlm.connector, vlm.decoder.layers]:
-            for layer in part.modules():
-                if type(layer) is nn.Linear:
-                    layer.__class__ = WideLinear
+    head = vlm.decoder.lm_head
+    if head.weight.device.type == "cpu" and head.weight.element_size() == 2:
+        for layer in vlm.modules():
+            if type(layer) is nn.Linear and layer is not head:
+                layer.__class__ = WideLinear
 
 
 def lay_out_by_columns(vlm):

@@ -53,8 +53,9 @@ def build(cfg, checkpoint=None, device="cpu"):
             raise UserError(f"--model {cfg.model} is whole; {other}")
         vlm, tok = open_directory(cfg.model, cfg.vision, cfg.llm, device)
     check_tokenizer(vlm, tok)
+    grids = grids_up_to(cfg.max_tiles) if cfg.max_tiles else ()
     with torch.device(device), NothingDrawn():
-        set_tiles(vlm, cfg)
+        set_image_mode(vlm, cfg.image_mode or vlm.cfg.image_mode, grids, cfg.global_view)
     if cfg.projector and not checkpoint:
         load_connector(vlm.connector, cfg.projector, device)
     if cfg.stage == "finetune":  # with this template it will be asked, not with that of the captions
@@ -89,21 +90,17 @@ def build_preset(cfg, device):
 def init_weights(module):
     """For towers and decoders that start from nothing: N(0, 1/fan_in). The usual 0.02 is right at width 2,500
     and too small at the toy's 128."""
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d)):
-            fan_in = part.weight[0].numel()
-            nn.init.normal_(part.weight, std=fan_in**-0.5)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Embedding):
-            nn.init.normal_(part.weight, std=part.embedding_dim**-0.5)
-        elif isinstance(part, ViT):
-            part.pos.data.copy_(wave_positions(part.cfg))
-
-    # What is added to the residual stream starts quiet.
     for name, p in module.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(p)
+        elif name.endswith(".weight") and p.ndim > 1:
+            fan_in = p[0].numel()
+            nn.init.normal_(p, std=fan_in**-0.5)
         if re.search(r"(o_proj|down_proj|out_proj|fc2)\.weight$", name):
-            p.data *= 0.3
+            p.data *= 0.3  # what is added to the residual stream starts quiet
+    for part in module.modules():
+        if isinstance(part, ViT):
+            part.pos.data.copy_(wave_positions(part.cfg))
     return module
 
 
@@ -129,13 +126,15 @@ def preset_plan(cfg):
     # Towers look at tiles of one size; two are fused. Mode internvl has its own pixel shuffle and connector.
     towers = [read_tower(path) for path in cfg.vision.split(",")] if cfg.vision else [preset.vision]
     changes = {"image_size": cfg.image_size or towers[-1].image_size}
-    connector = preset.connector
+    parts = {}
     if cfg.image_mode == "internvl":
         changes["merge"] = 2
-        connector = "norm_gelu"
-    if len(towers) == 2:
-        connector = "fused_gelu"
+        parts["connector"] = "norm_gelu"
     towers = [replace(tower, **changes) for tower in towers]
+    if len(towers) == 2:
+        parts = {"vision2": towers[1], "connector": "fused_gelu"}
+    if cfg.connector:
+        parts["connector"] = cfg.connector
 
     decoder = read_decoder(cfg.llm) if cfg.llm else preset.decoder
     tok = Tokenizer(cfg.tokenizer or cfg.llm or TOY["llm"])
@@ -144,27 +143,16 @@ def preset_plan(cfg):
             f"{tok.path}: has {tok.n_text:,} pieces, --llm {cfg.llm} an embedding of "
             f"{decoder.vocab_size:,} rows; they do not belong together, give the decoder's own tokenizer"
         )
-    plan = replace(
-        preset, vision=towers[0], vision2=towers[1] if len(towers) == 2 else None,
-        connector=cfg.connector or connector,
-        decoder=replace(decoder, vocab_size=tok.vocab_size),
-        image_token=tok.image, pad_token=tok.pad, bos_token=tok.bos, eos_token=tok.eos,
-    )
-    return plan, tok
-
-
-def set_tiles(vlm, cfg):
-    """Cut pictures as the flags want it; what they do not say stays as the model has it."""
-    mode = cfg.image_mode or vlm.cfg.image_mode
-    if cfg.max_tiles and mode == "anyres":
-        raise UserError("--max-tiles is for modes hd and internvl; anyres has its five grids")
-    grids = grids_up_to(cfg.max_tiles) if cfg.max_tiles else ()
-    set_image_mode(vlm, mode, grids, cfg.global_view)
+    ids = {"image_token": tok.image, "pad_token": tok.pad, "bos_token": tok.bos, "eos_token": tok.eos}
+    decoder = replace(decoder, vocab_size=tok.vocab_size)
+    return replace(preset, vision=towers[0], decoder=decoder, **parts, **ids), tok
 
 
 def set_image_mode(vlm, mode, grids=(), global_view=""):
     """How pictures become tiles from now on; grids and global_view if not those of the model or the mode."""
     tiling = find_tiling(vlm.cfg.vision, mode)
+    if grids and mode == "anyres":
+        raise UserError("--max-tiles is for modes hd and internvl; anyres has its five grids")
     if tiling:
         view = global_view or tiling.global_view
         tiling = unusual_tiling(mode, grids=grids or tiling.grids, global_view=view)
@@ -174,8 +162,7 @@ def set_image_mode(vlm, mode, grids=(), global_view=""):
     vlm.connector.set_row_end(vlm.cfg.ends_rows)
 
 
-def lora_base(cfg):
-    """The whole model that a LoRA is over: --model, or where flags change it, a copy saved beside the run."""
+def saves_base(cfg):
+    """Whether a LoRA's base is saved beside the run: where it is not the model directory --model as it is."""
     is_changed = cfg.model in PRESETS or cfg.projector or cfg.vision or cfg.llm or cfg.image_mode in TILINGS
-    is_whole = not is_changed and not is_lora(cfg.model)
-    return Path(cfg.model).absolute() if is_whole else Path(cfg.out) / "base"
+    return is_changed or is_lora(cfg.model)

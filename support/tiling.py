@@ -29,7 +29,7 @@ from support.cli import UserError
 MAX_TILES = 100  # of a picture; the originals take at most 40
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tiling:
     """How a picture becomes a grid of tiles. The defaults are LLaVA-1.5-HD's."""
 
@@ -42,7 +42,7 @@ class Tiling:
     least: int = 1                   # fewest rows or columns of visual tokens to keep
 
     def __post_init__(self):
-        object.__setattr__(self, "grids", tuple(map(tuple, self.grids)))  # config.json has lists
+        self.grids = tuple(map(tuple, self.grids))  # config.json has lists
         if self.global_view not in ("first", "last", "none"):
             raise UserError(f"global_view is {self.global_view!r}; choose one of first, last, none")
         fits = [min(grid) > 0 and math.prod(grid) <= MAX_TILES for grid in self.grids]
@@ -95,11 +95,10 @@ def kept_tokens(size, n_across, n_down, least):
     one row less where 36 - 1e-15 is rounded down.
     """
     w, h = size
-    if w * n_down > n_across * h:  # wider than the grid: padded above and below
-        margin = (n_down - max(least, h * n_across // w)) // 2
-        return (margin, n_down - margin), (0, n_across)
-    margin = (n_across - max(least, w * n_down // h)) // 2
-    return (0, n_down), (margin, n_across - margin)
+    # A picture wider than the grid is padded above and below, a higher one on both sides.
+    above = max(0, n_down - max(least, h * n_across // w)) // 2
+    left = max(0, n_across - max(least, w * n_down // h)) // 2
+    return (above, n_down - above), (left, n_across - left)
 
 
 def choose_grid(size, S, tiling, n_picture=1):

@@ -95,19 +95,6 @@ TOWER_UNUSED = re.compile(
     r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
     r"|^(head|attn_pool|pooler|classifier|fc_norm)\b|mask_token|position_ids"
 )
-# Llama, Mistral and Vicuna call everything as we do, but for a "model." in front.
-DECODER_NAMES = {
-    "model.": "",
-    # InternLM2, whose wqkv is taken apart in fit_decoder
-    "tok_embeddings.": "embed_tokens.",
-    "output.": "lm_head.",
-    ".attention.wo.": ".self_attn.o_proj.",
-    ".feed_forward.w1.": ".mlp.gate_proj.",
-    ".feed_forward.w3.": ".mlp.up_proj.",
-    ".feed_forward.w2.": ".mlp.down_proj.",
-    ".attention_norm.": ".input_layernorm.",
-    ".ffn_norm.": ".post_attention_layernorm.",
-}
 # Where the parts of a whole model are, after a leading "model." and PEFT's "base_model.model." were dropped.
 PART_NAMES = {
     # llava-hf, in all the ways that transformers has named it
@@ -146,6 +133,20 @@ PART_NAMES = {
     "mlp1.0.": "connector.norm.",
     "mlp1.1.": "connector.linear_1.",
     "mlp1.3.": "connector.linear_2.",
+    # PEFT
+    ".lora_A.weight": ".lora_A",
+    ".lora_B.weight": ".lora_B",
+    # Llama, Mistral and Vicuna call everything as we do, but for a "model." in front
+    "decoder.model.": "decoder.",
+    # InternLM2, whose wqkv is taken apart in fit_decoder
+    "decoder.tok_embeddings.": "decoder.embed_tokens.",
+    "decoder.output.": "decoder.lm_head.",
+    ".attention.wo.": ".self_attn.o_proj.",
+    ".feed_forward.w1.": ".mlp.gate_proj.",
+    ".feed_forward.w3.": ".mlp.up_proj.",
+    ".feed_forward.w2.": ".mlp.down_proj.",
+    ".attention_norm.": ".input_layernorm.",
+    ".ffn_norm.": ".post_attention_layernorm.",
 }
 
 
@@ -165,14 +166,10 @@ def our_parts(tensors):
         if public.endswith("inv_freq"):
             continue                                                        # computed, not learned
         name = re.sub(r"^(base_model\.)?(model\.)*", "", public)
-        name = re.sub(r"(lora_[AB])\.weight$", r"\1", name)                 # as support/lora.py calls them
         part, _, inner = rename(name, PART_NAMES).partition(".")
         parts[part][inner] = tensor
-
-    # Inside the parts names differ by family.
     for part in "vision", "vision2":
         parts[part] = tower_tensors(parts[part])
-    parts["decoder"] = {rename(name, DECODER_NAMES): tensor for name, tensor in parts["decoder"].items()}
     return parts
 
 
@@ -184,10 +181,10 @@ def tower_tensors(tensors):
     """
     found = {}
     for public, tensor in tensors.items():
-        public = re.sub(r"^((vision_tower|vision_model|vit)\.)*", "", public)    # how deep it lies
-        if TOWER_UNUSED.search(public):
+        bare = re.sub(r"^((vision_tower|vision_model|vit)\.)*", "", public)      # however deep it lies
+        name = rename(bare, TOWER_NAMES)
+        if TOWER_UNUSED.search(name):
             continue
-        name = rename(public, TOWER_NAMES)
         if ".attn.qkv." in name:
             for own, third in zip(QKV, tensor.chunk(3)):
                 found[name.replace("qkv", own)] = third
@@ -247,11 +244,15 @@ def grow_words(tensors, n_row):
 
 # ---- files -------------------------------------------------------------------------------------------------
 
-FILES = ("model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "mm_projector.bin")
+FILES = (
+    "model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "mm_projector.bin",
+    "adapter_model.safetensors", "adapter_model.bin",
+)
 
 
 def weight_files(path):
-    """The files with all weights: the path itself, or what its directory holds, one or the shards."""
+    """The files with all weights: the path itself, or what its directory holds, one or the shards; of a LoRA
+    its own."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -261,7 +262,8 @@ def weight_files(path):
             with reading(index):
                 return [path / shard for shard in sorted(set(read_json(index)["weight_map"].values()))]
         if (path / name).exists():
-            return [path / name]
+            beside = path / "non_lora_trainables.bin"                       # what LLaVA trains with a LoRA
+            return [path / name, beside] if beside.exists() else [path / name]
     return []
 
 
@@ -285,6 +287,11 @@ def open_weights(file):
                 return {name: f.get_tensor(name) for name in f.keys()}
         is_zip = zipfile.is_zipfile(file)  # before 2020 torch wrote none: read whole
         return flatten(torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip))
+
+
+def read_parts(path):
+    """All weights of a model, or of any part but a tower alone -> {part: {our name: tensor}}."""
+    return our_parts(read_tensors(path))
 
 
 def flatten(content, prefix=""):
@@ -333,7 +340,6 @@ def read_model(directory, vision=None, llm=None):
 
     vision: DIR or DIR,DIR, towers of a model that was published without; llm: what a LoRA was trained over.
     """
-    directory = Path(directory)
     paths = vision.split(",") if vision else []
     with reading(directory, "look at its files and config.json"):
         config_json(directory)       # first: an error where it is lacking
@@ -342,7 +348,7 @@ def read_model(directory, vision=None, llm=None):
         elif llm:
             raise UserError("is a whole model; --llm is for presets, and for the base of a LoRA")
         else:
-            parts, lora = our_parts(read_tensors(directory)), {}
+            parts, lora = read_parts(directory), {}
 
         if paths and parts["vision"]:
             raise UserError("has its own vision tower; --vision is for presets and models published without")
@@ -380,7 +386,7 @@ def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8
     for name, (A, B, scale) in lora.items():
         with reading(source, f"its LoRA of {name} does not fit; give its base by --llm"):
             weight = vlm.get_parameter(name)
-            weight.copy_(merge_weight(weight, A.to(device), B.to(device), scale))
+            weight.copy_(merge_weight(weight, A, B, scale))
     return vlm.eval()
 
 
@@ -388,22 +394,7 @@ def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8
 def load_strict(module, found, source, device="cpu", dtype=torch.float32, int8=False):
     """Fill every parameter from {our name: tensor}. Each is copied out of its mapped file to its device."""
     own = module.state_dict()
-    missing = sorted(own.keys() - found.keys())
-    unused = sorted(found.keys() - own.keys())
-    with reading(source):
-        if missing or unused:
-            raise UserError(
-                f"its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} unused, "
-                f"such as {(missing or unused)[0]}. Check config.json against the weights"
-            )
-        for name, tensor in found.items():
-            if tensor.shape != own[name].shape:
-                raise UserError(
-                    f"tensor {name} has shape {tuple(tensor.shape)}, the config asks for "
-                    f"{tuple(own[name].shape)}; config and weights are of different models"
-                )
-            if not tensor.is_floating_point() or tensor.element_size() < 2:
-                raise UserError(f"tensor {name} is {tensor.dtype}; only 16 bits or more can be read")
+    check_fit(own, found, source)
     if torch.device(device).type == "meta":
         return
     module.load_state_dict(found, assign=True)                              # mapped still
@@ -412,6 +403,25 @@ def load_strict(module, found, source, device="cpu", dtype=torch.float32, int8=F
     for p in module.parameters():
         p.data = torch.empty(p.shape, device=device, dtype=dtype).copy_(p)
     print(f"loaded {len(own)} tensors from {source}, 0 missing, 0 unused", file=sys.stderr)
+
+
+def check_fit(own, found, source):
+    """{name: tensor} of a module, and what was found for it: the same names and shapes?"""
+    missing = sorted(own.keys() - found.keys())
+    unused = sorted(found.keys() - own.keys())
+    if missing or unused:
+        raise UserError(
+            f"{source}: its tensors do not fit this architecture: {len(missing)} missing, {len(unused)} "
+            f"unused, such as {(missing or unused)[0]}. Check config.json against the weights"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, the config asks for "
+                f"{tuple(own[name].shape)}; config and weights are of different models"
+            )
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise UserError(f"{source}: tensor {name} is {tensor.dtype}; only 16 bits or more can be read")
 
 
 # ---- parts of a preset, and what may be wrong with a choice ------------------------------------------------
@@ -429,23 +439,22 @@ def read_tower(path):
 
 def load_vision(vit, path):
     """A tower's directory or file, of any family, into a ViT; its positions are resized to the ViT's grid."""
-    with reading(path):
-        found = read_fitted(path, vit.cfg)
-    load_strict(vit, found, path)
+    load_strict(vit, read_fitted(path, vit.cfg), path)
 
 
 def read_fitted(path, cfg):
     """A tower's directory or file -> {our name: tensor}, for the grid of this VisionConfig."""
-    public = read_tensors(path)
-    found = tower_tensors(public)
-    fit_tower(found, cfg, is_timm="pos_embed" in public)
-    return found
+    with reading(path):
+        public = read_tensors(path)
+        found = tower_tensors(public)
+        fit_tower(found, cfg, is_timm="pos_embed" in public)
+        return found
 
 
 def load_decoder(decoder, directory):
     """A Llama, Mistral or InternLM2 directory into a decoder, which may have more words."""
     with reading(directory):
-        found = our_parts(read_tensors(directory))["decoder"]
+        found = read_parts(directory)["decoder"]
         fit_decoder(found, decoder.cfg)
         grow_words(found, decoder.cfg.vocab_size)
     load_strict(decoder, found, directory)
@@ -454,7 +463,7 @@ def load_decoder(decoder, directory):
 def load_connector(connector, path, device="cpu"):
     """The connector of a whole model, or what stage 1 wrote, here or in the original code."""
     with reading(path, "give what --stage pretrain wrote, or a mm_projector.bin"):
-        found = our_parts(read_tensors(path))["connector"]
+        found = read_parts(path)["connector"]
     if connector.row_end is not None:  # after a stage 1 without tiles: as it began
         found.setdefault("row_end", connector.row_end.detach())
     load_strict(connector, found, f"--projector {path}", device)
@@ -493,12 +502,12 @@ def base_of(directory, llm=None):
     if llm:
         return Path(llm)
     directory = Path(directory)
-    named = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or ""
+    named = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or "a model unnamed"
     wanted = read_json(directory / "plainvlm.json", missing={}).get("base_fingerprint")
     base = Path(named)
     for place in directory / base.name, directory.parent / base.name, base:
         files = weight_files(place)
-        if base.name and files and wanted in (None, fingerprint(files)):
+        if files and wanted in (None, fingerprint(files)):
             return place
     raise UserError(f"{directory}: is a LoRA over {named!r}, which is not here, or is another model by now; "
                     "put it back, or give it by --llm DIR")
@@ -506,11 +515,8 @@ def base_of(directory, llm=None):
 
 def model_files(directory, llm=None):
     """All files of weights that answers depend on: of a LoRA its own, and those of its base."""
-    directory = Path(directory)
-    if not is_lora(directory):
-        return weight_files(directory)
-    own = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
-    return own + weight_files(base_of(directory, llm))
+    base = weight_files(base_of(directory, llm)) if is_lora(directory) else []
+    return weight_files(directory) + base
 
 
 def tokenizer_home(directory, llm=None):
@@ -524,18 +530,15 @@ def tokenizer_home(directory, llm=None):
 def read_lora(directory, llm=None):
     """-> the parts of the base and of what was trained whole, {our name: (A, B, scale)} to be merged."""
     base = base_of(directory, llm)
-    file = directory / "adapter_config.json"
+    file = Path(directory) / "adapter_config.json"
     with reading(file):
         c = read_json(file)
         only_values(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False, alpha_pattern={})
         alpha = float(c["lora_alpha"])
 
-    # The base, what LLaVA's own code keeps beside a LoRA, the LoRA and PEFT's modules_to_save.
-    extra, adapter = directory / "non_lora_trainables.bin", directory / "adapter_model.safetensors"
-    tensors = open_weights(extra) if extra.exists() else {}
-    tensors |= open_weights(adapter if adapter.exists() else adapter.with_suffix(".bin"))
-    parts, lora = our_parts(read_tensors(base)), {}
-    for part, trained in our_parts(tensors).items():
+    # Over the base: the LoRA, and what was trained whole beside it, such as PEFT's modules_to_save.
+    parts, lora = read_parts(base), {}
+    for part, trained in read_parts(directory).items():
         for name, tensor in trained.items():
             if ".lora_" not in name:
                 parts[part][name] = tensor
@@ -548,9 +551,7 @@ def read_lora(directory, llm=None):
 
 def load_adapter(vlm, directory):
     """Put what save_adapter wrote back into a model that has such a LoRA and trains the same parts."""
-    file = Path(directory) / "adapter_model.safetensors"
-    found = flatten(our_parts(open_weights(file)))
-    trained = {name: p.shape for name, p in vlm.named_parameters() if p.requires_grad}
-    if {name: t.shape for name, t in found.items()} != trained:
-        raise UserError(f"{file}: tensors do not fit this run's; were --lora-r and --train others?")
+    found = flatten(read_parts(directory))
+    trained = {name: p for name, p in vlm.named_parameters() if p.requires_grad}
+    check_fit(trained, found, directory)
     vlm.load_state_dict(found, strict=False)
