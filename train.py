@@ -110,10 +110,10 @@ class TrainConfig(MoreFlags):
     # Steps and rates
     batch_size: int = arg(16, "records a step", at_least=1, at_most=2**20)
     micro_batch_size: int = arg(0, "records in memory at once; 0: all of the step's")
-    lr: float = arg(1e-3, "peak learning rate, after warmup", above=0, below=math.inf)
-    weight_decay: float = arg(0.0, "AdamW's, on matrices only", below=math.inf)
+    lr: float = arg(1e-3, "peak learning rate, after warmup", above=0)
+    weight_decay: float = arg(0.0, "AdamW's, on matrices only")
     warmup: float = arg(0.03, "share of the steps with a rising learning rate", at_most=1)
-    clip: float = arg(1.0, "largest norm of the gradient; inf: no limit", above=0)
+    clip: float = arg(1.0, "largest norm of the gradient; inf: no limit", above=0, at_most=math.inf)
     epochs: float = arg(1.0, "passes over the data", above=0, at_most=1e6)
     max_steps: int = arg(0, "steps; 0: as --epochs says", at_most=10**12)
     seed: int = arg(0, "for weights and the order of the records", below=2**63)

@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from dataclasses import field, fields
+from math import inf
 from operator import ge, gt, le, lt
 
 from tqdm import tqdm
@@ -40,9 +41,11 @@ def arg(default, help, choices=(), positional=False, **limits):
     """A field that becomes a flag.
 
     choices: the words allowed, an empty text beside them; of a text with commas each part is looked up.
-    limits: at_least, above, at_most, below. What is not said of a number is at_least=0.
+    limits: at_least, above, at_most, below. A number is at_least=0 and below infinity, if not said otherwise.
     """
     limits.setdefault("at_least", 0)
+    if "at_most" not in limits:
+        limits.setdefault("below", inf)
     metadata = {"help": help, "choices": choices, "positional": positional, "limits": limits}
     return field(default=default, metadata=metadata)
 

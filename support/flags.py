@@ -1,6 +1,5 @@
 """Flags that a first reading does not need: of a large or unusual training, and of how a model is asked."""
 
-import math
 import sys
 from dataclasses import dataclass
 
@@ -30,7 +29,7 @@ class MoreFlags:
     from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
     lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none",
         at_most=65536)
-    lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it", below=math.inf)
+    lora_alpha: float = arg(0.0, "a LoRA counts alpha / r times; 0: twice r, as LLaVA has it")
     lora_dropout: float = arg(0.0, "share of a LoRA's inputs that are dropped", below=1)
     lora_target: str = arg("", "linear layers of the decoder with a LoRA; empty: all", choices=LORA_TARGETS)
 
@@ -51,11 +50,10 @@ class MoreFlags:
     token_budget: int = arg(0,
         "tokens in memory at once, padding counted: a step's records are sorted by length and cut to fit; 0: "
         "as --micro-batch-size")
-    lr_connector: float = arg(0.0, "the connector's own; 0: as --lr", below=math.inf)
-    lr_vision: float = arg(0.0, "the towers' own; 0: as --lr", below=math.inf)
+    lr_connector: float = arg(0.0, "the connector's own; 0: as --lr")
+    lr_vision: float = arg(0.0, "the towers' own; 0: as --lr")
     minutes: float = arg(0.0,
-        "as many steps as fit into so many minutes at the speed of the first few; 0: as --max-steps says",
-        below=math.inf)
+        "as many steps as fit into so many minutes at the speed of the first few; 0: as --max-steps says")
     log_every: int = arg(10, "steps between printed lines", at_least=1)
     eval_limit: int = arg(0, "answer only this many held-out questions, drawn once for all; 0: all")
 
@@ -116,8 +114,7 @@ class ModelConfig:
 class AskConfig(ModelConfig):
     """And how, unless it is an evaluation."""
 
-    temperature: float = arg(0.0,
-        "0 takes the likeliest word, more draws at random", at_least=0, below=math.inf)
+    temperature: float = arg(0.0, "0 takes the likeliest word, more draws at random")
     top_p: float = arg(1.0,
         "draw from the smallest set of words that holds this probability", above=0, at_most=1)
     top_k: int = arg(0, "draw from this many likeliest words; 0: all")
