@@ -16,7 +16,7 @@ from support.io import read_json, reading
 
 NOWHERE = "((?!))"                   # a pattern that matches nowhere
 INTERNLM2_CONTROL = (
-    "<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
+    "<|plugin|> <|interpreter|> <|action_end|> <|action_start|> <|im_end|> <|im_start|>".split())
 INTERNVL_CONTROL = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
 
 

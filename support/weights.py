@@ -244,10 +244,8 @@ def grow_words(tensors, n_row):
 
 # ---- files -------------------------------------------------------------------------------------------------
 
-FILES = (
-    "model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "mm_projector.bin",
-    "adapter_model.safetensors", "adapter_model.bin",
-)
+FILES = ("model.safetensors", "pytorch_model.bin", "checkpoints/latest-checkpoint.pt", "mm_projector.bin")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def weight_files(path):
@@ -256,7 +254,7 @@ def weight_files(path):
     path = Path(path)
     if path.is_file():
         return [path]
-    for name in FILES:
+    for name in ADAPTERS + FILES:
         index = path / f"{name}.index.json"
         if index.exists():
             with reading(index):
@@ -272,7 +270,7 @@ def read_tensors(path):
     tensors = {}
     files = weight_files(path)
     if not files:
-        raise UserError(f"{path}: holds none of {', '.join(FILES)}; copy the weights there")
+        raise UserError(f"{path}: holds none of {', '.join(FILES + ADAPTERS)}; copy the weights there")
     for file in files:
         tensors |= open_weights(file)
     return tensors
