@@ -173,7 +173,7 @@ def judge(results, claim):
     if len(gaps) == 1:
         said = "not to be told from one seed"
     elif sign == "=":
-        said = "does not show" if differs else "shows: the seeds disagree"
+        said = "a difference shows" if differs else "no difference shows: the seeds disagree"
     elif differs:
         said = "shows" if min(gaps) > 0 else "the contrary shows"
     else:
