@@ -217,8 +217,7 @@ EXPERIMENTS = {
         claims=("100%, all = 75%, all", "100%, all = 50%, all"),
         minutes=8,
         note="One pass over fewer records is fewer steps, as in the paper. Captions and boxes need a tenth "
-             "of them, for the language model had read such; to talk, which it never had, is learned to "
-             "the last. All but the answers in sentences are kept by half of the records.",
+             "of them, for the language model had read such; talk, which it had not, gains to the last.",
     ),
     "resolution": Experiment(
         paper=LLAVA + "section 4.2",
