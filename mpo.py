@@ -197,10 +197,11 @@ class Preferring:
         terms = self.terms(rewards, s, n_token, self.delta, self.cfg)
         loss = sum(weight * term for weight, term in terms.values())
 
-        margin = rewards[:, 0] - rewards[:, 1]
+        r_c, r_r = rewards.unbind(1)
+        margin = r_c - r_r
         metrics = {name: term for name, (_, term) in terms.items()} | {
-            "reward_chosen": rewards[:, 0],
-            "reward_rejected": rewards[:, 1],
+            "reward_chosen": r_c,
+            "reward_rejected": r_r,
             "margin": margin,
             "accuracy": (margin > 0).float(),
             "logp_chosen": s[:, 0],
@@ -210,13 +211,12 @@ class Preferring:
 
     def log_probs(self, vlm, batch):
         """-> s of the policy, s_ref of the reference, the number of tokens; (B, 2) each."""
-        if self.cfg.reference == "precomputed":
-            s, n_token = pair_log_probs(vlm, batch)
-            return s, batch["s_ref"], n_token
-        with torch.no_grad():
-            features = vlm.features(batch["pixels"])  # of a frozen tower: computed once for both
-            with lora_off(vlm):
-                s_ref, _ = pair_log_probs(vlm, batch, features)
+        features, s_ref = None, batch["s_ref"]
+        if self.cfg.reference == "lora-off":
+            with torch.no_grad():
+                features = vlm.features(batch["pixels"])  # of a frozen tower: computed once for both
+                with lora_off(vlm):
+                    s_ref, _ = pair_log_probs(vlm, batch, features)
         s, n_token = pair_log_probs(vlm, batch, features)
         return s, s_ref, n_token
 
@@ -283,7 +283,12 @@ class PairExamples(Examples):
 
     def open_picture(self, path, record):
         image = super().open_picture(path, record)
-        return recompress(image, record["number"]) if record["file"].recompress else image
+        if record["file"].recompress:  # MMPR's data_augment: JPEG at a quality of 75 to 100
+            file = io.BytesIO()
+            quality = random.Random(record["number"]).randint(75, 100)
+            image.save(file, "JPEG", quality=quality)
+            image = Image.open(file)
+        return image
 
     def encode(self, record, n_visual):
         texts = [record.get(name) for name in ("question", "chosen", "rejected")]
@@ -305,13 +310,6 @@ class PairExamples(Examples):
             labels.pop()
         n_prompt = len(labels) - labels[::-1].index(IGNORE)  # just after the last IGNORE
         return tokens[:n_prompt], labels[n_prompt:]
-
-
-def recompress(image, seed):
-    """MMPR's data_augment: a picture after JPEG at a quality of 75 to 100."""
-    file = io.BytesIO()
-    image.convert("RGB").save(file, "JPEG", quality=random.Random(seed).randint(75, 100))
-    return Image.open(file)
 
 
 def to_device(batch, device):

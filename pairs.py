@@ -33,11 +33,10 @@ from benchmarks.common import COT, LETTER, SHORT
 from benchmarks.own import is_right
 from conversation import find_template
 from data import Records, picture_paths
-from sample import AskConfig, answer, cut_picture, encode_question, open_asked, read_answer
-from support.asking import new_file, resume_flags
+from sample import AskConfig, answer, encode_question, open_asked, read_answer
+from support.asking import encode_questions, new_file, resume_flags
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.io import Progress, reading, write_json, write_json_lines
-from vision import open_image
 
 # What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
 PROMPTS = {
@@ -166,9 +165,8 @@ def read_question(vlm, tok, record, cfg):
         elif len(paths) == 1 and "<image>" not in text:
             text = "<image>\n" + text
 
-        images = [open_image(path, "the path and --image-root") for path in paths]
-        pictures = [cut_picture(vlm, image, len(images)) for image in images]
-        prompt = encode_question(vlm, tok, text, pictures)
+        asked = {"turns": [("human", text)], "pictures": paths}
+        (prompt,) = encode_questions(vlm, tok, [asked])
         n_token = len(prompt[0])
         longest = vlm.cfg.decoder.block_size
         if n_token >= longest * 3 // 4:
@@ -199,7 +197,7 @@ def pairs_by_correctness(vlm, tok, questions, cfg, seed, group):
     prompts = [question.prompt for question in questions for _ in range(cfg.samples)]
     answers = iter(draw_answers(vlm, tok, prompts, cfg, seed))
     for question in questions:
-        # {text of an answer: the part that is judged, or None where it kept no format}
+        # {text of an answer: the part that is judged, "" where it kept no format}
         right = {}
         wrong = {}
         for said in islice(answers, cfg.samples):
@@ -214,10 +212,10 @@ def pairs_by_correctness(vlm, tok, questions, cfg, seed, group):
 
         pairs = []
         for (chosen, good), (rejected, bad) in product(right.items(), wrong.items()):
-            if bad is not None and good.lower() in bad.lower():  # "2" in "12 or 2": perhaps right after all
+            if good.lower() in bad.lower():  # "2" in "12 or 2": perhaps right after all
                 counts["pairs in doubt"] += 1
                 continue
-            rule = "format" if bad is None else "answer"
+            rule = "answer" if bad else "format"
             pairs.append(make_pair(question, chosen, rejected) | {"answer_gt": question.truth, "rule": rule})
         n_kept = min(len(pairs), cfg.pairs_per_question)
         group["pairs"] += random.Random(f"{cfg.seed} {question.where}").sample(pairs, n_kept)
@@ -229,14 +227,14 @@ def pairs_by_correctness(vlm, tok, questions, cfg, seed, group):
 
 
 def judge_answer(said, truth, cfg):
-    """-> what kind of answer it is, its text as a pair has it, and the part of it that is judged, or None."""
+    """-> what kind of answer it is, its text as a pair has it, and the part of it that is judged, if any."""
     text = final = said.text
     if not said.whole or not text:
-        return "empty or cut off", text, None
+        return "empty or cut off", text, ""
     if cfg.prompt != "direct":
         parsed = parse_answer(text, cfg.min_newlines)
         if parsed is None:
-            return "no format", text, None
+            return "no format", text, ""
         reasoning, final = parsed
     if not is_right(final, truth):
         return "wrong", text, final

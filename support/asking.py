@@ -84,7 +84,7 @@ def read_picture(picture):
     """MMBench's pictures are bytes that stand in its table; all others are files."""
     if isinstance(picture, bytes):
         return open_image("a picture of the table", file=io.BytesIO(picture))
-    return open_image(picture)
+    return open_image(picture, "the path and --image-root")
 
 
 def write_answers(vlm, tok, questions, prompts):
