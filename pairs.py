@@ -31,7 +31,7 @@ from pathlib import Path
 
 from benchmarks.common import COT, LETTER, SHORT
 from benchmarks.own import is_right
-from conversation import find_template
+from conversation import find_template, put_in_front
 from data import Records, picture_paths
 from sample import AskConfig, answer, encode_question, open_asked, read_answer
 from support.asking import encode_questions, new_file, resume_flags
@@ -118,7 +118,7 @@ def ask_all(vlm, tok, records, cfg):
 
 def ask_group(vlm, tok, records, rows, cfg, seed):
     """-> a line of the .part file"""
-    group = {"pairs": [], "counts": Counter(questions=len(rows)), "skipped": [], "no_format": ""}
+    group = {"pairs": [], "counts": Counter(questions=len(rows)), "skipped": [], "no_format": []}
     questions = []
     for i in rows:
         try:
@@ -162,9 +162,7 @@ def read_question(vlm, tok, record, cfg):
         if cfg.method == "correctness" and cfg.prompt != "direct":
             text = ask_step_by_step(text, len(paths), cfg.prompt)
             truth = truth.rsplit("Final answer:", 1)[-1].strip()  # a worked one is judged by its end, too
-        elif len(paths) == 1 and "<image>" not in text:
-            text = "<image>\n" + text
-
+        ((_, text),) = put_in_front([("human", text)], len(paths))
         asked = {"turns": [("human", text)], "pictures": paths}
         (prompt,) = encode_questions(vlm, tok, [asked])
         n_token = len(prompt[0])
@@ -208,7 +206,7 @@ def pairs_by_correctness(vlm, tok, questions, cfg, seed, group):
             elif kind in ("wrong", "no format"):
                 wrong[text] = final
             if kind == "no format":
-                group["no_format"] = text
+                group["no_format"] = [text]  # one is enough to show
 
         pairs = []
         for (chosen, good), (rejected, bad) in product(right.items(), wrong.items()):
@@ -326,15 +324,14 @@ def first_words(vlm, tok, text, ratio):
 
 def report(groups, out):
     """-> all pairs. Print what was dropped and why; the same as JSON beside the pairs."""
-    pairs = [pair for group in groups for pair in group["pairs"]]
-    skipped = [reason for group in groups for reason in group["skipped"]]
+    pairs, skipped, no_format = (
+        [one for group in groups for one in group[name]] for name in ("pairs", "skipped", "no_format")
+    )
     for reason in skipped[:5]:
         print(f"skipped: {reason}")
     counts = Counter(pairs=len(pairs), skipped=len(skipped))
-    no_format = ""
     for group in groups:
         counts.update(group["counts"])
-        no_format = no_format or group["no_format"]
     if pairs:
         counts["tokens generated per pair"] = round(counts["tokens"] / len(pairs), 1)
     counts = {name: n for name, n in sorted(counts.items()) if n}
@@ -343,7 +340,7 @@ def report(groups, out):
     write_json(out.with_name(out.name + ".stats.json"), {"counts": counts}, indent=1)
     if no_format:
         print("one answer without format, which wants lines of reasoning (--min-newlines) and then "
-              f'"Final answer: ...", or --prompt direct: {no_format!r:.300}')
+              f'"Final answer: ...", or --prompt direct: {no_format[0]!r:.300}')
     return pairs
 
 

@@ -91,22 +91,14 @@ def scienceqa_letter(text, item):
 
 # Of one question the rows, in which the options are rotated, have numbers that differ by millions.
 MMBENCH = {
-    "dev": [
-        "mmbench_dev_20230712.tsv",
-        "mmbench_dev_en_20231003.tsv",
-        "MMBench_DEV_EN.tsv",
-        "MMBench_DEV_EN_V11.tsv",
-    ],
-    "test": [
-        "mmbench_test_20230712.tsv",
-        "mmbench_test_en_20231003.tsv",
-        "MMBench_TEST_EN.tsv",
-        "MMBench_TEST_EN_V11.tsv",
-    ],
+    "dev": """mmbench_dev_20230712.tsv mmbench_dev_en_20231003.tsv MMBench_DEV_EN.tsv
+              MMBench_DEV_EN_V11.tsv""".split(),
+    "test": """mmbench_test_20230712.tsv mmbench_test_en_20231003.tsv MMBench_TEST_EN.tsv
+               MMBench_TEST_EN_V11.tsv""".split(),
 }
 MMBENCH_CN = {
-    "dev": ["mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv", "MMBench_DEV_CN_V11.tsv"],
-    "test": ["mmbench_test_cn_20231003.tsv", "MMBench_TEST_CN.tsv", "MMBench_TEST_CN_V11.tsv"],
+    "dev": "mmbench_dev_cn_20231003.tsv MMBench_DEV_CN.tsv MMBench_DEV_CN_V11.tsv".split(),
+    "test": "mmbench_test_cn_20231003.tsv MMBench_TEST_CN.tsv MMBench_TEST_CN_V11.tsv".split(),
 }
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",

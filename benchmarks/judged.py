@@ -153,9 +153,10 @@ def ask_judge_of_facts(item, answer):
 
 
 def submit_requests(ask_judge, items, records):
-    rows = []
-    for item, record in zip(items, records):
-        rows.append({"question_id": item["id"]} | ask_judge(item, record["answer"] or ""))
+    rows = [
+        {"question_id": item["id"]} | ask_judge(item, record["answer"] or "")
+        for item, record in zip(items, records)
+    ]
     return "judge_requests.jsonl", json_lines(rows)
 
 

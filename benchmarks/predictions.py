@@ -38,6 +38,10 @@ def match_predictions(bench, items, path):
     rows = load_records(path)
     for where, key, row in rows:
         row = row if isinstance(row, dict) else {"text": row}
+        messages = row.get("messages")
+        if isinstance(messages, list):  # M3CoT's: a conversation
+            said = messages or [""]
+            row = {"prompt": said[0]} | row | {"text": str(said[-1])}
         names = [str(row[name]) for name in ID_KEYS if is_text(row.get(name))]
         if isinstance(key, str):
             names = [key, *names]
@@ -87,9 +91,7 @@ def pick_question(where, row, names, known, answers):
 
 def shown_question(row):
     """The first text of the row that says what was asked; MathVista's own files have it in `query`."""
-    messages = row.get("messages")
     shown = [row.get(name) for name in ("prompt", "query", "question")]
-    shown += messages[:1] if isinstance(messages, list) else []
     return next((text for text in shown if text and isinstance(text, str)), "")
 
 
@@ -103,8 +105,6 @@ def words(text):
 
 
 def read_prediction(where, row, bench):
-    if isinstance(row.get("messages"), list):  # a conversation: its last turn
-        return {"answer": str((row["messages"] or [""])[-1])}
     if "extraction" in row:  # MathVista's
         return {"answer": str(row["extraction"]), "is_extracted": True}
     if bench.review in row:
