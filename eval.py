@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 import sample
-from benchmarks import BENCHMARKS
+from benchmarks import BENCHMARKS, PUBLISHED
 from benchmarks.common import COT, Benchmark, as_said, data_folder, draw_boxes, question
 from benchmarks.own import most_frequent, own_right
 from benchmarks.predictions import match_predictions, unanswered_parts
@@ -102,7 +102,7 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
         result = add_up({"given": questions}, {"given": answers}) | {"left_out": sorted(left_out)}
     else:
         items = draw_some(items, cfg.limit)
-        flags = resume_flags(cfg, may_change=("out", "resume", "device", "compare", "show"))
+        flags = resume_flags(cfg, may_change="out resume device compare show".split())
         asked = repr([(item["id"], item["text"]) for item in items])
         flags |= {"benchmark": name, "questions of checksum": zlib.crc32(asked.encode())}
         result = evaluate(items, cfg, vlm, tok, Progress(out / "progress.jsonl", flags, cfg.resume))
@@ -136,8 +136,8 @@ def add_up(columns, answers):
     graded = {column: grade(bench, asked, answers[column]) for column, asked in columns.items()}
     if name == "own":
         graded["most frequent answer"] = grade(bench, questions, most_frequent(questions))
-    result = {"benchmark": name, "column": main, "metric": bench.metric, "paper": bench.paper}
-    return result | graded.pop(main) | {"columns": graded}
+    result = {"benchmark": name, "column": main, "metric": bench.metric}
+    return result | {"paper": PUBLISHED.get(name, "")} | graded.pop(main) | {"columns": graded}
 
 
 # ---- questions ----

@@ -168,7 +168,7 @@ def submit_mmbench(items, records):
 
     It wants .xlsx: pandas.read_csv("mmbench.tsv", sep="\\t").to_excel("mmbench.xlsx", index=False)
     """
-    dropped = ("hint", "category", "source", "image", "comment", "l2-category")
+    dropped = "hint category source image comment l2-category".split()
     columns = [name for name in items[0]["row"] if name not in dropped]
     columns.insert(6, "prediction")
     sheet = io.StringIO()
@@ -256,37 +256,21 @@ def ask_tallyqa(split, key, row):
 
 CIRCULAR = {"score": score_mmbench, "submit": submit_mmbench, "metric": "circular accuracy %"}
 BENCHMARKS = {
-    "scienceqa": Benchmark(
-        read_scienceqa,
-        scienceqa_letter,
-        paper="LLaVA-1.5-13B 74.39; its image context: LLaVA-1.5-7B 66.8, LLaVA-1.5-13B 71.6",
-    ),
+    "scienceqa": Benchmark(read_scienceqa, scienceqa_letter),
     "mmbench": Benchmark(
         partial(read_mmbench, MMBENCH, LETTER),
         mmbench_letter,
-        paper="LLaVA-1.5-7B 64.3, LLaVA-1.5-13B 67.7; v1.1: InternVL2.5-8B-MPO 82.4",
         **CIRCULAR,
     ),
     "mmbench-cn": Benchmark(
         partial(read_mmbench, MMBENCH_CN, "请直接回答选项字母。"),
         mmbench_letter,
-        paper="LLaVA-1.5-7B 58.3, LLaVA-1.5-13B 63.6",
         **CIRCULAR,
     ),
-    "seed-bench": Benchmark(
-        read_seed,
-        seed_letter,
-        paper="LLaVA-1.5-7B 58.6, LLaVA-1.5-13B 61.6; its image half: LLaVA-1.5-7B 66.1, LLaVA-1.5-13B 68.2",
-    ),
-    "ai2d": Benchmark(
-        read_ai2d,
-        ai2d_letter,
-        paper="LLaVA-1.5-7B 54.10, LLaVA-1.5-13B 57.13, Prism-7B 55.65, Prism-13B 57.96, "
-        "InternVL2.5-8B-MPO 84.5",
-    ),
+    "seed-bench": Benchmark(read_seed, seed_letter),
+    "ai2d": Benchmark(read_ai2d, ai2d_letter),
     "tallyqa": Benchmark(
         partial(read_split, split_files("{}.json", "test train"), ask_tallyqa),
         count_in,
-        paper="LLaVA-1.5-7B 62.06, LLaVA-1.5-13B 64.83, Prism-7B 66.70, Prism-13B 70.41",
     ),
 }

@@ -71,7 +71,6 @@ class Benchmark:
     more: Callable | None = None  # units -> {figure: number}, what the authors publish beside it
     submit: Callable | None = None  # (items, records) -> file name, content: what is handed in
     review: str = ""  # GPT-4 judges, as `submit` requests; of --predictions the field with its reviews
-    paper: str = ""  # published figures: LLaVA-1.5 by its own tables, else by Prismatic's; Prism-DINOSigLIP
     metric: str = "accuracy %"
     max_new_tokens: int = 16
     all_needed: bool = False  # the official scorer refuses a file in which an answer is missing

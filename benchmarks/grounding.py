@@ -55,33 +55,17 @@ def read_ocid(cfg):
     return read_split(split_files("{}_expressions.json", "val test train"), ask, cfg)
 
 
-def boxes(read, least, paper):
+def boxes(read, least):
     def overlaps(box, item):
         return float(iou(box, item["truth"]) >= least)
 
     metric = f"accuracy % at IoU {least}"
-    return Benchmark(read, read_box, overlaps, max_new_tokens=100, metric=metric, paper=paper)
+    return Benchmark(read, read_box, overlaps, max_new_tokens=100, metric=metric)
 
 
 BENCHMARKS = {
-    "refcoco": boxes(
-        partial(read_refcoco, "refcoco", "val testA testB"),
-        0.5,
-        "LLaVA-1.5-7B 55.12, LLaVA-1.5-13B 66.75, Prism-7B 77.78, Prism-13B 79.39",
-    ),
-    "refcoco+": boxes(
-        partial(read_refcoco, "refcoco+", "val testA testB"),
-        0.5,
-        "LLaVA-1.5-7B 49.47, LLaVA-1.5-13B 61.36, Prism-7B 73.08, Prism-13B 75.55",
-    ),
-    "refcocog": boxes(
-        partial(read_refcoco, "refcocog", "val test"),
-        0.5,
-        "LLaVA-1.5-7B 50.92, LLaVA-1.5-13B 60.85, Prism-7B 71.04, Prism-13B 72.73",
-    ),
-    "ocid-ref": boxes(
-        read_ocid,
-        0.25,
-        "LLaVA-1.5-7B 35.07, LLaVA-1.5-13B 45.56, Prism-7B 54.12, Prism-13B 54.62",
-    ),
+    "refcoco": boxes(partial(read_refcoco, "refcoco", "val testA testB"), 0.5),
+    "refcoco+": boxes(partial(read_refcoco, "refcoco+", "val testA testB"), 0.5),
+    "refcocog": boxes(partial(read_refcoco, "refcocog", "val test"), 0.5),
+    "ocid-ref": boxes(read_ocid, 0.25),
 }

@@ -170,7 +170,6 @@ BENCHMARKS = {
         review="content",
         max_new_tokens=1024,
         metric="relative score by GPT-4",
-        paper="LLaVA-1.5-7B 65.4, LLaVA-1.5-13B 72.5",
     ),
     "mm-vet": Benchmark(
         partial(read_split, {"all": ["mm-vet.json"]}, ask_mm_vet),
@@ -181,6 +180,5 @@ BENCHMARKS = {
         review="score",
         max_new_tokens=1024,
         metric="score by GPT-4, of 100",
-        paper="LLaVA-1.5-7B 31.1, LLaVA-1.5-13B 36.1, InternVL2.5-8B-MPO 66.9",
     ),
 }

@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks.common import load_records
 from support.cli import UserError
 
-ID_KEYS = ("question_id", "questionId", "index", "pid", "id", "image")
-TEXT_KEYS = ("text", "prediction", "response", "answer", "output")
+ID_KEYS = "question_id questionId index pid id image".split()
+TEXT_KEYS = "text prediction response answer output".split()
 
 
 def match_predictions(bench, items, path):

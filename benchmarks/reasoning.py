@@ -165,7 +165,6 @@ BENCHMARKS = {
         mathvista_answer,
         max_new_tokens=128,
         metric="accuracy %, extracted by rule where no extraction was given",
-        paper="InternVL2.5-8B-MPO 68.9",
     ),
-    "m3cot": Benchmark(read_m3cot, m3cot_letter, max_new_tokens=128, paper="InternVL2-8B-MPO 79.2"),
+    "m3cot": Benchmark(read_m3cot, m3cot_letter, max_new_tokens=128),
 }

@@ -37,7 +37,7 @@ def grade(bench, questions, answers):
 
 def judge_one(bench, item, answer):
     """-> record. Its score is None where the label is hidden, or GPT-4 has not reviewed the answer yet."""
-    record = {name: item[name] for name in ("id", "unit", "category", "image", "asked", "prompt", "truth")}
+    record = {name: item[name] for name in "id unit category image asked prompt truth".split()}
     record |= {"answer": None, "parsed": None, "score": 0.0} | answer
     text = record["answer"]
     unreviewed = bench.review and "is_review" not in answer

@@ -192,7 +192,6 @@ BENCHMARKS = {
         submit=submit_vqav2,
         metric="VQA accuracy %",
         all_needed=True,
-        paper="LLaVA-1.5-7B 78.5, LLaVA-1.5-13B 80.0, Prism-7B 80.97, Prism-13B 81.66",
     ),
     "vizwiz": Benchmark(
         partial(read_split, split_files("{}.json", "val test train"), ask_vizwiz),
@@ -201,27 +200,23 @@ BENCHMARKS = {
         rounded_percent,
         submit=submit_vizwiz,
         metric="VQA accuracy %",
-        paper="LLaVA-1.5-7B 50.0, LLaVA-1.5-13B 53.6, Prism-7B 52.82, Prism-13B 58.01",
     ),
     "textvqa": Benchmark(
         partial(read_textvqa, False),
         textvqa_normal,
         partial(is_agreed, textvqa_normal),
         metric="VQA accuracy %, without OCR tokens",
-        paper="LLaVA-1.5-7B 46.13, LLaVA-1.5-13B 48.99, Prism-7B 55.64, Prism-13B 57.08",
     ),
     "textvqa-ocr": Benchmark(
         partial(read_textvqa, True),
         textvqa_normal,
         partial(is_agreed, textvqa_normal),
         metric="VQA accuracy %, with OCR tokens",
-        paper="LLaVA-1.5-7B 58.2, LLaVA-1.5-13B 61.3, Prism-7B 59.71, Prism-13B 62.89",
     ),
     "gqa": Benchmark(
         partial(read_split, {"testdev": ["testdev_balanced_questions.json"]}, ask_gqa),
         gqa_normal,
         score=score_gqa,
         all_needed=True,
-        paper="LLaVA-1.5-7B 62.0, LLaVA-1.5-13B 63.3, Prism-7B 65.27, Prism-13B 66.13",
     ),
 }

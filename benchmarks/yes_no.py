@@ -181,8 +181,6 @@ BENCHMARKS = {
         score=score_pope,
         more=pope_figures,
         metric="mean F1 % of the splits",
-        paper="LLaVA-1.5-7B 85.9, LLaVA-1.5-13B 85.9, InternVL2-8B-MPO 88.1; accuracy: Prism-7B 88.12, "
-        "Prism-13B 88.07",
     ),
     "mme": Benchmark(
         read_mme,
@@ -190,12 +188,10 @@ BENCHMARKS = {
         score=score_mme,
         more=mme_figures,
         metric="perception, of 2000",
-        paper="LLaVA-1.5-7B 1510.7, LLaVA-1.5-13B 1531.3",
     ),
     "vsr": Benchmark(
         # Of the two ways to split it the papers take the zero-shot one.
         partial(read_split, {"test": ["zeroshot/test.jsonl", "test.jsonl"]}, ask_vsr),
         vsr_label,
-        paper="LLaVA-1.5-7B 51.47, LLaVA-1.5-13B 69.07, Prism-7B 59.57, Prism-13B 72.18",
     ),
 }
