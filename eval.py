@@ -111,7 +111,7 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
     if cfg.compare:
         with reading(cfg.compare, "give a results.json of eval.py"):
             found = compare(bench, result["records"], read_json(cfg.compare)["records"])
-        result["compare"] = found | {"with": cfg.compare}
+            result["compare"] = found | {"with": cfg.compare}
     if (out / "results.json").exists() and not cfg.resume:
         print(f"{out}: the results of an earlier run are replaced; another --out keeps both")
     files = write_results(bench, result, items, out)

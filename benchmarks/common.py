@@ -177,7 +177,11 @@ def load_records(path, under=None):
         # POPE's files are called .json and hold one record a line.
         is_record = re.fullmatch(r"\s*{.*}\s*", lines[0][1])
         if is_record and (path.suffix == ".jsonl" or len(lines) > 1):
-            return [(where, k, load_line(where, line)) for k, (where, line) in enumerate(lines)]
+            rows = []
+            for k, (where, line) in enumerate(lines):
+                with reading(where):
+                    rows.append((where, k, json.loads(line)))
+            return rows
         records = json.loads(text)
         if under:
             records = records[under]
@@ -189,11 +193,6 @@ def load_records(path, under=None):
 def rows_by(cfg, field, name, under=None):
     """{what stands in this field: record} of another official file."""
     return {row[field]: row for _, _, row in load_records(find_file(cfg, name), under)}
-
-
-def load_line(where, line):
-    with reading(where):
-        return json.loads(line)
 
 
 def read_each(rows, make):

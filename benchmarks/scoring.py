@@ -73,11 +73,10 @@ def figures_of(bench, units):
 
 def bootstrap(units, score):
     """95% interval of a score: draw as many units, with replacement, again and again; the same every time."""
+    n = len(units)
     draw = np.random.default_rng(0)
-    scores = []
-    for _ in range(min(1000, 20_000_000 // len(units))):
-        chosen = draw.integers(len(units), size=len(units))
-        scores.append(score([units[i] for i in chosen]))
+    n_draw = min(1000, 20_000_000 // n)
+    scores = [score([units[i] for i in draw.integers(n, size=n)]) for _ in range(n_draw)]
     return np.percentile(scores, [2.5, 97.5]).tolist()
 
 
