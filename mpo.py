@@ -306,10 +306,8 @@ class PairExamples(Examples):
         """-> ids of the prompt, ids of the answer with its stop."""
         turns = [("human", question), ("gpt", answer)]
         tokens, labels = encode_conversation(self.tok, turns, self.template, n_visual)
-        while labels[-1] == IGNORE:
-            labels.pop()
-        n_prompt = len(labels) - labels[::-1].index(IGNORE)  # just after the last IGNORE
-        return tokens[:n_prompt], labels[n_prompt:]
+        answer = [label for label in labels if label != IGNORE]
+        return tokens[: labels.index(answer[0])], answer
 
 
 def to_device(batch, device):

@@ -35,7 +35,7 @@ from pathlib import Path
 
 from PIL import Image, ImageColor, ImageDraw
 
-from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
+from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT, iou
 from support.cli import Bar, UserError, arg, parse, run_program
 from support.io import read_json, write_json, write_json_lines
 
@@ -182,7 +182,7 @@ def random_spots(rng, sides):
             x = random_offset(rng, cell % 3, w)
             y = random_offset(rng, cell // 3, h)
             boxes.append((x, y, x + w, y + h))
-        if not any(overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
+        if not any(iou(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
             break
     return [(PLACES[cell], tuple(v / GRID for v in box)) for cell, box in zip(cells, boxes)]
 
@@ -193,12 +193,6 @@ def random_offset(rng, cell, side):
     high = (cell + 1) * GRID / 3 - 1
     fitting = [x for x in range(GRID - side + 1) if low <= x + side / 2 <= high]
     return rng.choice(fitting)
-
-
-def overlap(a, b):
-    beside = a[0] >= b[2] or b[0] >= a[2]
-    above = a[1] >= b[3] or b[1] >= a[3]
-    return not (beside or above)
 
 
 def shrink_sign(scene, scale):
