@@ -266,8 +266,8 @@ def write_as_truth(reasoning, final, truth):
     final = final.strip("*").strip()
     if truth.lower() in final.lower().replace(",", "").strip("."):
         final = truth
-    *lines, last = f"{reasoning} {final}".split("\n")
-    return "\n".join([*lines, last.replace("**Final", "Final")])
+    before, newline, last = f"{reasoning} {final}".rpartition("\n")
+    return before + newline + last.replace("**Final", "Final")
 
 
 # ---- by dropout ----
