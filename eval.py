@@ -158,7 +158,8 @@ def read_items(name, cfg):
 def read_own(cfg):
     """Every question of every record that has an answer, such as the toy world's val.jsonl."""
     path = Path(cfg.data)
-    path = path / "val.jsonl" if path.is_dir() else path
+    if path.is_dir():
+        path /= "val.jsonl"
     records = Records(path, cfg.image_root).split_questions(with_earlier=True)
     n_seen = Counter()
     for record in records:

@@ -21,14 +21,14 @@ def grade(bench, questions, answers):
         with reading(f"question {item['id']!r}"):
             records.append(judge_one(bench, item, answers.get(item["id"], {})))
     given = [record for record in records if record["answer"] is not None]
-    unparsed = [record for record in given if record["parsed"] in (None, "")]
+    n_unparsed = sum(record["parsed"] in (None, "") for record in given)
     units = list(units_of(records).values())
     figures = {"n": len(records), "score": None, "ci95": None, "more": {}}
     if units:
         figures = figures_of(bench, units)
     return figures | {
         "missing": len(records) - len(given),
-        "unparsed": len(unparsed) / max(1, len(given)),
+        "unparsed": n_unparsed / max(1, len(given)),
         "cut_off": sum(record.get("cut_off", False) for record in given),
         "categories": {name: figures_of(bench, some) for name, some in by_category(units).items()},
         "records": records,

@@ -95,8 +95,14 @@ def read_textvqa(with_ocr, cfg):
         text = asked[:1].upper() + asked[1:]
         if with_ocr:
             text += "\nReference OCR token: " + ", ".join(ocr[image]["ocr_tokens"])
-        truth = [answer + "" for answer in row["answers"]]
-        return question(row["question_id"], f"train_images/{image}.jpg", text, SHORT, truth, asked=asked)
+        return question(
+            row["question_id"],
+            f"train_images/{image}.jpg",
+            text,
+            SHORT,
+            [answer + "" for answer in row["answers"]],
+            asked=asked,
+        )
 
     return read_each(load_records(path, "data"), ask)
 

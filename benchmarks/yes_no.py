@@ -103,7 +103,7 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 
 
 def read_mme(cfg):
-    names = ["existence.txt", "code_reasoning.txt", "existence", "code_reasoning"]
+    names = "existence.txt code_reasoning.txt existence code_reasoning".split()
     _, found = find_split(cfg, {"all": names})
     n_asked = Counter()
     for task in PERCEPTION + COGNITION:
