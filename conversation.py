@@ -40,7 +40,7 @@ from support.control_tokens import (
     read_sentencepiece,
 )
 from support.io import reading
-from support.templates import OTHER_TEMPLATES, SYSTEM_LLAMA_2, SYSTEM_LLAVA_V1, SYSTEM_VICUNA
+from support.templates import OTHER_TEMPLATES, SYSTEM_VICUNA
 
 CONTROL = r"(</?s>|<\|im_start\|>|<\|im_end\|>|<image>|[«»])"  # what is special in a template
 TYPED = "<\0image>"                  # an <image> that is a word, until it is encoded
@@ -69,14 +69,6 @@ TEMPLATES = {
     # LLaVA-1.5 is vicuna_v1, its stage 1 plain.
     "vicuna_v1": Template(SYSTEM_VICUNA + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
     "plain": Template("{}", None, "«{}\n»", stop="\n", keep_question=False),
-    # LLaVA v1, LLaVA v0, and LLaVA on Llama-2
-    "llava_v1": Template(SYSTEM_LLAVA_V1 + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
-    "llava_v0": Template(
-        SYSTEM_LLAVA_V1 + "###Human: {}«###Assistant:»", "Human: {}«###Assistant:»", "« {}###»",
-        stop="###"),
-    "llava_llama_2": Template(
-        f"[INST] <<SYS>>\n{SYSTEM_LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]",
-        "<s>[INST] {} [/INST]", "« {} </s>»"),
 }
 TEMPLATES |= {name: Template(**fields) for name, fields in OTHER_TEMPLATES.items()}
 

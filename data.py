@@ -86,16 +86,12 @@ class Examples(Dataset):
         cached_for, pictures, n_visual = self.last_pictures
         wanted_for = record["group"], record["images"]
         if cached_for != wanted_for:
-            cut = self.cut_pictures(record)
-            pictures = vision.join_tiles(cut or [no_picture(self.vision_cfg.image_size)])
+            images = [self.open_picture(path, record) for path in picture_paths(record)]
+            cut = [vision.cut_tiles(image, self.vision_cfg, self.image_mode, len(images)) for image in images]
+            pictures = vision.join_tiles(cut, self.vision_cfg.image_size)
             n_visual = [len(layout) for _, layout in cut]
             self.last_pictures = wanted_for, pictures, n_visual
         return pictures, n_visual
-
-    def cut_pictures(self, record):
-        """-> [(tiles, layout), ...]"""
-        images = [self.open_picture(path, record) for path in picture_paths(record)]
-        return [vision.cut_tiles(image, self.vision_cfg, self.image_mode, len(images)) for image in images]
 
     def open_picture(self, path, record):
         return vision.open_image(path, "the path and --image-root")
@@ -111,10 +107,6 @@ class Examples(Dataset):
         if n > self.max_length:  # nothing is cut: half a picture or half an answer teaches nonsense
             raise UserError(f"{n} tokens ({sum(n_visual)} of them visual), {self.max_length} allowed; "
                             "drop or split the record, or raise --max-length if the decoder takes more")
-
-
-def no_picture(S):
-    return torch.empty((0, 3, S, S), dtype=torch.uint8), torch.empty((0, 2), dtype=torch.int64)
 
 
 def collate(examples, pad, multiple=1, more=None):
@@ -133,7 +125,7 @@ def collate(examples, pad, multiple=1, more=None):
 
     # Pictures (n, 3, S, S) and (M, 2). Those that questions share go through the towers once.
     pictures = [(e["pixels"], e["layout"]) for e in used]
-    batch["pixels"], batch["layout"] = vision.join_tiles(pictures or [no_picture(0)])
+    batch["pixels"], batch["layout"] = vision.join_tiles(pictures)
     return batch
 
 

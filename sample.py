@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from conversation import Tokenizer, cut_at_stop, encode_prompt, put_in_front, stop_ids
-from data import no_picture, pad_rows
+from data import pad_rows
 from model import VLM
 from support.cli import UserError, arg, parse, pick_device, run_program
 from support.flags import AskConfig, ModelConfig
@@ -54,6 +54,18 @@ class SampleConfig(AskConfig):
 # ---- prompts and answers ----
 
 
+def cut_picture(vlm, image, n_picture=1):
+    """One of a prompt's n_picture pictures -> its tiles (n, 3, S, S) and layout (M, 2) for this model."""
+    return cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode, n_picture)
+
+
+def encode_question(vlm, tok, text, pictures=(), earlier=()):
+    """A question after the turns `earlier` -> a prompt. Pictures stand where <image> does, else in front."""
+    turns = put_in_front([*earlier, ("human", text)], len(pictures))
+    n_visual = [len(layout) for _, layout in pictures]
+    return encode_prompt(tok, turns, vlm.cfg.template, n_visual), list(pictures)
+
+
 class Answer(NamedTuple):
     text: str  # without the stop and the spaces around
     whole: bool  # the stop came; else the tokens ran out
@@ -77,8 +89,8 @@ def answer(vlm, tok, prompts, max_new_tokens, batch_size=48, seed=0, **sampling)
 
 
 def order_prompts(prompts):
-    """-> indices of prompts. Those with the same pictures are neighbours (their shared prefix is prefilled
-    once), and groups of similar length meet (little padding)."""
+    """-> indices of prompts: those with the same pictures side by side, so that what they share is computed
+    once; and by length, so that little is padded."""
     groups = {}
     for i, (_, pictures) in enumerate(prompts):
         same_tiles = tuple(tiles for tiles, _ in pictures)  # the same tensors; see vision.join_tiles
@@ -98,8 +110,7 @@ def make_batch(vlm, tok, prompts, max_new_tokens):
             "with its answer; ask less, or begin a new chat"
         )
     device = vlm.decoder.lm_head.weight.device
-    pictures = [picture for _, its_pictures in prompts for picture in its_pictures]
-    pixels, layout = join_tiles(pictures or [no_picture(vlm.cfg.vision.image_size)])
+    pixels, layout = join_tiles([picture for _, pictures in prompts for picture in pictures])
     return {
         "tokens": pad_rows([ids for ids, _ in prompts], tok.pad).to(device),  # (B, T)
         "lengths": lengths,
@@ -118,18 +129,6 @@ def read_answer(tok, template, ids):
     text = cut_at_stop(decoded, template)
     whole = len(before) < len(ids) or text != decoded
     return Answer(text.strip(), whole, ids[: len(before) + 1])
-
-
-def encode_question(vlm, tok, text, pictures=(), earlier=()):
-    """A question after the turns `earlier` -> a prompt. Pictures stand where <image> does, else in front."""
-    turns = put_in_front([*earlier, ("human", text)], len(pictures))
-    n_visual = [len(layout) for _, layout in pictures]
-    return encode_prompt(tok, turns, vlm.cfg.template, n_visual), list(pictures)
-
-
-def cut_picture(vlm, image, n_picture=1):
-    """One of a prompt's n_picture pictures -> its tiles (n, 3, S, S) and layout (M, 2) for this model."""
-    return cut_tiles(image, vlm.cfg.vision, vlm.cfg.image_mode, n_picture)
 
 
 # ---- open a model ----

@@ -212,10 +212,12 @@ def make_trainable(vlm, cfg):
     if cfg.train:
         chosen = cfg.train.split(",")
     else:
-        chosen = ["connector", "llm"] if cfg.stage == "finetune" else ["connector"]
-        if cfg.model in PRESETS:
-            from_random = {"llm": not cfg.llm, "vision": not cfg.vision}
-            chosen += [part for part in from_random if from_random[part]]
+        is_preset = cfg.model in PRESETS  # of which a part without a file starts from random weights
+        chosen = ["connector"]
+        if cfg.stage == "finetune" or is_preset and not cfg.llm:
+            chosen.append("llm")
+        if is_preset and not cfg.vision:
+            chosen.append("vision")
     for name, p in vlm.named_parameters():
         p.requires_grad = part_of(name) in chosen
     for tower in vlm.towers:  # what comes behind the features

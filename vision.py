@@ -376,12 +376,14 @@ def scale_into(image, W, H):
     return image.resize(size, Image.BICUBIC)
 
 
-def join_tiles(parts):
+def join_tiles(parts, S=0):
     """[(tiles, layout), ...] of several pictures, or of the views of one -> (tiles, layout) of them all.
 
     Tiles are numbered through. Two questions about a picture bring the same tensor of tiles, which is taken
-    once, and goes through the tower once.
+    once, and goes through the tower once. No parts at all are no tiles of S pixels a side.
     """
+    if not parts:
+        return torch.empty((0, 3, S, S), dtype=torch.uint8), torch.empty((0, 2), dtype=torch.int64)
     all_tiles, layouts = [], []
     n_tile = 0
     first_tile = {}  # of each tensor of tiles; a tensor is a key by itself, as in optimizer.state

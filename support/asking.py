@@ -161,7 +161,6 @@ def file_question(record, cfg):
     for path in pictures:
         if not path.exists():
             raise UserError(f"{record['where']}: {path}: no such picture; check the path and --image-root")
-    sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
     asked = {"id": record["number"], "turns": turns, "pictures": pictures, "column": "answers"}
     row = {"question_id": record.get("question_id", record["id"]), "prompt": turns[-1][1]}
-    return asked | {"limit": cfg.max_new_tokens, "sampling": sampling, "row": row}
+    return asked | {"limit": cfg.max_new_tokens, "sampling": cfg.sampling, "row": row}

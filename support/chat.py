@@ -65,7 +65,7 @@ class Chat:
             self.trace.begin()
         n_shown = 0
         try:
-            for answer in stream_answer(self.vlm, self.tok, self.prompt, self.cfg, self.history):
+            for answer in self.stream_answer():
                 self.answer = answer
                 yield answer.text[n_shown:]
                 n_shown = len(answer.text)
@@ -74,6 +74,22 @@ class Chat:
                 self.history.x = None
             if self.answer.text:  # an empty answer is no turn to go on from
                 self.turns += [("human", question), ("gpt", as_text(self.answer.text))]
+
+    def stream_answer(self):
+        """Yield the Answer as it grows, with each token."""
+        template = self.vlm.cfg.template
+        batch = make_batch(self.vlm, self.tok, [self.prompt], self.cfg.max_new_tokens)
+        ids = []
+        for new in self.vlm.stream(**batch, history=self.history, **self.cfg.sampling):
+            ids.append(int(new))
+            so_far = read_answer(self.tok, template, ids)
+            if so_far.whole:
+                break
+
+            # Half a character, the beginning of a stop and a space wait for what follows.
+            text = cut_at_stop(self.tok.decode(ids, partial=True), template, partial=True).strip()
+            yield so_far._replace(text=text)
+        yield so_far
 
     def record(self):
         """The chat as a record that trains; names of pictures are as they were given."""
@@ -90,24 +106,6 @@ class Chat:
         if n_token == self.cfg.max_new_tokens:
             limit = "raise --max-new-tokens"
         return f"cut off after {n_token} tokens; {limit}"
-
-
-def stream_answer(vlm, tok, prompt, cfg, history=None):
-    """Yield the Answer as it grows, with each token. history: the KVHistory of a chat."""
-    template = vlm.cfg.template
-    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
-    sampling = {name: getattr(cfg, name) for name in ("temperature", "top_p", "top_k", "seed")}
-    ids = []
-    for new in vlm.stream(**batch, history=history, **sampling):
-        ids.append(int(new))
-        so_far = read_answer(tok, template, ids)
-        if so_far.whole:
-            break
-
-        # Half a character, the beginning of a stop and a space wait for what follows.
-        text = cut_at_stop(tok.decode(ids, partial=True), template, partial=True).strip()
-        yield so_far._replace(text=text)
-    yield so_far
 
 
 COMMANDS = "/image", "/reset", "/save"

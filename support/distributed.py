@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data import no_picture
 from support.cli import UserError, pick_device
 from support.optim import part_of
+from vision import join_tiles
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster sends before it takes the machine
 
@@ -179,7 +179,7 @@ def with_fillers(batches, counts):
     """-> [(batch, count), ...], as many as the process has that has most: what is missing counts nothing."""
     n_filler = int(gather_numbers([len(batches)]).max()) - len(batches)
     ones = torch.ones(1, 2, dtype=torch.int64)
-    pixels, layout = no_picture(0)
+    pixels, layout = join_tiles([])
     filler = {"tokens": ones, "labels": ones, "pixels": pixels, "layout": layout}
     return [*zip(batches, counts), *[(filler, 0)] * n_filler]
 

@@ -120,3 +120,7 @@ class AskConfig(ModelConfig):
     top_k: int = arg(0, "draw from this many likeliest words; 0: all")
     max_new_tokens: int = arg(256, "longest answer in tokens", at_least=1)
     seed: int = arg(0, "of the draws", below=2**30)
+
+    @property
+    def sampling(self):
+        return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed")}

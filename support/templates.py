@@ -1,6 +1,6 @@
-"""System prompts, and the conversation templates of LLaVA-NeXT, Prismatic and InternVL.
+"""System prompts, and the conversation templates of the first LLaVAs, LLaVA-NeXT, Prismatic and InternVL.
 
-{name: the fields of conversation.Template, which says what they mean}. LLaVA's own stand there.
+{name: the fields of conversation.Template, which says what they mean}. Those of LLaVA-1.5 stand there.
 """
 
 SYSTEM_VICUNA = (
@@ -22,6 +22,21 @@ INTERNVL2_QUESTION = "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n"
 INTERNVL2_5_QUESTION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 OTHER_TEMPLATES = {
+    # LLaVA v1, LLaVA v0, and LLaVA on Llama-2
+    "llava_v1": {
+        "first": SYSTEM_LLAVA_V1 + " USER: {} ASSISTANT:",
+        "human": "USER: {} ASSISTANT:",
+        "answer": "« {}</s>»"},
+    "llava_v0": {
+        "first": SYSTEM_LLAVA_V1 + "###Human: {}«###Assistant:»",
+        "human": "Human: {}«###Assistant:»",
+        "answer": "« {}###»",
+        "stop": "###"},
+    "llava_llama_2": {
+        "first": f"[INST] <<SYS>>\n{SYSTEM_LLAMA_2}\n<</SYS>>\n\n{{}} [/INST]",
+        "human": "<s>[INST] {} [/INST]",
+        "answer": "« {} </s>»"},
+
     # LLaVA-NeXT over Mistral
     "mistral_instruct": {
         "first": "[INST] {} [/INST]", "human": "[INST] {} [/INST]", "answer": "« {} </s>»"},
