@@ -14,10 +14,7 @@ Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2
   - Where a LLaVA question ends in its only picture, "question\\n<image>", the <image> is moved to the front.
     The original does so wherever it stands, and makes one of several; here they stay as they were written.
   - "</s>", "<|im_end|>" or "<IMG_CONTEXT>" typed by a user stays text. The originals turn it into the
-    control token. ("###", which parts the turns of llava_v0, is no control token: a user who types it
-    ends his turn, as there.)
-  - llava_v0 is trained as it is asked. The original trained on
-    "\\n\\n### Human: q\\n### Assistant: a\\n### ", and supervised the "###" before Human, too.
+    control token.
   - After </s> comes "USER" without a leading space, one id in Llama's vocabulary, which is what
     `legacy=false` in the public tokenizer configs means today. The weights were probably trained with a
     version that split it in two. Folders that say `legacy: true` are read the same way.
@@ -206,8 +203,8 @@ def split_turns(turns, template, n_image):
             frame = template.first.replace("<image>", "<image>" * n_image)
         before, after = frame.split("{}")
 
-        # Control tokens come from the template alone. What a user types may hold pictures, nothing
-        # else; where there are none, "<image>" is a word.
+        # Control tokens come from the template alone. What a user types may hold pictures, nothing else;
+        # where there are none, "<image>" is a word.
         typed = "(<image>)" if n_image else NOWHERE
         for part, specials in (before, CONTROL), (text, typed), (after, CONTROL):
             for j, stretch in enumerate(re.split(specials, part)):  # text, special, text, ..., special, text

@@ -53,7 +53,7 @@ class Examples(Dataset):
     vision_cfg: vision.VisionConfig
     image_mode: str
     max_length: int  # of a record in tokens
-    last_pictures: tuple = (None, None, None)  # of the record before; see load_pictures
+    last_pictures: tuple = (None, None, None)  # see load_pictures
 
     def __post_init__(self):
         find_template(self.template)  # an unknown one is an error before any work
@@ -80,18 +80,20 @@ class Examples(Dataset):
     def load_pictures(self, record):
         """-> (pixels, layout) of all its pictures, and how many visual tokens each becomes.
 
-        The last record's pictures are cached. Consecutive questions on the same pictures share the same
-        tensor objects, which vision.join_tiles recognises by id() and stacks once.
+        Those of the last record are kept: if the next asks about the same pictures it gets the same tensors,
+        and these go through the tower once (vision.join_tiles).
         """
-        cached_for, pictures, n_visual = self.last_pictures
-        wanted_for = record["group"], record["images"]
-        if cached_for != wanted_for:
+        shown, pictures, n_visual = self.last_pictures
+        to_show = record["group"], record["images"]
+        if shown != to_show:
             images = [self.open_picture(path, record) for path in picture_paths(record)]
             cut = [vision.cut_tiles(image, self.vision_cfg, self.image_mode, len(images)) for image in images]
             pictures = vision.join_tiles(cut, self.vision_cfg.image_size)
             n_visual = [len(layout) for _, layout in cut]
-            self.last_pictures = wanted_for, pictures, n_visual
+            self.last_pictures = to_show, pictures, n_visual
         return pictures, n_visual
+
+    # The next two are other ones for preference pairs (mpo.py).
 
     def open_picture(self, path, record):
         return vision.open_image(path, "the path and --image-root")
@@ -150,8 +152,8 @@ def micro_batches(examples, size, pad, budget=0, collate=collate):
 
 
 def group_by_length(examples, budget, waste=64):
-    """Longest first, so that running out of memory happens at once. A row that would be padded by more than
-    `waste` starts a new batch."""
+    """Longest first, so that a lack of memory shows at once. A row that would be padded by more than `waste`
+    starts a new batch."""
     groups = []
     width = 0
     for example in sorted(examples, key=length_of, reverse=True):
@@ -199,11 +201,11 @@ def draw_steps(group_sizes, size, n_step, seed):
     draw = torch.Generator().manual_seed(seed)
     end = np.cumsum(group_sizes)
 
-    def endless():
+    def endless_epochs():
         while True:
             for k in torch.randperm(len(end), generator=draw).numpy():
                 yield from range(end[k] - group_sizes[k], end[k])
 
-    order = endless()
+    order = endless_epochs()
     for _ in range(n_step):
         yield list(islice(order, size))

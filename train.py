@@ -12,7 +12,7 @@ short answers weigh more; its curves differ a little.)
     python train.py --stage finetune                       # the toy: draws its world, trains, is evaluated
     python train.py --model out/finetune --data FILE.json --image-root DIR --out out/mine
     python train.py --model llava-1.5-7b --vision CLIP --llm VICUNA --data MIX.json --image-root DIR --dry-run
-    torchrun --nproc-per-node 8 train.py --shard ...       # FSDP2: weights in eighths; else each has all
+    torchrun --nproc-per-node 8 train.py --shard ...       # FSDP2: each GPU keeps an eighth of the weights
 
 --help shows the defaults of the --model and --stage given beside it. All that is drawn at random follows
 --seed: on a CPU the same command with the same --threads gives the same weights, bit for bit.
@@ -169,19 +169,23 @@ def draw_toy_world(stage):
 
 
 def teach(cfg, Task):
-    """Set up the model, its task and the folder of the run; then the loop. Task: Answering, or another."""
+    """Set up the model, its task (Answering, or mpo.Preferring) and the folder of the run; then the loop."""
     fill_in_paths(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     with processes(cfg) as device:
         cfg.compile = compiles(cfg, device)
         print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
+
+        # The records, and how many steps they make.
         records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
         if cfg.split_questions:
             records.split_questions()
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
+
+        # The shapes alone: what does not fit together is an error before gigabytes are read.
         if cfg.dry_run or not cfg.resume:
-            vlm, tok = build(cfg, device="meta")  # shapes only: a mismatch raises before gigabytes are read
+            vlm, tok = build(cfg, device="meta")
         if cfg.dry_run:
             make_trainable(vlm, cfg)
             return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
@@ -238,10 +242,11 @@ def make_trainable(vlm, cfg):
 
 
 def fit(cfg, task, run, held_out=None):
-    """The loop.
+    """The loop. -> exit code
 
-    run: a support.checkpoint.Run, which holds vlm, tok, the count of steps, log and checkpoints.
-    task, as Answering and mpo.Preferring are:
+    run: the folder (support/checkpoint.py), which also holds vlm, tok and the number of the next step.
+    held_out: the questions of --val (support/heldout.py).
+    task: what is taught, Answering below or mpo.Preferring. It has
         examples, collate   a Dataset of records as tensors; a list of those -> a batch
         count(batch)        how many of `unit` (supervised tokens, pairs) a batch has
         loss(vlm, batch)    -> L, the mean over what count counts; more such means by name, for the log
@@ -339,6 +344,7 @@ def load_steps(cfg, task, run):
         micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
         collate=task.collate)
     on_gpu = next(run.vlm.parameters()).is_cuda
+
     # What the loader takes for one batch is a step: a list of micro-batches.
     loader = DataLoader(
         task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,

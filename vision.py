@@ -14,8 +14,6 @@ are CLIP's: no bias on the patches, QuickGELU, and a LayerNorm before the first 
 (arXiv:2310.03744) reads hidden state -2, so its last block and its final norm never run.
 
 Where this departs from the originals:
-  - transparent pictures are laid on white; the originals drop the alpha channel and show what was under it;
-  - EXIF rotation is applied; the originals ignore it;
   - a picture of an extreme shape loses its far ends before a crop (beyond 64:1), and is scaled down before it
     is padded (beyond 10,000 px);
   - Prismatic's two towers see the same tile, letterboxed in the mean colour of the first; the original pads
@@ -73,7 +71,7 @@ class VisionConfig:
     feature_layer: int = -2          # hidden state to read: 0 = before block 1, -1 = after the last block
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
-    tiling: Tiling | None = None   # None: TILINGS[image_mode]; set by --max-tiles or --global-view
+    tiling: Tiling | None = None     # None: TILINGS[image_mode]; set by --max-tiles or --global-view
 
     def __post_init__(self):
         colors = *self.mean, *self.std

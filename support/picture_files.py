@@ -1,4 +1,8 @@
-"""A picture file, whatever its name and kind, to upright 8-bit RGB."""
+"""A picture file to upright 8-bit RGB.
+
+Transparent pictures are laid on white; the originals drop the alpha channel and show what was under it. EXIF
+rotation is applied; the originals ignore it.
+"""
 
 import warnings
 from pathlib import Path

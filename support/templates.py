@@ -27,6 +27,8 @@ OTHER_TEMPLATES = {
         "first": SYSTEM_LLAVA_V1 + " USER: {} ASSISTANT:",
         "human": "USER: {} ASSISTANT:",
         "answer": "« {}</s>»"},
+    # llava_v0 is trained as it is asked. The original trained on "\n\n### Human: q\n### Assistant: a\n### ",
+    # and supervised the "###" before Human, too. "###" is no control token: who types it ends his turn.
     "llava_v0": {
         "first": SYSTEM_LLAVA_V1 + "###Human: {}«###Assistant:»",
         "human": "Human: {}«###Assistant:»",
