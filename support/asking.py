@@ -6,6 +6,7 @@ the next batch is prepared while this one is answered.
 """
 
 import io
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -44,15 +45,15 @@ def ask(vlm, tok, questions, batch_size, progress=None):
 
 
 def cut_batches(questions, size):
-    """Questions for answers of one kind, those about one picture side by side."""
-
-    def order(item):
+    """One, or several of answers of one kind each, with the questions about a picture side by side."""
+    if len(questions) <= size:
+        return [questions]
+    kinds = defaultdict(list)  # a batch runs until its longest answer has ended
+    for item in sorted(questions, key=lambda item: str(item["pictures"])):
         _, text = item["turns"][-1]
-        wants_a_word = SHORT in text or LETTER in text  # a batch runs until its longest answer has ended
-        return COT in text, wants_a_word, str(item["pictures"]), len(text)
-
-    ordered = sorted(questions, key=order)
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        wants_a_word = SHORT in text or LETTER in text
+        kinds[COT in text, wants_a_word].append(item)
+    return [alike[i : i + size] for alike in kinds.values() for i in range(0, len(alike), size)]
 
 
 def one_ahead(work, jobs):
@@ -134,7 +135,7 @@ def answer_file(cfg):
         raise UserError("--file FILE and --out FILE go together, without --image, --prompt and --trace")
     with new_file(cfg.out) as out:
         records = Records(cfg.file, cfg.image_root)
-        questions = [file_question(records[i], cfg) for i in range(len(records))]
+        questions = [file_question(record, cfg) for record in records]
         vlm, tok = sample.open_asked(cfg)
         progress = Progress(f"{out}.part", resume_flags(cfg, records.paths), cfg.resume)
         found = ask(vlm, tok, questions, 48, progress)

@@ -107,17 +107,18 @@ class Look:
             draw_boxes(ImageDraw.Draw(image), self.answer.text, side * self.whole, 0, side, "#ff3030")
         return image
 
-    def save(self, path, side=240, width=1250):
+    def save(self, path):
         """Write a PNG of all words, each under its picture."""
-        panels = [self.draw(n, side) for n in range(len(self.words))]
-        n_column = max(1, width // (panels[0].width + 10))
+        panels = [self.draw(n) for n in range(len(self.words))]
+        width, height = panels[0].size
+        step_x, step_y = width + 10, height + 34
+        n_column = max(1, 1250 // step_x)
         n_row = -(-len(panels) // n_column)
-        step_x, step_y = panels[0].width + 10, side + 34
         sheet = Image.new("RGB", (step_x * min(n_column, len(panels)), step_y * n_row), "white")
         pen = ImageDraw.Draw(sheet)
         for n, panel in enumerate(panels):
             x, y = n % n_column * step_x, n // n_column * step_y
             sheet.paste(panel, (x, y))
-            below = x + panel.width / 2, y + side + 22
+            below = x + width / 2, y + height + 22
             pen.text(below, self.words[n], fill="black", anchor="ms", font_size=18)
         write_whole(path, lambda tmp: sheet.save(tmp, "PNG"))

@@ -105,8 +105,8 @@ def show_record(cfg):
 
 def find_record(records, id):
     """Index of the first record with this id; the file is read up to it."""
-    for i in range(len(records)):
-        if records[i]["id"] == id:
+    for i, record in enumerate(records):
+        if record["id"] == id:
             return i
     raise UserError(f"no record has the id {id!r}; use --index 0 to see the first one and its id")
 

@@ -35,8 +35,8 @@ def main(argv=None):
         raise UserError(f"--out {cfg.out}: a model is there, with its tokenizer; give another folder")
     records = Records(cfg.file)
     words = []
-    for i in range(len(records)):
-        for _, text in records[i]["turns"]:
+    for record in records:
+        for _, text in record["turns"]:
             words += text.replace("<image>", " ").split()
     pieces = (word[k : k + 1000] for word in words for k in range(0, len(word), 1000))  # long lines are lost
     write_whole(path, lambda tmp: train_tokenizer(tmp, pieces, cfg.vocab_size))
