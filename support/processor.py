@@ -48,12 +48,13 @@ def preprocessor_config(cfg):
     S = cfg.vision.image_size
     kind = {"crop": "CLIP", "resize": "CLIP", "anyres": "LlavaNext"}.get(cfg.image_mode, "Llava")
     squashes = cfg.image_mode == "resize"
+    square = {"height": S, "width": S}
     return grid_pinpoints(cfg) | {
         "image_processor_type": f"{kind}ImageProcessor",
         "do_pad": kind != "CLIP",
-        "size": {"height": S, "width": S} if squashes else {"shortest_edge": S},
+        "size": square if squashes else {"shortest_edge": S},
         "do_center_crop": not squashes,
-        "crop_size": {"height": S, "width": S},
+        "crop_size": square,
         "image_mean": list(cfg.vision.mean),
         "image_std": list(cfg.vision.std),
     }

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 from model import VLM
@@ -215,8 +215,8 @@ def fit_tower(tensors, cfg, is_timm=False):
     if side == cfg.grid:
         return
     smooth = is_timm or not cfg.layer_scale or cfg.n_register > 0
-    table = pos[n_class:].float().unflatten(0, (1, side, side)).permute(0, 3, 1, 2)     # (1, D, side, side)
-    table = F.interpolate(table, size=(cfg.grid, cfg.grid), mode="bicubic", antialias=smooth)
+    table = pos[n_class:].float().T.unflatten(1, (side, side))              # (D, side, side)
+    table = F.interpolate(table[None], cfg.grid, mode="bicubic", antialias=smooth)
     tensors["pos"] = torch.cat([pos[:n_class].float(), table[0].flatten(1).T])
 
 
@@ -281,8 +281,7 @@ def open_weights(file):
     with reading(file, "get a file from its authors that holds no more than tensors"):
         file.open("rb").close()          # safetensors says that a file is not there when it may not be read
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as f:
-                return {name: f.get_tensor(name) for name in f.keys()}
+            return load_file(file)
         is_zip = zipfile.is_zipfile(file)  # before 2020 torch wrote none: read whole
         return flatten(torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip))
 
