@@ -224,8 +224,8 @@ class Run:
         for file, panels in self.task.plots.items():
             try:
                 plot(self.out / file, self.lines, panels)
-            except UserError as error:  # no reason to end a run
-                self.say(str(error))
+            except Exception as error:  # of a full disk, or of a loss of 1e19: no reason to end a run
+                self.say(f"{file} is not drawn: {error}")
 
     def log(self, step, **values):
         self.lines.append({"step": step, **values})

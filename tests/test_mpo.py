@@ -532,6 +532,11 @@ def test_a_step_that_fails_leaves_no_trace_in_the_delta_that_is_saved(tiny, fold
     assert [line.get("delta") for line in log("whole")] == [line.get("delta") for line in log("run")]
 
 
+def test_a_loss_too_large_to_be_drawn_ends_no_run(tiny, folder, capfd):
+    assert go(tiny, folder, "--w-q", "1e19", "--max-steps", 1) == 0
+    assert "loss.png is not drawn" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("w_p, w_q, w_g", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
 def test_every_term_trains(tiny, folder, w_p, w_q, w_g):
     weights = ["--w-p", w_p, "--w-q", w_q, "--w-g", w_g]
