@@ -59,7 +59,7 @@ def test_layer(tok):
 
 
 def test_window(tok):
-    """model.py: give DecoderConfig a `window` (0: none), the most tokens that a token attends to (Mistral)."""
+    """model.py: give DecoderConfig a `window` (0: none), the most tokens that one attends to (Mistral)."""
     torch.manual_seed(0)
     plan = tiny_config(tok)
     vlm = model.VLM(replace(plan, decoder=replace(plan.decoder, n_layer=1, window=4)))
@@ -80,7 +80,7 @@ def test_sampling():
 
 
 def test_template(tok):
-    """conversation.py: a template "plain_chat", "<s>Q: {}\\nA: {}</s>" in one turn, and each later one alike."""
+    """conversation.py: a template "plain_chat", "<s>Q: {}\\nA: {}</s>", each later turn as the first."""
     turns = [("human", "Hello"), ("gpt", "Hi"), ("human", "Who?"), ("gpt", "Me")]
     tokens, labels = conversation.encode_conversation(tok, turns, "plain_chat", [])
     assert tok.decode(tokens) == "Q: Hello\nA: HiQ: Who?\nA: Me"

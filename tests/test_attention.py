@@ -1,4 +1,4 @@
-"""Where the decoder looked: support/attention.py, and what --attention and --trace of sample.py show of it."""
+"""Where the decoder looked: support/attention.py, --attention and --trace of sample.py."""
 
 import re
 from dataclasses import replace
@@ -178,7 +178,8 @@ def test_a_trace_tells_the_way_in_its_order_with_likeliest_tokens(run, capfd):
     captured = capfd.readouterr()
     lines = [line for line in captured.err.splitlines() if " ms  " in line]
     names = [re.match(r" *(\w+( \d)?) ", line)[1] for line in lines]
-    assert names == ["picture", "tower 1", "connector", "prompt", "layer 1", "layer 2", *[f"token {k}" for k in range(1, 6)]]
+    before = ["picture", "tower 1", "connector", "prompt", "layer 1", "layer 2"]
+    assert names == [*before, *[f"token {k}" for k in range(1, 6)]]
     assert "(1, 3, 32, 32) -> (1, 16, 32)" in lines[1]
     assert "16 of them visual" in lines[3]
     for line in lines[-5:]:

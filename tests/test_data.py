@@ -88,7 +88,8 @@ TEXTS = [
 def train(folder, **change):
     """A sentencepiece model of a few hundred pieces, as Llama's was trained."""
     model = io.BytesIO()
-    text = f"{conversation.SYSTEM_VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. {' '.join(string.printable[:95])}"
+    text = f"{conversation.SYSTEM_VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. "
+    text += " ".join(string.printable[:95])
     sentencepiece.SentencePieceTrainer.train(
         **{
             "sentence_iterator": iter([text] * 20),
@@ -191,16 +192,16 @@ def test_a_leading_answer_and_a_last_question_without_answer_are_left_out(tok):
 # ---- templates --------
 
 USER = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-    "answers to the user's questions."
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 HUMAN = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-    "answers to the human's questions."
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 HELPFUL = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and "
-    "assist the user with a variety of tasks using natural language."
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the "
+    "user provides, and assist the user with a variety of tasks using natural language."
 )
 # Two questions about one picture, written out from the facts sheets; « » around what is supervised.
 # Prismatic's later questions begin with the space that encoding each turn by itself puts into the ids.
@@ -232,7 +233,8 @@ EXPECTED = {
     "<|im_end|><|im_start|>user\n<img><image></img>\nWhat?<|im_end|><|im_start|>assistant\n«A cat.<|im_end|>»"
     "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n«Fur.<|im_end|>»",
     "internvl2_5": "<s><|im_start|>system\n你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-    "<|im_end|>\n<|im_start|>user\n<img><image></img>\nWhat?<|im_end|>\n<|im_start|>assistant\n«A cat.<|im_end|>»\n"
+    "<|im_end|>\n<|im_start|>user\n<img><image></img>\nWhat?<|im_end|>\n"
+    "<|im_start|>assistant\n«A cat.<|im_end|>»\n"
     "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«Fur.<|im_end|>»\n",
 }
 CAT = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Fur.")]
@@ -520,7 +522,7 @@ def test_encoding_equals_the_reference_tokenizer_on_1000_strings(llama, tmp_path
         )  # runs of spaces: transformers 5 departs from sentencepiece, which the next test pins
         assert llama.encode(text) == reference.encode(text, add_special_tokens=False), text
     turns = [("human", "What is it?"), ("gpt", "A cat."), ("human", "Why?"), ("gpt", "Its fur.")]
-    whole = f"{conversation.SYSTEM_VICUNA} USER: What is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Its fur.</s>"
+    whole = f"{USER} USER: What is it? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Its fur.</s>"
     assert encode_conversation(llama, turns, "vicuna_v1", [])[0][1:] == reference.encode(
         whole, add_special_tokens=False
     )
@@ -698,14 +700,10 @@ def test_several_pictures_stay_where_they_were_written_each_with_its_own_length(
         ("gpt", "Left."),
     ]
     tokens, labels = encode_conversation(tok, turns, "vicuna_v1", [2, 3, 1])
-    text = "".join(
-        "#" if i == tok.image else "</s>" if i == tok.eos else tok.piece(i).replace("▁", " ")
-        for i in tokens[1:]
-    )
-    assert (
-        text
-        == f" {conversation.SYSTEM_VICUNA} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>USER: And this: #  here? ASSISTANT: Left.</s>"
-    )
+    marks = {tok.image: "#", tok.eos: "</s>"}
+    text = "".join(marks.get(i) or tok.piece(i).replace("▁", " ") for i in tokens[1:])
+    first = f" {USER} USER: Is ##  left of ### ? ASSISTANT: A cat.</s>"
+    assert text == first + "USER: And this: #  here? ASSISTANT: Left.</s>"
     assert all(label == IGNORE for token, label in zip(tokens, labels) if token == tok.image)
 
 
@@ -818,18 +816,12 @@ def test_a_tokenizer_of_the_records_own_words_has_each_as_one_token_and_the_same
         (3 * 10**9, "3000000000 tokens"),
     ],
 )
-def test_a_tokenizer_too_small_for_its_texts_or_too_large_for_any_is_refused_with_the_bound(tmp_path, size, says):
+def test_a_tokenizer_too_small_for_its_texts_or_too_large_for_any_is_refused_with_the_bound(
+    tmp_path, size, says
+):
+    file = write(tmp_path / "a.json", [record(0)])
     with pytest.raises(UserError, match=says):
-        tools_show.main(
-            [
-                "tokenizer",
-                str(write(tmp_path / "a.json", [record(0)])),
-                "--vocab-size",
-                str(size),
-                "--out",
-                str(tmp_path),
-            ]
-        )
+        tools_show.main(["tokenizer", str(file), "--vocab-size", str(size), "--out", str(tmp_path)])
     assert not (tmp_path / "tokenizer.model").exists()
 
 
@@ -848,15 +840,9 @@ def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="a model is there"):
         tools_show.main(["tokenizer", str(file), "--out", str(tmp_path)])
+    file = write(tmp_path / "b.json", [record(0, "<image>", " ")])
     with pytest.raises(UserError, match="they hold no words"):
-        tools_show.main(
-            [
-                "tokenizer",
-                str(write(tmp_path / "b.json", [record(0, "<image>", " ")])),
-                "--out",
-                str(tmp_path / "new"),
-            ]
-        )
+        tools_show.main(["tokenizer", str(file), "--out", str(tmp_path / "new")])
 
 
 # ---- files --------
@@ -993,13 +979,15 @@ def test_images_is_read_like_image_and_both_may_say_the_same(tmp_path):
     assert [r["images"] for r in Records(write(tmp_path / "a.jsonl", lines))] == [["a.png"]] * 3 + [[]]
 
 
-NAMES_OF_PICTURES = """file_name filename fileName image_file_name image_filename imagePath image_list image_base64
-    image_bytes image_src image1 image_0 img_src media media_path frames visual pictures photo_urls""".split()
+NAMES_OF_PICTURES = """file_name filename fileName image_file_name image_filename imagePath image_list
+    image_base64 image_bytes image_src image1 image_0 img_src media media_path frames visual pictures
+    photo_urls""".split()
 
 
 @pytest.mark.parametrize("name", NAMES_OF_PICTURES)
 def test_a_picture_in_a_field_that_nobody_reads_is_refused_unless_it_is_empty_or_beside_image(tmp_path, name):
-    lines = [{"text": "?", name: None}, {"text": "?", name: []}, {"text": "?", "image": "a.png", name: "a.png"}]
+    nothing, no_names, twice = {name: None}, {name: []}, {"image": "a.png", name: "a.png"}
+    lines = [{"text": "?"} | more for more in (nothing, no_names, twice)]
     assert len(list(Records(write(tmp_path / "a.jsonl", lines)))) == 3
     with pytest.raises(UserError, match=f'line 1 .*"{name}" is not read; name pictures in "image"'):
         list(Records(write(tmp_path / "b.jsonl", [{"text": "?", name: "a.png"}])))
@@ -1060,7 +1048,9 @@ def test_an_absurd_weight_is_refused(tmp_path, weight):
         Records(tmp_path / "meta.json")
 
 
-@pytest.mark.parametrize("entry", [{"annotation": 3}, {"root": "."}, 5, {"annotation": "a.json", "repeat_time": []}])
+@pytest.mark.parametrize("entry", [
+    {"annotation": 3}, {"root": "."}, 5, {"annotation": "a.json", "repeat_time": []},
+])
 def test_a_damaged_entry_of_meta_json_is_named(tmp_path, entry):
     write(tmp_path / "a.json", [record(0)])
     (tmp_path / "meta.json").write_text(json.dumps({"x": entry, "y": {"annotation": "a.json"}}))
@@ -1196,7 +1186,8 @@ def test_where_bad_records_are_skipped_each_is_counted_with_its_reason(tmp_path,
 
 
 def test_an_augmented_tile_is_a_large_part_of_itself_and_half_are_mirrored():
-    ramp = torch.arange(40, 240, 2, dtype=torch.uint8).expand(200, 3, 100, 100).clone()  # brighter to the right
+    brighter_to_the_right = torch.arange(40, 240, 2, dtype=torch.uint8)
+    ramp = brighter_to_the_right.expand(200, 3, 100, 100).clone()
     torch.manual_seed(0)
     augment(ramp)
     rise = ramp[:, 0, 50].int().diff()
@@ -1289,7 +1280,8 @@ def test_one_line_of_check_stands_for_many_equal_faults(tmp_path, pictures, fold
 
 def test_check_takes_what_training_takes(tmp_path, pictures, folder, program):
     """Several files, MMPR's meta.json, and pairs, which need both of their answers."""
-    pair = {"id": "p", "image": "a.png", "question": "<image>\nWhat?", "chosen": "A cat.", "rejected": "A dog."}
+    pair = {"id": "p", "image": "a.png", "question": "<image>\nWhat?"}
+    pair |= {"chosen": "A cat.", "rejected": "A dog."}
     conversations = write(pictures / "a.json", [record(0)])
     pairs = write(pictures / "b.jsonl", [pair, pair | {"rejected": None}])
     code, out, _ = program("check", f"{conversations},{pairs}", *CHECK, folder)

@@ -1,4 +1,4 @@
-"""What eval.py reads, asks and scores: the official scorers' worked cases, and cases small enough for a hand."""
+"""What eval.py reads, asks and scores: the official scorers' worked cases, and cases worked out by hand."""
 
 import base64
 import io
@@ -288,7 +288,8 @@ def test_mathvistas_numbers_are_rounded_and_its_texts_are_the_nearest_option():
     item = {"question_type": "free_form", "answer_type": "float", "precision": 1.0, "choices": None}
     assert reasoning.mathvista_normal("3.46", item) == "3.5"
     assert reasoning.mathvista_normal("about 3", item) is None
-    item = {"question_type": "multi_choice", "answer_type": "text", "precision": None, "choices": ["sixty", "ten"]}
+    item = {"question_type": "multi_choice", "answer_type": "text", "precision": None}
+    item |= {"choices": ["sixty", "ten"]}
     for text, option in (("(b)", "ten"), ("B", "ten"), ("sixteen", "sixty"), ("", "ten")):
         assert reasoning.mathvista_normal(text, item) == option
     assert reasoning.mathvista_extract(item, "So it is (A), or rather (B).") == "(B)"
@@ -709,7 +710,7 @@ def places(found, at=()):
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_no_field_of_another_type_ends_in_a_traceback(by_hand, tmp_path, capfd, name):
-    """Each value of each official file, replaced by what it cannot be, is one line of error or does no harm."""
+    """Each value of each official file, replaced by what it cannot be, is an error of one line or no harm."""
     folder, told, _ = by_hand(name)
     for file in sorted(folder.rglob("*.json*")):
         whole = file.read_text()
@@ -896,7 +897,8 @@ def test_a_wrong_box_is_drawn_in_red_and_the_true_one_in_green(tmp_path):
     Image.new("RGB", (80, 80), "white").save(tmp_path / "a.png")
     boxes = {"answer": "[0.5, 0.5, 0.75, 0.75]", "truth": "[0.25, 0.25, 0.5, 0.5]"}
     record = {"id": 1, "image": ["a.png"], "score": 0.0, "prompt": "Where?"} | boxes
-    ev.draw_wrong([record], ev.EvalConfig(data="val.jsonl", image_root=str(tmp_path), show=1), tmp_path / "wrong.png")
+    cfg = ev.EvalConfig(data="val.jsonl", image_root=str(tmp_path), show=1)
+    ev.draw_wrong([record], cfg, tmp_path / "wrong.png")
     with Image.open(tmp_path / "wrong.png") as sheet:
         assert sheet.getpixel((180, 150)) == (255, 0, 0)     # the right side of one, of 240 px
         assert sheet.getpixel((60, 90)) == (0, 128, 0)       # the left side of the other
@@ -910,7 +912,8 @@ def test_resume_refuses_other_flags(toy, capfd):
 def test_resume_refuses_other_questions_behind_the_same_flags(toy, tmp_path, tiny, world, capfd):
     rows = [json.loads(line) for line in (world / "val.jsonl").read_text().splitlines()[:4]]
     data = put(tmp_path, "val.jsonl", jsonl(rows))
-    flags = ["--data", data, "--image-root", world, "--model", tiny, "--max-new-tokens", 2, "--out", tmp_path / "out"]
+    flags = ["--data", data, "--image-root", world, "--model", tiny, "--max-new-tokens", 2]
+    flags += ["--out", tmp_path / "out"]
     assert evaluate(*flags) == 0
     put(tmp_path, "val.jsonl", jsonl([rows[0] | {"text": "Why?"}, *rows[1:]]))
     assert evaluate(*flags, "--resume") == 1 and "questions of checksum" in complaint(capfd)
@@ -992,7 +995,7 @@ def test_a_picture_that_is_missing_from_ones_own_file_is_said_before_the_first_a
     data = put(tmp_path, "val.jsonl", jsonl(rows))
     assert evaluate("--data", data, "--model", tiny, "--batch-size", 1, "--out", tmp_path / "out") == 1
     assert "1.png: no such picture" in complaint(capfd)
-    assert len((tmp_path / "out/progress.jsonl").read_text().splitlines()) == 1      # the flags, and no answer
+    (flags,) = (tmp_path / "out/progress.jsonl").read_text().splitlines()           # and no answer
 
 
 @pytest.mark.parametrize("category", ["", None])
@@ -1007,8 +1010,8 @@ def test_any_held_out_picture_that_does_not_open_is_said_before_the_training(tin
     put(tmp_path, "1.png", "no picture")
     rows = [{"id": k, "image": f"{k}.png", "text": "What?", "answer": "x"} for k in range(2)]
     cfg = train.TrainConfig(val=str(put(tmp_path, "val.jsonl", jsonl(rows))), image_root=str(tmp_path))
-    with pytest.raises(UserError, match="line 2 .*1.png"):
-        HeldOut(cfg, VLM.from_pretrained(tiny), tok, train.Answering, n=1)      # whose loss is of the first alone
+    with pytest.raises(UserError, match="line 2 .*1.png"):                          # the loss is of the first
+        HeldOut(cfg, VLM.from_pretrained(tiny), tok, train.Answering, n=1)
 
 
 def test_where_all_questions_share_one_picture_nothing_is_said_of_pictures(go, world, tmp_path, capfd):
@@ -1063,7 +1066,7 @@ def test_an_answer_is_text_or_a_number(tmp_path, capfd, text):
 
 @needs_cases
 def test_answers_that_stand_one_row_too_far_are_refused(tmp_path, capfd):
-    rows = [json.loads(line) for line in (CASES / "scienceqa/predictions_llava.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in open(CASES / "scienceqa/predictions_llava.jsonl")]
     ids = [row["question_id"] for row in rows]
     shifted = [row | {"question_id": id} for row, id in zip(rows, ids[1:])]
     told = put(tmp_path, "told.jsonl", jsonl(shifted))
@@ -1083,8 +1086,9 @@ def test_popes_own_lines_have_no_ids_but_the_questions_in_order(tmp_path, capfd)
 
 
 def test_a_split_that_nobody_answered_is_left_out_and_not_called_wrong(tmp_path, capsys):
+    questions = jsonl([POPE_ROW, POPE_ROW | {"question_id": 2, "label": "no"}])
     for split in ("random", "popular"):
-        put(tmp_path, f"coco_pope_{split}.json", jsonl([POPE_ROW, POPE_ROW | {"question_id": 2, "label": "no"}]))
+        put(tmp_path, f"coco_pope_{split}.json", questions)
     rows = [{"question_id": 10_000_000 + k, "text": text} for k, text in ((1, "Yes"), (2, "No"))]
     result = scored(tmp_path, "pope", tmp_path, put(tmp_path, "told.jsonl", jsonl(rows)))
     assert (result["score"], result["n"], list(result["categories"])) == (100, 2, ["random"])
@@ -1122,8 +1126,14 @@ def test_other_questions_under_the_same_ids_are_not_compared(tmp_path, by_hand, 
     assert "b.json" in said and "'How many cats?' there" in said
 
 
-@pytest.mark.parametrize("theirs", [[], {}, {"records": 7}, {"records": [{"unit": 1, "score": "x"}]},
-    {"records": [{"unit": 30, "score": float("nan"), "category": []}]}, {"records": [{"unit": 30, "score": {}}]}])
+@pytest.mark.parametrize("theirs", [
+    [],
+    {},
+    {"records": 7},
+    {"records": [{"unit": 1, "score": "x"}]},
+    {"records": [{"unit": 30, "score": float("nan"), "category": []}]},
+    {"records": [{"unit": 30, "score": {}}]},
+])
 def test_odd_values_in_the_file_to_compare_with_are_one_line(tmp_path, by_hand, capfd, theirs):
     folder, told, _ = by_hand("tallyqa")
     other = put(tmp_path, "theirs.json", theirs)

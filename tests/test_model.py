@@ -4,17 +4,16 @@ good and damaged."""
 import io
 import json
 import math
-import multiprocessing
 import os
 import resource
 import string
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from common import ROOT, in_child
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -48,7 +47,6 @@ from support.weights import load_decoder, load_vision
 from vision import VisionConfig, ViT, cut_tiles
 
 transformers = pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[1]
 LLAMA = ROOT.parent / "shared" / "tokenizers" / "llama2.model"
 IMAGE, PAD, EOS, IGNORE = 80, 81, 2, -100
 TINY = VLMConfig(
@@ -415,12 +413,13 @@ def test_neighbours_that_ask_about_one_picture_read_it_once_and_are_answered_as_
     rows = [[*picture, 7, 8], [*picture, 9], [*picture, 7, 9]]
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
-    layout = torch.tensor([[tile, patch] for tile in (0, 0, 1) for patch in range(4)])  # the third's is its own
+    tiles = 0, 0, 1  # the third's is its own
+    layout = torch.tensor([[tile, patch] for tile in tiles for patch in range(4)])
     read = lengths_read(vlm, monkeypatch)
     new = vlm.generate(tokens, pictures(2), 8, layout=layout, lengths=[len(row) for row in rows])
     end = max(i for i, token in enumerate(picture) if token == IMAGE) + 1
     assert read[0] == (2, end) and read[1] == (3, longest - end)
-    for row, tile, ids in zip(rows, (0, 0, 1), new.tolist()):
+    for row, tile, ids in zip(rows, tiles, new.tolist()):
         alone = uncached(vlm, row, pictures(2)[tile : tile + 1], 8)
         assert ids == alone + [PAD] * (8 - len(alone))
 
@@ -614,11 +613,17 @@ def test_a_clip_and_a_llama_directory_open_as_tower_and_decoder(tmp_path):
 
 # ---- what transformers makes of our directories --------
 
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
 
 @pytest.fixture(scope="module")
 def tiny_tokenizer(tmp_path_factory):
     file, raw = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", io.BytesIO()
-    text = f"A chat between USER: and ASSISTANT: What is this? A red cat on a bus, two  spaces. {' '.join(string.printable[:95])}"
+    text = "A chat between USER: and ASSISTANT: What is this? A red cat on a bus, two  spaces. "
+    text += " ".join(string.printable[:95])
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text] * 20),
         model_writer=raw,
@@ -658,10 +663,7 @@ def test_transformers_opens_what_we_save_and_says_the_same(tmp_path, tiny_tokeni
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     question = "<image>\nWhat is this?  Is it 12,50 €, naïve or a cat?"
-    text = (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-        f"answers to the user's questions. USER: {question} ASSISTANT:"
-    )
+    text = f"{SYSTEM} USER: {question} ASSISTANT:"
     for size in (28, 28), (60, 31), (31, 60):
         picture = Image.effect_noise(size, 90).convert("RGB")
         pixels, layout = cut_tiles(picture, ours.cfg.vision, mode)
@@ -694,19 +696,11 @@ def test_transformers_tokenizer_gives_our_ids_for_any_text_and_later_turns(tmp_p
         assert theirs(text)["input_ids"] == [tok.bos] + (tok.encode(text) if text else []), text
         assert theirs.decode(tok.encode(text)) == text
     turns = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Where is it?")]
-    text = (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers "
-        "to the user's questions. USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Where is it? ASSISTANT:"
-    )
-    assert theirs(text.replace("<image>", "<image>" * 4))["input_ids"] == encode_prompt(
-        tok, turns, "vicuna_v1", [4]
-    )
-    assert theirs.convert_tokens_to_ids(["<s>", "</s>", "<image>", "<pad>"]) == [
-        tok.bos,
-        tok.eos,
-        tok.image,
-        tok.pad,
-    ]
+    pictures = "<image>" * 4
+    text = f"{SYSTEM} USER: {pictures}\nWhat? ASSISTANT: A cat.</s>USER: Where is it? ASSISTANT:"
+    assert theirs(text)["input_ids"] == encode_prompt(tok, turns, "vicuna_v1", [4])
+    names = ["<s>", "</s>", "<image>", "<pad>"]
+    assert theirs.convert_tokens_to_ids(names) == [tok.bos, tok.eos, tok.image, tok.pad]
 
 
 # ---- damaged directories --------
@@ -819,7 +813,10 @@ DAMAGES = {
         "image_mean .* of preprocessor_config.json must be three numbers",
     ),
     "an eps below 0": (lambda d: change_config(d, "text_config", rms_norm_eps=-1.0), "norm_eps is -1.0"),
-    "a token beyond any table": (lambda d: change_config(d, pad_token_id=2**30), "pad_token_id is 1073741824"),
+    "a token beyond any table": (
+        lambda d: change_config(d, pad_token_id=2**30),
+        "pad_token_id is 1073741824",
+    ),
     "several layers": (
         lambda d: change_config(d, vision_feature_layer=[-2, -5]),
         "config.json: damaged or of another kind",
@@ -933,20 +930,13 @@ def test_a_file_limit_of_the_system_leaves_the_old_file_and_nothing_else(saved, 
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
 
     def save_in_little_space():
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (20_000, 20_000)
-        )  # Python ignores the signal that comes with it
+        # Python ignores the signal that comes with it.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         VLM.from_pretrained(saved).save_pretrained(saved)
 
-    child = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run_program(save_in_little_space)))
-    child.start()
-    child.join()
+    assert in_child(lambda: run_program(save_in_little_space)) == 1
     said = capfd.readouterr().err.splitlines()[-1]
-    assert (
-        child.exitcode == 1
-        and said.startswith("error: ")
-        and "model.safetensors: could not be written" in said
-    )
+    assert said.startswith("error: ") and "model.safetensors: could not be written" in said
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 

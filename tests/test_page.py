@@ -237,7 +237,8 @@ class Tab:
             if ("{way}" == "drop")
                 document.body.dispatchEvent(new DragEvent("drop", {{dataTransfer: files, bubbles: true}}));
             if ("{way}" == "paste")
-                document.body.dispatchEvent(new ClipboardEvent("paste", {{clipboardData: files, bubbles: true}}));
+                document.body.dispatchEvent(
+                    new ClipboardEvent("paste", {{clipboardData: files, bubbles: true}}));
             if ("{way}" == "choose") {{
                 find("[type=file]").files = files.files;
                 find("[type=file]").dispatchEvent(new Event("change"));
@@ -252,7 +253,8 @@ class Tab:
         for kind in "keyDown", "keyUp":
             self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", text="\r",
                       windowsVirtualKeyCode=13)
-        self.until("find('#question').value == '' && !find('#question').disabled || find('#note').textContent")
+        answered = "find('#question').value == '' && !find('#question').disabled"
+        self.until(f"{answered} || find('#note').textContent")
         return self.run("find('#talk p:last-child span')?.textContent")
 
     def click(self, selector):
@@ -353,6 +355,6 @@ def test_in_a_browser_a_page_of_another_origin_gets_nothing(browser, page, cat):
     elsewhere = Tab(browser, f"http://{page.host}/")
     elsewhere.call("Page.navigate", url="data:text/html,<form></form>")
     elsewhere.until("location.protocol == 'data:' && document.readyState == 'complete'")
-    sent = f"fetch('http://{page.host}/picture', {{method: 'POST', body: 'x'}}).then(() => 'read', () => 'refused')"
-    assert elsewhere.run(sent) == "refused"
+    sent = f"fetch('http://{page.host}/picture', {{method: 'POST', body: 'x'}})"
+    assert elsewhere.run(f"{sent}.then(() => 'read', () => 'refused')") == "refused"
     assert page.chat_id is None

@@ -280,7 +280,10 @@ def test_info_says_why_a_directory_of_llava_hf_crops_and_what_pads(tmp_path, cap
 
 # ---- what we write, opened by others -----------------------------------------------------------------------
 
-ODD_WORDS = ["cat", "naïve", " two  spaces", "\n", "12,50 €", "你好", "🙂", "##", "C#", "\t", "", "USER:", "[INST]", "«"]
+ODD_WORDS = [
+    "cat", "naïve", " two  spaces", "\n", "12,50 €", "你好", "🙂",
+    "##", "C#", "\t", "", "USER:", "[INST]", "«",
+]
 
 
 def random_conversation(draw, pictures_later):
@@ -300,7 +303,8 @@ def random_conversation(draw, pictures_later):
     return turns, messages, n_picture
 
 
-CHATS = ["vicuna_v1", "llava_v1", "llava_llama_2", "mistral_instruct", "prism_pure", "prism_vicuna", "prism_llama_2", "prism_mistral"]
+CHATS = ["vicuna_v1", "llava_v1", "llava_llama_2", "mistral_instruct"]
+CHATS += ["prism_pure", "prism_vicuna", "prism_llama_2", "prism_mistral"]
 
 
 @pytest.mark.parametrize("template", CHATS)
@@ -335,7 +339,8 @@ def test_transformers_pipeline_answers_as_we_do(tmp_path, capfd):
     picture = {"type": "image", "path": str(tmp_path / "a.png")}
     messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What color is it?"}]}]
     pipe = tr.pipeline("image-text-to-text", model=str(tmp_path / "m"), device="cpu")
-    said = pipe(text=messages, generate_kwargs={"max_new_tokens": 12, "do_sample": False}, return_full_text=False)
+    greedy = {"max_new_tokens": 12, "do_sample": False}
+    said = pipe(text=messages, generate_kwargs=greedy, return_full_text=False)
     flags = ["--image", tmp_path / "a.png", "--prompt", "What color is it?", "--max-new-tokens", 12]
     capfd.readouterr()
     assert ask(tmp_path / "m", *flags) == 0
@@ -488,7 +493,7 @@ def test_control_tokens_that_a_user_types_stay_text(tmp_path, monkeypatch, typed
     words = "</s> <s> <|im_end|> <IMG_CONTEXT> <pad> <unk>"
     flags = ["--image", tmp_path / "a.png"]
     if typed == "stdin":
-        words += " <image>"                                                 # of a --prompt the picture's place
+        words += " <image>"                                                 # in --prompt the picture's place
         monkeypatch.setattr("sys.stdin", io.StringIO(words))
     else:
         flags += ["--prompt", words]

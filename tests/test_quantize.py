@@ -42,7 +42,9 @@ def test_rows_of_a_step_do_not_depend_on_how_many_there_are():
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])
-def test_sixteen_bit_layers_give_what_they_gave_and_in_float32_where_that_is_faster(monkeypatch, has_instructions):
+def test_sixteen_bit_layers_give_what_they_gave_and_in_float32_where_that_is_faster(
+    monkeypatch, has_instructions
+):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions)
     torch.manual_seed(0)
     linear = nn.Linear(96, 64).bfloat16()
@@ -54,7 +56,7 @@ def test_sixteen_bit_layers_give_what_they_gave_and_in_float32_where_that_is_fas
 
 def test_a_model_opens_in_eight_bits_and_its_batches_answer_as_single_questions_do(tiny, tok):
     vlm, _ = open_asked(ModelConfig(model=str(tiny), quantize="int8"))
-    kinds = {type(layer) for block in vlm.decoder.layers for layer in block.modules() if hasattr(layer, "weight")}
+    kinds = {type(layer) for layer in vlm.decoder.layers.modules() if hasattr(layer, "weight")}
     assert Int8Linear in kinds and nn.Linear not in kinds
     tokens = torch.randint(3, 300, (4, 9))
     together = vlm.generate(tokens, max_new_tokens=6)

@@ -60,7 +60,7 @@ def test_the_command_runs(command, copy, capfd):
     else:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "LIMIT": "48"}
-        code = subprocess.run([program, *words], cwd=copy, env=environment, stdin=subprocess.DEVNULL).returncode
+        code = subprocess.call([program, *words], cwd=copy, env=environment, stdin=subprocess.DEVNULL)
     assert code == 0, f"{command}\n{capfd.readouterr()}"
 
 

@@ -411,8 +411,8 @@ def test_a_lora_over_a_preset_saves_its_base_beside_it(go):
     assert go(*flags) == {0}
     before = state("run")
     theirs = transformers.AutoModelForImageTextToText.from_pretrained("run")  # finds the base from here
-    name = "model.language_model.layers.0.self_attn.q_proj.base_layer.weight"
-    assert torch.equal(theirs.get_parameter(name), state("run/base")["decoder.layers.0.self_attn.q_proj.weight"])
+    base = theirs.get_parameter("model.language_model.layers.0.self_attn.q_proj.base_layer.weight")
+    assert torch.equal(base, state("run/base")["decoder.layers.0.self_attn.q_proj.weight"])
     Path("run").rename("moved")
     assert all(torch.equal(t, before[name]) for name, t in state("moved").items())
     base, merged = VLM.from_pretrained("moved/base").state_dict(), VLM.from_pretrained("moved").state_dict()

@@ -619,9 +619,9 @@ def test_show_draws_every_tile_with_its_positions_and_row_ends(tmp_path, records
     cut = [cut_tiles(noise(*size), cfg, mode, len(MIXED[2])) for size in MIXED[2]]
     for (tiles, layout), name in zip(cut, ("20.png", "21.png", "22.png")):
         assert (
-            f"{name}: {len(tiles)} tiles, {len(layout)} visual tokens, {(layout[:, 0] < 0).sum()} of them row ends"
-            in text
-        )
+            f"{name}: {len(tiles)} tiles, {len(layout)} visual tokens, "
+            f"{(layout[:, 0] < 0).sum()} of them row ends"
+        ) in text
     assert f"mode {mode}" in text and f"{sum(len(layout) for _, layout in cut)} of them visual" in text
     sheet = np.asarray(Image.open(tmp_path / "s.png"))
     red = (sheet == (240, 48, 48)).all(-1).any(1)  # a bar, 5 px high, for each row end
@@ -637,7 +637,8 @@ def test_show_draws_the_patches_that_have_a_token_as_they_are_and_no_other():
     red = (tiles[:, 0] == 255) & (tiles[:, 1] == 0)
     assert (sheet == (255, 0, 0)).all(-1).sum() == red.sum() > 256 * 192
     margin = (sheet == (122, 116, 104)).all(-1).sum()
-    assert margin == 2 * 10 * 96 + 2 * 4 * 192  # of the global view (2 x 2 rows are blended), and of two columns
+    # Of the global view, where 2 x 2 rows are blended, and of two columns.
+    assert margin == 2 * 10 * 96 + 2 * 4 * 192
 
 
 # ---- the experiment --------

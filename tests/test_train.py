@@ -905,10 +905,11 @@ def test_resuming_over_other_records_is_refused(go, world, capfd):
 
 
 def test_resuming_with_other_repeats_in_meta_json_is_refused(go, world, capfd):
-    write_json("meta.json", {"x": {"root": str(world), "annotation": str(world / "train.json")}})
+    entry = {"root": str(world), "annotation": str(world / "train.json")}
+    write_json("meta.json", {"x": entry})
     flags = ["--data", "meta.json", "--max-steps", 2]
     assert go(*flags) == 0
-    write_json("meta.json", {"x": {"root": str(world), "annotation": str(world / "train.json"), "repeat_time": 2}})
+    write_json("meta.json", {"x": entry | {"repeat_time": 2}})
     assert go(*flags, "--resume") == 1 and "--data of checksum" in errors(capfd)[-1]
 
 
@@ -939,7 +940,8 @@ def test_what_others_put_or_broke_in_the_folder_ends_no_run(go, capfd):
     assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))] == [1, 3, 4]
 
     Path("run2/loss.png").mkdir(parents=True)
-    assert go("--max-steps", 2, out="run2") == 0 and "loss.png: could not be written" in capfd.readouterr().out
+    assert go("--max-steps", 2, out="run2") == 0
+    assert "loss.png: could not be written" in capfd.readouterr().out
 
 
 def test_a_folder_of_other_things_is_not_moved(go):
@@ -1115,7 +1117,8 @@ def test_a_run_that_overfits_says_since_when_and_keeps_its_best_model(go, monkey
     lines = capfd.readouterr().out.splitlines()
     told = [line for line in lines if "the model overfits" in line]
     assert len(told) == 4 and told[0] == (
-        "it has been higher for 3 looks than at step 2 (1.0000): the model overfits; that of step 2 is in run/best")
+        "it has been higher for 3 looks than at step 2 (1.0000): the model overfits; "
+        "that of step 2 is in run/best")
     assert "held-out loss was lowest at step 2 (1.0000): that model is in run/best" in lines
     kept, then = weights("run/best"), weights("stopped/checkpoint-000002")
     assert all(torch.equal(kept[name], p) for name, p in then.items()) and not same_weights("run", "run/best")
@@ -1250,7 +1253,8 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(go, beside, 
 
 
 def test_a_run_goes_on_when_nobody_reads_its_output(eight_steps, tmp_path):
-    command = [sys.executable, "-u", ROOT / "train.py", *eight_steps, "--log-every", 1, "--out", tmp_path / "run"]
+    flags = [*eight_steps, "--log-every", 1, "--out", tmp_path / "run"]
+    command = [sys.executable, "-u", ROOT / "train.py", *flags]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     child = subprocess.Popen([str(word) for word in command], **streams)
     for end in child.stdout, child.stderr:
