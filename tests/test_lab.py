@@ -53,7 +53,7 @@ def test_a_spelled_picture_tells_of_each_patch_its_column_its_row_and_what_it_sh
 
 def test_a_lesson_is_terse_bare_or_a_conversation_about_a_spelled_picture(tok):
     forms = set()
-    for i, progress in itertools.product(range(60), (0.1, 0.25, 0.4, 0.9)):
+    for i, progress in itertools.product(range(30), (0.1, 0.25, 0.4, 0.9)):
         tokens, labels, spelled = make_lesson(tok, random.Random(f"{i} {progress}"), progress)
         assert len(tokens) == len(labels)
         assert len(spelled) == tokens.count(tok.image) == 64
@@ -198,7 +198,8 @@ def test_contrastive_batches_name_no_unseen_pair_and_hold_as_many_empty_patches_
     assert (holding[:, -1] == TRUE).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
-def test_one_part_can_be_made_over_the_others(tmp_path, capsys):
+def test_one_part_can_be_made_over_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab.clip, "words_found", lambda clip, tok: {"kind": 0.5})
     (tmp_path / "toy-vicuna").mkdir()
     tokenizer = tmp_path / "toy-vicuna/tokenizer.model"
     tokenizer.write_bytes(open(f"{train.TOY['llm']}/tokenizer.model", "rb").read())

@@ -115,15 +115,16 @@ def test_attention_equals_the_sum_written_out_here():
     cfg = TINY.decoder
     attn, x = lively(model.CausalAttention(cfg)), torch.randn(1, 6, 32)
     rope = rotary_angles(torch.arange(6)[None], cfg)
-    q, k, v = (proj(x)[0].view(6, -1, 16) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))  # (T, H, d)
+    projections = attn.q_proj, attn.k_proj, attn.v_proj
+    q, k, v = (proj(x)[0].view(6, -1, 16) for proj in projections)  # (T, H, d)
+    turn = lambda z, at: rotate(z, *(r[0, 0, at] for r in rope))
     heads = torch.zeros(6, 4, 16)
     for h in range(4):
+        shared = h // 2  # a head of keys and values for two of queries
         for t in range(6):
-            turn = lambda z, at: rotate(z, *(r[0, 0, at] for r in rope))
-            score = torch.stack(
-                [turn(q[t, h], t) @ turn(k[s, h // 2], s) / math.sqrt(16) for s in range(t + 1)]
-            )
-            heads[t, h] = score.softmax(0) @ v[: t + 1, h // 2]
+            dots = [turn(q[t, h], t) @ turn(k[s, shared], s) for s in range(t + 1)]
+            score = torch.stack(dots) / math.sqrt(16)
+            heads[t, h] = score.softmax(0) @ v[: t + 1, shared]
     assert_close(attn(x, rope)[0], attn.o_proj(heads.flatten(1)))
 
 
@@ -132,13 +133,10 @@ def test_rotary_positions_turn_pairs_so_that_only_the_distance_counts():
     cos, sin = (r[0, 0] for r in rotary_angles(torch.arange(9)[None], cfg))
     dot = lambda m, n: rotate(a, cos[m], sin[m]) @ rotate(b, cos[n], sin[n])
     assert_close(dot(2, 5), dot(5, 8))
-    pair = (
-        complex(a[0], a[2]) * complex(math.cos(3), math.sin(3)),
-        complex(a[1], a[3]) * complex(math.cos(0.3), math.sin(0.3)),
-    )  # 100^(-2/4) = 0.1
-    assert_close(
-        rotate(a, cos[3], sin[3]), torch.tensor([pair[0].real, pair[1].real, pair[0].imag, pair[1].imag])
-    )
+    fast = complex(a[0], a[2]) * complex(math.cos(3), math.sin(3))
+    slow = complex(a[1], a[3]) * complex(math.cos(0.3), math.sin(0.3))  # 100^(-2/4) = 0.1
+    turned = torch.tensor([fast.real, slow.real, fast.imag, slow.imag])
+    assert_close(rotate(a, cos[3], sin[3]), turned)
 
 
 def test_rms_norm_divides_by_the_root_of_the_mean_square():
@@ -204,12 +202,10 @@ def test_logits_and_loss_equal_transformers_llava(vlm, llava):
     tokens = torch.tensor([prompt(12, 1), prompt(8, 2)])  # 17 tokens each
     labels = tokens.masked_fill(tokens == IMAGE, IGNORE)
     labels[:, :7] = IGNORE
-    pixels = (pictures(3) / 255 - torch.tensor(TINY.vision.mean)[:, None, None]) / torch.tensor(
-        TINY.vision.std
-    )[:, None, None]
-    theirs = llava(
-        input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens), labels=labels
-    )
+    mean, std = (torch.tensor(x)[:, None, None] for x in (TINY.vision.mean, TINY.vision.std))
+    pixels = (pictures(3) / 255 - mean) / std
+    mask = torch.ones_like(tokens)
+    theirs = llava(input_ids=tokens, pixel_values=pixels, attention_mask=mask, labels=labels)
     assert_close(vlm(tokens, pictures(3)), theirs.logits, rtol=1e-4, atol=1e-4)
     assert_close(vlm(tokens, pictures(3), labels), theirs.loss, rtol=1e-4, atol=1e-4)
     features = 10 * torch.randn(2, 4, 32)  # large enough to tell the exact GELU from the approximate
@@ -219,18 +215,16 @@ def test_logits_and_loss_equal_transformers_llava(vlm, llava):
 @torch.no_grad()
 def test_the_loss_is_the_mean_over_supervised_tokens_and_padding_costs_nothing(vlm):
     rows = [prompt(6, 1), prompt(9, 0), prompt(3, 2)]
-    logp = [
-        vlm(torch.tensor([row]), pictures(3)[[[0], [], [1, 2]][i]]).log_softmax(-1)[0]
-        for i, row in enumerate(rows)
-    ]
-    costs = [
-        -logp[i][t - 1, rows[i][t]] for i, t in ((0, 8), (0, 10), (1, 1), (2, len(rows[2]) - 1))
-    ]  # token t is predicted at t - 1
+    shown = [[0], [], [1, 2]]
     tokens, labels = torch.full((3, 16), PAD), torch.full((3, 16), IGNORE)
+    log_p = []
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
-    for i, t in ((0, 8), (0, 10), (1, 1), (2, len(rows[2]) - 1)):
-        labels[i, t] = tokens[i, t]
+        log_p.append(vlm(torch.tensor([row]), pictures(3)[shown[i]]).log_softmax(-1)[0])
+    costs = []
+    for i, t in (0, 8), (0, 10), (1, 1), (2, len(rows[2]) - 1):
+        labels[i, t] = rows[i][t]
+        costs.append(-log_p[i][t - 1, rows[i][t]])  # token t is predicted at t - 1
     assert_close(vlm(tokens, pictures(3), labels), torch.stack(costs).mean())
 
 
@@ -256,12 +250,11 @@ def test_pictures_that_do_not_match_their_tokens_are_counted_in_the_error(vlm, n
 
 def test_gradients_reach_every_part_but_the_layers_that_are_never_run():
     vlm = lively(VLM(TINY)).train()
-    vlm(torch.tensor([prompt(9, 1)]), pictures(1), torch.tensor([prompt(9, 1)])).backward()
+    tokens = torch.tensor([prompt(9, 1)])
+    vlm(tokens, pictures(1), tokens).backward()
     still = {name for name, p in vlm.named_parameters() if p.grad is None}
-    unused = {"vision.norm.weight", "vision.norm.bias"} | {
-        f"vision.blocks.2.{name}" for name, _ in vlm.vision.blocks[2].named_parameters()
-    }
-    assert still == unused
+    last_block = {f"vision.blocks.2.{name}" for name, _ in vlm.vision.blocks[2].named_parameters()}
+    assert still == {"vision.norm.weight", "vision.norm.bias"} | last_block
 
 
 @pytest.mark.parametrize("mode", ["pad", "hd"])
@@ -273,9 +266,8 @@ def test_a_batch_of_words_alone_still_touches_tower_and_connector_where_several_
     vlm.register_forward_pre_hook(add_blank_tile)
     assert_close(vlm(*batch), alone)
     vlm(*batch).backward()
-    assert (
-        all(p.grad is not None for p in vlm.connector.parameters()) and not vlm.vision.patch.weight.grad.any()
-    )
+    assert all(p.grad is not None for p in vlm.connector.parameters())
+    assert not vlm.vision.patch.weight.grad.any()
 
 
 # ---- log-probabilities without logits --------
@@ -312,7 +304,8 @@ def test_log_probs_and_both_gradients_are_those_of_autograd(monkeypatch, slice_s
 
 
 def test_a_frozen_head_gets_no_gradient_and_without_grad_nothing_is_kept():
-    h, W, targets = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4), torch.tensor([1, 2, 3, 4, 8])
+    h, W = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
+    targets = torch.tensor([1, 2, 3, 4, 8])
     token_log_probs(h, W, targets).sum().backward()
     assert h.grad is not None and W.grad is None
     with torch.no_grad():
@@ -402,9 +395,13 @@ def test_the_rest_of_a_prompt_is_read_against_a_cache_that_holds_its_beginning(v
 def lengths_read(vlm, monkeypatch):
     """How many rows and tokens the decoder reads at a time, as it goes on."""
     read = []
-    forward = vlm.decoder.forward
-    monkeypatch.setattr(
-        vlm.decoder, "forward", lambda x, *more, **kw: read.append(x.shape[:2]) or forward(x, *more, **kw))
+    original = vlm.decoder.forward
+
+    def forward(x, *more, **options):
+        read.append(x.shape[:2])
+        return original(x, *more, **options)
+
+    monkeypatch.setattr(vlm.decoder, "forward", forward)
     return read
 
 
@@ -439,7 +436,8 @@ def test_a_second_question_of_a_chat_costs_its_own_tokens_and_the_tower_looks_on
 
 
 def test_a_batch_of_unequal_prompts_and_pictures_gives_what_single_calls_give(vlm):
-    rows, which = [prompt(6, 1), prompt(11, 0), prompt(3, 2), prompt(1, 0)], [[0], [], [1, 2], []]
+    rows = [prompt(6, 1), prompt(11, 0), prompt(3, 2), prompt(1, 0)]
+    which = [[0], [], [1, 2], []]
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
     batch = vlm.generate(tokens, pictures(3), max_new_tokens=10, lengths=[len(row) for row in rows])
@@ -460,23 +458,17 @@ def test_an_answer_ends_at_any_of_the_stop_ids_it_is_given(vlm, monkeypatch):
     said = [[5, 9, 7, 7], [5, 6, EOS, 7]]  # 9 as <|im_end|>
     steps = iter(torch.tensor(said).T)
     monkeypatch.setattr(model, "pick_token", lambda *_: next(steps))
-    assert vlm.generate(torch.tensor([prompt(5)] * 2), max_new_tokens=9, stop=[EOS, 9]).tolist() == [
-        [5, 9, PAD],
-        [5, 6, EOS],
-    ]
+    new = vlm.generate(torch.tensor([prompt(5)] * 2), max_new_tokens=9, stop=[EOS, 9])
+    assert new.tolist() == [[5, 9, PAD], [5, 6, EOS]]
 
 
 def test_image_tokens_and_padding_are_never_said(vlm):
     loud = lively(VLM(TINY))
     with torch.no_grad():
         loud.decoder.lm_head.weight[IMAGE:] *= 100
-    ids = torch.cat(
-        [
-            loud.generate(torch.tensor([prompt(n)]), max_new_tokens=8, temperature=2.0, seed=n)[0]
-            for n in range(4, 9)
-        ]
-    )
-    assert ids.max() < IMAGE
+    for n in range(4, 9):
+        ids = loud.generate(torch.tensor([prompt(n)]), max_new_tokens=8, temperature=2.0, seed=n)
+        assert ids.max() < IMAGE
 
 
 def draws(n=2000, **limits):
@@ -487,26 +479,26 @@ def draws(n=2000, **limits):
 
 
 def test_answers_are_drawn_as_temperature_top_k_and_top_p_say():
-    assert_close(draws(), torch.tensor([0.5, 0.25, 0.15, 0.1]), rtol=0, atol=0.04)
-    assert_close(draws(top_k=2), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04)
-    assert_close(
-        draws(top_p=0.74), torch.tensor([2 / 3, 1 / 3, 0, 0]), rtol=0, atol=0.04
-    )  # 0.5 is not yet 0.74, 0.75 is
-    assert_close(draws(top_p=0.76), torch.tensor([5 / 9, 2.5 / 9, 1.5 / 9, 0]), rtol=0, atol=0.04)
-    assert_close(draws(top_p=0.01), torch.tensor([1.0, 0, 0, 0]))  # the likeliest always stays
-    assert_close(
-        draws(temperature=0.5), torch.tensor([0.25, 0.0625, 0.0225, 0.01]) / 0.345, rtol=0, atol=0.04
-    )
-    assert_close(draws(temperature=0.0), torch.tensor([1.0, 0, 0, 0]))
-    assert_close(draws(temperature=1e-40), torch.tensor([1.0, 0, 0, 0]))
-    assert_close(draws(temperature=1e-320), torch.tensor([1.0, 0, 0, 0]))  # 0 as a float32
-    assert_close(draws(top_p=1e-320), torch.tensor([1.0, 0, 0, 0]))
+    def is_near(found, *shares):
+        assert_close(found, torch.tensor(shares), rtol=0, atol=0.04)
+
+    is_near(draws(), 0.5, 0.25, 0.15, 0.1)
+    is_near(draws(top_k=2), 2 / 3, 1 / 3, 0, 0)
+    is_near(draws(top_p=0.74), 2 / 3, 1 / 3, 0, 0)  # 0.5 is not yet 0.74, 0.75 is
+    is_near(draws(top_p=0.76), 5 / 9, 2.5 / 9, 1.5 / 9, 0)
+    is_near(draws(temperature=0.5), 0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345)
+    likeliest = torch.tensor([1.0, 0, 0, 0])
+    for temperature in 0.0, 1e-40, 1e-320:  # the last is 0 as a float32
+        assert_close(draws(temperature=temperature), likeliest)
+    for top_p in 0.01, 1e-320:
+        assert_close(draws(top_p=top_p), likeliest)
 
 
 def test_the_seed_settles_the_draws(vlm):
-    say = lambda seed: vlm.generate(
-        torch.tensor([prompt(6, 1)]), pictures(1), max_new_tokens=12, temperature=1.5, seed=seed
-    ).tolist()
+    def say(seed):
+        tokens = torch.tensor([prompt(6, 1)])
+        return vlm.generate(tokens, pictures(1), max_new_tokens=12, temperature=1.5, seed=seed).tolist()
+
     assert say(3) == say(3) != say(4)
 
 
@@ -951,7 +943,6 @@ def test_a_place_where_no_folder_can_be_is_named(vlm, tmp_path):
 def test_fresh_weights_keep_the_scale_of_what_passes_through_them():
     torch.manual_seed(0)
     linear = init_weights(torch.nn.Sequential(torch.nn.Linear(256, 512)))[0]
-    assert (
-        F.linear(torch.randn(64, 256), linear.weight).std().item() == pytest.approx(1, abs=0.05)
-        and not linear.bias.any()
-    )
+    passed = F.linear(torch.randn(64, 256), linear.weight)
+    assert passed.std().item() == pytest.approx(1, abs=0.05)
+    assert not linear.bias.any()

@@ -503,6 +503,7 @@ def die_at(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, dying)
 
 
+@pytest.mark.parametrize("name, call", [("loss", 4), ("ask_reference", 1)])
 def test_an_interrupted_run_ends_where_the_whole_one_does(tiny, folder, monkeypatch, name, call):
     assert go(tiny, folder, out="whole") == 0
     with monkeypatch.context() as patch:
@@ -1027,8 +1028,8 @@ def test_a_killed_builder_goes_on_and_writes_what_an_undisturbed_one_would(
     assert not Path("made.jsonl.part").exists()
 
 
-def test_twenty_kills_lose_nothing_and_make_nothing_twice(tiny, folder, monkeypatch):
-    questions = [{"image": "a.png", "question": f"What? {i}"} for i in range(40)]
+def test_ten_kills_lose_nothing_and_make_nothing_twice(tiny, folder, monkeypatch):
+    questions = [{"image": "a.png", "question": f"What? {i}"} for i in range(30)]
     write(folder / "questions.jsonl", questions)
     whole = lambda tok, template, ids: sample.Answer(tok.decode(ids).strip(), True, ids)
     for program in (sample, pairs):
@@ -1040,7 +1041,7 @@ def test_twenty_kills_lose_nothing_and_make_nothing_twice(tiny, folder, monkeypa
     rng = random.Random(0)
     part = Path("made.jsonl.part")
     count_lines = lambda: part.read_bytes().count(b"\n") if part.exists() else 0
-    for _ in range(20):
+    for _ in range(10):
         before = count_lines()
         wanted = before + rng.randint(0, 2)
         child = fork(target=lambda: os._exit(build(tiny, folder, "dropout-ntp", *flags, out="made.jsonl")))
@@ -1052,7 +1053,7 @@ def test_twenty_kills_lose_nothing_and_make_nothing_twice(tiny, folder, monkeypa
         child.join()
         n_kill += child.exitcode == -9
         assert count_lines() >= before or Path("made.jsonl").exists()
-    assert n_kill >= 15
+    assert n_kill >= 8
     assert Path("made.jsonl").exists() or build(tiny, folder, "dropout-ntp", *flags, out="made.jsonl") == 0
     assert Path("made.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert Path("made.jsonl.stats.json").read_bytes() == Path("whole.jsonl.stats.json").read_bytes()

@@ -20,7 +20,7 @@ LINES = [line for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [part for line in LINES for part in line.split(" && ") if part.startswith(("python ", "sh "))]
 FEWER = {                            # what takes minutes takes a step or two here
     "train.py": "--max-steps 2 --batch-size 4 --eval-every 2 --eval-limit 6 --workers 0",
-    "pairs.py": "--limit 24 --max-new-tokens 64",
+    "pairs.py": "--limit 12 --max-new-tokens 48",
     "mpo-toy.sh": "--max-steps 2 --batch-size 2 --workers 0 --eval-limit 6",
     "mpo.py": "--max-steps 2 --batch-size 2 --workers 0 --eval-limit 6",
     "-m lab.run": "--quick --seeds 1",
@@ -59,7 +59,7 @@ def test_the_command_runs(command, copy, capfd):
         code = in_child(lambda: run_python(words, copy))
     else:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "LIMIT": "48"}
+        environment = os.environ | {"PATH": path, "LIMIT": "24"}
         code = subprocess.call([program, *words], cwd=copy, env=environment, stdin=subprocess.DEVNULL)
     assert code == 0, f"{command}\n{capfd.readouterr()}"
 

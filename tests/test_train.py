@@ -109,11 +109,8 @@ def mixed(tok, tmp_path):
 def gradients(tiny, rows, size, pad):
     vlm = VLM.from_pretrained(tiny)
     loss, counts = train.backward(vlm, train.Answering, data.micro_batches(rows, size, pad))
-    return (
-        loss,
-        counts["supervised"],
-        {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None},
-    )
+    grads = {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
+    return loss, counts["supervised"], grads
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
@@ -144,7 +141,8 @@ def test_a_step_without_a_usable_record_has_no_loss_and_no_gradient(tiny, tok):
 
 def test_the_learning_rate_rises_from_zero_for_the_warmup_and_falls_to_nearly_zero():
     lr = [train.lr_at(step, 100, 1.0, 0.1) for step in range(1, 101)]
-    assert lr[0] == 0 and lr[1] == 0.1 and lr[10] == 1.0 and math.isclose(lr[55], 0.5) and 0 < lr[99] < 1e-3
+    assert lr[0] == 0 and lr[1] == 0.1 and lr[10] == 1.0
+    assert math.isclose(lr[55], 0.5) and 0 < lr[99] < 1e-3
     assert train.lr_at(5, 10, 1.0, 1.0) == 0.4
     # What a log of LLaVA-1.5's stage 2 has after 22 of its 5,198 steps, which are those of 665,298 records.
     assert f"{train.lr_at(23, math.ceil(665_298 / 128), 2e-5, 0.03):.4e}" == "2.8205e-06"
@@ -152,16 +150,19 @@ def test_the_learning_rate_rises_from_zero_for_the_warmup_and_falls_to_nearly_ze
 
 def test_every_epoch_shows_each_record_once_in_an_order_of_the_seed():
     order = [i for batch in data.draw_steps([1] * 10, 4, 5, seed=1) for i in batch]
-    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
+    first, second = order[:10], order[10:]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
     assert order != [i for batch in data.draw_steps([1] * 10, 4, 5, seed=2) for i in batch]
     assert [len(batch) for batch in data.draw_steps([1] * 3, 8, 2, seed=0)] == [8, 8]
 
 
 def test_the_questions_of_one_record_stay_together_in_an_epoch():
     order = [i for batch in data.draw_steps([2, 1, 3], 3, 4, seed=0) for i in batch]
-    assert sorted(order[:6]) == sorted(order[6:]) == list(range(6)) and order[:6] != order[6:]
-    for together in "01", "345":
-        assert together in "".join(map(str, order[:6])) and together in "".join(map(str, order[6:]))
+    first, second = order[:6], order[6:]
+    assert sorted(first) == sorted(second) == list(range(6)) and first != second
+    for epoch in first, second:
+        shown = "".join(map(str, epoch))
+        assert "01" in shown and "345" in shown
 
 
 def test_split_questions_look_once_at_a_picture_that_several_questions_of_a_step_are_about(go, monkeypatch):
@@ -200,31 +201,17 @@ def test_bfloat16_trains_the_same_within_its_precision(go, whole):
 )
 def test_each_stage_moves_its_own_parts_and_no_other(go, tiny, world, flags, moving):
     assert go("--max-steps", 2, *[world / f if f.endswith("json") else f for f in flags]) == 0
-    assert {
-        name.split(".")[0] for name, p in weights("run").items() if not torch.equal(p, weights(tiny)[name])
-    } == moving
+    before = weights(tiny)
+    moved = [name for name, p in weights("run").items() if not torch.equal(p, before[name])]
+    assert {name.split(".")[0] for name in moved} == moving
 
 
 def test_the_template_of_stage_2_is_saved_with_the_model_that_of_stage_1_is_not(go, world):
-    assert (
-        go(
-            "--stage",
-            "pretrain",
-            "--template",
-            "plain",
-            "--data",
-            world / "pretrain.json",
-            "--max-steps",
-            1,
-            out="one",
-        )
-        == 0
-    )
+    stage_1 = ["--stage", "pretrain", "--data", world / "pretrain.json"]
+    assert go(*stage_1, "--template", "plain", "--max-steps", 1, out="one") == 0
     assert go("--template", "llava_v1", "--max-steps", 1, out="two") == 0
-    assert (
-        VLM.from_pretrained("one").cfg.template == "vicuna_v1"
-        and VLM.from_pretrained("two").cfg.template == "llava_v1"
-    )
+    assert VLM.from_pretrained("one").cfg.template == "vicuna_v1"
+    assert VLM.from_pretrained("two").cfg.template == "llava_v1"
 
 
 @pytest.mark.parametrize(
@@ -245,36 +232,29 @@ def test_what_starts_from_random_weights_trains_in_either_stage(tok, flags, part
 def test_a_preset_reads_its_ingredients_and_from_scratch_does_not(
     go, tok, tiny, world, monkeypatch, tmp_path
 ):
-    parts = {
-        name: {k.removeprefix(name + "."): v for k, v in weights(tiny).items() if k.startswith(name)}
-        for name in ("vision_tower", "language_model")
-    }
-    write_model(tmp_path / "clip", parts["vision_tower"], clip_json(tiny_config(tok).vision))
-    write_model(tmp_path / "vicuna", parts["language_model"], llama_json(tiny_config(tok).decoder))
+    def part(prefix):
+        return {k.removeprefix(prefix): t for k, t in weights(tiny).items() if k.startswith(prefix)}
+
+    write_model(tmp_path / "clip", part("vision_tower."), clip_json(tiny_config(tok).vision))
+    write_model(tmp_path / "vicuna", part("language_model."), llama_json(tiny_config(tok).decoder))
     shutil.copy(tok.path, tmp_path / "vicuna")
     monkeypatch.setitem(train.PRESETS, "tiny", tiny_config(tok))
     monkeypatch.setitem(train.RECIPES, ("tiny", "pretrain"), dict(vision="clip", llm="vicuna", lr=0.5))
-    assert (
-        train.parse_flags(
-            ["--model", "tiny", "--stage", "pretrain", "--data", str(tmp_path / "vicuna/config.json")]
-        ).lr
-        == 0.5
-    )
-    flags = ["--model", "tiny", "--stage", "pretrain", "--data", world / "pretrain.json", "--max-steps", 2]
+    flags = ["--model", "tiny", "--stage", "pretrain"]
+    assert train.parse_flags([*flags, "--data", str(tmp_path / "vicuna/config.json")]).lr == 0.5
+    flags += ["--data", world / "pretrain.json", "--max-steps", 2]
     assert go(*flags, out="warm") == go(*flags, "--from-scratch", out="cold") == 0
+    warm, cold = weights("warm"), weights("cold")
     for name, p in weights(tiny).items():
         if "projector" not in name:
-            assert torch.equal(p, weights("warm")[name]) and (
-                p.ndim < 2 or not torch.equal(p, weights("cold")[name])
-            )
+            assert torch.equal(p, warm[name])
+            assert p.ndim < 2 or not torch.equal(p, cold[name])
 
 
 def test_epochs_on_the_command_line_win_over_the_steps_of_a_recipe(world):
-    assert (
-        train.parse_flags(["--data", str(world / "train.json")]).max_steps
-        == train.RECIPES["toy", "finetune"]["max_steps"]
-    )
-    assert train.parse_flags(["--data", str(world / "train.json"), "--epochs", "2"]).max_steps == 0
+    flags = ["--data", str(world / "train.json")]
+    assert train.parse_flags(flags).max_steps == train.RECIPES["toy", "finetune"]["max_steps"]
+    assert train.parse_flags([*flags, "--epochs", "2"]).max_steps == 0
 
 
 def test_the_steps_of_the_photo_preset_follow_the_number_of_records(go, world, capfd):
@@ -286,17 +266,12 @@ def test_the_steps_of_the_photo_preset_follow_the_number_of_records(go, world, c
 
 def test_stage_2_starts_from_the_connector_of_stage_1(go, tiny, world):
     assert go("--stage", "pretrain", "--data", world / "pretrain.json", out="one") == 0
-    vlm, _ = support_start.build(train.TrainConfig(model=str(tiny), projector="one"))
     name = "multi_modal_projector.linear_1.weight"
-    assert torch.equal(vlm.connector.linear_1.weight, weights("one")[name]) and not torch.equal(
-        weights("one")[name], weights(tiny)[name]
-    )
-    assert torch.equal(
-        support_start.build(train.TrainConfig(model=str(tiny), projector="one/model.safetensors"))[
-            0
-        ].connector.linear_1.weight,
-        weights("one")[name],
-    )
+    learned = weights("one")[name]
+    assert not torch.equal(learned, weights(tiny)[name])
+    for projector in "one", "one/model.safetensors":
+        vlm, _ = support_start.build(train.TrainConfig(model=str(tiny), projector=projector))
+        assert torch.equal(vlm.connector.linear_1.weight, learned)
 
 
 # ---- the same run again ----
@@ -550,9 +525,13 @@ def test_a_folder_that_was_made_beforehand_has_one_writer_too(go, beside, at_ste
 
 def test_of_two_runs_that_begin_at_once_one_is_refused(go, beside, monkeypatch, capfd):
     original = support_start.VLM.from_pretrained
-    monkeypatch.setattr(support_start.VLM, "from_pretrained", lambda *args, **flags: (
-        beside(lambda: (lock("run/lock"), Path("there").touch(), time.sleep(600))), wait_for("there"),
-        original(*args, **flags))[-1])
+
+    def from_pretrained(*args, **flags):
+        beside(lambda: (lock("run/lock"), Path("there").touch(), time.sleep(600)))
+        wait_for("there")
+        return original(*args, **flags)
+
+    monkeypatch.setattr(support_start.VLM, "from_pretrained", from_pretrained)
     assert go() == 1 and "held by another run" in errors(capfd)[-1]
 
 
@@ -696,17 +675,9 @@ def write_records(world, path, bad, n=8):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_record_stops_the_run_and_is_named(go, world, capfd, workers):
     write_records(world, "bad.json", [5])
-    began = time.time()
-    assert (
-        go("--data", "bad.json", "--image-root", world, "--workers", workers) == 1
-        and time.time() - began < 10
-    )
-    error = errors(capfd)
-    assert (
-        len(error) == 1
-        and "record 5 (id 'train-5')" in error[0]
-        and "gone_5.png: no such picture" in error[0]
-    )
+    assert go("--data", "bad.json", "--image-root", world, "--workers", workers) == 1
+    (error,) = errors(capfd)
+    assert "record 5 (id 'train-5')" in error and "gone_5.png: no such picture" in error
 
 
 def test_a_run_that_stops_at_a_bad_record_saves_first_and_goes_on_without_it(go, world, capfd):
@@ -722,21 +693,7 @@ def test_a_run_that_stops_at_a_bad_record_saves_first_and_goes_on_without_it(go,
 
 def test_bad_records_are_skipped_and_counted_even_where_a_whole_step_is_bad(go, world, capfd):
     write_records(world, "bad.json", [0, 1, 2, 3, 4, 5], n=8)
-    assert (
-        go(
-            "--data",
-            "bad.json",
-            "--image-root",
-            world,
-            "--bad-records",
-            "skip",
-            "--batch-size",
-            2,
-            "--max-steps",
-            8,
-        )
-        == 0
-    )
+    assert go("--data", "bad.json", "--image-root", world, "--bad-records", "skip", "--batch-size", 2) == 0
     out = capfd.readouterr().out
     assert "12 of 16 records skipped" in out and "gone_" in out and "no usable record" in out
     assert None in losses("run") and any(losses("run")) and Path("run/loss.png").exists()
@@ -762,13 +719,13 @@ def test_a_loss_that_is_no_number_stops_the_run(go, capfd):
 
 def test_a_loader_process_that_is_killed_is_one_line(go, monkeypatch, capfd):
     me, original = os.getpid(), data.micro_batches
-    monkeypatch.setattr(
-        train,
-        "micro_batches",
-        lambda *args, **flags: (
-            original(*args, **flags) if os.getpid() == me else os.kill(os.getpid(), signal.SIGKILL)
-        ),
-    )
+
+    def micro_batches(*args, **flags):
+        if os.getpid() != me:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **flags)
+
+    monkeypatch.setattr(train, "micro_batches", micro_batches)
     assert go("--workers", 1) == 1
     error = errors(capfd)[-1]
     assert error.startswith("error: DataLoader worker") and "--workers 0" in error
@@ -872,7 +829,7 @@ def test_a_loader_needs_no_shared_memory(go, beside, monkeypatch):
     def train_with_a_loader():
         child.pid = os.getpid()
         monkeypatch.setattr(train, "micro_batches", with_little)
-        os._exit(go("--workers", 1, "--batch-size", 24))
+        os._exit(go("--workers", 1, "--batch-size", 24, "--max-steps", 3))
 
     child = SimpleNamespace(pid=me)
     process = beside(train_with_a_loader)
@@ -886,12 +843,11 @@ def test_resuming_with_other_flags_names_the_flag(go, capfd):
     assert "written with --eval-every 0, now it is 1" in errors(capfd)[-1]
     assert go("--max-steps", 2, "--lr", "0.5", "--resume") == 1
     assert "--lr 0.003, now it is 0.5" in errors(capfd)[-1]
-    torch.save({}, "run/checkpoint-000002/trainer.pt")
-    assert go("--max-steps", 2, "--resume") == 1 and "trainer.pt: damaged" in errors(capfd)[-1]
-    Path("run/checkpoint-000002/trainer.pt").write_bytes(b"")
-    assert go("--max-steps", 2, "--resume") == 1 and "trainer.pt: damaged" in errors(capfd)[-1]
-    Path("run/checkpoint-000002/trainer.pt").write_bytes(b"PK\x03\x04 cut")
-    assert go("--max-steps", 2, "--resume") == 1 and "trainer.pt: damaged" in errors(capfd)[-1]
+    file = Path("run/checkpoint-000002/trainer.pt")
+    torch.save({}, "empty.pt")
+    for damaged in Path("empty.pt").read_bytes(), b"", b"PK\x03\x04 cut":
+        file.write_bytes(damaged)
+        assert go("--max-steps", 2, "--resume") == 1 and "trainer.pt: damaged" in errors(capfd)[-1]
 
 
 def test_resuming_over_other_records_is_refused(go, world, capfd):
@@ -913,15 +869,19 @@ def test_resuming_with_other_repeats_in_meta_json_is_refused(go, world, capfd):
     assert go(*flags, "--resume") == 1 and "--data of checksum" in errors(capfd)[-1]
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def test_an_earlier_run_is_moved_aside_whole_and_only_when_the_new_one_can_begin(go, capfd, tiny):
-    assert go(out="out/x") == 0
-    before = {p.relative_to("out/x"): p.read_bytes() for p in Path("out/x").rglob("*") if p.is_file()}
+    flags = ["--max-steps", 3]
+    assert go(*flags, out="out/x") == 0
+    before = contents("out/x")
     assert go("--projector", "none", out="out/x") == 1 and go("--model", "out/x", out="out/x") == 1
     assert "--model out/x is in --out out/x" in errors(capfd)[-1] and not Path("out/x.1").exists()
-    assert go("--seed", 1, out="out/x") == 0 and go("--seed", 2, out="out/x") == 0
-    assert {
-        p.relative_to("out/x.1"): p.read_bytes() for p in Path("out/x.1").rglob("*") if p.is_file()
-    } == before
+    for seed in 1, 2:
+        assert go(*flags, "--seed", seed, out="out/x") == 0
+    assert contents("out/x.1") == before
     assert not same("out/x.1", "out/x.2") and not same("out/x", "out/x.2")
 
 
@@ -957,14 +917,10 @@ def test_a_run_ends_with_a_table_beside_two_baselines(go, world, capfd):
     assert go("--final-eval", "--eval-every", 4) == 0
     out = capfd.readouterr().out
     assert "held-out loss" in out and "  Q: " in out and "truth: " in out and "answers were cut off" in out
-    assert all(
-        word in out
-        for word in ("accuracy", "most frequent answer", "shuffled pictures", "existence", "reading")
-    )
-    results, questions = (
-        json.loads(Path("run/results.json").read_text()),
-        (world / "val.jsonl").read_text().splitlines(),
-    )
+    for word in "accuracy", "most frequent answer", "shuffled pictures", "existence", "reading":
+        assert word in out
+    results = json.loads(Path("run/results.json").read_text())
+    questions = (world / "val.jsonl").read_text().splitlines()
     assert results["n"] == len(results["records"]) == len(questions)
     assert [line["step"] for line in map(json.loads, open("run/log.jsonl")) if "val_loss" in line] == [4, 8]
 
@@ -982,27 +938,14 @@ PICTURE, OTHER = "images/val_00000.png", "images/val_00001.png"
 
 
 def test_held_out_questions_may_have_no_category_no_picture_or_several_and_one_id_for_all(go, world, capfd):
-    flags = write_val(
-        world,
-        [
-            {"question_id": 1, "image": PICTURE, "text": "What?", "answer": "a cat"},
-            {"question_id": 1, "text": "How many?", "answer": "2"},
-            {
-                "question_id": 1,
-                "image": [PICTURE, OTHER],
-                "text": "<image> or <image>\nWhich?",
-                "answer": "the first",
-            },
-            {
-                "id": "c",
-                "image": OTHER,
-                "conversations": [
-                    {"from": "human", "value": "<image>\nYes?"},
-                    {"from": "gpt", "value": "yes"},
-                ],
-            },
-        ],
-    )
+    turns = [{"from": "human", "value": "<image>\nYes?"}, {"from": "gpt", "value": "yes"}]
+    two = {"image": [PICTURE, OTHER], "text": "<image> or <image>\nWhich?", "answer": "the first"}
+    flags = write_val(world, [
+        {"question_id": 1, "image": PICTURE, "text": "What?", "answer": "a cat"},
+        {"question_id": 1, "text": "How many?", "answer": "2"},
+        {"question_id": 1} | two,
+        {"id": "c", "image": OTHER, "conversations": turns},
+    ])
     assert go(*flags, "--eval-every", 1) == 0
     results = json.loads(Path("run/results.json").read_text())
     assert list(results["categories"]) == ["all"] and results["n"] == len(results["records"]) == 4
@@ -1018,10 +961,8 @@ def test_held_out_questions_may_have_no_category_no_picture_or_several_and_one_i
     ],
 )
 def test_a_bad_held_out_question_is_named_before_the_training(go, world, capfd, line, words):
-    flags = write_val(
-        world, [{"image": PICTURE, "text": "What?", "answer": "a cat"}, {"question_id": "q", **line}]
-    )
-    assert go(*flags) == 1
+    good = {"image": PICTURE, "text": "What?", "answer": "a cat"}
+    assert go(*write_val(world, [good, {"question_id": "q", **line}])) == 1
     error = errors(capfd)[-1]
     assert "val.jsonl, line 2 (id 'q')" in error and words in error and not Path("run").exists()
 
@@ -1033,13 +974,8 @@ def test_data_without_a_val_file_trains_without_a_table(go, world, capfd):
 
 
 def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch):
-    asked = [
-        ("count", "2"),
-        ("count", "2"),
-        ("count", "1"),
-        ("cot", "One.\nFinal answer: 3"),
-        ("cot", "Another.\nFinal answer: 3"),
-    ]
+    asked = [("count", "2"), ("count", "2"), ("count", "1")]
+    asked += [("cot", "One.\nFinal answer: 3"), ("cot", "Another.\nFinal answer: 3")]
     items = []
     for k, (category, truth) in enumerate(asked):
         item = question(k, None, "?", "", truth, category=category)
@@ -1061,7 +997,11 @@ def test_the_table_of_known_answers_has_these_numbers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(eval, "ask", ask)
     results = eval.evaluate(items, eval.EvalConfig(image_root=str(tmp_path)), None, None)
-    table = {"count": (3, 2 / 3, 2 / 3, 2 / 3), "cot": (2, 1 / 2, 1, 0), "all": (5, 3 / 5, 4 / 5, 2 / 5)}
+    table = {
+        "count": (3, 2 / 3, 2 / 3, 2 / 3),
+        "cot": (2, 1 / 2, 1, 0),
+        "all": (5, 3 / 5, 4 / 5, 2 / 5),
+    }
     others = results["columns"]
     for category, row in table.items():
         columns = [results, others["most frequent answer"], others["shuffled pictures"]]
@@ -1191,7 +1131,13 @@ def test_an_eval_limit_is_the_number_of_questions_that_are_asked(go, world):
 # ---- what one sees ----
 
 
-@pytest.mark.parametrize("values", [[2.0], [None, 3.0, 1.0], [7.0, 0.0, 1e4], [1.0] * 60, [0.002, 4e8]])
+@pytest.mark.parametrize("values", [
+    [2.0],
+    [None, 3.0, 1.0],
+    [7.0, 0.0, 1e4],
+    [1.0] * 60,
+    [0.002, 4e8],
+])
 def test_the_curve_is_drawn_whatever_the_values(tmp_path, values):
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(values, 1)]
     lines.append({"step": 1, "val_loss": 2.5})
@@ -1227,9 +1173,8 @@ def test_help_gives_every_flag_with_its_default(capsys, monkeypatch):
         entry = " ".join(entries["--" + f.name.replace("_", "-")].split())
         assert ("empty: " if f.type is str and f.default == "" else "(default ") in entry, entry
         assert {str: " TEXT ", int: " N ", float: " X ", bool: "--no-"}[f.type] in entry, entry
-    assert f"(default {train.RECIPES['toy', 'finetune']['lr']})" in entries[
-        "--lr"
-    ] and "assets/toy-clip)" in "".join(entries["--vision"].split())
+    assert f"(default {train.RECIPES['toy', 'finetune']['lr']})" in entries["--lr"]
+    assert "assets/toy-clip)" in "".join(entries["--vision"].split())
 
 
 def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_time_left(go, beside, capfd):
