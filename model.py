@@ -172,12 +172,11 @@ class VLM(nn.Module):
     def forward(self, tokens, pixels=None, labels=None, layout=None):
         """(B, T) int64, (n, 3, S, S) -> logits (B, T, V); with labels (B, T) -> their loss, a scalar.
 
-        An image is a run of image tokens, one for each of its visual tokens, in the order of the pictures.
-        layout (M, 2) says of which tile each visual token is, and at which place in it (vision.py), so that
-        several runs can show one picture; None: all of each tile, in order.
+        A picture is a run of image tokens, one for each of its visual tokens.
+        layout (M, 2): of which tile each visual token is, and at which place in it (vision.py), so that two
+        runs can show one picture. Without it the runs show all of each tile, in order.
         labels stand under their own token, not shifted; IGNORE where it is not supervised. The loss is the
-        mean over the others of - log p(token | tokens before it), Eq. 3 of the first LLaVA paper
-        (arXiv:2304.08485v2).
+        mean over the others of - log p(token | tokens before it), Eq. 3 of arXiv:2304.08485v2.
         """
         x = self.embed(tokens, self.features(pixels), layout)               # (B, T, D)
         if labels is None:
@@ -281,9 +280,7 @@ class VLM(nn.Module):
                 history.x = torch.cat([history.x, x[None]], dim=1)
 
     @classmethod
-    def from_pretrained(
-        cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None, int8=False
-    ):
+    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32, vision=None, llm=None, int8=False):
         """Open a model directory of any layout in support.weights. UserError names what does not fit.
 
         vision (DIR or DIR,DIR) is the tower of a model that was published without one; llm is what a LoRA was
@@ -379,11 +376,11 @@ class Decoder(nn.Module):
         """Embeddings (B, T, D) -> hidden states (B, T, D), ready for lm_head.
 
         positions (1 or B, T): 0 to T - 1 without.
-        wanted (K,): flat positions b * T + t whose outputs are returned, as (K, D); the last block drops the
+        wanted (K,): flat positions b * T + t whose outputs are returned, as (K, D). The last block drops the
         others after attention.
         cache: a LayerCache for each layer. x continues the tokens that these have read.
-        mask (1 or B, 1, T, tokens read and T), True where a token may attend to another. None: causal; behind
-        others in the cache only one token a row can do without.
+        mask (1 or B, 1, T, tokens read + T), True where a token may attend to another. Without it attention
+        is causal; behind tokens in a cache x needs one, unless it is a single token a row.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]     # (1, T)
@@ -404,21 +401,6 @@ class Decoder(nn.Module):
         like = self.embed_tokens.weight
         shape = 2, B, self.cfg.n_kv_head, length, self.cfg.head_dim
         return [LayerCache(torch.empty(shape, device=like.device, dtype=like.dtype)) for _ in self.layers]
-
-
-class LayerCache:
-    """The keys and values of all tokens that a layer has read."""
-
-    def __init__(self, room):
-        self.room = room             # (2, B, H_kv, length, d), for these and more
-        self.n_read = 0
-
-    def append(self, k, v):
-        """Keys and values (B, H_kv, T, d) of the next tokens -> those of all."""
-        end = self.n_read + k.shape[2]
-        self.room[:, :, :, self.n_read : end] = torch.stack([k, v])
-        self.n_read = end
-        return self.room[:, :, :, :end]
 
 
 class DecoderBlock(nn.Module):
@@ -468,6 +450,21 @@ class CausalAttention(nn.Module):
         if wanted is not None:
             y = y.flatten(0, 1).index_select(0, wanted)                     # (K, H d)
         return self.o_proj(y)
+
+
+class LayerCache:
+    """The keys and values of all tokens that a layer has read."""
+
+    def __init__(self, room):
+        self.room = room             # (2, B, H_kv, length, d), for these and more
+        self.n_read = 0
+
+    def append(self, k, v):
+        """Keys and values (B, H_kv, T, d) of the next tokens -> those of all."""
+        end = self.n_read + k.shape[2]
+        self.room[:, :, :, self.n_read : end] = torch.stack([k, v])
+        self.n_read = end
+        return self.room[:, :, :, :end]
 
 
 class SwiGLU(nn.Module):

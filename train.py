@@ -17,10 +17,10 @@ short answers weigh more; its curves differ a little.)
 --help shows the defaults of the --model and --stage given beside it. All that is drawn at random follows
 --seed: on a CPU the same command with the same --threads gives the same weights, bit for bit.
 
-A run writes to --out: log.jsonl and loss.png while it goes; now and then checkpoint-N/, a whole model
-directory (--resume goes on from the newest, and ends where the uninterrupted run would have, bit for bit on a
-CPU); at the end the model itself. Where there are held-out questions: best/, the model whose loss on them was
-lowest, and results.json. Ctrl-C and SIGTERM save a checkpoint first; a second one ends the run at once.
+A run writes to --out: log.jsonl and loss.png while it goes, now and then checkpoint-N/, at the end the model;
+where there are held-out questions also best/, the model whose loss on them was lowest, and results.json.
+--resume goes on from the newest checkpoint, and ends where the uninterrupted run would have, bit for bit on a
+CPU. Ctrl-C and SIGTERM save a checkpoint first; a second one ends the run at once.
 """
 
 import math
@@ -132,13 +132,12 @@ class TrainConfig(MoreFlags):
 LLAVA = dict(clip=math.inf, max_length=2048)
 LLAVA_PRETRAIN = LLAVA | dict(lr=1e-3, batch_size=256, image_mode="crop", token_budget=16384)
 LLAVA_FINETUNE = LLAVA | dict(lr=2e-5, batch_size=128, token_budget=8192)
-PHOTO = dict(lr=1e-3, batch_size=128, epochs=10, split_questions=True)
 RECIPES = {
     # LLaVA's stage 1 uses template "plain"; the toy's uses vicuna_v1, the only format its decoder has seen.
     ("toy", "pretrain"): TOY | dict(lr=1e-2, max_steps=1500, template="vicuna_v1"),
     ("toy", "finetune"): TOY | dict(
         lr=4e-4, max_steps=280, token_budget=2048, projector=str(ASSETS / "toy-connector")),
-    ("photo", "finetune"): PHOTO,
+    ("photo", "finetune"): dict(lr=1e-3, batch_size=128, epochs=10, split_questions=True),
 }
 LLAVAS = ("llava-1.5-7b", "llava-1.5-hd-7b", "llava-1.5-13b")
 RECIPES |= {(llava, "pretrain"): LLAVA_PRETRAIN for llava in LLAVAS}  # stage 1 of HD sees no tiles either
@@ -308,10 +307,7 @@ def fit(cfg, task, run, held_out=None):
     return 0
 
 
-NO_AUTOCAST = nullcontext()
-
-
-def backward(vlm, task, batches, autocast=NO_AUTOCAST):
+def backward(vlm, task, batches, autocast=None):
     """Add the gradient of a step's L -> L, or None where no record could be used; what else to log."""
     batches = [batch for batch in batches if task.count(batch)]  # of the others all records were skipped
     counts = [task.count(batch) for batch in batches]
@@ -321,7 +317,7 @@ def backward(vlm, task, batches, autocast=NO_AUTOCAST):
 
     loss, metrics = 0.0, Counter({task.unit: n})
     for batch, count in with_fillers(batches, counts):
-        with autocast:
+        with autocast or nullcontext():
             mean, more = task.loss(vlm, batch)
         share = count / n * world_size()  # gradients are averaged over the processes
         part = mean * share
@@ -395,8 +391,7 @@ class Answering:
         if cfg.max_length > longest:  # what is learned beyond it could never be asked
             raise UserError(f"--max-length {cfg.max_length}: the decoder takes {longest} tokens, and no more")
         max_length = cfg.max_length or longest
-        self.examples = Examples(
-            records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length)
+        self.examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length)
 
     @staticmethod
     def count(batch):
