@@ -150,16 +150,16 @@ def plan_work(cfg):
 
 def random_batch(cfg, work):
     """-> tokens and labels (B, T), pixels (B, 3, S, S), normalised as the peer wants them."""
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     vision = work.cfg.vision
     T = vision.n_token + work.words
     if cfg.program == "mpo":
         T += 2 * work.n_answer
-    tokens = torch.randint(3, work.cfg.image_token, (work.rows, T), generator=generator)
+    tokens = torch.randint(3, work.cfg.image_token, (work.rows, T))
     tokens[:, 1 : 1 + vision.n_token] = work.cfg.image_token
     labels = tokens.clone()
     labels[:, : -work.n_answer] = IGNORE
-    pixels = torch.randn(work.rows, 3, vision.image_size, vision.image_size, generator=generator)
+    pixels = torch.randn(work.rows, 3, vision.image_size, vision.image_size)
     return tokens, labels, pixels
 
 
@@ -243,17 +243,15 @@ def make_step(model, cfg, work):
 
 def pair_loss(model, cfg, tokens, pixels, n):
     """-> a function: the loss of mpo.py, of pairs with n tokens an answer."""
-    prompt, chosen, rejected = tokens.split([tokens.shape[1] - 2 * n, n, n], dim=1)
+    is_ours = isinstance(model, VLM)
+    parts = tokens.split([tokens.shape[1] - 2 * n, n, n], dim=1)    # prompt, chosen, rejected
+    sums = partial(sums_of_rows if is_ours else sums_of_two_rows, parts, pixels)
     known = []
     nets = [model]
-    if isinstance(model, VLM):
-        sums = pairs_in_a_row(prompt, chosen, rejected, pixels)
-        if cfg.precomputed:
-            with torch.no_grad():
-                known = sums(nets)
+    if is_ours and cfg.precomputed:
+        with torch.no_grad():
+            known = sums(nets)
     else:
-        sums = pairs_in_two_rows(prompt, chosen, rejected, pixels)
-    if not known:
         nets.append(copy.deepcopy(model).requires_grad_(False))
     loss_cfg = mpo.MPOConfig()
 
@@ -267,33 +265,25 @@ def pair_loss(model, cfg, tokens, pixels, n):
     return compute
 
 
-def pairs_in_a_row(prompt, chosen, rejected, pixels):
-    """-> a function: the sums (B, 2) of each of some nets. A pair is one row, its picture looked at once."""
-    rows = [mpo.pair_row(*parts) for parts in zip(prompt.tolist(), chosen.tolist(), rejected.tolist())]
+def sums_of_rows(parts, pixels, nets):
+    """-> the sums (B, 2) of each of some nets. A pair is one row, its picture looked at once."""
+    rows = [mpo.pair_row(*ids) for ids in zip(*[part.tolist() for part in parts])]
     pairs = {name: torch.stack([row[name] for row in rows]) for name in rows[0]} | {"layout": None}
-
-    def sums(nets):
-        features = nets[0].features(pixels)
-        return [mpo.pair_log_probs(net, pairs, features)[0] for net in nets]
-
-    return sums
+    features = nets[0].features(pixels)
+    return [mpo.pair_log_probs(net, pairs, features)[0] for net in nets]
 
 
-def pairs_in_two_rows(prompt, chosen, rejected, pixels):
+def sums_of_two_rows(parts, pixels, nets):
     """The same of 2 B rows, the chosen answers first."""
-    answers = torch.cat([chosen, rejected])              # (2 B, n)
-    rows = torch.cat([prompt.repeat(2, 1), answers], dim=1)  # (2 B, T)
-    both_pixels = pixels.repeat(2, 1, 1, 1)
-
-    def sums(nets):
-        found = []
-        for net in nets:
-            log_probs = net(rows, both_pixels).float()[:, :-1].log_softmax(-1)
-            log_probs = log_probs.gather(-1, rows[:, 1:, None])[:, -answers.shape[1] :, 0]
-            found.append(log_probs.sum(1).view(2, -1).T)
-        return found
-
-    return sums
+    prompt, *answers = parts
+    rows = torch.cat([prompt.repeat(2, 1), torch.cat(answers)], dim=1)  # (2 B, T)
+    found = []
+    for net in nets:
+        logits = net(rows, pixels.repeat(2, 1, 1, 1)).float()
+        log_probs = logits[:, :-1].log_softmax(-1).gather(-1, rows[:, 1:, None])
+        of_answers = log_probs[:, prompt.shape[1] - 1 :, 0]         # (2 B, n)
+        found.append(of_answers.sum(1).view(2, -1).T)
+    return found
 
 
 # ---- memory ----
