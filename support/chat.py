@@ -108,8 +108,6 @@ class Chat:
         return f"cut off after {n_token} tokens; {limit}"
 
 
-COMMANDS = "/image", "/reset", "/save"
-
 # ---- on a terminal ----
 
 
@@ -160,16 +158,16 @@ def on_terminal():
 
 def obey(chat, command, file):
     try:
-        if command not in COMMANDS:
-            raise UserError(f"{command} is no command; there are {', '.join(COMMANDS)}")
-        if not file and command != "/reset":
-            raise UserError(f"{command} needs the name of a file")
-        if command == "/image":
-            chat.show([file], [open_image(file)])
-            print(f"{file} is shown with the next question")
-        elif command == "/reset":
+        if command == "/reset":
             chat.reset()
             print("all turns and pictures are forgotten")
+        elif command not in ("/image", "/save"):
+            raise UserError(f"{command} is no command; there are /image, /reset, /save")
+        elif not file:
+            raise UserError(f"{command} needs the name of a file")
+        elif command == "/image":
+            chat.show([file], [open_image(file)])
+            print(f"{file} is shown with the next question")
         else:
             write_json(file, [chat.record()])
             print(f"the chat is in {file}; for training, --image-root is this folder")

@@ -154,7 +154,7 @@ def test_a_chat_asks_a_model_of_photos_for_no_caption(folder, tmp_path, monkeypa
         (["semi.csv"], "semi.csv: line 2: .* names these columns, between commas: image;question;answer"),
         (["short.csv"], "short.csv: line 3: one of image, question, answer is missing"),
         (["short.csv", "--four"], "--four is for a folder of photos"),
-        (["broken"], r"broken/./1.png: cannot be read .*\. 1 more are as bad: broken/./1.png$"),
+        (["broken"], r"broken/./1.png: cannot be read .*\. 2 photos cannot be used, such as broken/./1.png$"),
         (["broken", "--four"], "broken/./1.png: cannot be read"),
         (["mine", "--size", 1], "--size 1: must be at least 2"),
         (["mine", "--out", "full"], "--out full: a train.json is there"),

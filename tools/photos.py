@@ -71,7 +71,7 @@ def main(argv=None):
         questions += [val_line(i, k, name, asked) for k, asked in enumerate(page.asked)]
     if bad:
         first, *others = bad
-        more = f". {len(others)} more are as bad: {', '.join(others[:9])}" if others else ""
+        more = f". {len(bad)} photos cannot be used, such as {', '.join(others[:9])}" if others else ""
         raise UserError(f"{bad[first]}{more}")
     write_json_lines(out / "val.jsonl", questions)
     write_json(out / "train.json", records, indent=1)  # last: a folder that has it is whole
