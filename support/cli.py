@@ -40,7 +40,7 @@ class UserError(ValueError):
 def arg(default, help, choices=(), positional=False, **limits):
     """A field that becomes a flag.
 
-    choices: the words allowed, an empty text beside them; of a text with commas each part is looked up.
+    choices: the words allowed beside the default; of a text with commas each part is looked up.
     limits: at_least, above, at_most, below. A number is at_least=0 and below infinity, if not said otherwise.
     """
     limits.setdefault("at_least", 0)
@@ -113,9 +113,9 @@ def check_values(cfg):
     for f in flag_fields(type(cfg)):
         name = f.name if f.metadata["positional"] else flag_of(f.name)
         value = getattr(cfg, f.name)
-        if f.metadata["choices"]:
+        if f.metadata["choices"] and value != f.default:
             for word in value if f.type is tuple else value.split(","):
-                one_of(name, word, f.metadata["choices"])
+                one_of(name, word or "''", f.metadata["choices"])
         for rule, limit in f.metadata["limits"].items():
             if f.type in (int, float) and not RULES[rule](value, limit):
                 raise UserError(f"{name} {value}: must be {rule.replace('_', ' ')} {limit:g}")

@@ -627,6 +627,8 @@ def test_records_longer_than_the_decoder_takes_are_refused_not_trained(go, capfd
         (["--image-mode", "padd"], "did you mean pad?"),
         (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
         (["--bad-records", "drop"], "Known are stop, skip"),
+        (["--dtype", ""], "--dtype '': unknown"),
+        (["--train", "llm,,vision"], "--train '': unknown"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--micro-batch-size", "-1"], "--micro-batch-size -1: must be at least 0"),
         (["--lr", "0"], "--lr 0.0: must be above 0"),
