@@ -74,8 +74,7 @@ class Examples(Dataset):
             example = self.encode(record, n_visual)
         except UserError as error:
             raise UserError(f"{record['where']}: {error}") from None
-        example |= {"pixels": pixels, "layout": layout}
-        return example | {"id": record["id"], "number": record["number"]}
+        return example | {"pixels": pixels, "layout": layout, "id": record["id"], "number": record["number"]}
 
     def load_pictures(self, record):
         """-> (pixels, layout) of all its pictures, and how many visual tokens each becomes.

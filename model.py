@@ -192,6 +192,10 @@ class VLM(nn.Module):
         return -token_log_probs(h, self.decoder.lm_head.weight, targets[wanted]).mean()
 
     @property
+    def device(self):
+        return self.decoder.lm_head.weight.device
+
+    @property
     def towers(self):
         return [self.vision, self.vision2] if self.cfg.vision2 else [self.vision]
 
@@ -320,7 +324,7 @@ class Connector(nn.Module):
         for i, width in enumerate(widths, 1):
             self.add_module(f"linear_{i}", nn.Linear(n_in, width))  # fresh weights are PyTorch's own
             n_in = width
-        self.register_parameter("row_end", None)
+        self.row_end = None
         self.set_row_end(cfg.ends_rows)
 
     def set_row_end(self, ends_rows):
@@ -398,9 +402,8 @@ class Decoder(nn.Module):
 
     def new_cache(self, B, length):
         """For `length` tokens of B rows."""
-        like = self.embed_tokens.weight
         shape = 2, B, self.cfg.n_kv_head, length, self.cfg.head_dim
-        return [LayerCache(torch.empty(shape, device=like.device, dtype=like.dtype)) for _ in self.layers]
+        return [LayerCache(self.embed_tokens.weight.new_empty(shape)) for _ in self.layers]
 
 
 class DecoderBlock(nn.Module):

@@ -184,7 +184,7 @@ class Preferring:
 
     def __init__(self, cfg, records, vlm, tok):
         self.cfg = cfg
-        self.device = next(vlm.parameters()).device
+        self.device = vlm.device
         as_answers = Answering(cfg, records, vlm, tok).examples
         self.examples = PairExamples(**vars(as_answers))  # of the same template, tiles and length
         self.delta, self.n_delta = 0.0, 0  # the running mean of all rewards; of how many pairs

@@ -131,8 +131,8 @@ def ask_group(vlm, tok, records, rows, cfg, seed):
 
 
 def draw_answers(vlm, tok, prompts, cfg, seed):
-    choices = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k}
-    return answer(vlm, tok, prompts, cfg.max_new_tokens, cfg.batch_size, seed, **choices)
+    choices = cfg.sampling | {"seed": seed}
+    return answer(vlm, tok, prompts, cfg.max_new_tokens, cfg.batch_size, **choices)
 
 
 # ---- questions ----

@@ -109,13 +109,12 @@ def make_batch(vlm, tok, prompts, max_new_tokens):
             f"a prompt of {T} tokens leaves no room for an answer: the model takes {block_size} "
             "with its answer; ask less, or begin a new chat"
         )
-    device = vlm.decoder.lm_head.weight.device
     pixels, layout = join_tiles([picture for _, pictures in prompts for picture in pictures])
     return {
-        "tokens": pad_rows([ids for ids, _ in prompts], tok.pad).to(device),  # (B, T)
+        "tokens": pad_rows([ids for ids, _ in prompts], tok.pad).to(vlm.device),  # (B, T)
         "lengths": lengths,
-        "pixels": pixels.to(device),  # (n, 3, S, S), all tiles of the batch
-        "layout": layout.to(device),  # (M, 2)
+        "pixels": pixels.to(vlm.device),  # (n, 3, S, S), all tiles of the batch
+        "layout": layout.to(vlm.device),  # (M, 2)
         "max_new_tokens": min(max_new_tokens, block_size - T),
         "stop": stop_ids(tok, vlm.cfg.template),
     }

@@ -254,9 +254,8 @@ def fit(cfg, task, run, held_out=None):
         unit, shown, plots  names for the log: what is counted, what is printed, what is drawn
     """
     vlm = run.vlm
-    device = next(vlm.parameters()).device
-    autocast = precision(cfg, device)
-    parallelize(vlm, cfg, device)
+    autocast = precision(cfg, vlm.device)
+    parallelize(vlm, cfg, vlm.device)
     params = [p for p in vlm.parameters() if p.requires_grad]  # after parallelize: FSDP2 replaces them
     optimizer = make_optimizer(vlm, cfg)
     run.restore(optimizer)
@@ -285,8 +284,7 @@ def fit(cfg, task, run, held_out=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            metrics["lr"] = lr_at(step, run.n_step, cfg.lr, cfg.warmup)
-            metrics["grad_norm"] = grad_norm
+            metrics |= {"lr": lr_at(step, run.n_step, cfg.lr, cfg.warmup), "grad_norm": grad_norm}
             metrics |= task.state_dict()  # what a task carries from step to step, as mpo.py its delta
             run.log_step(step, batches, loss, metrics)
 
@@ -339,12 +337,11 @@ def load_steps(cfg, task, run):
     to_micro_batches = partial(
         micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
         collate=task.collate)
-    on_gpu = next(run.vlm.parameters()).is_cuda
 
     # What the loader takes for one batch is a step: a list of micro-batches.
     loader = DataLoader(
         task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,
-        pin_memory=on_gpu, worker_init_fn=in_loader_process)
+        pin_memory=run.vlm.device.type == "cuda", worker_init_fn=in_loader_process)
     loaded = iter(loader)
     workers = multiprocessing.active_children()
     for batches in loaded:
@@ -401,9 +398,8 @@ class Answering:
     @staticmethod
     def loss(vlm, batch):
         """-> the mean over the supervised tokens; no further means."""
-        device = next(vlm.parameters()).device
         names = ("tokens", "pixels", "labels", "layout")
-        return vlm(*[batch[name].to(device, non_blocking=True) for name in names]), {}
+        return vlm(*[batch[name].to(vlm.device, non_blocking=True) for name in names]), {}
 
     def prepare(self, run):
         """Here nothing. The run's folder is there, and a new run's model is as it was before training."""

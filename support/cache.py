@@ -13,7 +13,7 @@ def prefill(decoder, x, is_image, lengths, cache, history=None):
     if history:
         history.reuse_prefix(x, cache)
     else:
-        prefill_shared_prefix(decoder, x, end_of_pictures(is_image, lengths), cache)
+        prefill_shared_prefix(decoder, x, is_image, lengths, cache)
 
     # The rest, of which each token sees what the cache holds, and what is before it.
     B, T, _ = x.shape
@@ -27,9 +27,11 @@ def prefill(decoder, x, is_image, lengths, cache, history=None):
     return decoder(x[:, start:], positions, mask, last, cache)
 
 
-def prefill_shared_prefix(decoder, x, end, cache):
-    """Prompts (B, T, D) about one picture begin alike. Of neighbouring rows that are equal up to `end` the
-    first is computed, and its keys and values go to the others, too."""
+def prefill_shared_prefix(decoder, x, is_image, lengths, cache):
+    """Prompts (B, T, D) about one picture begin alike. Of neighbouring rows that are equal up to where the
+    pictures of all rows have ended the first is computed, and its keys and values go to the others, too."""
+    place = torch.arange(1, x.shape[1] + 1, device=x.device)
+    end = int(torch.minimum((is_image * place).amax(1), lengths - 1).min())
     differs = (x[1:, :end] != x[:-1, :end]).flatten(1).any(1)               # (B - 1,)
     if end == 0 or differs.all():
         return
@@ -39,13 +41,6 @@ def prefill_shared_prefix(decoder, x, end, cache):
     decoder(x[is_first, :end], cache=shared)
     for layer, layer_shared in zip(cache, shared):
         layer.append(*layer_shared.room[:, which_first])
-
-
-def end_of_pictures(is_image, lengths):
-    """Where the pictures of all rows (B, T) have ended: prompts about one picture may be equal up to it."""
-    place = torch.arange(1, is_image.shape[1] + 1, device=is_image.device)
-    end = torch.minimum((is_image * place).amax(1), lengths - 1)            # (B,)
-    return int(end.min())
 
 
 class KVHistory:
