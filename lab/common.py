@@ -2,7 +2,6 @@
 
 import math
 import random
-import re
 import statistics
 import sys
 from dataclasses import replace
@@ -195,9 +194,3 @@ def fit_part(name, module, n_steps, lr_at, loss_at, look):
             shares = "  ".join(f"{what} {share:.1%}" for what, share in look().items())
             bar.write(f"{name}, step {step}: loss {loss.item():.3f}  held-out, right: {shares}")
             sys.stdout.flush()
-
-
-def run_folder(folder, row, seed):
-    """Of a row of an experiment."""
-    name = re.sub(r"\W+", "-", row.lower())
-    return folder / f"{name}-{seed}"

@@ -92,9 +92,10 @@ class Run:
             print(f"--resume: no checkpoint in {self.out} yet; starting from the beginning")
             return None
         newest = found[-1]
-        with reading(newest / "trainer.pt", f"remove {newest} and start anew"):
-            state = torch.load(newest / "trainer.pt", weights_only=True, map_location="cpu")
-            check_flags(newest, state["flags"], self.flags)
+        file = newest / "trainer.pt"
+        with reading(file, f"remove {newest} and start anew"):
+            state = torch.load(file, weights_only=True, map_location="cpu")
+            check_flags(file, state["flags"], self.flags)
         vars(self).update(state)
         print(f"resuming after step {self.step}")
         return newest

@@ -539,10 +539,12 @@ def read_lora(directory, llm=None):
         for name, tensor in trained.items():
             if ".lora_" not in name:
                 parts[part][name] = tensor
-            elif ".lora_A" in name:
+            elif not name.endswith(".lora_B"):
                 target = name.removesuffix(".lora_A")
                 scale = alpha / len(tensor)  # its rank: with a rank_pattern c["r"] is that of others
                 lora[f"{part}.{target}.weight"] = tensor, trained.get(f"{target}.lora_B"), scale
+    if not lora:
+        raise UserError(f"{directory}: no LoRA lies beside adapter_config.json; copy {ADAPTERS[0]} there")
     return parts, lora
 
 

@@ -251,6 +251,13 @@ def test_a_lora_is_merged_over_its_base(tmp_path, file):
     write(lora, None, {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": A}, file)
     with pytest.raises(UserError, match="its LoRA of decoder.layers.7.self_attn.q_proj.weight does not fit"):
         VLM.from_pretrained(lora, vision=clip, llm=under)
+    write(lora, None, {"base_model.model.model.embed_tokens.lora_embedding_A": A}, file)
+    with pytest.raises(UserError, match="its LoRA of decoder.embed_tokens.lora_embedding_A.* does not fit"):
+        VLM.from_pretrained(lora, vision=clip, llm=under)
+    (lora / file).unlink()
+    write(lora, None, projector(base), "mm_projector.bin")
+    with pytest.raises(UserError, match="no LoRA lies beside adapter_config.json"):
+        VLM.from_pretrained(lora, vision=clip, llm=under)
 
 
 @torch.no_grad()
