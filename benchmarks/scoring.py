@@ -44,7 +44,7 @@ def judge_one(bench, item, answer):
     if item["truth"] is None or unreviewed:
         record["score"] = None
     if text is None or unreviewed:
-        return record
+        return record | {"parsed": text}
     if item["worked"]:
         text = final_answer(text)
     record["parsed"] = bench.parse(text, item | answer)

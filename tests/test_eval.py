@@ -512,7 +512,7 @@ def test_the_judge_is_asked_in_the_authors_words_and_its_grades_are_the_score(tm
     assert scored(tmp_path, "llava-bench", folder, reviews)["score"] == 75.0
 
     folder, told, _ = by_hand("mm-vet")
-    scored(tmp_path, "mm-vet", folder, told)
+    assert scored(tmp_path, "mm-vet", folder, told)["unparsed"] == 0  # what nobody has graded is not unreadable
     request = json.loads((tmp_path / "out/judge_requests.jsonl").read_text())
     assert request["messages"][0]["content"].endswith("\nWhat is x? | -1 <AND> -5 | x is -5 | ")
     grades = put(tmp_path, "grades.json", {"v1_0": {"score": [0.5, 0.7]}})
