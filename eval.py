@@ -43,7 +43,7 @@ from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
 from data import Records
 from support.asking import ask, read_picture, resume_flags
-from support.cli import UserError, arg, parse, run_program
+from support.cli import UserError, arg, one_of, parse, run_program
 from support.io import Progress, json_lines, lock, read_json, reading, write_whole
 
 
@@ -157,6 +157,7 @@ def read_items(name, cfg):
 
 def read_own(cfg):
     """Every question of every record that has an answer, such as the toy world's val.jsonl."""
+    one_of("--split", cfg.split, ["val"])
     path = Path(cfg.data)
     if path.is_dir():
         path /= "val.jsonl"

@@ -31,7 +31,7 @@ def refused(capfd, tmp_path, name, data, told, *flags):
 # ---- which files, which splits ----
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", [*BENCHMARKS, "own"])
 def test_a_split_that_a_benchmark_does_not_have_is_refused(tmp_path, capfd, name):
     put(tmp_path, "pid_splits.json", {"test": []})
     for file in "context.jsonl", "answers_gpt4.jsonl":
