@@ -353,8 +353,8 @@ class MPOConfig(TrainConfig):
 DEFAULTS = dict(out="out/mpo", lr=1e-4, weight_decay=0.05, bad_records="skip")
 
 
-def main(argv=None, Config=MPOConfig, Task=Preferring):
-    cfg = parse(Config, argv, __doc__, DEFAULTS)
+def main(argv=None, Config=MPOConfig, Task=Preferring, description=__doc__):
+    cfg = parse(Config, argv, description, DEFAULTS)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("mpo.py runs in one process: start it without torchrun")
     if cfg.model in PRESETS:

@@ -98,4 +98,4 @@ class Comparing(mpo.Preferring):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: mpo.main(None, LossConfig, Comparing)))
+    sys.exit(run_program(lambda: mpo.main(None, LossConfig, Comparing, __doc__)))
