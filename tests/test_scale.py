@@ -707,7 +707,7 @@ def test_each_recipe_is_planned_at_true_size_without_any_weights(
 def test_a_recipe_without_a_variable_says_which_and_what_to_put_there(recipe):
     text = recipe.read_text()
     needed = re.findall(r': "\${(\w+):\?', text)
-    used = set(re.findall(r'\$([A-Z]+)\b', text)) - {"OUT", "WRITE"}
+    used = set(re.findall(r'\$([A-Z]+)\b', text)) - {"OUT"}
     assert set(needed) == used
     for missing in needed:
         others = {name: "there" for name in needed if name != missing}
