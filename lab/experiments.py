@@ -236,6 +236,8 @@ EXPERIMENTS = {
         columns=("made up", "existence", "reading", "all"),
         claims=("24 px, made up > 48 px, made up", "48 px, made up > 96 px, made up"),
         minutes=6,
+        note="At 48 px a patch of the frozen tower is enlarged from 6 by 6 pixels, which it has never "
+             "seen: part of the fall is that, and not detail alone.",
     ),
     "hd": Experiment(
         paper="LLaVA-1.5-HD (arXiv:2310.03744v2), A.1",
