@@ -79,8 +79,8 @@ class Examples(Dataset):
     def load_pictures(self, record):
         """-> (pixels, layout) of all its pictures, and how many visual tokens each becomes.
 
-        Those of the last record are kept: if the next asks about the same pictures it gets the same tensors,
-        and these go through the tower once (vision.join_tiles).
+        Those of the last record are kept: the next question of the same record (--split-questions) gets the
+        same tensors, and these go through the tower once (vision.join_tiles).
         """
         shown, pictures, n_visual = self.last_pictures
         to_show = record["group"], record["images"]

@@ -447,7 +447,8 @@ class CausalAttention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:  # these tokens see those before them, too
             k, v = cache.append(k, v)
-        is_causal = mask is None and (cache is None or cache.n_read == T)
+        is_first = cache is None or cache.n_read == T  # nothing was read before these tokens
+        is_causal = mask is None and is_first
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped)
         y = y.transpose(1, 2).reshape(B, T, -1)                             # (B, T, H d)
         if wanted is not None:
@@ -484,8 +485,8 @@ class SwiGLU(nn.Module):
 
 
 def rotary_angles(positions, cfg):
-    """Positions (1 or B, T) -> cos, sin (1 or B, 1, T, d) in float32: arXiv:2104.09864v5, section 3.2.2. The
-    sines of the first half of the channels are negative, as rotate wants them."""
+    """Positions (1 or B, T) -> cosines and signed sines (1 or B, 1, T, d) in float32, arXiv:2104.09864v5,
+    section 3.2.2: the sines of the first half of the channels are negative, as rotate wants them."""
     pairs = torch.arange(0, cfg.head_dim, 2, device=positions.device).float()
     frequency = cfg.rope_theta ** (-pairs / cfg.head_dim)                   # (d/2,)
     angle = positions[:, None, :, None].float() * frequency                 # (1 or B, 1, T, d/2)
@@ -493,10 +494,10 @@ def rotary_angles(positions, cfg):
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)    # (1 or B, 1, T, d)
 
 
-def rotate(x, cos, sin):
+def rotate(x, cos, signed_sin):
     """Turn each pair of channels by its angle, Eq. 34 of arXiv:2104.09864v5. Channels i and i + d/2 are a
     pair, as in the public Llama weights; in the paper neighbours are."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).to(x.dtype)
 
 
 # ---- the choice of a token ----

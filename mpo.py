@@ -22,8 +22,8 @@ whose picture was missing, is skipped like any that cannot be used.
 
 Where this departs from the authors' code:
   - delta, the running mean of all rewards, is saved in the checkpoint (the original restarts it at 0). As
-    there it is updated after every micro-batch, but weighted by its pairs: --micro-batch-size changes nothing
-    but delta within a step;
+    there it takes in each micro-batch before its loss, but weighted by its pairs: --micro-batch-size changes
+    nothing but delta within a step;
   - L_g is the mean over the pairs of each one's mean over its tokens, as the paper has it (the code: one mean
     over the tokens of a batch);
   - a pair that does not fit is skipped, counted and named in log.jsonl (the original cuts it).
@@ -48,12 +48,12 @@ from conversation import encode_conversation
 from data import Examples, collate
 from model import IGNORE, PRESETS
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
-from support.distributed import precision
+from support.distributed import load_steps, precision
 from support.io import reading, write_whole
 from support.log_probs import token_log_probs
 from support.lora import lora_off
 from support.weights import newest_run
-from train import Answering, TrainConfig, load_steps, teach
+from train import Answering, TrainConfig, teach
 
 # ---- the losses ----
 

@@ -130,6 +130,22 @@ def read_answer(tok, template, ids):
     return Answer(text.strip(), whole, ids[: len(before) + 1])
 
 
+def stream_answer(vlm, tok, prompt, cfg, history=None):
+    """Yield the Answer as it grows, with each token. history: the KVHistory of a chat."""
+    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
+    ids = []
+    for new in vlm.stream(**batch, history=history, **cfg.sampling):
+        ids.append(int(new))
+        so_far = read_answer(tok, vlm.cfg.template, ids)
+        if so_far.whole:
+            break
+
+        # Half a character, the beginning of a stop and a space wait for what follows.
+        text = cut_at_stop(tok.decode(ids, partial=True), vlm.cfg.template, partial=True)
+        yield so_far._replace(text=text.strip())
+    yield so_far
+
+
 # ---- open a model ----
 
 

@@ -2,6 +2,7 @@
 
     --stage pretrain    the connector alone learns to caption: tower features become words of the decoder
     --stage finetune    connector and decoder learn to follow instructions about pictures; the tower is frozen
+    (and in either all that starts from random weights, as a preset's tower without --vision)
 
     L = - sum_t log p(token_t | picture, tokens before t) / n                         arXiv:2304.08485, Eq. 3
     over the n supervised tokens of the whole step
@@ -24,24 +25,20 @@ CPU. Ctrl-C and SIGTERM save a checkpoint first; a second one ends the run at on
 """
 
 import math
-import multiprocessing
 import os
 import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import islice
 
 # PyTorch's threads wait for each other thousands of times a step. By default they spin there: beside other
 # programs, each waits at full speed for one that has no core, and two threads are ten times as slow as one.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
 
 import torch
-from torch.utils.data import DataLoader
 
 from conversation import find_template
-from data import Examples, Records, augment, collate, draw_steps, micro_batches
+from data import Examples, Records, augment, collate
 from model import IGNORE, PRESETS
 from support.checkpoint import FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, run_program
@@ -51,12 +48,11 @@ from support.distributed import (
     compiles,
     full_tensor,
     gather_numbers,
-    in_loader_process,
+    load_steps,
     parallelize,
     precision,
     processes,
     rank,
-    share_by_rank,
     with_fillers,
     world_size,
 )
@@ -317,7 +313,7 @@ def backward(vlm, task, batches, autocast=None):
     for batch, count in with_fillers(batches, counts):
         with autocast or nullcontext():
             mean, more = task.loss(vlm, batch)
-        share = count / n * world_size()  # gradients are averaged over the processes
+        share = count / n * world_size()  # gradients are averaged over the processes (1 here)
         part = mean * share
         if part.requires_grad:  # texts alone teach a connector nothing
             part.backward()
@@ -325,31 +321,6 @@ def backward(vlm, task, batches, autocast=None):
         metrics.update({name: value * share for name, value in more.items()})
     average_gradients(vlm, batches)
     return gather_numbers([loss]).mean().item(), dict(metrics)
-
-
-def load_steps(cfg, task, run):
-    """The steps that are still to do, each a list of micro-batches."""
-    records = task.examples.records
-    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
-    to_do = islice(steps, run.first_step - 1, None)
-    n_token = run.vlm.cfg.vision.n_token
-    of_this_rank = (share_by_rank(numbers, records, n_token, rank(), world_size()) for numbers in to_do)
-    to_micro_batches = partial(
-        micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
-        collate=task.collate)
-
-    # What the loader takes for one batch is a step: a list of micro-batches.
-    loader = DataLoader(
-        task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,
-        pin_memory=run.vlm.device.type == "cuda", worker_init_fn=in_loader_process)
-    loaded = iter(loader)
-    workers = multiprocessing.active_children()
-    for batches in loaded:
-        run.stop_at_bad_records(batches)
-        yield batches
-        # PyTorch tells of a killed loader only once, amid whatever runs then, which may swallow the error.
-        if any(process.exitcode for process in workers):
-            raise RuntimeError("DataLoader worker was killed")
 
 
 def lr_at(step, n_step, peak, warmup):

@@ -277,7 +277,9 @@ def make_square(image, cfg, mode):
         image = image.resize((w, h), Image.BICUBIC)
 
     side = max(w, h)
-    if mode == "letterbox":  # both margins are (side - w) // 2: an odd difference makes it 1 px narrower
+    if mode == "letterbox":
+        # Both margins are (side - w) // 2: an odd difference makes the canvas 1 px narrower, and what is then
+        # too long is cropped.
         canvas_size = side - (side - w) % 2, side - (side - h) % 2
     else:
         canvas_size = side, side

@@ -10,9 +10,9 @@ An empty line or Ctrl-D ends it, and so does Ctrl-C; while an answer is written,
 import contextlib
 import sys
 
-from conversation import as_text, cut_at_stop, put_in_front
+from conversation import as_text, put_in_front
 from model import PRESETS
-from sample import DESCRIBE, Answer, cut_picture, encode_question, make_batch, read_answer
+from sample import DESCRIBE, Answer, cut_picture, encode_question, stream_answer
 from support.attention import Look
 from support.cache import KVHistory
 from support.cli import UserError
@@ -65,7 +65,7 @@ class Chat:
             self.trace.begin()
         n_shown = 0
         try:
-            for answer in self.stream_answer():
+            for answer in stream_answer(self.vlm, self.tok, self.prompt, self.cfg, self.history):
                 self.answer = answer
                 yield answer.text[n_shown:]
                 n_shown = len(answer.text)
@@ -74,22 +74,6 @@ class Chat:
                 self.history.x = None
             if self.answer.text:  # an empty answer is no turn to go on from
                 self.turns += [("human", question), ("gpt", as_text(self.answer.text))]
-
-    def stream_answer(self):
-        """Yield the Answer as it grows, with each token."""
-        template = self.vlm.cfg.template
-        batch = make_batch(self.vlm, self.tok, [self.prompt], self.cfg.max_new_tokens)
-        ids = []
-        for new in self.vlm.stream(**batch, history=self.history, **self.cfg.sampling):
-            ids.append(int(new))
-            so_far = read_answer(self.tok, template, ids)
-            if so_far.whole:
-                break
-
-            # Half a character, the beginning of a stop and a space wait for what follows.
-            text = cut_at_stop(self.tok.decode(ids, partial=True), template, partial=True).strip()
-            yield so_far._replace(text=text)
-        yield so_far
 
     def record(self):
         """The chat as a record that trains; names of pictures are as they were given."""

@@ -5,12 +5,15 @@
 """
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
+from functools import partial
+from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 
 import torch
@@ -18,7 +21,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader
 
+from data import draw_steps, micro_batches
 from support.cli import UserError, pick_device
 from support.optim import part_of
 from vision import join_tiles
@@ -160,6 +165,31 @@ def add_blank_tile(vlm, batch):
     S = vlm.cfg.vision.image_size
     blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=tokens.device)
     return tokens, blank, labels, layout
+
+
+def load_steps(cfg, task, run):
+    """The steps that are still to do, each a list of micro-batches."""
+    records = task.examples.records
+    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
+    to_do = islice(steps, run.first_step - 1, None)
+    n_token = run.vlm.cfg.vision.n_token
+    of_this_rank = (share_by_rank(numbers, records, n_token, rank(), world_size()) for numbers in to_do)
+    to_micro_batches = partial(
+        micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
+        collate=task.collate)
+
+    # What the loader takes for one batch is a step: a list of micro-batches.
+    loader = DataLoader(
+        task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,
+        pin_memory=run.vlm.device.type == "cuda", worker_init_fn=in_loader_process)
+    loaded = iter(loader)
+    workers = multiprocessing.active_children()
+    for batches in loaded:
+        run.stop_at_bad_records(batches)
+        yield batches
+        # PyTorch tells of a killed loader only once, amid whatever runs then, which may swallow the error.
+        if any(process.exitcode for process in workers):
+            raise RuntimeError("DataLoader worker was killed")
 
 
 def share_by_rank(numbers, records, tokens_per_tile, rank=0, world=1):

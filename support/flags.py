@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from conversation import TEMPLATES
+from model import CONNECTORS
 from support.cli import arg, parse
 from support.lora import LORA_TARGETS
 from support.tiling import MAX_TILES
@@ -25,7 +26,7 @@ class MoreFlags:
         "what to do with a record that cannot be used: stop, or skip and count", choices=("stop", "skip"))
     tokenizer: str = arg("",
         "sentencepiece tokenizer.model of a preset, or a directory that holds one; empty: the decoder's own")
-    connector: str = arg("", "of a preset; empty: its own", choices=("linear", "mlp2x_gelu"))
+    connector: str = arg("", "of a preset; empty: its own", choices=CONNECTORS)
     from_scratch: bool = arg(False, "start from random weights where the preset has trained ones")
     lora_r: int = arg(0, "rank of a LoRA on the decoder, which is trained instead of it; 0: none",
         at_most=65536)
