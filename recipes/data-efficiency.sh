@@ -1,5 +1,5 @@
 #!/bin/sh
-# The experiment on data efficiency of LLaVA-1.5 (arXiv:2310.03744, section 4.4): stage 2 on a tenth to a
+# The experiment on data efficiency of LLaVA-1.5 (arXiv:2310.03744, Figure 4): stage 2 on a tenth to a
 # half of the mixture.
 # FRACTION=0.5 and the variables of llava-1.5-finetune.sh
 # More flags may follow: --dry-run, --resume, --token-budget.

@@ -1,12 +1,9 @@
 #!/bin/sh
 # InternVL2.5-2B-MPO or -8B-MPO from InternVL2.5-2B or -8B on MMPR-v1.1, with the published hyper-parameters
-# (the
-# authors' shell/internvl2.5_mpo; the same for both sizes): everything trains, 1 epoch, batch 256 of one
-# pair each.
+# (the authors' shell/internvl2.5_mpo; the same for both sizes): everything trains, 1 epoch, batch 256.
 # MODEL=DIR META=meta.json (its root and annotation rewritten to this machine's) ROOT=folder that relative
-# ones
-# start from. InternVL2-8B-MPO differs by --lr 5e-6 --max-length 6144. Where ours differs: no DropPath in the
-# tower (theirs 0.1), and the pairs' reference is computed once, not in each step.
+# ones start from. InternVL2-8B-MPO differs by --lr 5e-6 --max-length 6144. Where ours differs: no DropPath in
+# the tower (theirs 0.1), and the pairs' reference is computed once, not in each step.
 set -eu
 : "${MODEL:?set it to the folder of OpenGVLab/InternVL2_5-2B or 8B}"
 : "${META:?set it to meta.json of OpenGVLab/MMPR-v1.1, its root and annotation rewritten to this machine}"

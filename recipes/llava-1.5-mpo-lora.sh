@@ -1,8 +1,7 @@
 #!/bin/sh
 # LLaVA-1.5-7B with MPO on one GPU: a LoRA of rank 128 on the decoder and nothing else trains, so the policy
-# without its LoRA is the reference and there is no second copy. MPO's own weights and beta; the rate is
-# that of
-# the paper's 8B (5e-6) times 10, as LLaVA's own LoRA has ten times the rate of full finetuning: nobody has
+# without its LoRA is the reference and there is no second copy. MPO's own weights and beta; the rate is that
+# of the paper's 8B (5e-6) times 10, as LLaVA's own LoRA has ten times the rate of full finetuning: nobody has
 # published one for this. MODEL=DIR PAIRS=FILE IMAGES=DIR
 set -eu
 : "${MODEL:?set it to the folder of a LLaVA-1.5-7B}"

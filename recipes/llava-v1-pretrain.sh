@@ -2,7 +2,7 @@
 # LLaVA (arXiv:2304.08485), stage 1: a linear connector on CC-595K, pictures of 224 px.
 # CLIP=DIR VICUNA=DIR DATA=chat.json IMAGES=DIR
 # More flags may follow: --dry-run, --resume, --token-budget.
-# On 8 GPUs: LAUNCH="torchrun --nproc-per-node 8", and --shard for 13b.
+# On 8 GPUs: LAUNCH="torchrun --nproc-per-node 8", and --shard where one cannot hold what --dry-run says.
 set -eu
 : "${CLIP:?set it to the folder of openai/clip-vit-large-patch14}"
 : "${VICUNA:?set it to the folder of Vicuna 7B}"

@@ -3,7 +3,7 @@
 # DINO=DIR SIGLIP=DIR LLAMA=DIR DATA=llava_v1_5_lvis4v_lrv_mix1231k.json IMAGES=DIR, or DATA=FILE,FILE,FILE
 # with --data-weights X,X,X
 # More flags may follow: --dry-run, --resume, --token-budget.
-# On 8 GPUs: LAUNCH="torchrun --nproc-per-node 8", and --shard for 13b.
+# On 8 GPUs: LAUNCH="torchrun --nproc-per-node 8", and --shard where one cannot hold what --dry-run says.
 set -eu
 : "${DINO:?set it to the folder of facebook/dinov2-with-registers-large}"
 : "${SIGLIP:?set it to the folder of google/siglip-so400m-patch14-384}"

@@ -5,7 +5,7 @@
 # The weight decay is the paper's; in the authors' code it most likely never took effect: --weight-decay 0
 # is what their weights had.
 # More flags may follow: --dry-run, --resume, --token-budget.
-# On 8 GPUs: LAUNCH="torchrun --nproc-per-node 8", and --shard for 13b.
+# On 8 GPUs: LAUNCH="torchrun --nproc-per-node 8", and --shard where one cannot hold what --dry-run says.
 set -eu
 : "${DINO:?set it to the folder of facebook/dinov2-with-registers-large}"
 : "${SIGLIP:?set it to the folder of google/siglip-so400m-patch14-384}"
