@@ -265,14 +265,17 @@ def find_picture(root, name):
 
 def write_results(bench, result, items, out):
     """-> the files that were written."""
-    answers = [
-        {"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"], "model_id": result["model"]}
-        for r in result["records"]
-    ]
+    records = result["records"]
     text = json.dumps(result, indent=1, default=lambda picture: None)  # MMBench's are bytes
-    files = {"results.json": text, "answers.jsonl": json_lines(answers)}
-    if bench.submit:
-        name, files[name] = bench.submit(items, result["records"])
+    files = {"results.json": text}
+    if not any("is_review" in record for record in records):  # of reviews nothing is handed in
+        answers = [
+            {"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"], "model_id": result["model"]}
+            for r in records
+        ]
+        files["answers.jsonl"] = json_lines(answers)
+        if bench.submit:
+            name, files[name] = bench.submit(items, records)
     for name, text in files.items():
         write = partial(Path.write_text, data=text, encoding="utf-8", errors="replace")
         write_whole(out / name, write)

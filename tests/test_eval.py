@@ -517,6 +517,8 @@ def test_the_judge_is_asked_in_the_authors_words_and_its_grades_are_the_score(tm
     assert request["messages"][0]["content"].endswith("\nWhat is x? | -1 <AND> -5 | x is -5 | ")
     grades = put(tmp_path, "grades.json", {"v1_0": {"score": [0.5, 0.7]}})
     assert scored(tmp_path, "mm-vet", folder, grades)["score"] == 60.0
+    assert json.loads((tmp_path / "out/judge_requests.jsonl").read_text()) == request  # not about the grade
+    assert json.loads((tmp_path / "out/answers.jsonl").read_text())["text"] == "x is -5"
 
 
 @pytest.mark.parametrize("right, vizwiz, gqa", [(23, 14.38, 14.37), (49, 30.62, 30.63)])
