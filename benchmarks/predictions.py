@@ -113,7 +113,8 @@ def read_prediction(where, row, bench):
         is_truth = name == "answer" and "choices" in row  # a row that repeats its problem
         if is_text(row.get(name)) and not is_truth:
             return {"answer": str(row[name])}
-    raise UserError(f"{where}: no answer in it; one of {', '.join(TEXT_KEYS)} is needed, as text")
+    names = ", ".join(filter(None, [*TEXT_KEYS, bench.review]))
+    raise UserError(f"{where}: no answer in it; one of {names} is needed, as text")
 
 
 def is_text(value):

@@ -245,6 +245,12 @@ def test_a_grade_of_mm_vet_is_a_number_from_0_to_1(tmp_path, capfd, by_hand, gra
     assert "v1_0" in refused(capfd, tmp_path, "mm-vet", folder, told)
 
 
+def test_a_grade_under_another_name_is_told_where_it_should_stand(tmp_path, capfd, by_hand):
+    folder, _, _ = by_hand("mm-vet")
+    told = put(tmp_path, "told.json", {"v1_0": {"content": "0.5"}})
+    assert "output, score is needed" in refused(capfd, tmp_path, "mm-vet", folder, told)
+
+
 @pytest.mark.parametrize("review", ["nan 5", "8 inf", "8", "", "8 6 4", "eight six"])
 def test_a_review_that_cannot_be_read_counts_as_its_authors_count_it(tmp_path, by_hand, review):
     folder, _, _ = by_hand("llava-bench")
