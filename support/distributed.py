@@ -32,11 +32,11 @@ END_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a cluster send
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))  # torchrun's
+    return dist.get_rank() if dist.is_initialized() else 0  # clusters may set RANK for a lone program, too
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 def barrier():

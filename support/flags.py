@@ -90,7 +90,7 @@ def parse_with_recipe(Config, argv, description, recipes):
     if given.from_scratch:
         recipe |= dict(vision="", llm="", projector="")
     elif given.vision or given.llm or given.connector or given.image_mode == "internvl":
-        # Other widths than the recipe's connector has: another tower or decoder, or internvl's pixel shuffle.
+        # Not of the shape of the recipe's connector: another tower or decoder, or internvl's pixel shuffle.
         recipe["projector"] = ""
     return parse(Config, argv, description, recipe)
 

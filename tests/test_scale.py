@@ -294,6 +294,12 @@ def test_what_any_process_skips_is_named(go, mixed, capfd):
     assert all(f"skipped: {why}" in out for why in reasons) and "4 of 16 records skipped" in out
 
 
+def test_one_process_saves_whatever_rank_a_cluster_gives_it(go, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert go("--max-steps", 1) == {0}
+    assert weights("run")
+
+
 def test_shares_are_even_and_together_the_batch():
     class Sized:
         def guess_tokens(self, i, tokens_per_tile):
