@@ -70,6 +70,8 @@ NAMES = ("cdpo", "robust-dpo", "hinge", "ipo", "sppo", "aot", "orpo")
 class LossConfig(mpo.MPOConfig):
     loss: str = arg(REQUIRED, "the preference loss", choices=NAMES)
     epsilon: float = arg(0.1, "share of wrong labels that cdpo and robust-dpo assume", below=0.5)
+    w_p: float = 0.0                 # no flags here: the loss named is all there is beside SFT
+    w_q: float = 0.0
 
 
 def loss_terms(rewards, s, n_token, delta, cfg):

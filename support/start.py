@@ -48,8 +48,8 @@ def build(cfg, checkpoint=None, device="cpu"):
     else:
         if "/" not in cfg.model and not Path(cfg.model).is_dir():
             one_of("--model", cfg.model, [*PRESETS, "a model directory"])
-        if cfg.tokenizer or cfg.from_scratch or cfg.connector:
-            other = "--tokenizer, --connector and --from-scratch are for presets"
+        if cfg.tokenizer or cfg.from_scratch or cfg.connector or cfg.image_size:
+            other = "--tokenizer, --connector, --image-size and --from-scratch are for presets"
             raise UserError(f"--model {cfg.model} is whole; {other}")
         vlm, tok = open_directory(cfg.model, cfg.vision, cfg.llm, device)
     check_tokenizer(vlm, tok)

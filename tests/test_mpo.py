@@ -552,6 +552,7 @@ def test_every_loss_of_the_ablation_trains(tiny, folder, name):
     assert go(tiny, folder, *flags, program=program) == 0
     assert losses("run")[-1] < losses("run")[0]
     assert name in log("run")[0]
+    assert go(tiny, folder, *flags, "--w-p", 1, program=program) == 1  # it would change nothing
 
 
 def test_four_pairs_are_told_apart_in_forty_steps(tiny, folder):

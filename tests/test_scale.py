@@ -610,6 +610,7 @@ def test_what_does_not_fit_together_is_said_before_any_weight_is_read(go, tiny, 
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     ingredients = ["--model", "toy", "--llm", tmp_path / "llama", "--tokenizer", ROOT / "assets/toy-vicuna"]
     assert "they do not belong together" in refused(*ingredients)
+    assert "--image-size and --from-scratch are for presets" in refused("--model", tiny, "--image-size", 32)
     (tmp_path / "llama/config.json").write_text(json.dumps(llama | {"model_type": {}}))
     assert refused(*ingredients).startswith(f"error: {tmp_path / 'llama'}")
     towerless = tmp_path / "towerless"
