@@ -211,7 +211,7 @@ EXPERIMENTS = {
              "which has two, was not found in this way (lab/connector.py).",
     ),
     "data": Experiment(
-        paper=LLAVA + "section 3.5 and Figure 4",
+        paper=LLAVA + "Figure 4",
         says="Half of the records keep more than 98% of the performance.",
         setup="Each share of the records is shown once.",
         rows={f"{share}%": [f"train --epochs 1 --data-fraction {share / 100}" if share < 100 else "train"]
