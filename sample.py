@@ -172,7 +172,7 @@ def main(argv=None):
     cfg = parse(SampleConfig, argv, __doc__)
     if cfg.attention and not cfg.image:
         raise UserError("--attention needs a picture to look at: give --image, too")
-    if cfg.file or cfg.out or cfg.resume:
+    if cfg.file or cfg.out or cfg.resume or cfg.image_root:
         from support.asking import answer_file  # which imports this file
 
         return answer_file(cfg)

@@ -230,6 +230,8 @@ def make_trainable(vlm, cfg):
             raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
         targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
         add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
+    elif cfg.lora_alpha or cfg.lora_dropout or cfg.lora_target:
+        raise UserError("--lora-alpha, --lora-dropout and --lora-target are of a LoRA: give --lora-r, too")
     vlm.decoder.recompute = cfg.recompute
 
 

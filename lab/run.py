@@ -38,7 +38,7 @@ LEGEND = (
     "A run is 80 steps of 16 records unless the command of its row says otherwise. Columns are shares of "
     "right answers to held-out questions, 72 of a category, 198 where preferences are trained; `all` is "
     "the mean of twelve categories, `short answers` of existence, count, attribute, spatial, reading and "
-    "reasoning; `chat` is asked without a format prompt. A claim shows if it holds with every seed:"
+    "reasoning; `chat` is asked without a format prompt. What shows, shows with every seed:"
 )
 
 
@@ -62,11 +62,10 @@ def main(argv=None):
     experiment = EXPERIMENTS[cfg.name]
     lab = Path("out/lab-quick" if cfg.quick else "out/lab")
     results = {}                     # {row: [{column: share} of each seed]}
-    seconds = 0
+    seconds = {}                     # that each command took
     for seed in range(cfg.seeds):
         for row, commands in experiment.rows.items():
-            run, took = make_row(lab, commands, seed, cfg.quick)
-            seconds += took
+            run = make_row(lab, commands, seed, cfg.quick, seconds)
             records = read_json(run / "results.json")["records"]
             scores = {column: MEASURES[column](records) for column in experiment.columns}
             results.setdefault(row, []).append(scores)
@@ -76,7 +75,7 @@ def main(argv=None):
     page = (lab if cfg.quick else Path(cfg.out)) / f"{cfg.name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     draw_results(page.with_suffix(".png"), results)
-    page.write_text(write_page(cfg.name, experiment, results, seconds))
+    page.write_text(write_page(cfg.name, experiment, results, sum(seconds.values())))
     print(f"{page.read_text()}\nin {page}")
     return 0
 
@@ -84,10 +83,9 @@ def main(argv=None):
 # ---- the runs of a row ----
 
 
-def make_row(lab, commands, seed, quick):
-    """Run the commands of a row, each once -> what the last one made, and the seconds that all took."""
+def make_row(lab, commands, seed, quick, seconds):
+    """Run the commands of a row, each once -> what the last one made. seconds takes in how long each took."""
     made = []
-    seconds = 0
     for command in commands:
         program, flags = fill_in(command, seed)
         if quick:
@@ -107,9 +105,9 @@ def make_row(lab, commands, seed, quick):
                 if PROGRAMS[program].main(["--out", str(out), *flags.split()]):
                     raise UserError(f"{out}: not finished; what was printed is in {log}")
             write_json(done, {"command": f"{program} {flags}", "seconds": round(time.time() - began)})
-        seconds += read_json(done)["seconds"]
+        seconds[out] = read_json(done)["seconds"]
         made.append(out)
-    return out, seconds
+    return out
 
 
 def fill_in(command, seed):
@@ -181,13 +179,13 @@ def judge(results, claim):
         said = "not to be told from one seed"
     elif sign == "=":
         higher = "first" if min(gaps) > 0 else "second"
-        said = "no difference shows: the seeds disagree"
+        said = "no difference shows"
         if differs:
             said = f"does not show: the {higher} is higher"
     elif differs:
         said = "shows" if min(gaps) > 0 else "the contrary shows"
     else:
-        said = "does not show: the seeds disagree"
+        said = "does not show"
     points = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
     return f"**{said}** ({points} points by seed)"
 

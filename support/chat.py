@@ -23,6 +23,7 @@ from vision import open_image
 
 class Chat:
     trace = None  # a Trace, where --trace asks for it
+    answer = None  # the last one
 
     def __init__(self, vlm, tok, cfg):
         self.vlm = vlm
@@ -104,6 +105,8 @@ def talk(chat, images):
         if chat.cfg.attention and chat.pictures and chat.answer.text:
             Look(chat).save(chat.cfg.attention)
             print(f"where it looked is drawn in {chat.cfg.attention}", file=sys.stderr)
+    if chat.answer is None and not on_terminal():
+        raise UserError("nothing was asked: give --prompt, or questions on standard input")
     return 0
 
 

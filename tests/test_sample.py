@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, errors
+from common import ROOT, call, errors
 
 import model
 import sample
@@ -527,3 +527,9 @@ def test_help_gives_every_flag_with_its_default(capsys):
         sample.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert all(f"(default {value})" in shown for value in ("0.0", "1.0", "256", "auto"))
+
+
+def test_nothing_asked_is_said(tiny, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert call(sample.main, "--model", tiny) == 1
+    assert "nothing was asked" in errors(capfd)[-1]

@@ -1245,3 +1245,8 @@ def test_a_run_whose_loader_processes_are_no_forks_is_the_same(go, whole):
 
     assert in_child(train_without_forks) == 0
     assert same(whole, "run")
+
+
+def test_flags_of_a_lora_without_one_are_refused(go, capfd):
+    assert go("--lora-alpha", 16) == 1
+    assert "give --lora-r" in errors(capfd)[-1]
