@@ -20,7 +20,7 @@ class Experiment:
     rows: dict                       # {row: [command, ...]}
     columns: tuple                   # names of MEASURES
     claims: tuple                    # "row, column > row, column": the first is higher; or =, they are alike
-    minutes: int                     # of one seed, on one core
+    minutes: int                     # of one seed, on one core of a busy machine; 0: not measured
     note: str = ""                   # what explains it, and what does not carry over
 
 
@@ -155,7 +155,7 @@ EXPERIMENTS = {
         columns=("short answers", "choice", "unanswerable", "chat", "chat in one word"),
         claims=("with prompts, short answers > without, short answers",
                 "without, chat in one word > with prompts, chat in one word"),
-        minutes=4,
+        minutes=6,
         note="Without format prompts in its training a model cannot know when a word is wanted: it answers "
              "27% of what people ask in one word. Its language model met the prompts before this training, "
              "which makes the gap of the short answers smaller than it might be.",
@@ -205,7 +205,7 @@ EXPERIMENTS = {
         rows={"linear": [f"train --connector linear {FRESH}"], "two layers": [f"train {FRESH}"]},
         columns=("all", "caption", "chat", "box"),
         claims=("two layers, all > linear, all",),
-        minutes=4,
+        minutes=3,
         note="What these patches show is a sum of the words that are true of them: a linear map finds most "
              "of it, and 80 steps from random weights are few for two layers. The toy's own connector, "
              "which has two, was not found in this way (lab/connector.py).",
@@ -218,7 +218,7 @@ EXPERIMENTS = {
               for share in (10, 25, 50, 75, 100)},
         columns=("all", "caption", "chat", "box"),
         claims=("100%, all = 75%, all", "100%, all = 50%, all"),
-        minutes=8,
+        minutes=6,
         note="One pass over fewer records is fewer steps (8 to 80), as in the paper. Half of them keep 95, "
              "94 and 98% of the score, three quarters 98, 96 and 100%. For captions and boxes, which the "
              "language model had read, a tenth is nearly enough; talk, which it had not, gains to the "
@@ -252,7 +252,7 @@ EXPERIMENTS = {
         },
         columns=("reading", "all", "caption", "box", "choice", "reasoning"),
         claims=("hd, reading > pad, reading", "hd, all > pad, all", "hd, all > hd, no global view, all"),
-        minutes=30,
+        minutes=28,
     ),
 
     # ---- Prismatic ----
@@ -271,7 +271,7 @@ EXPERIMENTS = {
         },
         columns=("all", "caption", "chat", "box"),
         claims=("two stages, all = one stage, all",),
-        minutes=5,
+        minutes=4,
         note="The row of two stages has 80 steps more. For a connector from random weights 80 are too few, "
              "where a Prismatic model has 5,200: what the paper found cannot be shown at this size.",
     ),
@@ -288,7 +288,7 @@ EXPERIMENTS = {
         columns=("all", "box", "reading", "caption"),
         claims=("frozen, all > trained, all", "frozen, box > trained, box",
                 "frozen, all = at a tenth of the rate, all"),
-        minutes=8,
+        minutes=7,
         note="Trained at the full rate, the tower forgets the kinds it knew: captions of pairs never seen "
              "fall by 18 points. At a tenth of the rate it keeps them and gains nothing.",
     ),
@@ -299,7 +299,7 @@ EXPERIMENTS = {
         rows={"1 epoch": ["train"], "2 epochs": ["train --epochs 2"], "3 epochs": ["train --epochs 3"]},
         columns=("all", "caption", "chat", "box"),
         claims=("2 epochs, all > 1 epoch, all", "3 epochs, all = 2 epochs, all"),
-        minutes=10,
+        minutes=11,
     ),
     "texts": Experiment(
         paper="Prismatic VLMs (arXiv:2402.07865), section 4.3 and Figure 8",
@@ -308,7 +308,7 @@ EXPERIMENTS = {
         rows={"pictures alone": ["train"], "and texts": ["train --data {texts}"]},
         columns=("all", "unanswerable", "reasoning", "chat"),
         claims=("and texts, all = pictures alone, all",),
-        minutes=4,
+        minutes=5,
         note="As in the paper, where no difference was significant either.",
     ),
 }
@@ -352,7 +352,7 @@ EXPERIMENTS |= {
         columns=("reasoning", "cot", "no final answer", "made up"),
         claims=("MPO, cot > SFT on chosen, cot", "DPO, reasoning > DPO, cot", "DPO+SFT, cot > DPO, cot",
                 "DPO, no final answer > DPO+SFT, no final answer", "MPO, cot > DPO+SFT, cot"),
-        minutes=20,
+        minutes=0,
     ),
     "dropout": Experiment(
         paper="InternVL-2.5-MPO (arXiv:2411.10442v2), Tables 4 and 9",
@@ -369,6 +369,6 @@ EXPERIMENTS |= {
         columns=("made up", "caption", "reasoning", "cot"),
         claims=("before, made up > half, made up", "a quarter, made up > half, made up",
                 "three quarters, made up > half, made up"),
-        minutes=15,
+        minutes=0,
     ),
 }
