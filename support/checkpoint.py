@@ -96,7 +96,8 @@ class Run:
         with reading(file, f"remove {newest} and start anew"):
             state = torch.load(file, weights_only=True, map_location="cpu")
             check_flags(file, state["flags"], self.flags)
-        vars(self).update(state)
+            for name in SAVED:
+                setattr(self, name, state[name])
         print(f"resuming after step {self.step}")
         return newest
 

@@ -1250,3 +1250,13 @@ def test_a_run_whose_loader_processes_are_no_forks_is_the_same(go, whole):
 def test_flags_of_a_lora_without_one_are_refused(go, capfd):
     assert go("--lora-alpha", 16) == 1
     assert "give --lora-r" in errors(capfd)[-1]
+
+
+def test_a_checkpoint_that_does_not_say_its_step_is_one_line(go, capfd):
+    assert go("--max-steps", 2, "--save-every", 1) == 0
+    file = Path("run/checkpoint-000002/trainer.pt")
+    state = torch.load(file, weights_only=True)
+    del state["step"]
+    torch.save(state, file)
+    assert go("--max-steps", 2, "--save-every", 1, "--resume") == 1
+    assert "trainer.pt" in errors(capfd)[-1]
