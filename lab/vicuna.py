@@ -34,7 +34,6 @@ BRIEF = (
     "Describe the image concisely.",
     "Write a terse but informative summary of the picture.",
 )
-HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()     # 1.6 times as fast; elsewhere far slower
 HARD = ("choice", "count", "box")                # categories that are asked about more often
 
 
@@ -62,6 +61,7 @@ def sayings(n_scenes=2000):
 
 def make_vicuna(out, tok, n_steps, seed, batch_size=32, lr=1e-3):
     decoder = init_weights(Decoder(replace(PRESETS["toy"].decoder, vocab_size=tok.n_text)))
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()     # 1.6 times as fast; elsewhere far slower
 
     def lr_at(step):
         return lr * min(1, step / 100, (n_steps - step) / (0.4 * n_steps))
@@ -69,7 +69,7 @@ def make_vicuna(out, tok, n_steps, seed, batch_size=32, lr=1e-3):
     def loss_at(step):
         rngs = [random.Random(f"{seed} {step} {i}") for i in range(batch_size)]
         lessons = [make_lesson(tok, rng, step / n_steps) for rng in rngs]
-        with torch.autocast("cpu", torch.bfloat16, enabled=HAS_BFLOAT16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16):
             loss, _ = text_loss(decoder, tok, lessons, noise=0.2)
         return loss
 
