@@ -37,6 +37,7 @@ from conversation import Tokenizer, encode_conversation, find_template
 from model import IGNORE
 from support.cli import UserError
 from support.data_files import Records, picture_paths
+from support.picture_files import open_image
 
 # ---- examples and batches ----
 
@@ -95,7 +96,7 @@ class Examples(Dataset):
     # The next two are other ones for preference pairs (mpo.py).
 
     def open_picture(self, path, record):
-        return vision.open_image(path, "the path and --image-root")
+        return open_image(path, "the path and --image-root")
 
     def encode(self, record, n_visual):
         tokens, labels = encode_conversation(self.tok, record["turns"], self.template, n_visual)

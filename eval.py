@@ -41,14 +41,15 @@ from benchmarks.own import most_frequent, own_right
 from benchmarks.predictions import match_predictions, unanswered_parts
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
-from data import Records
 from support.asking import ask, read_picture, resume_flags
 from support.cli import UserError, arg, one_of, parse, run_program
+from support.data_files import Records
+from support.flags import ModelConfig
 from support.io import Progress, json_lines, lock, read_json, reading, write_whole
 
 
 @dataclass
-class EvalConfig(sample.ModelConfig):
+class EvalConfig(ModelConfig):
     benchmark: tuple = arg(
         ("own",), "own: the questions of a val.jsonl, such as the toy world's", choices=("own", *BENCHMARKS)
     )

@@ -32,10 +32,11 @@ from pathlib import Path
 from benchmarks.common import COT, LETTER, SHORT
 from benchmarks.own import is_right
 from conversation import find_template, put_in_front
-from data import Records, picture_paths
-from sample import AskConfig, answer, encode_question, open_asked, read_answer
+from sample import answer, encode_question, open_asked, read_answer
 from support.asking import encode_questions, new_file, resume_flags
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
+from support.data_files import Records, picture_paths
+from support.flags import AskConfig
 from support.io import Progress, reading, write_json, write_json_lines
 
 # What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).

@@ -30,9 +30,10 @@ from data import pad_rows
 from model import VLM
 from support.cli import UserError, arg, parse, pick_device, run_program
 from support.flags import AskConfig, ModelConfig
+from support.picture_files import open_image
 from support.quantize import lay_out_by_columns, widen_products
 from support.weights import check_image_mode, check_tokenizer, newest_run, tokenizer_home
-from vision import cut_tiles, join_tiles, open_image
+from vision import cut_tiles, join_tiles
 
 DESCRIBE = "Provide a one-sentence caption for the provided image."
 

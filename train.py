@@ -38,11 +38,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
 import torch
 
 from conversation import find_template
-from data import Examples, Records, augment, collate
+from data import Examples, augment, collate
 from model import IGNORE, PRESETS
 from support.checkpoint import FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, run_program
-from support.data_files import fill_in_paths
+from support.data_files import Records, fill_in_paths
 from support.distributed import (
     average_gradients,
     compiles,

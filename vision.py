@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from support.cli import UserError
-from support.picture_files import open_image as open_image  # for whoever imports this file
 from support.tiling import TILINGS, Tiling, choose_grid, kept_tokens, make_layout
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

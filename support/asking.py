@@ -15,8 +15,8 @@ from pathlib import Path
 
 import sample
 from benchmarks.common import COT, LETTER, SHORT
-from data import Records, picture_paths
 from support.cli import Bar, UserError
+from support.data_files import Records, picture_paths
 from support.io import Progress, fingerprint, lock, write_json_lines
 from support.picture_files import open_image
 from support.weights import model_files

@@ -17,8 +17,8 @@ from support.attention import Look
 from support.cache import KVHistory
 from support.cli import UserError
 from support.io import write_json
+from support.picture_files import open_image
 from support.trace import Trace
-from vision import open_image
 
 
 class Chat:

@@ -6,9 +6,10 @@ import math
 import torch
 
 import sample
-from data import Examples, Records, micro_batches
+from data import Examples, micro_batches
 from eval import EvalConfig, columns_of, draw_some, evaluate, other_pictures, read_items, table
 from support.asking import encode_questions
+from support.data_files import Records
 from support.distributed import gather_numbers, rank
 from support.io import write_json
 

@@ -11,11 +11,12 @@ from PIL import Image
 import sample
 from lab import attention as lab_attention
 from model import PRESETS, VLM, Decoder, rotary_angles, rotate
-from sample import Answer, AskConfig
+from sample import Answer
 from support import attention
 from support.attention import Look, attention_weights
 from support.chat import Chat
-from vision import open_image
+from support.flags import AskConfig
+from support.picture_files import open_image
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from common import save, tiny_config
 from PIL import Image
 from torch.testing import assert_close
 
-import conversation
 import eval
 import support.cli as support_cli
 import tools.show as tools_show
@@ -32,14 +31,17 @@ from conversation import (
     find_template,
     stop_ids,
 )
-from data import IGNORE, Examples, Records, augment, collate, picture_paths
-from model import PRESETS, VLM, DecoderConfig, VLMConfig
+from data import Examples, augment, collate
+from model import IGNORE, PRESETS, VLM, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.control_tokens import read_sentencepiece
+from support.data_files import Records, picture_paths
 from support.io import read_json, read_rows, reading
+from support.picture_files import open_image
+from support.templates import SYSTEM_VICUNA
 from support.weights import open_weights
 from train import Answering
-from vision import VisionConfig, open_image
+from vision import VisionConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 LLAMA = SHARED / "tokenizers" / "llama2.model"
@@ -88,7 +90,7 @@ TEXTS = [
 def train(folder, **change):
     """A sentencepiece model of a few hundred pieces, as Llama's was trained."""
     model = io.BytesIO()
-    text = f"{conversation.SYSTEM_VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. "
+    text = f"{SYSTEM_VICUNA} USER: What is this? ASSISTANT: A red cat on a bus. Where? Left. "
     text += " ".join(string.printable[:95])
     sentencepiece.SentencePieceTrainer.train(
         **{
@@ -470,7 +472,7 @@ def test_text_of_a_conversation_has_the_ids_of_one_encoding_of_the_whole_string(
             question, answer = question.replace("<image>", ""), answer.replace("<image>", "")
             tokens, _ = encode_conversation(t, [("human", question), ("gpt", answer)], "vicuna_v1", [])
             assert tokens == [t.bos] + t.encode(
-                f"{conversation.SYSTEM_VICUNA} USER: {question} ASSISTANT: {answer}"
+                f"{SYSTEM_VICUNA} USER: {question} ASSISTANT: {answer}"
             ) + [t.eos]
 
 

@@ -34,7 +34,7 @@ from lab.ingredients import main as make_parts
 from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE
 from support.cli import UserError, parse
-from support.start import build
+from support.start import TOY, build
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
 
 CAT = Thing("cat", "red", "big", "top left", (0.0, 0.0, 0.25, 0.25))              # 2 x 2 of the 8 x 8 patches
@@ -202,7 +202,7 @@ def test_one_part_can_be_made_over_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab.clip, "words_found", lambda clip, tok: {"kind": 0.5})
     (tmp_path / "toy-vicuna").mkdir()
     tokenizer = tmp_path / "toy-vicuna/tokenizer.model"
-    tokenizer.write_bytes(open(f"{train.TOY['llm']}/tokenizer.model", "rb").read())
+    tokenizer.write_bytes(open(f"{TOY['llm']}/tokenizer.model", "rb").read())
     make_parts(["--only", "clip", "--clip-steps", "1", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"toy-vicuna", "toy-clip"}
     assert "toy-clip, step 1: loss" in capsys.readouterr().out

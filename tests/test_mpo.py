@@ -20,12 +20,13 @@ import lab.losses as lab_losses
 import mpo
 import pairs
 import sample
-import toyworld
+from benchmarks.common import COT
 from benchmarks.own import is_right
 from conversation import Tokenizer, encode_conversation
-from data import Records
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
 from support.cli import run_program
+from support.data_files import Records
+from support.flags import ModelConfig
 from tools import show
 from vision import VisionConfig
 
@@ -643,8 +644,8 @@ def test_preferences_over_a_lora_train_what_can_be_opened(tiny, folder):
     assert go(tiny, folder, *lora, out="one") == 0
     assert go("one", folder, *lora, out="two") == 0
     assert log("two")[0]["margin"] == 0
-    one, _ = sample.open_asked(sample.ModelConfig(model="one"))
-    two, tok = sample.open_asked(sample.ModelConfig(model="two"))
+    one, _ = sample.open_asked(ModelConfig(model="one"))
+    two, tok = sample.open_asked(ModelConfig(model="two"))
     moved = [not torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters())]
     assert any(moved)
     assert sample.answer(two, tok, [sample.encode_question(two, tok, "Why?")], 4)
@@ -784,8 +785,8 @@ def test_the_step_by_step_prompt_is_the_authors_and_drops_the_short_answer_endin
         'you\'re ready to answer, please use the format "Final answer: .."\n\nQuestion:\n\nHow many?'
     )
     asked = "Is it?\nAnswer the question using a single word or phrase."
-    assert pairs.ask_step_by_step(asked, 1) == "<image>\n" + toyworld.COT + "Is it?"
-    asked = "<image>\n" + toyworld.COT + "Is it?"
+    assert pairs.ask_step_by_step(asked, 1) == "<image>\n" + COT + "Is it?"
+    asked = "<image>\n" + COT + "Is it?"
     assert pairs.ask_step_by_step(asked, 1) == asked
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 import train
-from data import Records
+from support.data_files import Records
 from support.start import build
 from tools import photos, show
 

@@ -31,10 +31,11 @@ import pairs
 import sample
 from conversation import Tokenizer, encode_prompt
 from model import PRESETS, VLM, Connector, Decoder, DecoderConfig, VLMConfig
-from sample import ModelConfig, open_asked
+from sample import open_asked
 from support.cli import UserError, run_program
 from support.configs import decoder_config, vision_config
 from support.export import llava_config, llava_name, save_adapter
+from support.flags import ModelConfig
 from support.lora import add_lora
 from support.processor import save_processor
 from support.weights import flatten, our_parts

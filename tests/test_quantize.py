@@ -6,8 +6,9 @@ import torch.nn as nn
 from torch.testing import assert_close
 
 from model import VLM
-from sample import ModelConfig, open_asked
+from sample import open_asked
 from support.cli import UserError
+from support.flags import ModelConfig
 from support.quantize import Int8Linear, WideLinear, lay_out_by_columns, to_int8, use_int8
 
 

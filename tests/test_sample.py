@@ -21,11 +21,12 @@ from common import ROOT, call, errors
 import model
 import sample
 from conversation import encode_prompt
-from data import Records, picture_paths
 from model import VLM
 from support.cli import UserError, run_program
+from support.data_files import Records, picture_paths
+from support.picture_files import open_image
 from support.weights import newest_run
-from vision import cut_tiles, open_image
+from vision import cut_tiles
 
 NO_IMAGE = "nothing to answer: give --image, --prompt or both"
 

@@ -27,9 +27,9 @@ import support.optim as support_optim
 import tools.weights as tools_weights
 import train
 from conversation import Tokenizer
-from data import IGNORE, Records, picture_paths
-from model import VLM
+from model import IGNORE, VLM
 from support.cli import Bar, UserError
+from support.data_files import Records, picture_paths
 from support.distributed import share_by_rank
 from support.export import save_adapter, write_model
 from support.lora import add_lora, lora_off, merged_state

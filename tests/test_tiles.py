@@ -15,20 +15,22 @@ from common import QUICK, ROOT, call, save, tiny_config
 from PIL import Image
 from torch.testing import assert_close
 
-import conversation
 import sample
 import tools.show as tools_show
 import tools.weights as tools_weights
 import toyworld
 import train
 from conversation import encode_prompt
-from data import Examples, Records, collate, picture_paths
+from data import Examples, collate
 from model import PRESETS, VLM, Connector, DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.configs import read_config
+from support.data_files import Records, picture_paths
+from support.picture_files import open_image
 from support.start import set_image_mode
+from support.templates import SYSTEM_VICUNA
 from support.tiling import TILINGS, choose_grid, grids_up_to, make_layout
-from vision import MODES, VisionConfig, cut_tiles, find_tiling, normalize_pixels, open_image
+from vision import MODES, VisionConfig, cut_tiles, find_tiling, normalize_pixels
 
 transformers = pytest.importorskip("transformers")
 ROOT = Path(train.__file__).parent
@@ -286,7 +288,7 @@ def test_an_anyres_model_opens_in_transformers_as_llava_next_and_says_the_same(t
     theirs, report = Theirs.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     processor, question = transformers.AutoProcessor.from_pretrained(tmp_path), "<image>\nWhat is this?"
-    text = f"{conversation.SYSTEM_VICUNA} USER: {question} ASSISTANT:"
+    text = f"{SYSTEM_VICUNA} USER: {question} ASSISTANT:"
     for size in (28, 28), (60, 31), (31, 60), (100, 90), (300, 40), (200, 5), (2, 300):
         pixels, layout = cut_tiles(noise(*size), ours.cfg.vision, "anyres")
         tokens = torch.tensor([encode_prompt(tok, [("human", question)], "vicuna_v1", [len(layout)])])
@@ -497,7 +499,7 @@ def go(tok, large_world, tmp_path, monkeypatch):
 def test_a_run_with_tiles_saves_loads_and_resumes_bit_for_bit_and_answers_its_questions(
     go, tok, mode, monkeypatch
 ):
-    monkeypatch.setitem(train.PRESETS, "tiny", replace(tiny(tok, "pad").cfg, vision=TOWERS["hd"]))
+    monkeypatch.setitem(PRESETS, "tiny", replace(tiny(tok, "pad").cfg, vision=TOWERS["hd"]))
     preset = ("--llm", "", "--tokenizer", tok.path, "--model", "tiny")
     assert go(mode, *preset, "--final-eval", "--eval-limit", 6, out="whole") == 0
 

@@ -10,15 +10,17 @@ from common import QUICK, TOWER, call, losses, save, tiny_config
 from PIL import Image
 from torch.testing import assert_close
 
-import data
 import mpo
 import sample
 import support.cli as support_cli
 import toyworld
 import train
 from model import VLM
+from support.data_files import Records
+from support.flags import ModelConfig
+from support.picture_files import open_image
 from support.start import init_weights
-from vision import cut_tiles, open_image
+from vision import cut_tiles
 
 
 @pytest.fixture(params=["hd", "internvl"])
@@ -75,7 +77,7 @@ def test_a_dry_run_counts_the_tiles(start, capfd):
 
 def test_questions_about_one_picture_of_tiles_share_its_look(start, mode):
     assert go(mode, out="tiled") == 0
-    vlm, tok = sample.open_asked(sample.ModelConfig("tiled", device="cpu"))
+    vlm, tok = sample.open_asked(ModelConfig("tiled", device="cpu"))
     paths = sorted(Path("world/images").glob("train*"))[:2]
     looks = [sample.cut_picture(vlm, open_image(path)) for path in paths]
     asked = [(f"Is there a {kind}?", [looks[k % 2]]) for k, kind in enumerate(toyworld.KINDS[:6])]
@@ -118,7 +120,7 @@ def test_recomputed_blocks_change_no_gradient_of_a_row_of_two_answers(start, tok
         json.dumps({"question": "What?", "chosen": "a red cat", "rejected": "a dog and a ball"}) + "\n"
     )
     rows = mpo.PairExamples(
-        data.Records("pairs.jsonl", "."), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256
+        Records("pairs.jsonl", "."), tok, "vicuna_v1", vlm.cfg.vision, "pad", 256
     )
     batch, grads = mpo.collate_pairs([rows[0]], tok.pad), []
     for n in (0, 2):

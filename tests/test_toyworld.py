@@ -17,9 +17,10 @@ import sentencepiece
 from PIL import Image
 
 import toyworld
-from conversation import SYSTEM_VICUNA
+from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
 from lab.vicuna import BRIEF, sayings
 from support.cli import UserError
+from support.templates import SYSTEM_VICUNA
 from tools.tokenizer import train_tokenizer
 from toyworld import (
     COLORS,
@@ -228,10 +229,10 @@ def test_no_question_tells_its_own_answer():
 
 
 def test_format_prompts_are_attached():
-    other = {"caption": toyworld.CAPTION, "choice": toyworld.LETTER, "box": ".", "cot": "?"}
+    other = {"caption": toyworld.CAPTION, "choice": LETTER, "box": ".", "cot": "?"}
     for _, category, question, _ in asked(20):
-        assert question.endswith(other.get(category, toyworld.SHORT))
-        assert (toyworld.INSUFFICIENT in question) == (category == "unanswerable")
+        assert question.endswith(other.get(category, SHORT))
+        assert (INSUFFICIENT in question) == (category == "unanswerable")
 
 
 def test_who_guesses_blindly_does_badly():
@@ -425,7 +426,7 @@ def test_tokenizer_round_trips_any_text(tokenizer):
         "A cat.\n\nB  two spaces",
         " leading",
         "Größe 猫 \U0001f431 ~{}",
-        toyworld.COT + "How many?",
+        COT + "How many?",
         describe(SCENE),
     ):
         assert tokenizer.decode(tokenizer.encode(text)) == text

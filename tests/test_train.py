@@ -37,10 +37,11 @@ import train
 from benchmarks.common import question
 from benchmarks.own import is_right
 from conversation import Tokenizer
-from data import IGNORE, Examples, Records, collate
-from model import VLM
+from data import Examples, collate
+from model import IGNORE, PRESETS, VLM
 from support.checkpoint import Run
 from support.cli import UserError
+from support.data_files import Records
 from support.export import clip_json, llama_json, write_model
 from support.io import lock, write_json
 from support.processor import save_processor
@@ -239,7 +240,7 @@ def test_a_preset_reads_its_ingredients_and_from_scratch_does_not(
     write_model(tmp_path / "clip", part("vision_tower."), clip_json(tiny_config(tok).vision))
     write_model(tmp_path / "vicuna", part("language_model."), llama_json(tiny_config(tok).decoder))
     shutil.copy(tok.path, tmp_path / "vicuna")
-    monkeypatch.setitem(train.PRESETS, "tiny", tiny_config(tok))
+    monkeypatch.setitem(PRESETS, "tiny", tiny_config(tok))
     monkeypatch.setitem(train.RECIPES, ("tiny", "pretrain"), dict(vision="clip", llm="vicuna", lr=0.5))
     flags = ["--model", "tiny", "--stage", "pretrain"]
     assert train.parse_flags([*flags, "--data", str(tmp_path / "vicuna/config.json")]).lr == 0.5

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from support.cli import UserError
+from support.picture_files import open_image
 from support.weights import CLIP_NAMES, rename
 from vision import (
     CLIP_MEAN,
@@ -21,7 +22,6 @@ from vision import (
     cut_tiles,
     make_square,
     normalize_pixels,
-    open_image,
 )
 
 transformers = pytest.importorskip("transformers")

@@ -23,10 +23,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from conversation import as_text
-from sample import AskConfig, open_asked
+from sample import open_asked
 from support.attention import Look
 from support.chat import Chat
 from support.cli import UserError, arg, parse, run_program
+from support.flags import AskConfig
 from support.picture_files import FORMATS, open_image
 
 HTML = Path(__file__).with_name("page.html")

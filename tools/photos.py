@@ -25,8 +25,8 @@ from benchmarks.common import SHORT
 from model import PRESETS
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.io import reading, write_json, write_json_lines, write_whole
+from support.picture_files import open_image
 from toyworld import llava_record, val_line
-from vision import open_image
 
 
 @dataclass

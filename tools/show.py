@@ -18,10 +18,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Subset
 
-from data import Examples, Records
+from data import Examples
 from model import IGNORE
 from mpo import PairExamples
 from support.cli import Bar, UserError, arg, run_program
+from support.data_files import Records
 from support.distributed import in_loader_process
 from support.start import build
 from tools import tokenizer

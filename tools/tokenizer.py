@@ -14,8 +14,8 @@ from pathlib import Path
 import sentencepiece
 
 from conversation import Tokenizer
-from data import Records
 from support.cli import REQUIRED, UserError, arg, parse, run_program
+from support.data_files import Records
 from support.io import write_whole
 
 
