@@ -3,21 +3,20 @@
     file --open_image--> upright RGB --cut_tiles--> tiles (n, 3, S, S) uint8, layout (M, 2) of M visual tokens
     tiles --ViT--> features (n, N, D_f), taken after an inner block of the ViT
 
-A layout lists the visual tokens in the order in which the decoder reads them: each one's tile, and its place
-among the token_grid x token_grid visual tokens of that tile; or (-1, 0) for the learned embedding that ends a
-row of them. One tile of 2 x 2 with row ends is
-    [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]]
-So the model picks its features by one indexing, however the tiles were cut, and M is counted nowhere else.
+A layout lists the visual tokens in the order in which the decoder reads them: the number of its tile, and its
+place among the N of that tile. LLaVA-1.5 makes one tile of a picture and reads all of it:
+    [[0, 0], [0, 1], ..., [0, N - 1]]
+Of several tiles the order may run across them, tokens of padding may be left out, and [-1, 0] stands for the
+learned embedding that ends a row (support/tiling.py). The model picks its features by one indexing, however
+the tiles were cut, and M is counted nowhere else.
 
 ViT is one class with switches for CLIP, SigLIP, DINOv2, InternViT and the plain ImageNet ViT. The defaults
 are CLIP's: no bias on the patches, QuickGELU, and a LayerNorm before the first block. LLaVA-1.5
 (arXiv:2310.03744) reads hidden state -2, so its last block and its final norm never run.
 
 Where this departs from the originals:
-  - a picture of an extreme shape loses its far ends before a crop (beyond 64:1), and is scaled down before it
-    is padded (beyond 10,000 px);
   - Prismatic's two towers see the same tile, letterboxed in the mean colour of the first; the original pads
-    once for each. (Its best models resize, which is the same for both.)
+    once for each (its best models resize, which is the same for both);
   - a tile of which no visual token is kept is not run; LLaVA-NeXT runs it and drops its features.
 
 Letters: n tiles, S pixels a side of a tile, P of a patch, D_v channels inside the ViT, T tokens inside it, N
@@ -34,13 +33,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from support.cli import UserError
-from support.tiling import TILINGS, Tiling, choose_grid, kept_tokens, make_layout
+from support.tiling import TILINGS, Tiling, choose_grid, kept_tokens, layout_by_rows
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and std
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -71,20 +67,6 @@ class VisionConfig:
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
     tiling: Tiling | None = None     # None: TILINGS[image_mode]; set by --max-tiles or --global-view
-
-    def __post_init__(self):
-        colors = *self.mean, *self.std
-        if len(colors) != 6 or 0 in self.std or not all(0 <= number <= 1 for number in colors):
-            colors = f"image_mean {self.mean} and image_std {self.std} of preprocessor_config.json"
-            raise UserError(f"{colors} must be three numbers of 0 to 1, std no 0")
-        if self.n_head < 1 or self.n_embd % self.n_head:
-            raise UserError(f"a tower {self.n_embd} wide cannot be shared by {self.n_head} heads")
-        if not self.grid or self.grid % self.merge:
-            raise UserError(f"{self.grid} patches in {self.image_size} px cannot be merged by {self.merge}")
-        if not 0 <= self.depth <= self.n_layer:
-            raise UserError(f"feature layer {self.feature_layer} does not exist in {self.n_layer} layers")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"activation {self.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}")
 
     @property
     def grid(self):  # patches a side; a remainder (SigLIP: 384 = 27 * 14 + 6) stays unseen
@@ -257,33 +239,21 @@ def make_square(image, cfg, mode):
     """PIL RGB of any size -> S x S. The four ways of LLaVA-1.5 and Prismatic:
 
     pad        square canvas in the mean colour, picture in the middle, then scale (LLaVA-1.5, stage 2)
-    letterbox  the same with both margins floored (Prismatic)
+    letterbox  the same with equal margins: an odd difference leaves the canvas 1 px narrower (Prismatic)
     crop       scale the short side to S, keep the middle of the long one (LLaVA v1, LLaVA-1.5 stage 1)
     resize     scale both sides to S, whatever the shape (Prismatic's best)
     """
     S = cfg.image_size
-    w, h = image.size
     if mode == "resize":
         return image.resize((S, S), Image.BICUBIC)
-    if mode == "crop":
-        image = center_crop(image, min(w, 64 * h), min(h, 64 * w))  # or 20000 x 10 grows to 672000 x 336
-        return center_crop(scale_short(image, S), S, S)
-
-    # The square around 20000 x 10 would take 1.2 GB.
-    if max(w, h) > 10_000:
-        scale = 2500 / max(w, h)
-        w, h = max(1, round(w * scale)), max(1, round(h * scale))
-        image = image.resize((w, h), Image.BICUBIC)
-
-    side = max(w, h)
-    if mode == "letterbox":
-        # Both margins are (side - w) // 2: an odd difference makes the canvas 1 px narrower, and what is then
-        # too long is cropped.
-        canvas_size = side - (side - w) % 2, side - (side - h) % 2
-    else:
+    if mode in ("pad", "letterbox"):
+        w, h = image.size
+        side = max(w, h)
         canvas_size = side, side
-    canvas = center_on_canvas(image, canvas_size, mean_color(cfg))
-    return center_crop(scale_short(canvas, S), S, S)
+        if mode == "letterbox":
+            canvas_size = w + (side - w) // 2 * 2, h + (side - h) // 2 * 2
+        image = center_on_canvas(image, canvas_size, mean_color(cfg))
+    return center_crop(scale_short(image, S), S, S)
 
 
 def mean_color(cfg):
@@ -320,7 +290,8 @@ def split_canvas(canvas, S):
 def tile_by_tile(canvas, cfg):
     """A picture of whole tiles -> tiles and layout: all visual tokens of a tile, then those of the next."""
     tiles = split_canvas(canvas, cfg.image_size)
-    return tiles, make_layout(1, len(tiles), cfg.token_grid)  # as if the tiles stood in one column
+    layout = torch.cartesian_prod(torch.arange(len(tiles)), torch.arange(cfg.n_token))
+    return tiles, layout
 
 
 # ---- a picture to several tiles: support/tiling.py chooses the grid ----
@@ -353,18 +324,12 @@ def row_by_row(image, columns, rows, cfg, tiling):
     size = columns * S, rows * S
     color = (0, 0, 0) if tiling.margin == "black" else mean_color(cfg)
     canvas = center_on_canvas(scale_into(image, *size), size, color)
-    tiles = split_canvas(canvas, S)
 
     # What shows padding alone is dropped. Something is kept of a picture that has no other view.
     least = 1 if tiling.global_view == "none" else tiling.least
     kept = kept_tokens(image.size, columns * g, rows * g, least)
-    layout = make_layout(columns, rows, g, kept, ends_rows=True)
-
-    # Tiles of which nothing is kept are left out, and the others numbered anew.
-    is_patch = layout[:, 0] >= 0  # not a row's end
-    seen = layout[is_patch, 0].unique()
-    layout[is_patch, 0] = torch.searchsorted(seen, layout[is_patch, 0])
-    return tiles[seen], layout
+    seen, layout = layout_by_rows(columns, g, kept)
+    return split_canvas(canvas, S)[seen], layout
 
 
 def scale_into(image, W, H):

@@ -17,7 +17,7 @@ from model import DecoderConfig, VLMConfig
 from support.cli import UserError
 from support.io import read_json, reading
 from support.tiling import TILINGS, Tiling, grids_up_to
-from vision import HALF, IMAGENET_MEAN, IMAGENET_STD, VisionConfig
+from vision import ACTIVATIONS, VisionConfig
 
 # ---- tables ------------------------------------------------------------------------------------------------
 
@@ -61,6 +61,10 @@ USE_FIELDS = {                           # and of how it uses its tower
     "select_layer": "feature_layer",
     "force_image_size": "image_size",
 }
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)                   # SigLIP's mean and std
 
 # What a config leaves out: as of the class in transformers; InternViT's and InternLM2's as in their own code.
 CLIP = VisionConfig(224, 32, n_embd=768, n_layer=12, n_head=12, n_hidden=3072)
@@ -194,7 +198,27 @@ def read_config(directory, parts=None, given=()):
     c, processor = config_json(directory), processor_json(directory)
     with reading(config_file(directory), "get it and preprocessor_config.json again"):
         read = find_kind(layout_of(c), READERS, ". A language model alone goes to --llm, a tower to --vision")
-        return read(c, processor, parts or {}, given)
+        cfg = read(c, processor, parts or {}, given)
+        for tower in filter(None, (cfg.vision, cfg.vision2)):
+            check_tower(tower)
+        return cfg
+
+
+def check_tower(cfg):
+    """What a ViT cannot be is an error before it is built."""
+    colors = *cfg.mean, *cfg.std
+    if len(colors) != 6 or 0 in cfg.std or not all(0 <= number <= 1 for number in colors):
+        colors = f"image_mean {cfg.mean} and image_std {cfg.std} of preprocessor_config.json"
+        raise UserError(f"{colors} must be three numbers of 0 to 1, std no 0")
+    if cfg.n_head < 1 or cfg.n_embd % cfg.n_head:
+        raise UserError(f"a tower {cfg.n_embd} wide cannot be shared by {cfg.n_head} heads")
+    if not cfg.grid or cfg.grid % cfg.merge:
+        raise UserError(f"{cfg.grid} patches in {cfg.image_size} px cannot be merged by {cfg.merge}")
+    if not 0 <= cfg.depth <= cfg.n_layer:
+        raise UserError(f"feature layer {cfg.feature_layer} does not exist in {cfg.n_layer} layers")
+    if cfg.activation not in ACTIVATIONS:
+        raise UserError(f"activation {cfg.activation!r} is unknown; known are {', '.join(ACTIVATIONS)}")
+    return cfg
 
 
 def find_kind(kind, known, more=""):

@@ -1,7 +1,8 @@
 """A picture file to upright 8-bit RGB.
 
 Transparent pictures are laid on white; the originals drop the alpha channel and show what was under it. EXIF
-rotation is applied; the originals ignore it.
+rotation is applied; the originals ignore it. A picture of an extreme shape loses its far ends, and a very
+large one is scaled down: else the square around 20000 x 10 pixels would take 1.2 GB.
 """
 
 import warnings
@@ -31,7 +32,17 @@ def open_image(path, to_check="the path", file=None):
             if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                 most = f"{MAX_PIXELS:,} pixels in all or {MAX_SIDE:,} on a side"
                 raise UserError(f"{path}: more than {most}; scale it down before use")
-            return to_rgb(ImageOps.exif_transpose(image))
+            return limit_size(to_rgb(ImageOps.exif_transpose(image)))
+
+
+def limit_size(image):
+    """The middle of what is more than 64 times as long as wide; at most 10,000 pixels a side."""
+    w, h = image.size
+    W, H = min(w, 64 * h), min(h, 64 * w)
+    left, top = (w - W) // 2, (h - H) // 2
+    image = image.crop((left, top, left + W, top + H))
+    image.thumbnail((10_000, 10_000))
+    return image
 
 
 def to_rgb(image):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conversation import Tokenizer
 from model import PRESETS, VLM
 from support.cli import UserError, one_of
-from support.configs import read_decoder, unusual_tiling
+from support.configs import check_tower, read_decoder, unusual_tiling
 from support.tiling import TILINGS, grids_up_to
 from support.weights import (
     NothingDrawn,
@@ -130,7 +130,7 @@ def preset_plan(cfg):
     if cfg.image_mode == "internvl":
         changes["merge"] = 2
         parts["connector"] = "norm_gelu"
-    towers = [replace(tower, **changes) for tower in towers]
+    towers = [check_tower(replace(tower, **changes)) for tower in towers]
     if len(towers) == 2:
         parts = {"vision2": towers[1], "connector": "fused_gelu"}
     if cfg.connector:

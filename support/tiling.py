@@ -71,21 +71,22 @@ TILINGS = {
 }
 
 
-def make_layout(columns, rows, g, kept=None, ends_rows=False):
-    """A grid of tiles of g x g visual tokens -> (M, 2): tile and place in it, row by row across the tiles.
+def layout_by_rows(columns, g, kept):
+    """The tokens that are kept of a grid of tiles of g x g each -> which tiles they are of; their layout.
 
-    kept: ((first row, end), (first column, end)) of those that are read; all without.
+    The layout (M, 2), tile and place in it, runs row by row across the tiles; [-1, 0] ends each row, as in
+    [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]] of one tile with g = 2.
+    kept: ((first row, end), (first column, end))
     """
-    (top, bottom), (left, right) = kept or ((0, rows * g), (0, columns * g))
+    (top, bottom), (left, right) = kept
     y = torch.arange(top, bottom)[:, None]
     x = torch.arange(left, right)[None]
     tile = y // g * columns + x // g
     place = y % g * g + x % g
+    seen, tile = tile.unique(return_inverse=True)  # of some tiles nothing is kept: the others are renumbered
     layout = torch.stack([tile, place], dim=-1)  # (rows of tokens, columns of tokens, 2)
-    if ends_rows:
-        ends = torch.tensor([-1, 0]).expand(len(layout), 1, 2)
-        layout = torch.cat([layout, ends], dim=1)
-    return layout.flatten(0, 1)
+    ends = torch.tensor([-1, 0]).expand(len(layout), 1, 2)
+    return seen, torch.cat([layout, ends], dim=1).flatten(0, 1)
 
 
 def kept_tokens(size, n_across, n_down, least):

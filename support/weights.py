@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from model import VLM
 from support.cli import UserError
 from support.configs import (
+    check_tower,
     config_json,
     only_values,
     processor_json,
@@ -430,8 +431,10 @@ def read_tower(path):
     c = {} if path.is_file() else config_json(path)
     with reading(path):
         if "model_type" in c or "vision_config" in c:
-            return vision_config(c, processor_json(path))
-        return tower_by_shapes(tower_tensors(read_tensors(path)))
+            cfg = vision_config(c, processor_json(path))
+        else:
+            cfg = tower_by_shapes(tower_tensors(read_tensors(path)))
+        return check_tower(cfg)
 
 
 def load_vision(vit, path):

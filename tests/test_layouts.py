@@ -48,13 +48,13 @@ import train
 from conversation import Tokenizer
 from model import VLM, Connector, Decoder, DecoderConfig
 from support.cli import UserError, run_program
-from support.configs import decoder_config, read_config
+from support.configs import IMAGENET_MEAN, IMAGENET_STD, decoder_config, read_config
 from support.export import clip_json, llama_json, llava_config, llava_name
 from support.io import read_json
 from support.processor import save_processor
 from support.weights import check_tokenizer, fit_tower, load_connector, load_decoder, load_vision, read_tower
 from tools.weights import main
-from vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig, ViT
+from vision import VisionConfig, ViT
 
 ROOT = Path(__file__).parents[1]
 

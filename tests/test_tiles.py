@@ -29,7 +29,7 @@ from support.data_files import Records, picture_paths
 from support.picture_files import open_image
 from support.start import set_image_mode
 from support.templates import SYSTEM_VICUNA
-from support.tiling import TILINGS, choose_grid, grids_up_to, make_layout
+from support.tiling import TILINGS, choose_grid, grids_up_to, layout_by_rows
 from vision import MODES, VisionConfig, cut_tiles, find_tiling, normalize_pixels
 
 transformers = pytest.importorskip("transformers")
@@ -336,9 +336,14 @@ def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
 
 
 def test_a_layout_names_the_tile_and_the_place_of_each_visual_token():
-    with_ends = [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]]  # vision.py's example
-    assert make_layout(1, 1, 2, ends_rows=True).tolist() == with_ends
-    assert make_layout(2, 1, 1).tolist() == [[0, 0], [1, 0]]
+    cfg = VisionConfig(**TINY | dict(patch_size=14))  # 2 x 2 patches a tile
+    _, layout = cut_tiles(noise(28, 28), cfg, "pad")
+    assert layout.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
+    seen, layout = layout_by_rows(1, 2, ((0, 2), (0, 2)))  # its docstring's example
+    assert layout.tolist() == [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]]
+    seen, layout = layout_by_rows(2, 1, ((0, 2), (1, 2)))  # the right half of 2 x 2 tiles of one token each
+    assert seen.tolist() == [1, 3]
+    assert layout.tolist() == [[0, 0], [-1, 0], [1, 0], [-1, 0]]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from support.cli import UserError
+from support.configs import check_tower
 from support.picture_files import open_image
 from support.weights import CLIP_NAMES, rename
 from vision import (
@@ -155,7 +156,7 @@ def test_bytes_and_normalised_floats_give_the_same_features():
 ])
 def test_an_impossible_tower_is_refused(wrong, says):
     with pytest.raises(UserError, match=says):
-        VisionConfig(**OURS | wrong)
+        check_tower(VisionConfig(**OURS | wrong))
 
 
 # ---- geometry --------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def test_letterbox_equals_prismatics_and_resize_a_plain_squash(size):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(20_000, 10), (10, 20_000), (9_999, 3), (1, 5_000)])
-def test_a_picture_of_extreme_shape_costs_little_memory(size, mode, monkeypatch):
+def test_a_picture_of_extreme_shape_costs_little_memory(size, mode, tmp_path, monkeypatch):
     n_pixels = []  # of whatever is made on the way
     new, resize = Image.new, Image.Image.resize
 
@@ -218,7 +219,8 @@ def test_a_picture_of_extreme_shape_costs_little_memory(size, mode, monkeypatch)
 
     monkeypatch.setattr(Image, "new", counted_new)
     monkeypatch.setattr(Image.Image, "resize", counted_resize)
-    tiles, _ = cut_tiles(new("RGB", size, "red"), VisionConfig(), mode)
+    new("RGB", size, "red").save(tmp_path / "long.png")
+    tiles, _ = cut_tiles(open_image(tmp_path / "long.png"), VisionConfig(), mode)
     assert tiles.shape[2:] == (336, 336)
     assert max(n_pixels) <= 100_000_000
 
