@@ -10,8 +10,9 @@ once for the texts that are false of i, once for the pictures or patches that q 
 
 Half of the phrases are a true one with one word changed, most often the kind: colors and places alone go
 a long way. What would make a pair that training never shows counts neither as true nor as false: see
-holds(). And two of five things wear a paint that has no name, as the things of the world do: see
-common.repaint().
+holds(). Two of five things wear a paint that has no name, as the things of the world do: see
+common.repaint(). And half of the pictures show a part of a scene, as a tile does, and so the same things in
+other sizes: see common.random_window().
 """
 
 import math
@@ -26,12 +27,16 @@ import torch.nn.functional as F
 import toyworld
 from lab.common import (
     NOTHING,
+    UNKNOWN,
+    WHOLE,
     Fact,
     draw_pixels,
     fit_part,
     label_patches,
+    look_through,
     pad_rows,
     patch_owners,
+    random_window,
     repaint_some,
     scene_facts,
 )
@@ -56,16 +61,17 @@ def make_clip(out, tok, n_steps, seed, batch_size=48, lr=6e-4):
         return lr * min(1, step / 100) * half_cosine
 
     def loss_at(step):
-        pixels, captions, texts, patches, holding = contrastive_batch(rng, batch_size)
+        pixels, whole, captions, texts, patches, holding = contrastive_batch(rng, batch_size)
         s_whole, s_patch = clip(pixels, tokenize_texts(tok, captions), tokenize_texts(tok, texts))
-        return (contrastive_loss(s_whole, torch.eye(batch_size))
+        return (contrastive_loss(s_whole[whole], torch.eye(len(whole)))
                 + contrastive_loss(s_patch.flatten(0, 1)[patches], holding))
 
     def look():
         weights = clip.vision.state_dict()
         tensors = {f"vision_model.{clip_name(name)}": p.half() for name, p in weights.items()}
         write_model(out / "toy-clip", tensors, clip_json(clip.vision.cfg))
-        return words_found(clip, tok)
+        large = words_found(clip, tok, (0.25, 0.25, 0.5))
+        return words_found(clip, tok) | {"kind, twice as large": large["kind"]}
 
     fit_part("toy-clip", clip, n_steps, lr_at, loss_at, look)
 
@@ -119,18 +125,21 @@ def contrastive_loss(s, holding):
 
 
 def contrastive_batch(rng, size):
-    """-> pixels (size, 3, S, S), captions, texts of Q phrases, patches (P,) of size * N, holding (P, Q).
+    """-> pixels (size, 3, S, S), whole, captions, texts of Q phrases, patches (P,), holding (P, Q).
 
-    The patches are those that the phrases are compared with; holding says which phrase is true of which.
+    whole are the pictures that show all of a scene, and captions theirs. patches, of size * N, are those that
+    the phrases are compared with; holding says which phrase is true of which.
     """
     scenes = [toyworld.random_scene(rng) for _ in range(size)]
     # Signs are scarce: half of the scenes without one are thrown again.
     scenes = [scene if scene.sign or rng.random() < 0.5 else toyworld.random_scene(rng) for scene in scenes]
     scenes = [repaint_some(scene, rng, 0.4) for scene in scenes]
-    phrases = random_phrases(scenes, rng) + [EMPTY]
+    windows = [random_window(rng) for _ in scenes]
+    seen = [look_through(scene, window) for scene, window in zip(scenes, windows)]
+    phrases = random_phrases(seen, rng) + [EMPTY]
 
     patches, holding = [], []
-    for k, scene in enumerate(scenes):
+    for k, scene in enumerate(seen):
         owners = patch_owners(scene)
         shows_part = (owners >= 0).nonzero()[:, 0].tolist()
         shows_nothing = (owners == NOTHING).nonzero()[:, 0].tolist()
@@ -142,8 +151,10 @@ def contrastive_batch(rng, size):
             holding.append(rows[owners[n]])
 
     texts = [phrase_text(phrase) for phrase in phrases]
-    captions = [re.sub("#[0-9a-f]+ ", "", toyworld.caption(scene)) for scene in scenes]
-    return draw_pixels(scenes, rng), captions, texts, torch.tensor(patches), torch.tensor(holding)
+    whole = [k for k, window in enumerate(windows) if window == WHOLE]
+    captions = [re.sub("#[0-9a-f]+ ", "", toyworld.caption(scenes[k])) for k in whole]
+    pixels = draw_pixels(scenes, rng, windows)
+    return pixels, whole, captions, texts, torch.tensor(patches), torch.tensor(holding)
 
 
 def random_phrases(scenes, rng):
@@ -151,6 +162,8 @@ def random_phrases(scenes, rng):
     phrases = []
     for scene in scenes:
         for fact in scene_facts(scene):
+            if fact.word == UNKNOWN:                     # nothing is known of half a sign
+                continue
             true = leave_out_words(fact, rng)
             phrases += [true, change_a_word(true, rng)]
     phrases = dict.fromkeys(phrases)                     # each once, in their order
@@ -159,10 +172,11 @@ def random_phrases(scenes, rng):
 
 def leave_out_words(fact, rng, keep=(0.4, 0.5, 0.95, 0.5, 0.8)):
     """Say only some attributes, each with its probability, so that every one must be learned for itself."""
-    said = [value if value == "sign" or rng.random() < p else None for value, p in zip(fact, keep)]
+    known = Fact(*[None if value == UNKNOWN else value for value in fact])
+    said = [value if value == "sign" or rng.random() < p else None for value, p in zip(known, keep)]
     phrase = Fact(*said)
     says_something = any(value not in (None, "sign") for value in phrase)
-    return phrase if says_something else fact
+    return phrase if says_something else known
 
 
 def change_a_word(phrase, rng):
@@ -176,14 +190,14 @@ def change_a_word(phrase, rng):
 def holds(phrase, fact):
     """Is the phrase TRUE or FALSE of a thing?
 
-    UNTOLD is what color a nameless paint is, and what would make an UNSEEN pair of the phrase's kind and the
+    UNTOLD is what the picture does not tell, and what would make an UNSEEN pair of the phrase's kind and the
     thing's color or the other way round: blue things are never cats in training, and a tower that is told so
     learns to look at colors instead of shapes.
     """
     disagree = {name for name, a, b in zip(Fact._fields, phrase, fact) if a not in (None, b)}
     if not disagree:
         return TRUE
-    if disagree == {"color"} and fact.color is None and fact.kind in toyworld.KINDS:
+    if all(getattr(fact, name) == UNKNOWN for name in disagree):
         return UNTOLD
     mixed = {(phrase.kind, fact.color), (fact.kind, phrase.color)}
     return UNTOLD if mixed & toyworld.UNSEEN else FALSE
@@ -205,11 +219,12 @@ def tokenize_texts(tok, texts):
 
 
 @torch.no_grad()
-def words_found(clip, tok, n=128):
+def words_found(clip, tok, window=WHOLE, n=128):
     """{attribute: share of held-out things' patches where the right word is nearer than all others}"""
     rng = random.Random(1)
     scenes = [toyworld.random_scene(rng, held_out=True) for _ in range(n)]
-    pixels = draw_pixels(scenes)
+    pixels = draw_pixels(scenes, windows=[window] * n)
+    scenes = [look_through(scene, window) for scene in scenes]
     nothing_said = Fact(*[None] * len(VALUES))
     found = {}
     for name, values in VALUES._asdict().items():

@@ -19,20 +19,53 @@ from vision import cut_tiles
 
 NOTHING = -1                     # a patch shows none of the parts
 UNSURE = -2                      # or too little of one to say
+UNKNOWN = "unknown"              # an attribute that the picture does not tell
+WHOLE = (0.0, 0.0, 1.0)          # a window: left, top and side, as shares of the picture's
 
 
 # ---- pictures ----
 
 
-def draw_pixels(scenes, rng=None):
-    """-> (B, 3, S, S). With rng some are drawn larger and made smaller, as a user's are: edges differ."""
+def draw_pixels(scenes, rng=None, windows=None):
+    """-> (B, 3, S, S), what each scene shows in its window.
+
+    With rng some are drawn larger and made smaller, as a user's are: edges differ.
+    """
     cfg = PRESETS["toy"].vision
     tiles = []
-    for scene in scenes:
+    for scene, (left, top, side) in zip(scenes, windows or [WHOLE] * len(scenes)):
         scale = rng.choice((1, 1, 4 / 3, 2, 3)) if rng else 1
-        picture = toyworld.draw_scene(scene, round(scale * cfg.image_size))
+        px = round(min(scale, 3 * side) / side * cfg.image_size)
+        corners = (left, top, left + side, top + side)
+        picture = toyworld.draw_scene(scene, px).crop([round(px * v) for v in corners])
         tiles.append(cut_tiles(picture, cfg, "pad")[0])
     return torch.cat(tiles)
+
+
+def random_window(rng):
+    """Half of them show all; the others a part, as a tile of LLaVA-1.5-HD does, with larger things in it."""
+    if rng.random() < 0.5:
+        return WHOLE
+    side = rng.uniform(0.5, 0.8)
+    return rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side
+
+
+def look_through(scene, window):
+    """The scene as a window shows it. A part of a picture does not tell how large things are or where."""
+    if window == WHOLE:
+        return scene
+    left, top, side = window
+
+    def move(part):
+        x1, y1, x2, y2 = part.box
+        box = ((x1 - left) / side, (y1 - top) / side, (x2 - left) / side, (y2 - top) / side)
+        return replace(part, box=box, place=UNKNOWN)
+
+    things = tuple(replace(move(thing), size=UNKNOWN) for thing in scene.things)
+    sign = scene.sign and move(scene.sign)
+    if sign and (min(sign.box) < 0 or max(sign.box) > 1):
+        sign = replace(sign, word=UNKNOWN)
+    return replace(scene, things=things, sign=sign)
 
 
 def repaint(thing, rng):
@@ -64,7 +97,8 @@ def repaint_some(scene, rng, share):
 class Fact(NamedTuple):
     """A thing or a sign, or a phrase about one.
 
-    None: it has no such attribute, or the phrase does not speak of it.
+    None: it has no such attribute, or the phrase does not speak of it. UNKNOWN: it has one, which the picture
+    does not tell.
     """
 
     size: str | None
@@ -75,10 +109,10 @@ class Fact(NamedTuple):
 
 
 def scene_facts(scene):
-    """A Fact for each thing and then for the sign. A paint without a name is no color."""
+    """A Fact for each thing and then for the sign. A paint may have no name."""
     facts = []
     for thing in scene.things:
-        color = thing.color if thing.color in toyworld.COLORS else None
+        color = thing.color if thing.color in toyworld.COLORS else UNKNOWN
         facts.append(Fact(thing.size, color, thing.kind, thing.place, None))
     if scene.sign:
         facts.append(Fact(None, None, "sign", scene.sign.place, scene.sign.word))
@@ -121,7 +155,7 @@ def spell(scene, tok, rng=None):
     """A picture in words, what the tower knows of each patch -> ids (64, 7), -1 where no more is to be said.
 
     A patch's column (a to h), its row (1 to 8), and of what it shows the kind, the color and the size, or
-    what is written, and the place. A paint without a name goes unsaid. With rng, now and then a word is
+    what is written, and the place. What is UNKNOWN goes unsaid. With rng, now and then a word is
     missing, and the edges are a little off.
     """
     facts = scene_facts(scene)
@@ -132,7 +166,7 @@ def spell(scene, tok, rng=None):
         if owner >= 0:
             fact = facts[owner]
             words += [fact.kind, fact.color, fact.size, fact.word, *fact.place.split()]
-        ids = [tok.encode(word)[-1] for word in words if word]
+        ids = [tok.encode(word)[-1] for word in words if word not in (None, UNKNOWN)]
         if rng:
             ids = [i for i in ids if rng.random() > 0.08]
         spelled.append(ids + [-1] * (7 - len(ids)))

@@ -2,8 +2,9 @@
 
 What the tower sees in a patch becomes the sum of the embeddings of the words that are true of it.
 (LLaVA's first stage finds the way from captions alone, but from 558,000 of them; train.py --stage
-pretrain does as LLaVA.) Three of ten things wear a paint that has no name, as in lab/clip.py; of these
-the colors' part of the sum is left open.
+pretrain does as LLaVA.) Three of ten things wear a paint that has no name, and half of the pictures are a
+part of a scene, as in lab/clip.py: what such a picture does not tell is left open, the colors' part of the
+sum, or that of sizes and places.
 """
 
 import math
@@ -12,7 +13,18 @@ import random
 import torch
 
 import toyworld
-from lab.common import draw_pixels, fit_part, kinds_told, label_patches, repaint_some, spell, sum_of_words
+from lab.common import (
+    WHOLE,
+    draw_pixels,
+    fit_part,
+    kinds_told,
+    label_patches,
+    look_through,
+    random_window,
+    repaint_some,
+    spell,
+    sum_of_words,
+)
 from model import PRESETS, VLM
 from support.export import public_layout, write_model
 from support.weights import load_decoder, load_vision
@@ -24,16 +36,19 @@ def make_connector(out, tok, n_steps, seed, batch_size=32, lr=4e-3):
     load_vision(vlm.vision, out / "toy-clip")
     load_decoder(vlm.decoder, out / "toy-vicuna")
 
-    # Takes out of a row what the embeddings of the colors span.
-    names = [tok.encode(color)[-1] for color in toyworld.COLORS]
-    colors = vlm.decoder.embed_tokens.weight.detach()[names]
-    colorless = torch.eye(vlm.connector.D) - torch.linalg.pinv(colors) @ colors
+    def take_out(words):
+        """What takes out of a row all that the embeddings of these words span (D, D)."""
+        spanned = vlm.decoder.embed_tokens.weight.detach()[[tok.encode(word)[-1] for word in words]]
+        return torch.eye(vlm.connector.D) - torch.linalg.pinv(spanned) @ spanned
+
+    colorless = take_out(toyworld.COLORS)
+    placeless = take_out({*toyworld.SIZES, *" ".join(toyworld.PLACES).split()})
 
     # Features and targets of all the pictures, in lots of 50.
     print("toy-connector: looks at the pictures first", flush=True)
     n_lot = math.ceil(min(8000, n_steps * batch_size) / 50)
     lots = [see_patches(vlm, tok, rng, 50) for _ in range(n_lot)]
-    features, targets, nameless = (torch.cat(parts) for parts in zip(*lots))
+    features, targets, nameless, cut = (torch.cat(parts) for parts in zip(*lots))
     variance = targets.var()
 
     def lr_at(step):
@@ -43,6 +58,7 @@ def make_connector(out, tok, n_steps, seed, batch_size=32, lr=4e-3):
         i = torch.randint(len(targets), (batch_size,))
         error = vlm.connector(features[i]).view_as(targets[i]) - targets[i]
         error = torch.where(nameless[i][..., None], error @ colorless, error)
+        error = torch.where(cut[i][..., None], error @ placeless, error)
         return error.square().mean() / variance
 
     def look():
@@ -56,13 +72,18 @@ def make_connector(out, tok, n_steps, seed, batch_size=32, lr=4e-3):
 
 @torch.no_grad()
 def see_patches(vlm, tok, rng, n):
-    """The patches of n pictures: what the tower sees of each, what is true of it, has it a nameless paint?
+    """The patches of n pictures: what the tower sees of each, what is true of it, and what is left open.
 
-    (n, 64, D_vision), (n, 64, D), (n, 64) bool
+    (n, 64, D_vision), (n, 64, D), has it a nameless paint (n, 64), does it show a part of a scene (n, 64)
     """
     scenes = [repaint_some(toyworld.random_scene(rng), rng, 0.3) for _ in range(n)]
+    windows = [random_window(rng) for _ in scenes]
+    features = vlm.vision(draw_pixels(scenes, rng, windows))
+    scenes = [look_through(scene, window) for scene, window in zip(scenes, windows)]
+
     spelled = torch.tensor([spell(scene, tok) for scene in scenes])
     targets = sum_of_words(spelled, vlm.decoder.embed_tokens.weight)
     has_kind = label_patches(scenes, "kind", toyworld.KINDS) >= 0
     has_color = label_patches(scenes, "color", tuple(toyworld.COLORS)) >= 0
-    return vlm.vision(draw_pixels(scenes, rng)), targets, has_kind & ~has_color
+    cut = torch.tensor([window != WHOLE for window in windows])[:, None].expand_as(has_kind)
+    return features, targets, has_kind & ~has_color, cut

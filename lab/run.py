@@ -26,7 +26,7 @@ import mpo
 import pairs
 import toyworld
 import train
-from lab.experiments import EXPERIMENTS, FILES, MEASURES
+from lab.experiments import EXPERIMENTS, FILES, MEASURES, widen_pictures
 from support.cli import UserError, arg, parse, run_program
 from support.io import read_json, write_json, write_json_lines
 
@@ -121,12 +121,15 @@ def fill_in(command, seed):
 
 def make_file(lab, name, quick):
     """The path of a file of FILES: that of a toy world, rewritten record by record, beside its pictures."""
-    (n_train, n_val, size, words), source, rewrite = FILES[name]
-    folder = lab / f"world-{n_train}-{n_val}-{size}-{words}"
+    world, source, rewrite = FILES[name]
+    folder = lab / "-".join(["world", *map(str, world)])
     path = folder / f"{name}{Path(source).suffix}"
     if path.exists():
         return path
-    toyworld.write_world(folder, *((16, 8) if quick else (n_train, n_val)), size, 0, words)
+    n_train, n_val = (16, 8) if quick else (world.n_train, world.n_val)
+    toyworld.write_world(folder, n_train, n_val, world.size, 0, world.words)
+    if world.wide:
+        widen_pictures(folder)
     text = (folder / source).read_text()
     if path.suffix == ".json":
         write_json(path, [new for record in json.loads(text) for new in rewrite(record)])

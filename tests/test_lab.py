@@ -20,22 +20,26 @@ import train
 from lab.clip import FALSE, TRUE, UNTOLD, contrastive_batch, contrastive_loss, holds
 from lab.common import (
     NOTHING,
+    UNKNOWN,
     UNSURE,
     Fact,
+    draw_pixels,
     kinds_told,
     label_patches,
+    look_through,
     patch_owners,
     repaint,
     scene_facts,
     spell,
 )
-from lab.experiments import EXPERIMENTS, FILES, MEASURES, add_text
+from lab.experiments import EXPERIMENTS, FILES, MEASURES, add_text, scene_of, widen_pictures
 from lab.ingredients import main as make_parts
 from lab.vicuna import make_lesson, plain_lesson, terse_pairs
-from model import IGNORE
+from model import IGNORE, PRESETS
 from support.cli import UserError, parse
 from support.start import TOY, build
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
+from vision import cut_tiles
 
 CAT = Thing("cat", "red", "big", "top left", (0.0, 0.0, 0.25, 0.25))              # 2 x 2 of the 8 x 8 patches
 SCENE = Scene("meadow", (CAT,), Sign("OPEN", "bottom", (0.25, 0.75, 0.75, 1.0)))  # 4 x 2
@@ -137,8 +141,33 @@ def test_a_phrase_is_true_false_or_left_untold_of_a_thing(said, truth):
 ])
 def test_of_a_thing_in_a_nameless_paint_no_color_is_true_or_false(said, truth):
     fact, = scene_facts(Scene("meadow", (repaint(CAT, random.Random(0)),)))
-    assert fact == BIG_RED_CAT._replace(color=None)
+    assert fact == BIG_RED_CAT._replace(color=UNKNOWN)
     assert holds(SOMETHING._replace(**said), fact) == truth
+
+
+@pytest.mark.parametrize("said, truth", [
+    ({"kind": "cat", "color": "red"}, TRUE),
+    ({"kind": "cat", "size": "small"}, UNTOLD),
+    ({"place": "bottom"}, UNTOLD),
+    ({"kind": "dog", "size": "small"}, FALSE),
+])
+def test_a_part_of_a_picture_does_not_tell_how_large_things_are_or_where(said, truth):
+    scene = look_through(Scene("meadow", (CAT,)), (0.0, 0.0, 0.5))
+    fact, = scene_facts(scene)
+    assert holds(SOMETHING._replace(**said), fact) == truth
+    assert scene.things[0].box == tuple(2 * v for v in CAT.box)
+
+
+def test_a_window_shows_that_part_of_the_drawing_larger():
+    seen = draw_pixels([SCENE], windows=[(0.25, 0.5, 0.5)])
+    part = toyworld.draw_scene(SCENE, 192).crop((48, 96, 144, 192))
+    assert torch.equal(seen, cut_tiles(part, PRESETS["toy"].vision, "pad")[0])
+
+
+def test_half_a_sign_tells_no_word():
+    cut, whole = (look_through(SCENE, (0.0, top, 0.8)) for top in (0.0, 0.2))
+    assert scene_facts(cut)[1].word == UNKNOWN
+    assert scene_facts(whole)[1].word == "OPEN"
 
 
 def test_no_paint_comes_near_the_color_of_an_unseen_pair():
@@ -187,9 +216,9 @@ def test_the_toys_own_connector_tells_the_kind_in_one_tile_and_not_in_four():
 
 
 def test_contrastive_batches_name_no_unseen_pair_and_hold_as_many_empty_patches_as_full_ones():
-    pixels, captions, texts, patches, holding = contrastive_batch(random.Random(0), 6)
+    pixels, whole, captions, texts, patches, holding = contrastive_batch(random.Random(0), 6)
     assert pixels.shape == (6, 3, 96, 96)
-    assert len(captions) == 6
+    assert 0 < len(captions) == len(whole) < 6
     assert holding.shape == (len(patches), len(texts))
     names = [f"{color} {kind}" for kind, color in UNSEEN]
     assert not any(name in text for name in names for text in texts + captions)
@@ -199,7 +228,7 @@ def test_contrastive_batches_name_no_unseen_pair_and_hold_as_many_empty_patches_
 
 
 def test_one_part_can_be_made_over_the_others(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lab.clip, "words_found", lambda clip, tok: {"kind": 0.5})
+    monkeypatch.setattr(lab.clip, "words_found", lambda *_: {"kind": 0.5})
     (tmp_path / "toy-vicuna").mkdir()
     tokenizer = tmp_path / "toy-vicuna/tokenizer.model"
     tokenizer.write_bytes(open(f"{TOY['llm']}/tokenizer.model", "rb").read())
@@ -290,6 +319,14 @@ def test_things_that_captions_make_up_are_counted_once_each():
     answers = ["A red cat.", "A blue cat, a red cat and a sign that says EXIT."]
     records = [{"category": ["caption"], "answer": answer, "truth": truth} for answer in answers]
     assert MEASURES["made up"](records) == 2 / 4
+
+
+def test_a_wide_picture_shows_the_scene_of_the_square_one(tmp_path):
+    toyworld.write_world(tmp_path / "world", 1, 1)
+    for path in sorted(tmp_path.glob("world/images/*.png")):
+        assert toyworld.draw_scene(scene_of(path)).tobytes() == Image.open(path).tobytes()
+    widen_pictures(tmp_path / "world")
+    assert {Image.open(path).size for path in tmp_path.glob("world/images/*.png")} == {(144, 96)}
 
 
 def test_a_text_only_record_has_the_description_in_place_of_the_picture():

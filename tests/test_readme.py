@@ -28,7 +28,7 @@ FEWER = {                            # what takes minutes takes a step or two he
 }
 SMALLER = {                          # what the first command draws, and how much the lab looks at
     "toyworld.py": ("n_train=6000, n_val=240", "n_train=300, n_val=24"),
-    "lab/clip.py": ("def words_found(clip, tok, n=128)", "def words_found(clip, tok, n=8)"),
+    "lab/clip.py": ("window=WHOLE, n=128)", "window=WHOLE, n=8)"),
     "lab/vicuna.py": ("def answers_found(decoder, tok, n=64)", "def answers_found(decoder, tok, n=4)"),
 }
 
