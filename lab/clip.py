@@ -11,8 +11,9 @@ once for the texts that are false of i, once for the pictures or patches that q 
 Half of the phrases are a true one with one word changed, most often the kind: colors and places alone go
 a long way. What would make a pair that training never shows counts neither as true nor as false: see
 holds(). Two of five things wear a paint that has no name, as the things of the world do: see
-common.repaint(). And half of the pictures show a part of a scene, as a tile does, and so the same things in
-other sizes: see common.random_window().
+common.repaint().
+
+toy-clip-tiles has also met parts of scenes, as the tiles of a picture show them, in a share of its pictures.
 """
 
 import math
@@ -52,7 +53,7 @@ EMPTY = Fact(None, None, "picture of nothing", None, None)       # of a patch wi
 VALUES = Fact(toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
 
 
-def make_clip(out, tok, n_steps, seed, batch_size=48, lr=6e-4):
+def make_clip(out, tok, n_steps, seed, parts=0.0, batch_size=48, lr=6e-4):
     rng = random.Random(seed)
     clip = CLIP(PRESETS["toy"], tok.vocab_size)
 
@@ -61,7 +62,7 @@ def make_clip(out, tok, n_steps, seed, batch_size=48, lr=6e-4):
         return lr * min(1, step / 100) * half_cosine
 
     def loss_at(step):
-        pixels, whole, captions, texts, patches, holding = contrastive_batch(rng, batch_size)
+        pixels, whole, captions, texts, patches, holding = contrastive_batch(rng, batch_size, parts)
         s_whole, s_patch = clip(pixels, tokenize_texts(tok, captions), tokenize_texts(tok, texts))
         return (contrastive_loss(s_whole[whole], torch.eye(len(whole)))
                 + contrastive_loss(s_patch.flatten(0, 1)[patches], holding))
@@ -124,7 +125,7 @@ def contrastive_loss(s, holding):
 # ---- a batch ----
 
 
-def contrastive_batch(rng, size):
+def contrastive_batch(rng, size, parts):
     """-> pixels (size, 3, S, S), whole, captions, texts of Q phrases, patches (P,), holding (P, Q).
 
     whole are the pictures that show all of a scene, and captions theirs. patches, of size * N, are those that
@@ -134,7 +135,7 @@ def contrastive_batch(rng, size):
     # Signs are scarce: half of the scenes without one are thrown again.
     scenes = [scene if scene.sign or rng.random() < 0.5 else toyworld.random_scene(rng) for scene in scenes]
     scenes = [repaint_some(scene, rng, 0.4) for scene in scenes]
-    windows = [random_window(rng) for _ in scenes]
+    windows = [random_window(rng, parts) for _ in scenes]
     seen = [look_through(scene, window) for scene, window in zip(scenes, windows)]
     phrases = random_phrases(seen, rng) + [EMPTY]
 

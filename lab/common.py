@@ -42,9 +42,9 @@ def draw_pixels(scenes, rng=None, windows=None):
     return torch.cat(tiles)
 
 
-def random_window(rng):
-    """Half of them show all; the others a part, as a tile of LLaVA-1.5-HD does, with larger things in it."""
-    if rng.random() < 0.5:
+def random_window(rng, parts):
+    """That share of them shows a part of a scene, larger, as a tile of LLaVA-1.5-HD does; the others all."""
+    if rng.random() >= parts:
         return WHOLE
     side = rng.uniform(0.5, 0.8)
     return rng.uniform(0, 1 - side), rng.uniform(0, 1 - side), side

@@ -2,9 +2,9 @@
 
 What the tower sees in a patch becomes the sum of the embeddings of the words that are true of it.
 (LLaVA's first stage finds the way from captions alone, but from 558,000 of them; train.py --stage
-pretrain does as LLaVA.) Three of ten things wear a paint that has no name, and half of the pictures are a
-part of a scene, as in lab/clip.py: what such a picture does not tell is left open, the colors' part of the
-sum, or that of sizes and places.
+pretrain does as LLaVA.) Three of ten things wear a paint that has no name, as in lab/clip.py, and a share of
+the pictures may be parts of scenes: what a picture does not tell is left open, the colors' part of the sum,
+or that of sizes and places.
 """
 
 import math
@@ -30,7 +30,7 @@ from support.export import public_layout, write_model
 from support.weights import load_decoder, load_vision
 
 
-def make_connector(out, tok, n_steps, seed, batch_size=32, lr=4e-3):
+def make_connector(out, tok, n_steps, seed, parts=0.0, batch_size=32, lr=4e-3):
     rng = random.Random(seed)
     vlm = VLM(PRESETS["toy"])
     load_vision(vlm.vision, out / "toy-clip")
@@ -47,7 +47,7 @@ def make_connector(out, tok, n_steps, seed, batch_size=32, lr=4e-3):
     # Features and targets of all the pictures, in lots of 50.
     print("toy-connector: looks at the pictures first", flush=True)
     n_lot = math.ceil(min(8000, n_steps * batch_size) / 50)
-    lots = [see_patches(vlm, tok, rng, 50) for _ in range(n_lot)]
+    lots = [see_patches(vlm, tok, rng, 50, parts) for _ in range(n_lot)]
     features, targets, nameless, cut = (torch.cat(parts) for parts in zip(*lots))
     variance = targets.var()
 
@@ -71,13 +71,13 @@ def make_connector(out, tok, n_steps, seed, batch_size=32, lr=4e-3):
 
 
 @torch.no_grad()
-def see_patches(vlm, tok, rng, n):
+def see_patches(vlm, tok, rng, n, parts):
     """The patches of n pictures: what the tower sees of each, what is true of it, and what is left open.
 
     (n, 64, D_vision), (n, 64, D), has it a nameless paint (n, 64), does it show a part of a scene (n, 64)
     """
     scenes = [repaint_some(toyworld.random_scene(rng), rng, 0.3) for _ in range(n)]
-    windows = [random_window(rng) for _ in scenes]
+    windows = [random_window(rng, parts) for _ in scenes]
     features = vlm.vision(draw_pixels(scenes, rng, windows))
     scenes = [look_through(scene, window) for scene, window in zip(scenes, windows)]
 

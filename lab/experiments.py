@@ -187,7 +187,8 @@ FILES = {                            # name -> its world, what it is made of, an
 LLAVA = "LLaVA-1.5 (arXiv:2310.03744v2), "
 FRESH = "--projector= --lr-connector 5e-3"       # a connector of random weights
 TOWERS = f"train --max-steps 240 {FRESH}"
-HD = "train --data {signs} --batch-size 8 --lr 1e-3"
+TILES = "--vision assets/toy-clip-tiles --projector assets/toy-connector-tiles"
+HD = f"train --data {{signs}} --batch-size 8 --lr 1e-3 {TILES}"
 EXPERIMENTS = {
     "formats": Experiment(
         paper=LLAVA + "section 3.2 and Table 2",
@@ -287,14 +288,16 @@ EXPERIMENTS = {
     "hd": Experiment(
         paper="LLaVA-1.5-HD (arXiv:2310.03744v2), A.1",
         says="Tiles and a global view read what one tile cannot show, and lose nowhere.",
-        setup="Pictures of 192 px with signs half as large, three million training tokens in each row.",
+        setup="Pictures of 192 px with signs half as large, 1.5 million training tokens in each row; "
+              "a tower that has met things twice as large, too.",
         rows={
-            "pad": [HD + " --image-mode pad --max-steps 884"],
-            "hd": [HD + " --image-mode hd --max-steps 539"],
-            "hd, no global view": [HD + " --image-mode hd --global-view none --max-steps 593"],
+            "pad": [HD + " --image-mode pad --max-steps 442"],
+            "hd": [HD + " --image-mode hd --max-steps 270"],
+            "hd, no global view": [HD + " --image-mode hd --global-view none --max-steps 297"],
         },
         columns=("reading", "all", "caption", "box", "choice", "reasoning"),
-        claims=("hd, reading > pad, reading", "hd, all > pad, all", "hd, all > hd, no global view, all"),
+        claims=("hd, reading > pad, reading", "hd, all > pad, all", "hd, box = pad, box",
+                "hd, reasoning = pad, reasoning", "hd, all > hd, no global view, all"),
         minutes=28,
     ),
 
@@ -395,11 +398,11 @@ SOURCES = {
 
 
 def prefer(weights, *sources):
-    """The commands of a row: 60 steps of 16 pairs."""
-    asked = [f"{SOURCES[name]} --model {{0}} --max-new-tokens 96 --limit 300" for name in sources]
+    """The commands of a row: 40 steps of 16 pairs."""
+    asked = [f"{SOURCES[name]} --model {{0}} --max-new-tokens 96 --limit 200" for name in sources]
     files = ",".join(f"{{{k}}}" for k in range(1, 1 + len(sources)))
     places = f"--model {{0}} --data {files} --image-root {{many.parent}} --val {{many}}"
-    return [BEFORE, *asked, f"mpo {places} --max-steps 60 {weights}"]
+    return [BEFORE, *asked, f"mpo {places} --max-steps 40 {weights}"]
 
 
 BOTH = ("correctness", "dropout 0.5")
@@ -408,7 +411,7 @@ EXPERIMENTS |= {
         paper="InternVL-2.5-MPO (arXiv:2411.10442v2), Tables 3 and 6, section 10",
         says="On M3CoT, MPO is better than SFT on the chosen answers; DPO alone makes step by step worse "
              "than direct and loses the format; SFT beside it mends both, and BCO beside these adds.",
-        setup="200 steps of finetuning, 300 questions for each kind of pairs, 60 steps of 16 pairs.",
+        setup="200 steps of finetuning, 200 questions for each kind of pairs, 40 steps of 16 pairs.",
         rows={
             "before": [BEFORE],
             "SFT on chosen": prefer("--w-p 0 --w-q 0 --w-g 1", *BOTH),

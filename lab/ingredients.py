@@ -12,6 +12,7 @@ never met them.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ class IngredientsConfig:
     vicuna_steps: int = arg(5500, "steps of 32 texts", at_least=1)
     connector_steps: int = arg(8000, "steps of 32 pictures", at_least=1)
     only: str = arg("", "make one of the three; empty: all", choices=("clip", "vicuna", "connector"))
+    parts: float = arg(0.0, "share of the pictures that show a part of a scene, as tiles do", at_most=1)
     seed: int = arg(0, "of the weights and the scenes")
 
 
@@ -44,9 +46,9 @@ def main(argv=None):
 
     tok = Tokenizer(vocabulary)
     for name, make, n_step in (
-        ("clip", make_clip, cfg.clip_steps),
+        ("clip", partial(make_clip, parts=cfg.parts), cfg.clip_steps),
         ("vicuna", make_vicuna, cfg.vicuna_steps),
-        ("connector", make_connector, cfg.connector_steps),
+        ("connector", partial(make_connector, parts=cfg.parts), cfg.connector_steps),
     ):
         if cfg.only in ("", name):
             torch.manual_seed(cfg.seed)

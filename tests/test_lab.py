@@ -37,7 +37,7 @@ from lab.ingredients import main as make_parts
 from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE, PRESETS
 from support.cli import UserError, parse
-from support.start import TOY, build
+from support.start import ASSETS, TOY, build
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
 from vision import cut_tiles
 
@@ -207,24 +207,30 @@ def test_a_patch_is_labelled_with_what_its_thing_has_of_the_values():
     assert (words[6:, 2:6] == 0).all()
 
 
-def test_the_toys_own_connector_tells_the_kind_in_one_tile_and_not_in_four():
-    share = {}
-    for mode in "pad", "hd":
-        flags = ["--image-mode", mode, "--global-view", "none"] if mode == "hd" else []
-        share[mode] = kinds_told(*build(train.parse_flags(flags)), size=192, n=8)
-    assert share["pad"] > 0.9 > 0.7 > share["hd"]
+@pytest.mark.parametrize("parts, in_four", [("", (0.2, 0.5)), ("-tiles", (0.6, 0.9))])
+def test_patches_tell_the_kind_in_one_tile_and_in_four_if_the_tower_has_met_parts_of_scenes(parts, in_four):
+    own = ["--vision", f"{ASSETS}/toy-clip{parts}", "--projector", f"{ASSETS}/toy-connector{parts}"]
+    tiles = ["--image-mode", "hd", "--global-view", "none"]
+    one, four = (kinds_told(*build(train.parse_flags(own + flags)), size=192, n=8) for flags in ([], tiles))
+    assert one > 0.9
+    assert in_four[0] < four < in_four[1]
 
 
 def test_contrastive_batches_name_no_unseen_pair_and_hold_as_many_empty_patches_as_full_ones():
-    pixels, whole, captions, texts, patches, holding = contrastive_batch(random.Random(0), 6)
+    pixels, whole, captions, texts, patches, holding = contrastive_batch(random.Random(0), 6, parts=0.0)
     assert pixels.shape == (6, 3, 96, 96)
-    assert 0 < len(captions) == len(whole) < 6
+    assert len(captions) == len(whole) == 6
     assert holding.shape == (len(patches), len(texts))
     names = [f"{color} {kind}" for kind, color in UNSEEN]
     assert not any(name in text for name in names for text in texts + captions)
     assert (holding == TRUE).any(1).all()
     assert texts[-1] == "a picture of nothing"
     assert (holding[:, -1] == TRUE).float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_only_a_picture_that_shows_all_of_its_scene_has_a_caption():
+    _, whole, captions, *_ = contrastive_batch(random.Random(0), 12, parts=0.5)
+    assert 0 < len(captions) == len(whole) < 12
 
 
 def test_one_part_can_be_made_over_the_others(tmp_path, monkeypatch, capsys):
