@@ -99,5 +99,9 @@ class Comparing(mpo.Preferring):
     terms = staticmethod(loss_terms)
 
 
+def main(argv=None):
+    return mpo.main(argv, LossConfig, Comparing, __doc__)
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: mpo.main(None, LossConfig, Comparing, __doc__)))
+    sys.exit(run_program(main))

@@ -26,11 +26,12 @@ import mpo
 import pairs
 import toyworld
 import train
+from lab import losses
 from lab.experiments import EXPERIMENTS, FILES, MEASURES, widen_pictures
 from support.cli import UserError, arg, parse, run_program
 from support.io import read_json, write_json, write_json_lines
 
-PROGRAMS = {"train": train, "pairs": pairs, "mpo": mpo}
+PROGRAMS = {"train": train, "pairs": pairs, "mpo": mpo, "losses": losses}
 UNDISTURBED = " --eval-every 0 --save-every 0"
 QUICK = " --max-steps 1 --batch-size 2 --workers 0 --eval-limit 24"
 QUICK_PAIRS = " --limit 12 --max-new-tokens 48"

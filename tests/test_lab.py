@@ -34,6 +34,7 @@ from lab.common import (
 )
 from lab.experiments import EXPERIMENTS, FILES, MEASURES, add_text, scene_of, widen_pictures
 from lab.ingredients import main as make_parts
+from lab.losses import LossConfig
 from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE, PRESETS
 from support.cli import UserError, parse
@@ -246,8 +247,12 @@ def test_one_part_can_be_made_over_the_others(tmp_path, monkeypatch, capsys):
 # ---- experiments ----
 
 
-parse_mpo = partial(parse, mpo.MPOConfig)
-parse_pairs = partial(parse, pairs.PairsConfig)
+PARSERS = {
+    "train": train.parse_flags,
+    "mpo": partial(parse, mpo.MPOConfig),
+    "losses": partial(parse, LossConfig),
+    "pairs": partial(parse, pairs.PairsConfig),
+}
 
 
 def test_every_experiment_has_rows_that_parse_and_claims_about_its_own_cells(tmp_path):
@@ -260,7 +265,7 @@ def test_every_experiment_has_rows_that_parse_and_claims_about_its_own_cells(tmp
             for k, command in enumerate(commands):
                 program, flags = lab.run.fill_in(command, seed=1)
                 flags = flags.format(*range(k), **{name: tmp_path / "data" for name in FILES})
-                parse_flags = {"train": train.parse_flags, "mpo": parse_mpo, "pairs": parse_pairs}[program]
+                parse_flags = PARSERS[program]
                 cfg = parse_flags([*flags.split(), "--out", "x"])
                 assert cfg.seed == 1
                 assert cfg.data != ""                            # never a world drawn beside
