@@ -1,7 +1,9 @@
 """Conversations to tokens and labels: prompts, templates, tokenizer.
 
     [("human", "<image>\\nWhat is this?"), ("gpt", "A cat.")]
-      --template-->    "... USER: <image>\\nWhat is this? ASSISTANT:« A cat.</s>»"   « » around the supervised
+      --template-->    "A chat between a curious user and an artificial intelligence assistant. The assistant
+                       gives helpful, detailed, and polite answers to the user's questions. USER: <image>\\n
+                       What is this? ASSISTANT:« A cat.</s>»"       « » around what is supervised
       --tokenizer-->   tokens (T,), in which a picture is a run of image-token ids, one a visual token
                        labels (T,): under each token its own id where it is supervised, IGNORE elsewhere
 A position is marked when its text is appended: nothing is tokenised twice, compared or guessed afterwards.
@@ -32,7 +34,7 @@ from support.cli import UserError
 from support.control_tokens import (
     NOWHERE,
     find_control_tokens,
-    find_seams,
+    find_cuts,
     image_and_pad,
     read_sentencepiece,
 )
@@ -63,7 +65,7 @@ class Template:
 
 
 TEMPLATES = {
-    # LLaVA-1.5 is vicuna_v1, its stage 1 plain.
+    # LLaVA-1.5 is vicuna_v1, as above, and its stage 1 plain.
     "vicuna_v1": Template(SYSTEM_VICUNA + " USER: {} ASSISTANT:", "USER: {} ASSISTANT:", "« {}</s>»"),
     "plain": Template("{}", None, "«{}\n»", stop="\n", keep_question=False),
 }
@@ -160,15 +162,16 @@ def arrange_turns(turns, template_name, n_image):
 
 def tidy_text(text, role, template, n_image):
     """A turn's text as the original model's data code leaves it."""
-    if role == "human" and not template.keep_question:
+    stripped = text.strip()
+    if role == "human" and not template.keep_question:  # stage 1
         return "<image>" * text.count("<image>")
-    if "<image>" in template.first:  # Prismatic puts all pictures right after <s>
-        text = text.replace("<image>", "")
-    bare = text.strip()
-    at_either_end = bare.startswith("<image>") or bare.endswith("\n<image>")
-    if template.tidy == "image first" and n_image and text.count("<image>") == 1 and at_either_end:
-        return ("<image>\n" + bare.replace("<image>", "").strip()).strip()
-    return bare if template.tidy == "strip" else text
+    if template.tidy == "image first":  # LLaVA: a lone picture at either end of a question comes to the front
+        at_an_end = stripped.startswith("<image>") or stripped.endswith("\n<image>")
+        if n_image and text.count("<image>") == 1 and at_an_end:
+            return ("<image>\n" + stripped.replace("<image>", "").strip()).strip()
+    if "<image>" in template.first:  # Prismatic: all pictures stand right after <s>
+        stripped = text.replace("<image>", "").strip()
+    return stripped if template.tidy == "strip" else text
 
 
 def put_in_front(turns, n_image):
@@ -258,36 +261,35 @@ class Tokenizer:
     def __init__(self, path):
         path = Path(path)
         self.path = path / "tokenizer.model" if path.is_dir() else path
-        self.processor, self.bare = read_sentencepiece(self.path)  # bare puts no space before a text
-        self.n_text = self.bare.vocab_size()
-        self.bos = self.bare.bos_id()
-        self.eos = self.bare.eos_id()
-        puts_space = self.processor.encode("a") != self.bare.encode("a")  # InternLM2 does not
-        self.prefix = " " if puts_space else ""
+        # Llama's processor puts a space before a text; the second, which is ours, does not.
+        self.processor, self.without_space = read_sentencepiece(self.path)
+        self.n_text = self.processor.vocab_size()
+        self.bos = self.processor.bos_id()
+        self.eos = self.processor.eos_id()
 
         # What never comes from a text
         self.control = find_control_tokens(self.processor, self.path.parent)
         self.image, self.pad = image_and_pad(self.control, self.n_text, self.eos)
         self.names = {self.image: "<image>", self.pad: "<pad>"}
         self.names |= {i: name for name, i in self.control.items()}
-        self.seams = find_seams(self.processor, self.bare, self.names)  # see encode
+        self.cuts = find_cuts(self.processor, self.without_space, self.names)  # see encode
 
-        # Every id is below n_id. vocab_size: rows of a new embedding, 32064 for Llama, 92553 for InternVL.
-        self.n_id = max(self.n_text, max(self.names) + 1)
-        self.vocab_size = self.n_id if "<IMG_CONTEXT>" in self.control else -(-self.n_id // 64) * 64
+        # Rows of a new embedding: one an id, 92553 for InternVL; else a multiple of 64, 32064 for Llama.
+        n = max(self.n_text, max(self.names) + 1)
+        self.vocab_size = n if "<IMG_CONTEXT>" in self.control else -(-n // 64) * 64
 
     def encode(self, text, dummy_prefix=True):
         """Ids of a text, without <s> and </s>, and never a control token whatever the text says.
 
         dummy_prefix: put a space before it, as sentencepiece does, which is wanted at the start alone.
-        A text is cut at its seams, inside what would otherwise be a control token of InternLM2.
+        A text is cut inside what would otherwise become a control token of InternLM2.
         """
         with reading(f"the text {text[:40]!a}", "it holds half a surrogate pair; write it as valid Unicode"):
             text.encode()
-        first, *others = self.seams.split(text)
-        ids = (self.processor if dummy_prefix else self.bare).encode(first)
+        first, *others = self.cuts.split(text)
+        ids = (self.processor if dummy_prefix else self.without_space).encode(first)
         for part in others:
-            ids += self.bare.encode(part)
+            ids += self.without_space.encode(part)
         return ids
 
     def decode(self, ids, partial=False):
@@ -296,7 +298,7 @@ class Tokenizer:
         `partial`: more is to come, so a character of which only some bytes are there is held back.
         """
         ids = [int(i) for i in ids if 0 <= i < self.n_text and int(i) not in self.names]
-        text = self.bare.decode(ids).removeprefix(self.prefix)
+        text = self.processor.decode(ids)
         return text.rstrip("\ufffd") if partial else text
 
     def piece(self, i):

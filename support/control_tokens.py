@@ -31,15 +31,15 @@ def read_sentencepiece(path):
         processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
         # Of two protobufs written one after the other the later wins: this one says normalizer_spec
         # (field 3) { add_dummy_prefix (field 3): false }.
-        bare = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\x02\x18\x00")
-        bare.decode(list(range(bare.vocab_size())))  # a damaged piece is an error here, not in an answer
-    if min(bare.bos_id(), bare.eos_id()) < 0:
+        without_space = sentencepiece.SentencePieceProcessor(model_proto=raw + b"\x1a\x02\x18\x00")
+        processor.decode(list(range(processor.vocab_size())))  # a damaged piece is an error here
+    if min(processor.bos_id(), processor.eos_id()) < 0:
         raise UserError(f"{path}: has no <s> or no </s>; train it with both, as Llama's has")
-    if bare.decode(bare.encode("a  b\n")) != "a  b\n":  # the texts of a prompt would not add up
+    if processor.decode(processor.encode("a  b\n")) != "a  b\n":  # the texts of a prompt would not add up
         raise UserError(
             f"{path}: does not keep spaces and newlines; train it as Llama's was: "
             "normalization_rule_name='identity', remove_extra_whitespaces=False, byte_fallback=True")
-    return processor, bare
+    return processor, without_space
 
 
 def find_control_tokens(processor, folder):
@@ -77,12 +77,12 @@ def image_and_pad(control, n_text, eos):
     return image, eos if "<|im_end|>" in control else pad
 
 
-def find_seams(processor, bare, control_ids):
+def find_cuts(processor, without_space, control_ids):
     """A pattern of the places where encode cuts a text in two, behind the first letter of such a piece:
 
     InternLM2's control tokens are pieces like others: "[UNUSED_TOKEN_145]" in a text would become one.
     """
     pieces = [processor.id_to_piece(i) for i in control_ids if i < processor.vocab_size()]
-    pieces = [p for p in pieces if bare.encode(p) == [processor.piece_to_id(p)]]
-    seams = [f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in pieces]
-    return re.compile("|".join(seams) or NOWHERE)
+    pieces = [p for p in pieces if without_space.encode(p) == [processor.piece_to_id(p)]]
+    cuts = [f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in pieces]
+    return re.compile("|".join(cuts) or NOWHERE)

@@ -22,7 +22,8 @@ def save_processor(directory, tokenizer_file, cfg):
     directory, tok = Path(directory), Tokenizer(tokenizer_file)
     write_json(directory / "tokenizer_config.json", tokenizer_config(cfg))
     write_whole(directory / "tokenizer.model", lambda tmp: shutil.copyfile(tokenizer_file, tmp))
-    if not fits_llava(cfg) or not tok.prefix or cfg.template == "llava_v0":
+    puts_space = tok.encode("a") != tok.encode("a", dummy_prefix=False)  # InternLM2 does not
+    if not fits_llava(cfg) or not puts_space or cfg.template == "llava_v0":
         return
     write_json(directory / "tokenizer.json", tokenizer_json(tok.processor, cfg), indent=None)
     write_json(directory / "preprocessor_config.json", preprocessor_config(cfg))

@@ -254,9 +254,9 @@ def written_out(tok, tokens, labels):
             runs.append([kind, label != IGNORE, [i]])
         assert label in (IGNORE, i)  # labels are not shifted
     for k, (kind, supervised, ids) in enumerate(runs):
-        piece = tok.bare.decode(ids) if kind == "text" else kind
-        if kind == "text" and tok.prefix and (k == 1 or runs[k - 1][0] == "<image>"):
-            piece = piece.removeprefix(" ")
+        piece = tok.without_space.decode(ids) if kind == "text" else kind
+        if kind == "text" and (k == 1 or runs[k - 1][0] == "<image>"):
+            piece = tok.decode(ids)
         text += f"«{piece}»" if supervised else piece
     return text.replace("»«", "")
 
@@ -553,7 +553,7 @@ def test_internvls_tokens_stand_on_placeholder_pieces_and_behind_them(intern):
     assert (
         [intern.control[name] for name in ADDED] == list(range(n, n + 9))
         and intern.image == n + 2
-        and intern.vocab_size == intern.n_id == n + 9
+        and intern.vocab_size == n + 9
     )
     assert intern.processor.id_to_piece(intern.control["<|im_end|>"]) == "[UNUSED_TOKEN_145]"
     assert intern.processor.id_to_piece(intern.control["<|im_start|>"]) == "[UNUSED_TOKEN_146]"
@@ -595,11 +595,11 @@ def test_the_files_beside_a_tokenizer_name_its_control_tokens(folder, tmp_path):
         "<|im_start|>": n + 3,
         "<|im_end|>": n + 4,
     }
-    assert tok.image == n + 6 and tok.n_id == n + 7
+    assert tok.image == n + 6 and max(tok.names) == n + 6
 
 
 def test_llama_hf_llava_and_prismatic_number_their_tokens_each_in_its_way(llama, tmp_path):
-    assert (llama.image, llama.pad, llama.n_id, llama.vocab_size) == (32000, 32001, 32002, 32064)
+    assert (llama.image, llama.pad, llama.vocab_size) == (32000, 32001, 32064)
     decoder = {
         str(i): {"content": content, "special": True} for i, content in enumerate(("<unk>", "<s>", "</s>"))
     }
