@@ -1,13 +1,17 @@
 """Records of a file to examples, and examples to batches for the model.
 
 The way of a record:
-    FILE  --Records-->       {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", ...)]},
-                             by support/data_files.py
+    FILE  --Records-->       {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", ...)]}, by
+                             support/data_files.py; beside: "number", its place among all records; "group",
+                             the number of the first question of the same record; "file", a DataFile that
+                             knows the folder of the pictures; "where", its file and line, for errors
           --Examples-->      its tensors: pixels (n, 3, S, S) uint8 of its n tiles, and layout (M, 2) of the M
                              visual tokens they become, by vision.py; tokens (T,) and labels (T,), where a
                              picture is a run of image-token ids, one a visual token, by conversation.py
           --collate-->       a batch: tokens (B, T), labels (B, T), padded on the right;
                              pixels and layout of all its pictures
+draw_steps says which records a step shows, and micro_batches cuts their examples into batches that fit in
+memory. Worker processes do all this ahead of the training: load_steps in support/distributed.py.
 
 FILE is a JSON list, or has one record per line (JSON lines). A record is one of these:
     {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
@@ -17,8 +21,11 @@ FILE is a JSON list, or has one record per line (JSON lines). A record is one of
 question is the place of one.
 
 Where this departs from LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL
-(arXiv:2411.10442): a conversation that is too long is an error or a counted skip. They cut it, or set all
-its labels to IGNORE.
+(arXiv:2411.10442):
+  - a conversation that is too long is an error or a counted skip. They cut it, or set all its labels to
+    IGNORE.
+  - each step is drawn from all records. For speed LLaVA's stage 2 draws it from records of about one length,
+    all with a picture or all without; here only the micro-batches are of about one length (--token-budget).
 
     python -m tools.show FILE --image-root DIR           # one record as the model meets it
     python -m tools.show check FILE --image-root DIR     # missing and broken pictures, lengths, labels
