@@ -1,8 +1,8 @@
 """Records of a file to examples, and examples to batches for the model.
 
 The way of a record:
-    FILE  --Records-->       {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", ...)]}, by
-                             support/data_files.py; beside: "number", its place among all records; "group",
+    FILE  --Records-->       {"id", "images": [name], "turns": [("human", "<image>\\nWhat?"), ("gpt", ...)]},
+                             by support/data_files.py; "number", its place among all records; "group",
                              the number of the first question of the same record; "file", a DataFile that
                              knows the folder of the pictures; "where", its file and line, for errors
           --Examples-->      its tensors: pixels (n, 3, S, S) uint8 of its n tiles, and layout (M, 2) of the M

@@ -53,7 +53,7 @@ from support.io import reading, write_whole
 from support.log_probs import token_log_probs
 from support.lora import lora_off
 from support.weights import newest_run
-from train import Answering, TrainConfig, teach
+from train import Answering, TrainConfig, teach, to_device
 
 # ---- the losses ----
 
@@ -308,11 +308,6 @@ class PairExamples(Examples):
         tokens, labels = encode_conversation(self.tok, turns, self.template, n_visual)
         answer = [label for label in labels if label != IGNORE]
         return tokens[: labels.index(answer[0])], answer
-
-
-def to_device(batch, device):
-    """The tensors of a batch."""
-    return {name: x.to(device, non_blocking=True) for name, x in batch.items() if torch.is_tensor(x)}
 
 
 # ---- flags ----

@@ -58,7 +58,7 @@ from support.distributed import (
 )
 from support.flags import MoreFlags, parse_with_recipe
 from support.heldout import HeldOut
-from support.lora import LORA_TARGETS, add_lora
+from support.lora import add_lora_of_flags
 from support.optim import PARTS, make_optimizer, part_of
 from support.plan import count_steps, dry_run, print_parameters
 from support.start import ASSETS, TOY, build
@@ -164,7 +164,8 @@ def draw_toy_world(stage):
 
 
 def teach(cfg, Task):
-    """Set up the model, its task (Answering, or mpo.Preferring) and the folder of the run; then the loop."""
+    """A training from its flags to its exit code. Task: the class of what is taught, Answering below or
+    mpo.Preferring."""
     fill_in_paths(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -178,15 +179,10 @@ def teach(cfg, Task):
             records.split_questions()
         n_step = cfg.max_steps or math.ceil(len(records) * cfg.epochs / cfg.batch_size)
 
-        # The shapes alone: what does not fit together is an error before gigabytes are read.
-        if cfg.dry_run or not cfg.resume:
-            vlm, tok = build(cfg, device="meta")
         if cfg.dry_run:
+            vlm, tok = build(cfg, device="meta")  # shapes without weights
             make_trainable(vlm, cfg)
             return dry_run(cfg, Task(cfg, records, vlm, tok).examples, n_step, vlm, device)
-
-        if cfg.minutes:
-            n_step = 10**12  # until count_steps knows better
 
         # The model, as --resume left it or from its ingredients; and which of its parameters train.
         run = Run(cfg, n_step, records.paths)
@@ -197,9 +193,10 @@ def teach(cfg, Task):
             load_adapter(vlm, run.checkpoint)
         vlm.to(device).train()
 
-        # What is wrong with the questions is an error before the folder is made, not after the training.
-        held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
+        # What is learned, and what is held out: an error in either comes before the folder is made.
         task = Task(cfg, records, vlm, tok)
+        held_out = HeldOut(cfg, vlm, tok, Answering) if cfg.val else None
+
         run.open(vlm, tok, task)
         print_parameters(cfg, vlm)
         task.prepare(run)
@@ -225,13 +222,7 @@ def make_trainable(vlm, cfg):
 
     if cfg.weights == "bfloat16":
         vlm.bfloat16()
-    if cfg.lora_r:  # made after that: it stays in float32
-        if not any(p.requires_grad for p in vlm.decoder.parameters()):
-            raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
-        targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
-        add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
-    elif cfg.lora_alpha or cfg.lora_dropout or cfg.lora_target:
-        raise UserError("--lora-alpha, --lora-dropout and --lora-target are of a LoRA: give --lora-r, too")
+    add_lora_of_flags(vlm, cfg)  # after that: it stays in float32
     vlm.decoder.recompute = cfg.recompute
 
 
@@ -241,9 +232,10 @@ def make_trainable(vlm, cfg):
 def fit(cfg, task, run, held_out=None):
     """The loop. -> exit code
 
-    run: the folder (support/checkpoint.py), which also holds vlm, tok and the number of the next step.
+    run: what goes on (support/checkpoint.py): vlm, tok, the number of the next step; the folder with the log
+        and the checkpoints.
     held_out: the questions of --val (support/heldout.py).
-    task: what is taught, Answering below or mpo.Preferring. It has
+    task: what is taught. It has
         examples, collate   a Dataset of records as tensors; a list of those -> a batch
         count(batch)        how many of `unit` (supervised tokens, pairs) a batch has
         loss(vlm, batch)    -> L, the mean over what count counts; more such means by name, for the log
@@ -264,8 +256,9 @@ def fit(cfg, task, run, held_out=None):
 
     with run:
         for step, batches in enumerate(load_steps(cfg, task, run), run.first_step):
+            lr = lr_at(step, run.n_step, cfg.lr, cfg.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, run.n_step, group["peak_lr"], cfg.warmup)
+                group["lr"] = lr * (group["peak_lr"] / cfg.lr)
             torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run draws the same
             if cfg.augment:
                 for batch in batches:
@@ -282,7 +275,7 @@ def fit(cfg, task, run, held_out=None):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            metrics |= {"lr": lr_at(step, run.n_step, cfg.lr, cfg.warmup), "grad_norm": grad_norm}
+            metrics |= {"lr": lr, "grad_norm": grad_norm}
             metrics |= task.state_dict()  # what a task carries from step to step, as mpo.py its delta
             run.log_step(step, batches, loss, metrics)
 
@@ -371,8 +364,8 @@ class Answering:
     @staticmethod
     def loss(vlm, batch):
         """-> the mean over the supervised tokens; no further means."""
-        names = ("tokens", "pixels", "labels", "layout")
-        return vlm(*[batch[name].to(vlm.device, non_blocking=True) for name in names]), {}
+        batch = to_device(batch, vlm.device)
+        return vlm(batch["tokens"], batch["pixels"], batch["labels"], batch["layout"]), {}
 
     def prepare(self, run):
         """Here nothing. The run's folder is there, and a new run's model is as it was before training."""
@@ -384,6 +377,11 @@ class Answering:
 
     def load_state_dict(self, state):
         pass
+
+
+def to_device(batch, device):
+    """The tensors of a batch."""
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items() if torch.is_tensor(x)}
 
 
 if __name__ == "__main__":

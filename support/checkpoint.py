@@ -64,7 +64,7 @@ class Run:
         self.locks = []  # kept open: closing any handle of a file drops all this process's locks on it
         if rank() == 0 and self.out.is_dir():
             self.locks.append(lock(self.out / "lock"))
-        self.n_step = n_step
+        self.n_step = 10**12 if cfg.minutes else n_step  # until count_steps knows better
         self.step = 0  # the last that is done
         self.skipped = 0  # records, since the run began
         self.task_state = {}

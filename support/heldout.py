@@ -17,9 +17,9 @@ from support.io import write_json
 class HeldOut:
     """The questions of --val: now and then their loss and some answers, at the end the table."""
 
-    def __init__(self, cfg, vlm, tok, task, n=128):
-        """task: a class such as train.Answering, whose loss is measured on n records spread over the file."""
-        self.cfg, self.vlm, self.tok, self.task = cfg, vlm, tok, task
+    def __init__(self, cfg, vlm, tok, Task, n=128):
+        """Task: a class such as train.Answering, whose loss is measured on n records spread over the file."""
+        self.cfg, self.vlm, self.tok, self.Task = cfg, vlm, tok, Task
         self.exam = EvalConfig(data=cfg.val, image_root=cfg.image_root)
         self.questions = read_items("own", self.exam)
         records = Records(cfg.val, cfg.image_root)
@@ -66,8 +66,8 @@ class HeldOut:
 
     @torch.no_grad()
     def mean_loss(self, batches):
-        counts = [self.task.count(batch) for batch in batches]
-        means = [self.task.loss(self.vlm, batch)[0].item() for batch in batches]
+        counts = [self.Task.count(batch) for batch in batches]
+        means = [self.Task.loss(self.vlm, batch)[0].item() for batch in batches]
         mean = sum(n * mean for n, mean in zip(counts, means)) / sum(counts)
         return gather_numbers([mean]).mean().item()  # the same everywhere
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from support.cli import UserError
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -57,6 +59,17 @@ def add_lora(vlm, r, alpha, dropout=0.0, targets=LORA_TARGETS):
         "lora_dropout": dropout,
         "target_modules": rf".*language_model\.layers\.\d+\.\w+\.({'|'.join(targets)})",
     }
+
+
+def add_lora_of_flags(vlm, cfg):
+    """The LoRA that --lora-r asks for, if it does."""
+    if cfg.lora_r:
+        if not any(p.requires_grad for p in vlm.decoder.parameters()):
+            raise UserError(f"--train {cfg.train}: --lora-r trains in the decoder; add llm to --train")
+        targets = cfg.lora_target.split(",") if cfg.lora_target else LORA_TARGETS
+        add_lora(vlm, cfg.lora_r, cfg.lora_alpha or 2 * cfg.lora_r, cfg.lora_dropout, targets)
+    elif cfg.lora_alpha or cfg.lora_dropout or cfg.lora_target:
+        raise UserError("--lora-alpha, --lora-dropout and --lora-target are of a LoRA: give --lora-r, too")
 
 
 @contextmanager

@@ -38,8 +38,11 @@ TOY = {"vision": str(ASSETS / "toy-clip"), "llm": str(ASSETS / "toy-vicuna")}
 def build(cfg, checkpoint=None, device="cpu"):
     """-> the model, with all its weights, and its tokenizer.
 
-    device "meta": as --dry-run has it, without weights. What does not fit together is an error there, too.
+    device "meta": as --dry-run has it, without weights. What does not fit together is an error there, too, so
+    that is tried before gigabytes are read.
     """
+    if device != "meta" and not checkpoint:
+        build(cfg, device="meta")
     if checkpoint:
         # A LoRA's checkpoint holds the LoRA alone.
         vlm, tok = open_directory(base_of(checkpoint) if cfg.lora_r else checkpoint)
