@@ -52,7 +52,43 @@ class SampleConfig(AskConfig):
     trace: bool = arg(False, "print shapes, milliseconds and likeliest words on the way through the model")
 
 
-# ---- prompts and answers ----
+def main(argv=None):
+    cfg = parse(SampleConfig, argv, __doc__)
+    if cfg.attention and not cfg.image:
+        raise UserError("--attention needs a picture to look at: give --image, too")
+    if cfg.file or cfg.out or cfg.resume or cfg.image_root:
+        from support.asking import answer_file  # which imports this file
+
+        return answer_file(cfg)
+    if not (cfg.prompt or cfg.image or sys.stdin):
+        raise UserError("nothing to answer: give --image, --prompt or both")
+    from support.chat import Chat, talk
+
+    images = [open_image(path) for path in cfg.image]  # before a model is read: they may not be there
+    vlm, tok = open_asked(cfg)
+    return talk(Chat(vlm, tok, cfg), images)
+
+
+def open_asked(cfg: ModelConfig):
+    """-> the VLM, whose cfg holds the template and the image mode asked for, and its Tokenizer.
+
+    An empty cfg.model becomes the name of the run that answers.
+    """
+    cfg.model = cfg.model or newest_run()
+    dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    int8 = cfg.quantize == "int8"
+    vlm = VLM.from_pretrained(cfg.model, pick_device(cfg.device), dtype, cfg.vision, cfg.llm, int8)
+    widen_products(vlm)  # 16 bits on a CPU: prompts in float32, far faster without bfloat16 instructions
+    lay_out_by_columns(vlm)  # 32 bits on a CPU: faster steps
+    tok = Tokenizer(tokenizer_home(cfg.model, cfg.llm))
+    check_tokenizer(vlm, tok)
+    vlm.cfg.template = cfg.template or vlm.cfg.template
+    vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode
+    check_image_mode(vlm, cfg.model)
+    return vlm, tok
+
+
+# ---- one question: support/chat.py calls these three in turn ----
 
 
 def cut_picture(vlm, image, n_picture=1):
@@ -67,37 +103,26 @@ def encode_question(vlm, tok, text, pictures=(), earlier=()):
     return encode_prompt(tok, turns, vlm.cfg.template, n_visual), list(pictures)
 
 
+def stream_answer(vlm, tok, prompt, cfg, history=None):
+    """Yield the Answer as it grows, with each token. history: the KVHistory of a chat."""
+    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
+    ids = []
+    for new in vlm.stream(**batch, history=history, **cfg.sampling):
+        ids.append(int(new))
+        so_far = read_answer(tok, vlm.cfg.template, ids)
+        if so_far.whole:
+            break
+
+        # Half a character, the beginning of a stop and a space wait for what follows.
+        text = cut_at_stop(tok.decode(ids, partial=True), vlm.cfg.template, partial=True)
+        yield so_far._replace(text=text.strip())
+    yield so_far
+
+
 class Answer(NamedTuple):
     text: str  # without the stop and the spaces around
     whole: bool  # the stop came; else the tokens ran out
     ids: list  # every token it cost, the stop among them
-
-
-def answer(vlm, tok, prompts, max_new_tokens, batch_size=48, seed=0, **sampling):
-    """Prompts of any number -> [Answer, ...] in their order.
-
-    sampling: temperature, top_p, top_k, as vlm.stream takes them; greedy without.
-    """
-    order = order_prompts(prompts)
-    answers = [None] * len(prompts)
-    for start in range(0, len(prompts), batch_size):
-        rows = order[start : start + batch_size]
-        batch = make_batch(vlm, tok, [prompts[i] for i in rows], max_new_tokens)
-        new = vlm.generate(**batch, seed=seed + start, **sampling)
-        for i, ids in zip(rows, new.tolist()):
-            answers[i] = read_answer(tok, vlm.cfg.template, ids)
-    return answers
-
-
-def order_prompts(prompts):
-    """-> indices of prompts: those with the same pictures side by side, so that what they share is computed
-    once; and by length, so that little is padded."""
-    groups = {}
-    for i, (_, pictures) in enumerate(prompts):
-        same_tiles = tuple(tiles for tiles, _ in pictures)  # the same tensors; see vision.join_tiles
-        groups.setdefault(same_tiles or i, []).append(i)
-    by_length = sorted(groups.values(), key=lambda group: max(len(prompts[i][0]) for i in group))
-    return [i for group in by_length for i in group]
 
 
 def make_batch(vlm, tok, prompts, max_new_tokens):
@@ -131,59 +156,34 @@ def read_answer(tok, template, ids):
     return Answer(text.strip(), whole, ids[: len(before) + 1])
 
 
-def stream_answer(vlm, tok, prompt, cfg, history=None):
-    """Yield the Answer as it grows, with each token. history: the KVHistory of a chat."""
-    batch = make_batch(vlm, tok, [prompt], cfg.max_new_tokens)
-    ids = []
-    for new in vlm.stream(**batch, history=history, **cfg.sampling):
-        ids.append(int(new))
-        so_far = read_answer(tok, vlm.cfg.template, ids)
-        if so_far.whole:
-            break
-
-        # Half a character, the beginning of a stop and a space wait for what follows.
-        text = cut_at_stop(tok.decode(ids, partial=True), vlm.cfg.template, partial=True)
-        yield so_far._replace(text=text.strip())
-    yield so_far
+# ---- many questions at once ----
 
 
-# ---- open a model ----
+def answer(vlm, tok, prompts, max_new_tokens, batch_size=48, seed=0, **sampling):
+    """Prompts of any number -> [Answer, ...] in their order.
 
-
-def open_asked(cfg: ModelConfig):
-    """-> the VLM, whose cfg holds the template and the image mode asked for, and its Tokenizer.
-
-    An empty cfg.model becomes the name of the run that answers.
+    sampling: temperature, top_p, top_k, as vlm.stream takes them; greedy without.
     """
-    cfg.model = cfg.model or newest_run()
-    dtype = None if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    int8 = cfg.quantize == "int8"
-    vlm = VLM.from_pretrained(cfg.model, pick_device(cfg.device), dtype, cfg.vision, cfg.llm, int8)
-    widen_products(vlm)  # 16 bits on a CPU: prompts in float32, far faster without bfloat16 instructions
-    lay_out_by_columns(vlm)  # 32 bits on a CPU: faster steps
-    tok = Tokenizer(tokenizer_home(cfg.model, cfg.llm))
-    check_tokenizer(vlm, tok)
-    vlm.cfg.template = cfg.template or vlm.cfg.template
-    vlm.cfg.image_mode = cfg.image_mode or vlm.cfg.image_mode
-    check_image_mode(vlm, cfg.model)
-    return vlm, tok
+    order = order_prompts(prompts)
+    answers = [None] * len(prompts)
+    for start in range(0, len(prompts), batch_size):
+        rows = order[start : start + batch_size]
+        batch = make_batch(vlm, tok, [prompts[i] for i in rows], max_new_tokens)
+        new = vlm.generate(**batch, seed=seed + start, **sampling)
+        for i, ids in zip(rows, new.tolist()):
+            answers[i] = read_answer(tok, vlm.cfg.template, ids)
+    return answers
 
 
-def main(argv=None):
-    cfg = parse(SampleConfig, argv, __doc__)
-    if cfg.attention and not cfg.image:
-        raise UserError("--attention needs a picture to look at: give --image, too")
-    if cfg.file or cfg.out or cfg.resume or cfg.image_root:
-        from support.asking import answer_file  # which imports this file
-
-        return answer_file(cfg)
-    if not (cfg.prompt or cfg.image or sys.stdin):
-        raise UserError("nothing to answer: give --image, --prompt or both")
-    from support.chat import Chat, talk
-
-    images = [open_image(path) for path in cfg.image]  # before a model is read: they may not be there
-    vlm, tok = open_asked(cfg)
-    return talk(Chat(vlm, tok, cfg), images)
+def order_prompts(prompts):
+    """-> indices of prompts: those with the same pictures side by side, so that what they share is computed
+    once; and by length, so that little is padded."""
+    groups = {}
+    for i, (_, pictures) in enumerate(prompts):
+        same_tiles = tuple(tiles for tiles, _ in pictures)  # the same tensors; see vision.join_tiles
+        groups.setdefault(same_tiles or i, []).append(i)
+    by_length = sorted(groups.values(), key=lambda group: max(len(prompts[i][0]) for i in group))
+    return [i for group in by_length for i in group]
 
 
 if __name__ == "__main__":
