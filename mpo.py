@@ -123,7 +123,7 @@ def collate_pairs(examples, pad, multiple=1):
     """data.collate, with all that a pair's row has, which pairs they are, and what is known of them."""
     batch = collate(examples, pad, multiple, {"part": PADDING, "positions": 0, "predictor": 0})
     used = [example for example in examples if "skipped" not in example]
-    for name in "number", "checksum", "s_ref":
+    for name in "number", "checksum", "s_ref":  # s_ref is empty until the reference has been asked: prepare
         batch[name] = torch.tensor([example[name] for example in used if name in example])
     return batch
 
@@ -163,22 +163,6 @@ class Preferring:
 
     unit = "pairs"
     shown = ("margin", "accuracy")
-    plots = {
-        "loss.png": {
-            "loss of a pair": {"training": "loss"},
-            "held-out loss per supervised token": {"held-out": "val_loss"},
-        },
-        "mpo.png": {
-            "rewards, beta (s - s_ref)": {
-                "chosen": "reward_chosen",
-                "rejected": "reward_rejected",
-                "margin": "margin",
-            },
-            "share of pairs with the chosen answer ahead": {"accuracy": "accuracy"},
-            "delta, the mean of all rewards so far": {"delta": "delta"},
-            "NLL of the chosen answer per token": {"nll": "sft"},
-        },
-    }
     collate = staticmethod(collate_pairs)
     terms = staticmethod(mpo_terms)
 
@@ -261,6 +245,23 @@ class Preferring:
 
     def load_state_dict(self, state):
         self.delta, self.n_delta = state["delta"], state["n_delta"]
+
+    plots = {
+        "loss.png": {
+            "loss of a pair": {"training": "loss"},
+            "held-out loss per supervised token": {"held-out": "val_loss"},
+        },
+        "mpo.png": {
+            "rewards, beta (s - s_ref)": {
+                "chosen": "reward_chosen",
+                "rejected": "reward_rejected",
+                "margin": "margin",
+            },
+            "share of pairs with the chosen answer ahead": {"accuracy": "accuracy"},
+            "delta, the mean of all rewards so far": {"delta": "delta"},
+            "NLL of the chosen answer per token": {"nll": "sft"},
+        },
+    }
 
 
 class PairExamples(Examples):

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 
-from benchmarks.common import COT, LETTER, SHORT
+from benchmarks.common import COT, COT_CHINESE, LETTER, SHORT
 from benchmarks.own import is_right
 from conversation import find_template, put_in_front
 from sample import answer, encode_question, open_asked, read_answer
@@ -39,12 +39,7 @@ from support.data_files import Records, picture_paths
 from support.flags import AskConfig
 from support.io import Progress, reading, write_json, write_json_lines
 
-# What stands before a question, exactly the authors' (MMPR v1, v1.1 and their evaluation).
-PROMPTS = {
-    "en": COT,
-    "zh": "你的任务是回答以下问题。在回答之前，请逐步推理说明您的思路。当你准备好给出答案时，请使用以下格式："
-          '"答案: ..."\n\n问题:\n\n',
-}
+PROMPTS = {"en": COT, "zh": COT_CHINESE}  # what stands before a question
 TRIGGERS = ("Final answer:", "Final Answer:", "答案:")
 SHORT_ENDINGS = (  # what a question may end with; a step-by-step prompt asks for something else
     SHORT,

@@ -23,13 +23,17 @@ from support.cli import UserError, one_of
 from support.io import reading
 
 # The three suffixes of LLaVA-1.5 (arXiv:2310.03744, table 7), and InternVL's frame around any question
-# (arXiv:2411.10442)
+# (arXiv:2411.10442), exactly the authors' (MMPR v1, v1.1 and their evaluation), in English and in Chinese
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 COT = (
     "Your task is to answer the question below. Give step by step reasoning before you answer, and when "
     'you\'re ready to answer, please use the format "Final answer: .."\n\nQuestion:\n\n'
+)
+COT_CHINESE = (
+    "你的任务是回答以下问题。在回答之前，请逐步推理说明您的思路。当你准备好给出答案时，请使用以下格式："
+    '"答案: ..."\n\n问题:\n\n'
 )
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
