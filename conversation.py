@@ -22,7 +22,6 @@ Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2
     version that split it in two. Folders that say `legacy: true` are read the same way.
 """
 
-import difflib
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model import IGNORE
-from support.cli import UserError
+from support.cli import UserError, nearest
 from support.control_tokens import (
     NOWHERE,
     find_control_tokens,
@@ -75,10 +74,9 @@ TEMPLATES |= {name: Template(**fields) for name, fields in OTHER_TEMPLATES.items
 def find_template(name):
     name = str(name)  # a config.json may hold anything
     if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)
-        known = ", ".join(TEMPLATES)
-        raise UserError(f"template {name!r} is unknown; did you mean {near[0]!r}? Known are {known}. The "
-                        "model's config.json names it; give another by --template")
+        hint = nearest(name, TEMPLATES, cutoff=0)
+        raise UserError(f"template {name!r} is unknown{hint} Known are {', '.join(TEMPLATES)}. The model's "
+                        "config.json names it; give another by --template")
     return TEMPLATES[name]
 
 

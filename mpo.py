@@ -168,14 +168,13 @@ class Preferring:
 
     def __init__(self, cfg, records, vlm, tok):
         self.cfg = cfg
-        self.device = vlm.device
         as_answers = Answering(cfg, records, vlm, tok).examples
         self.examples = PairExamples(**vars(as_answers))  # of the same template, tiles and length
         self.delta, self.n_delta = 0.0, 0  # the running mean of all rewards; of how many pairs
 
     def loss(self, vlm, batch):
         """-> the mean of L over the pairs of a batch; further means for the log."""
-        s, s_ref, n_token = self.log_probs(vlm, to_device(batch, self.device))
+        s, s_ref, n_token = self.log_probs(vlm, to_device(batch, vlm.device))
         rewards = self.cfg.beta * (s - s_ref)
         self.delta, self.n_delta = update_delta(self.delta, self.n_delta, rewards)
         terms = self.terms(rewards, s, n_token, self.delta, self.cfg)
@@ -229,15 +228,16 @@ class Preferring:
         reference = torch.full((n_pair, 3), math.nan, dtype=torch.float64)
         n_step = min(run.n_step, math.ceil(n_pair / self.cfg.batch_size))
         steps = islice(load_steps(self.cfg, self, run), n_step)
-        run.vlm.eval()  # no dropout in a reference
-        with precision(self.cfg, self.device):
+        vlm = run.vlm
+        vlm.eval()  # no dropout in a reference
+        with precision(self.cfg, vlm.device):
             for batches in Bar(steps, "reference", n_step, unit="step"):
                 for batch in batches:
                     if self.count(batch):
-                        s, _ = pair_log_probs(run.vlm, to_device(batch, self.device))
+                        s, _ = pair_log_probs(vlm, to_device(batch, vlm.device))
                         reference[batch["number"], 0] = batch["checksum"].double()
                         reference[batch["number"], 1:] = s.double().cpu()
-        run.vlm.train()
+        vlm.train()
         return reference
 
     def state_dict(self):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from support.cli import UserError
-from support.tiling import TILINGS, Tiling, choose_grid, kept_tokens, layout_by_rows
+from support.tiling import TILINGS, Tiling, choose_grid, layout_by_rows
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -320,16 +320,12 @@ def cut_grid(image, cfg, tiling, n_picture):
 
 def row_by_row(image, columns, rows, cfg, tiling):
     """Centred on the grid -> tiles and layout: each row runs across all tiles, without the padding."""
-    S, g = cfg.image_size, cfg.token_grid
+    S = cfg.image_size
     size = columns * S, rows * S
     color = (0, 0, 0) if tiling.margin == "black" else mean_color(cfg)
     canvas = center_on_canvas(scale_into(image, *size), size, color)
-
-    # What shows padding alone is dropped. Something is kept of a picture that has no other view.
-    least = 1 if tiling.global_view == "none" else tiling.least
-    kept = kept_tokens(image.size, columns * g, rows * g, least)
-    seen, layout = layout_by_rows(columns, g, kept)
-    return split_canvas(canvas, S)[seen], layout
+    used, layout = layout_by_rows(image.size, columns, rows, cfg.token_grid, tiling)
+    return split_canvas(canvas, S)[used], layout
 
 
 def scale_into(image, W, H):

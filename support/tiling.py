@@ -71,35 +71,28 @@ TILINGS = {
 }
 
 
-def layout_by_rows(columns, g, kept):
-    """The tokens that are kept of a grid of tiles of g x g each -> which tiles they are of; their layout.
+def layout_by_rows(size, columns, rows, g, tiling):
+    """(width, height) of a picture that is padded onto a grid of tiles of g x g visual tokens -> which tiles
+    show it, and the layout (M, 2) of the tokens that do: tile and place in it, row by row across the tiles.
 
-    The layout (M, 2), tile and place in it, runs row by row across the tiles; [-1, 0] ends each row, as in
-    [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]] of one tile with g = 2.
-    kept: ((first row, end), (first column, end))
-    """
-    (top, bottom), (left, right) = kept
-    y = torch.arange(top, bottom)[:, None]
-    x = torch.arange(left, right)[None]
-    tile = y // g * columns + x // g
-    place = y % g * g + x % g
-    seen, tile = tile.unique(return_inverse=True)  # of some tiles nothing is kept: the others are renumbered
-    layout = torch.stack([tile, place], dim=-1)  # (rows of tokens, columns of tokens, 2)
-    ends = torch.tensor([-1, 0]).expand(len(layout), 1, 2)
-    return seen, torch.cat([layout, ends], dim=1).flatten(0, 1)
-
-
-def kept_tokens(size, n_across, n_down, least):
-    """Which of n_across x n_down visual tokens show the picture, not padding alone, by LLaVA-NeXT's rule.
-
-    -> ((first row, end), (first column, end)). Computed in whole numbers: in floating point the original gets
-    one row less where 36 - 1e-15 is rounded down.
+    [-1, 0] ends each row, as in [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]] of one tile of 2 x 2.
+    What shows padding alone is dropped by LLaVA-NeXT's rule, but in whole numbers: in floating point the
+    original gets one row less where 36 - 1e-15 is rounded down.
     """
     w, h = size
+    n_across, n_down = columns * g, rows * g
+    least = 1 if tiling.global_view == "none" else tiling.least  # something is kept where no other view is
     # A picture wider than the grid is padded above and below, a higher one on both sides.
     above = max(0, n_down - max(least, h * n_across // w)) // 2
     left = max(0, n_across - max(least, w * n_down // h)) // 2
-    return (above, n_down - above), (left, n_across - left)
+    y = torch.arange(above, n_down - above)[:, None]
+    x = torch.arange(left, n_across - left)[None]
+    tile = y // g * columns + x // g
+    place = y % g * g + x % g
+    used, tile = tile.unique(return_inverse=True)  # the others show padding; these are numbered anew
+    layout = torch.stack([tile, place], dim=-1)  # (rows of tokens, columns of tokens, 2)
+    ends = torch.tensor([-1, 0]).expand(len(layout), 1, 2)
+    return used, torch.cat([layout, ends], dim=1).flatten(0, 1)
 
 
 def choose_grid(size, S, tiling, n_picture=1):

@@ -757,7 +757,7 @@ def test_plain_wants_one_picture_and_one_caption(tok):
 
 
 def test_an_unknown_template_names_its_nearest_match(tok):
-    with pytest.raises(UserError, match="did you mean 'vicuna_v1'"):
+    with pytest.raises(UserError, match="did you mean vicuna_v1"):
         encode_conversation(tok, [("human", "x"), ("gpt", "y")], "vicuna-v1", [])
 
 
@@ -1244,7 +1244,7 @@ def test_show_takes_what_training_would_take(tmp_path, pictures, tok, program):
     assert code == 0
     assert "template vicuna_v1, pictures 336 px in patches of 14 px, mode pad" in text
     _, _, err = program(file, *flags, "--template", "internvl2.5")
-    assert "did you mean 'internvl2_5'?" in err
+    assert "did you mean internvl2_5?" in err
     with pytest.raises(SystemExit) as ended:
         program("--help")
     assert ended.value.code == 0

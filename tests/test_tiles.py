@@ -339,11 +339,10 @@ def test_a_layout_names_the_tile_and_the_place_of_each_visual_token():
     cfg = VisionConfig(**TINY | dict(patch_size=14))  # 2 x 2 patches a tile
     _, layout = cut_tiles(noise(28, 28), cfg, "pad")
     assert layout.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
-    seen, layout = layout_by_rows(1, 2, ((0, 2), (0, 2)))  # its docstring's example
+    _, layout = layout_by_rows((1, 1), 1, 1, 2, TILINGS["hd"])  # its docstring's example
     assert layout.tolist() == [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]]
-    seen, layout = layout_by_rows(2, 1, ((0, 2), (1, 2)))  # the right half of 2 x 2 tiles of one token each
-    assert seen.tolist() == [1, 3]
-    assert layout.tolist() == [[0, 0], [-1, 0], [1, 0], [-1, 0]]
+    used, layout = layout_by_rows((3, 1), 3, 3, 1, TILINGS["hd"])  # 3 x 3 tiles, the picture in the middle row
+    assert used.tolist() == [3, 4, 5] and layout.tolist() == [[0, 0], [1, 0], [2, 0], [-1, 0]]
 
 
 @torch.no_grad()
