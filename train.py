@@ -248,7 +248,7 @@ def fit(cfg, task, run, held_out=None):
     params = [p for p in vlm.parameters() if p.requires_grad]  # after parallelize: FSDP2 replaces them
     optimizer = make_optimizer(vlm, cfg)
     run.restore(optimizer)
-    if cfg.minutes and not run.checkpoint:
+    if cfg.minutes and not run.checkpoint:  # some steps are tried, to count how many there will be
         trial = (backward(vlm, task, batches, autocast) for batches in load_steps(cfg, task, run))
         run.n_step = count_steps(cfg.minutes, task, vlm, trial)
     print(f"{run.n_step:,} steps of {cfg.batch_size}, from {len(task.examples):,} records", flush=True)
