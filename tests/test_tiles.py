@@ -336,9 +336,6 @@ def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
 
 
 def test_a_layout_names_the_tile_and_the_place_of_each_visual_token():
-    cfg = VisionConfig(**TINY | dict(patch_size=14))  # 2 x 2 patches a tile
-    _, layout = cut_tiles(noise(28, 28), cfg, "pad")
-    assert layout.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
     _, layout = layout_by_rows((1, 1), 1, 1, 2, TILINGS["hd"])  # its docstring's example
     assert layout.tolist() == [[0, 0], [0, 1], [-1, 0], [0, 2], [0, 3], [-1, 0]]
     used, layout = layout_by_rows((3, 1), 3, 3, 1, TILINGS["hd"])  # 3 x 3 tiles, the picture in the middle row
