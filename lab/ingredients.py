@@ -20,6 +20,7 @@ import torch
 from conversation import Tokenizer
 from lab.clip import make_clip
 from lab.connector import make_connector
+from lab.dino import make_dino
 from lab.vicuna import make_vicuna, sayings
 from support.cli import arg, parse, run_program
 from tools.tokenizer import train_tokenizer
@@ -30,8 +31,9 @@ class IngredientsConfig:
     out: str = arg("assets", "folder to write to")
     clip_steps: int = arg(4000, "steps of 48 pictures", at_least=1)
     vicuna_steps: int = arg(5500, "steps of 32 texts", at_least=1)
+    dino_steps: int = arg(2000, "steps of 32 pictures", at_least=1)
     connector_steps: int = arg(8000, "steps of 32 pictures", at_least=1)
-    only: str = arg("", "make one of the three; empty: all", choices=("clip", "vicuna", "connector"))
+    only: str = arg("", "make one of the three; empty: all", choices=("clip", "vicuna", "dino", "connector"))
     parts: float = arg(0.0, "share of the pictures that show a part of a scene, as tiles do", at_most=1)
     seed: int = arg(0, "of the weights and the scenes")
 
@@ -48,6 +50,7 @@ def main(argv=None):
     for name, make, n_step in (
         ("clip", partial(make_clip, parts=cfg.parts), cfg.clip_steps),
         ("vicuna", make_vicuna, cfg.vicuna_steps),
+        ("dino", make_dino, cfg.dino_steps),
         ("connector", partial(make_connector, parts=cfg.parts), cfg.connector_steps),
     ):
         if cfg.only in ("", name):

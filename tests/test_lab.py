@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from layouts import features_of
 from PIL import Image, ImageColor
 
 import lab.run
@@ -32,6 +34,7 @@ from lab.common import (
     scene_facts,
     spell,
 )
+from lab.dino import Sorter, cross_entropy, follow, sinkhorn, sorting_loss, two_windows
 from lab.experiments import EXPERIMENTS, FILES, MEASURES, add_text, scene_of, widen_pictures
 from lab.ingredients import main as make_parts
 from lab.losses import LossConfig
@@ -39,8 +42,9 @@ from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE, PRESETS
 from support.cli import UserError, parse
 from support.start import ASSETS, TOY, build
+from support.weights import load_vision, read_tower
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
-from vision import cut_tiles
+from vision import ViT, cut_tiles
 
 CAT = Thing("cat", "red", "big", "top left", (0.0, 0.0, 0.25, 0.25))              # 2 x 2 of the 8 x 8 patches
 SCENE = Scene("meadow", (CAT,), Sign("OPEN", "bottom", (0.25, 0.75, 0.75, 1.0)))  # 4 x 2
@@ -242,6 +246,63 @@ def test_one_part_can_be_made_over_the_others(tmp_path, monkeypatch, capsys):
     make_parts(["--only", "clip", "--clip-steps", "1", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"toy-vicuna", "toy-clip"}
     assert "toy-clip, step 1: loss" in capsys.readouterr().out
+
+
+def test_toy_dino_learns_from_pixels_alone():
+    pixels = two_windows(random.Random(0), 2)
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (4, 3, 96, 96)                        # two pictures, then both through another window
+
+    student, teacher = Sorter(), Sorter().requires_grad_(False)
+    sorting_loss(student, teacher, pixels).backward()
+    assert all(p.grad is not None for p in student.vit.blocks.parameters())
+    assert all(p.grad is None for p in teacher.parameters())     # it is not taught to agree
+
+
+def test_a_student_and_a_teacher_who_always_say_the_same_gain_nothing():
+    always_the_third = torch.zeros(64, 8)
+    always_the_third[:, 3] = 1.0
+    q = sinkhorn(always_the_third)
+    assert torch.allclose(q, torch.full_like(q, 1 / 8))          # each prototype for as many
+
+    different = torch.randn(64, 8) * 0.02
+    q = sinkhorn(different)
+    assert torch.allclose(q.sum(1), torch.ones(64))
+    assert torch.allclose(q.sum(0), torch.full((8,), 64 / 8), atol=1)
+    assert cross_entropy(q, always_the_third) > math.log(8) > cross_entropy(q, different)
+
+
+def test_a_student_does_not_see_masked_patches_but_knows_where_they_are():
+    pixels = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
+    changed = pixels.clone()
+    changed[:, :, :12, :24] = 0                                  # the first two of 8 x 8 patches
+    masked = torch.zeros(1, 64, dtype=torch.bool)
+    student = Sorter()
+    assert not torch.equal(student(pixels, masked)[1], student(changed, masked)[1])
+    masked[:, :2] = True
+    _, z = student(pixels, masked)
+    assert torch.equal(z, student(changed, masked)[1])
+    assert not torch.allclose(z[0, 0], z[0, 1])
+
+
+def test_the_teacher_goes_a_share_of_the_way_to_the_student():
+    student, teacher = Sorter(), Sorter().requires_grad_(False)
+    student.mask_token.data.fill_(1.0)
+    for share, expected in (0.25, 0.25), (0.5, 0.625):
+        follow(teacher, student, share)
+        assert teacher.mask_token.unique().item() == expected
+
+
+def test_toy_dino_opens_as_a_dinov2_of_transformers_and_as_a_tower(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab.dino, "probe", lambda vit: {"kind": 0.5})
+    lab.dino.make_dino(tmp_path, tok=None, n_steps=2, seed=0, batch_size=2)
+    cfg = read_tower(tmp_path / "toy-dino")
+    assert cfg == lab.dino.TOWER
+    tower = ViT(cfg)
+    load_vision(tower, tmp_path / "toy-dino")
+    theirs = transformers.Dinov2Model.from_pretrained(tmp_path / "toy-dino", dtype=torch.float32)
+    pixels = torch.randn(2, 3, 96, 96)
+    assert torch.allclose(tower(pixels), features_of(theirs, pixels), atol=1e-5)
 
 
 # ---- experiments ----

@@ -1,0 +1,172 @@
+"""toy-dino: a tower of DINOv2's architecture (arXiv:2304.07193), taught by pictures alone, without a word.
+
+A student and its teacher sort what they see by K prototypes, which have no meaning but what the two make of
+them. With z the similarity of a token with each prototype:
+    q = sinkhorn(z_teacher / 0.02)     p = softmax(z_student / 0.1)     L = mean of  - sum over K of q log p
+    class tokens   both see a window of the same picture, each another one       (DINO, arXiv:2104.14294)
+    patches        of what is masked for the student, the teacher sees all       (iBOT, arXiv:2111.07832)
+
+The teacher is a running mean of the student. They could agree by always saying the same: sinkhorn() has the
+teacher use all prototypes alike, as in DINOv2, so such a student would pay log K. DINOv2 has more: small
+windows for the student alone, a penalty (KoLeo), and a K of 131,072.
+"""
+
+import copy
+import math
+import random
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import toyworld
+from lab.common import draw_pixels, fit_part, label_patches, random_window, repaint_some
+from support.configs import CLIP_FIELDS, DINOV2
+from support.export import public_fields, write_model
+from support.start import init_weights
+from support.weights import rename
+from vision import ViT
+
+TOWER = replace(DINOV2, image_size=96, patch_size=12, n_embd=128, n_layer=5, n_head=4, n_hidden=512)
+DINO_NAMES = {                       # ours: as transformers has them
+    "patch.": "embeddings.patch_embeddings.projection.",
+    "class_token": "embeddings.cls_token",
+    "pos": "embeddings.position_embeddings",
+    "norm.": "layernorm.",
+    "blocks.": "encoder.layer.",
+    ".attn.q_proj.": ".attention.attention.query.",
+    ".attn.k_proj.": ".attention.attention.key.",
+    ".attn.v_proj.": ".attention.attention.value.",
+    ".attn.out_proj.": ".attention.output.dense.",
+    ".scale1": ".layer_scale1.lambda1",
+    ".scale2": ".layer_scale2.lambda1",
+}
+
+
+def make_dino(out, tok, n_steps, seed, batch_size=16, lr=1.5e-3):
+    """tok goes unused: nothing is read."""
+    rng = random.Random(seed)
+    student = Sorter()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    untrained = probe(student.vit)
+
+    def falling(step):
+        return 0.5 * (1 + math.cos(math.pi * step / n_steps))
+
+    def lr_at(step):
+        return lr * min(1, step / 50) * falling(step)
+
+    def loss_at(step):
+        follow(teacher, student, 0.02 * falling(step))
+        return sorting_loss(student, teacher, two_windows(rng, batch_size))
+
+    def look():
+        save_tower(teacher, out / "toy-dino")
+        return probe(teacher.vit) | {f"{name}, untrained": share for name, share in untrained.items()}
+
+    fit_part("toy-dino", student, n_steps, lr_at, loss_at, look)
+
+
+class Sorter(nn.Module):
+    def __init__(self, K=512):
+        super().__init__()
+        self.vit = init_weights(ViT(TOWER))
+        self.mask_token = nn.Parameter(torch.zeros(TOWER.n_embd))
+        self.class_head = Head(TOWER.n_embd, K)
+        self.patch_head = Head(TOWER.n_embd, K)
+
+    def forward(self, pixels, masked):
+        """(n, 3, S, S), masked (n, N) -> z of the class tokens (n, K) and of the patches (n, N, K)."""
+        x = self.vit.embed(pixels)                       # (n, 1 + N, D)
+        unseen = self.mask_token + self.vit.pos[1:]      # a masked patch keeps its place
+        patches = torch.where(masked[:, :, None], unseen, x[:, 1:])
+        x = torch.cat([x[:, :1], patches], dim=1)
+        for block in self.vit.blocks:
+            x = block(x)
+        x = self.vit.norm(x)
+        return self.class_head(x[:, 0]), self.patch_head(x[:, 1:])
+
+
+class Head(nn.Module):
+    def __init__(self, D, K, D_narrow=32):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D_narrow))
+        self.prototypes = nn.Parameter(torch.randn(K, D_narrow))
+
+    def forward(self, x):
+        return F.normalize(self.mlp(x).float(), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+
+
+def sorting_loss(student, teacher, pixels):
+    """pixels (2B, 3, S, S): of B pictures a window each, then another."""
+    n = len(pixels)
+    share = torch.empty(n, 1).uniform_(0.2, 0.6)
+    masked = torch.rand(n, TOWER.grid**2) < share
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        z_class, z_patch = student(pixels, masked)
+        with torch.no_grad():
+            told_class, told_patch = teacher(pixels, torch.zeros_like(masked))
+    q_class = sinkhorn(told_class).roll(n // 2, 0)       # of the other window
+    q_patch = sinkhorn(told_patch[masked])
+    return cross_entropy(q_class, z_class) + cross_entropy(q_patch, z_patch[masked])
+
+
+def cross_entropy(q, z):
+    """(P, K) each -> the mean over P of  - sum over K of q log softmax(z / 0.1)"""
+    return F.cross_entropy(z / 0.1, q)
+
+
+def sinkhorn(z, n_round=3):
+    """z (P, K) -> q (P, K): rows sum to 1, and all columns to nearly the same (SwAV, arXiv:2006.09882)."""
+    log_q = z / 0.02
+    for _ in range(n_round):
+        log_q = log_q.log_softmax(dim=0).log_softmax(dim=1)
+    return log_q.exp()
+
+
+@torch.no_grad()
+def follow(teacher, student, share):
+    """Every weight of the teacher goes that share of the way to the student's."""
+    for told, learned in zip(teacher.parameters(), student.parameters()):
+        told.lerp_(learned, share)
+
+
+def two_windows(rng, size):
+    """Pixels (2 size, 3, S, S), and nothing of what they show."""
+    scenes = [repaint_some(toyworld.random_scene(rng), rng, 0.4) for _ in range(size)]
+    windows = [random_window(rng, parts=0.5) for _ in range(2 * size)]
+    return draw_pixels(scenes + scenes, rng, windows)
+
+
+def save_tower(sorter, directory):
+    """As facebook/dinov2-* are laid out."""
+    vit = sorter.vit.state_dict()
+    tensors = {rename(name, DINO_NAMES): tensor.half() for name, tensor in vit.items()}
+    tensors["embeddings.cls_token"] = vit["class_token"].half().view(1, 1, -1)
+    tensors["embeddings.position_embeddings"] = vit["pos"].half()[None]
+    tensors["embeddings.mask_token"] = sorter.mask_token.detach().half()[None]
+    config = {"model_type": "dinov2", "mlp_ratio": 4, **public_fields(TOWER, CLIP_FIELDS)}
+    write_model(directory, tensors, config)
+
+
+@torch.no_grad()
+def probe(vit, n=400):
+    """{attribute: how often a linear map of its features tells it of a held-out thing's patch}
+
+    The map is fitted by least squares to n training pictures.
+    """
+    rng = random.Random(1)
+    train = [toyworld.random_scene(rng) for _ in range(n)]
+    held_out = [toyworld.random_scene(rng, held_out=True) for _ in range(n // 2)]
+    seen, unseen = (F.pad(vit(draw_pixels(scenes)), (0, 1), value=1.0) for scenes in (train, held_out))
+    shares = {}
+    asked = {"kind": toyworld.KINDS, "color": tuple(toyworld.COLORS), "place": toyworld.PLACES}
+    for name, values in asked.items():
+        labels = label_patches(train, name, values)
+        right = F.one_hot(labels[labels >= 0], len(values)).float()
+        linear = torch.linalg.lstsq(seen[labels >= 0], right).solution
+        labels = label_patches(held_out, name, values)
+        found = (unseen @ linear).argmax(-1) == labels
+        shares[name] = found[labels >= 0].float().mean().item()
+    return shares
