@@ -45,7 +45,7 @@ DINO_NAMES = {                       # ours: as transformers has them
 
 
 def make_dino(out, tok, n_steps, seed, batch_size=16, lr=1.5e-3):
-    """tok goes unused: nothing is read."""
+    """tok goes unused: there are no words."""
     rng = random.Random(seed)
     student = Sorter()
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -82,9 +82,10 @@ class Sorter(nn.Module):
         unseen = self.mask_token + self.vit.pos[1:]      # a masked patch keeps its place
         patches = torch.where(masked[:, :, None], unseen, x[:, 1:])
         x = torch.cat([x[:, :1], patches], dim=1)
-        for block in self.vit.blocks:
-            x = block(x)
-        x = self.vit.norm(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            for block in self.vit.blocks:
+                x = block(x)
+        x = self.vit.norm(x.float())
         return self.class_head(x[:, 0]), self.patch_head(x[:, 1:])
 
 
@@ -95,7 +96,7 @@ class Head(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(K, D_narrow))
 
     def forward(self, x):
-        return F.normalize(self.mlp(x).float(), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
+        return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
 
 
 def sorting_loss(student, teacher, pixels):
@@ -103,10 +104,9 @@ def sorting_loss(student, teacher, pixels):
     n = len(pixels)
     share = torch.empty(n, 1).uniform_(0.2, 0.6)
     masked = torch.rand(n, TOWER.grid**2) < share
-    with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        z_class, z_patch = student(pixels, masked)
-        with torch.no_grad():
-            told_class, told_patch = teacher(pixels, torch.zeros_like(masked))
+    z_class, z_patch = student(pixels, masked)
+    with torch.no_grad():
+        told_class, told_patch = teacher(pixels, torch.zeros_like(masked))
     q_class = sinkhorn(told_class).roll(n // 2, 0)       # of the other window
     q_patch = sinkhorn(told_patch[masked])
     return cross_entropy(q_class, z_class) + cross_entropy(q_patch, z_patch[masked])

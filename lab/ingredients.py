@@ -5,7 +5,7 @@
 
 Without --out they are written over those in assets/.
 
-lab/clip.py, lab/vicuna.py and lab/connector.py say what each is taught. No (kind, color) pair of
+lab/clip.py, lab/vicuna.py, lab/dino.py and lab/connector.py say what each is taught. No (kind, color) pair of
 toyworld.UNSEEN is ever drawn. toy-vicuna has read of them; toy-clip, toy-connector and the finetune have
 never met them.
 """
@@ -31,9 +31,9 @@ class IngredientsConfig:
     out: str = arg("assets", "folder to write to")
     clip_steps: int = arg(4000, "steps of 48 pictures", at_least=1)
     vicuna_steps: int = arg(5500, "steps of 32 texts", at_least=1)
-    dino_steps: int = arg(2000, "steps of 32 pictures", at_least=1)
+    dino_steps: int = arg(1100, "steps of 16 pictures, through two windows each", at_least=1)
     connector_steps: int = arg(8000, "steps of 32 pictures", at_least=1)
-    only: str = arg("", "make one of the three; empty: all", choices=("clip", "vicuna", "dino", "connector"))
+    only: str = arg("", "make one of them; empty: all", choices=("clip", "vicuna", "dino", "connector"))
     parts: float = arg(0.0, "share of the pictures that show a part of a scene, as tiles do", at_most=1)
     seed: int = arg(0, "of the weights and the scenes")
 
