@@ -28,6 +28,7 @@ import math
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 # PyTorch's threads wait for each other thousands of times a step. By default they spin there: beside other
@@ -295,7 +296,7 @@ def fit(cfg, task, run, held_out=None):
     return 0
 
 
-def backward(vlm, task, batches, autocast):
+def backward(vlm, task, batches, autocast=None):
     """Add the gradient of a step's L -> L, or None where no record could be used; what else to log."""
     batches = [batch for batch in batches if task.count(batch)]  # of the others all records were skipped
     counts = [task.count(batch) for batch in batches]
@@ -305,7 +306,7 @@ def backward(vlm, task, batches, autocast):
 
     loss, metrics = 0.0, Counter({task.unit: n})
     for batch, count in with_fillers(batches, counts):
-        with autocast:
+        with autocast or nullcontext():
             mean, more = task.loss(vlm, batch)
         share = count / n * world_size()  # gradients are averaged over the processes (1 here)
         part = mean * share
