@@ -261,8 +261,7 @@ class VLM(nn.Module):
         cache = self.decoder.new_cache(B, T + max_new_tokens)
         features = history.features(self, pixels) if history else self.features(pixels)
         x = self.embed(tokens, features, layout)                            # (B, T, D)
-        is_image = tokens == self.cfg.image_token
-        h = prefill(self.decoder, x, is_image, lengths, cache, history)     # (B, D), of the last tokens
+        h = prefill(self.decoder, x, tokens == self.cfg.image_token, lengths, cache, history)  # (B, D)
         places = torch.arange(T + max_new_tokens, device=device)
         is_seen = (places < lengths[:, None]) | (places >= T)               # (B, places)
         mask = None if is_seen.all() else is_seen[:, None, None]            # (B, 1, 1, places)
@@ -272,12 +271,12 @@ class VLM(nn.Module):
         for step in range(max_new_tokens):
             logits = self.decoder.lm_head(h).float()                        # (B, V)
             logits[:, self.cfg.never_generated] = -math.inf
-            new = pick_token(logits, sampling, generator).masked_fill(ended, self.cfg.pad_token)
-            yield new
+            new = pick_token(logits, sampling, generator)                   # (B,)
+            yield new.masked_fill(ended, self.cfg.pad_token)
             ended = ended | torch.isin(new, stop)
             if ended.all() or step + 1 == max_new_tokens:
                 return
-            x = self.decoder.embed_tokens(new.masked_fill(ended, 0))        # (B, D)
+            x = self.decoder.embed_tokens(new)                              # (B, D)
             seen = mask if mask is None else mask[..., : T + step + 1]
             h = self.decoder(x[:, None], (lengths + step)[:, None], seen, cache=cache)[:, 0]
             if history:
