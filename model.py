@@ -438,21 +438,23 @@ class CausalAttention(nn.Module):
         self.o_proj = nn.Linear(cfg.n_head * d, D, bias=False)
 
     def forward(self, x, rope, mask=None, wanted=None, cache=None):
-        B, T, _ = x.shape                                                   # (B, T, D)
-        heads = B, T, -1, self.head_dim
-        q = self.q_proj(x).view(heads).transpose(1, 2)                      # (B, H, T, d)
-        k = self.k_proj(x).view(heads).transpose(1, 2)                      # (B, H_kv, T, d)
-        v = self.v_proj(x).view(heads).transpose(1, 2)                      # (B, H_kv, T, d)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = self.project(x, rope)
         if cache is not None:  # these tokens see those before them, too
             k, v = cache.append(k, v)
-        is_first = cache is None or cache.n_read == T  # nothing was read before these tokens
-        is_causal = mask is None and is_first
+        is_causal = mask is None and (cache is None or cache.n_read == x.shape[1])  # nothing was read before
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=self.is_grouped)
-        y = y.transpose(1, 2).reshape(B, T, -1)                             # (B, T, H d)
+        y = y.transpose(1, 2).flatten(2)                                    # (B, T, H d)
         if wanted is not None:
             y = y.flatten(0, 1).index_select(0, wanted)                     # (K, H d)
         return self.o_proj(y)
+
+    def project(self, x, rope):
+        """(B, T, D) -> queries (B, H, T, d), keys and values (B, H_kv, T, d)"""
+        heads = *x.shape[:2], -1, self.head_dim
+        q = self.q_proj(x).view(heads).transpose(1, 2)
+        k = self.k_proj(x).view(heads).transpose(1, 2)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        return rotate(q, *rope), rotate(k, *rope), v
 
 
 class LayerCache:

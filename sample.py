@@ -31,7 +31,7 @@ from model import VLM
 from support.cli import UserError, arg, parse, pick_device, run_program
 from support.flags import AskConfig, ModelConfig
 from support.picture_files import open_image
-from support.quantize import lay_out_by_columns, widen_products
+from support.quantize import join_products, widen_products
 from support.weights import check_image_mode, check_tokenizer, newest_run, tokenizer_home
 from vision import cut_tiles, join_tiles
 
@@ -79,7 +79,7 @@ def open_asked(cfg: ModelConfig):
     int8 = cfg.quantize == "int8"
     vlm = VLM.from_pretrained(cfg.model, pick_device(cfg.device), dtype, cfg.vision, cfg.llm, int8)
     widen_products(vlm)  # 16 bits on a CPU: prompts in float32, far faster without bfloat16 instructions
-    lay_out_by_columns(vlm)  # 32 bits on a CPU: faster steps
+    join_products(vlm)  # 32 bits on a CPU: faster steps
     tok = Tokenizer(tokenizer_home(cfg.model, cfg.llm))
     check_tokenizer(vlm, tok)
     vlm.cfg.template = cfg.template or vlm.cfg.template

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from benchmarks.common import draw_boxes
-from model import rotary_angles, rotate
+from model import rotary_angles
 from support.io import write_whole
 from vision import join_tiles
 
@@ -39,9 +39,8 @@ def mean_weights(decoder, x, rows):
 def attention_weights(attn, x, rope, rows):
     """What CausalAttention never shows: the softmax of some rows, (1, T, D) -> (H, K, T)."""
     T = x.shape[1]
-    heads = 1, T, -1, attn.head_dim
-    q = rotate(attn.q_proj(x).view(heads).transpose(1, 2), *rope)[0]        # (H, T, d)
-    k = rotate(attn.k_proj(x).view(heads).transpose(1, 2), *rope)[0]        # (H_kv, T, d)
+    q, k, _ = attn.project(x, rope)
+    q, k = q[0], k[0]                                                       # (H or H_kv, T, d)
     k = k.repeat_interleave(len(q) // len(k), dim=0)
     scores = q[:, rows].float() @ k.float().transpose(1, 2)                 # (H, K, T)
     scores = scores / math.sqrt(attn.head_dim)

@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [                            # files of one row may know each other
-    {"support.io", "support.cli", "support.cache", "support.log_probs", "support.quantize", "support.tiling",
+    {"support.io", "support.cli", "support.cache", "support.log_probs", "support.tiling",
      "support.templates", "support.picture_files"},
     {"vision"},
     {"model"},
-    {"support.lora"},
+    {"support.lora", "support.quantize"},
     {"support.configs"},
     {"support.weights", "support.export"},
     {"support.control_tokens"},

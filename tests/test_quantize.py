@@ -9,7 +9,7 @@ from model import VLM
 from sample import open_asked
 from support.cli import UserError
 from support.flags import ModelConfig
-from support.quantize import Int8Linear, WideLinear, lay_out_by_columns, to_int8, use_int8
+from support.quantize import Int8Linear, WideLinear, join_products, to_int8, use_int8
 
 
 def test_eight_bits_are_within_half_a_step_of_the_weight():
@@ -72,12 +72,14 @@ def test_a_lora_is_merged_before_it_is_quantised(tiny, tmp_path, go):
         open_asked(ModelConfig(model=str(tmp_path / "lora"), quantize="int8"))
 
 
-def test_weights_by_columns_are_the_same_numbers_and_names(tiny):
+def test_joined_weights_are_the_same_numbers_and_names_and_so_are_what_they_give(tiny):
     vlm = VLM.from_pretrained(tiny)
     tokens = torch.randint(3, 300, (2, 9))
     expected = vlm(tokens)
     before = {name: p.clone() for name, p in vlm.state_dict().items()}
-    lay_out_by_columns(vlm)
-    assert vlm.decoder.lm_head.weight.stride() == (1, vlm.cfg.decoder.vocab_size)
+    join_products(vlm)
+    attn = vlm.decoder.layers[0].self_attn
+    assert attn.joint.stride() == (1, len(attn.joint))
+    assert attn.v_proj.weight.untyped_storage().data_ptr() == attn.joint.untyped_storage().data_ptr()
     assert all(torch.equal(p, before[name]) for name, p in vlm.state_dict().items())
     assert_close(vlm(tokens), expected)

@@ -35,7 +35,7 @@ import torch.nn as nn
 import mpo
 from model import IGNORE, VLM, DecoderConfig, VLMConfig
 from support.cli import REQUIRED, UserError, arg, parse, run_program
-from support.quantize import lay_out_by_columns
+from support.quantize import join_products
 from support.start import init_weights
 from vision import VisionConfig
 
@@ -222,7 +222,7 @@ def make_step(model, cfg, work):
     else:
         model.eval()
         if is_ours:
-            lay_out_by_columns(model)                    # as sample.py does
+            join_products(model)                         # as sample.py does
         # Past any end token, so that both sides make as many tokens.
         compute = partial(model.generate, tokens, pixels, N_NEW, stop=[work.cfg.pad_token])
 
