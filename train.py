@@ -365,7 +365,8 @@ class Answering:
     def loss(vlm, batch):
         """-> the mean over the supervised tokens; no further means."""
         batch = to_device(batch, vlm.device)
-        return vlm(batch["tokens"], batch["pixels"], batch["labels"], batch["layout"]), {}
+        mean = vlm(batch["tokens"], batch["pixels"], batch["labels"], batch["layout"])
+        return mean, {}
 
     def prepare(self, run):
         """Here nothing. The run's folder is there, and a new run's model is as it was before training."""
