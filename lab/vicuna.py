@@ -14,6 +14,7 @@ import math
 import random
 import re
 import statistics
+from collections import defaultdict
 from dataclasses import replace
 
 import torch
@@ -59,7 +60,16 @@ def sayings(n_scenes=2000):
     return lines
 
 
-def make_vicuna(out, tok, n_steps, seed, batch_size=32, lr=1e-3):
+def make_vicuna(out, tok, n_steps, seed):
+    fit_decoder(out / "toy-vicuna", tok, n_steps, seed, make_lesson, ask_held_out)
+
+
+def fit_decoder(out, tok, n_steps, seed, make_lesson, ask):
+    """make_lesson(tok, rng, progress) -> tokens, labels, spelled
+
+    ask(tok, scene, rng) -> [(category, a lesson of one answer, the answer), ...], for answers_found.
+    """
+    batch_size, lr = 32, 1e-3
     decoder = init_weights(Decoder(replace(PRESETS["toy"].decoder, vocab_size=tok.n_text)))
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()     # 1.6 times as fast; elsewhere far slower
 
@@ -76,10 +86,10 @@ def make_vicuna(out, tok, n_steps, seed, batch_size=32, lr=1e-3):
     def look():
         tensors = {llama_name(name): p.half() for name, p in decoder.state_dict().items()}
         config = llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]}
-        write_model(out / "toy-vicuna", tensors, config)
-        return answers_found(decoder, tok)
+        write_model(out, tensors, config)
+        return answers_found(decoder, tok, ask)
 
-    fit_part("toy-vicuna", decoder, n_steps, lr_at, loss_at, look)
+    fit_part(out.name, decoder, n_steps, lr_at, loss_at, look)
 
 
 def text_loss(decoder, tok, lessons, noise=0.0):
@@ -103,26 +113,30 @@ def text_loss(decoder, tok, lessons, noise=0.0):
 
 
 @torch.no_grad()
-def answers_found(decoder, tok, n=64):
-    """{category: share of right answers} about held-out pictures in words.
+def answers_found(decoder, tok, ask, n=64):
+    """{category: share of right answers} about held-out pictures in words; ask() as in fit_decoder.
 
     A token is guessed after the true ones before it.
     """
-    lessons = {category: [] for category in toyworld.ASK}
-    answers = {category: [] for category in toyworld.ASK}
+    lessons, answers = defaultdict(list), defaultdict(list)
     for i in range(n):
         rng = random.Random(f"told {i}")
         scene = toyworld.random_scene(rng, held_out=True)
-        for category, question, answer in toyworld.ask_all(scene, rng):
-            lessons[category].append(make_conversation(tok, [(question, answer)], spell(scene, tok)))
+        for category, lesson, answer in ask(tok, scene, rng):
+            lessons[category].append(lesson)
             answers[category].append(answer)
 
     found = {}
-    for category in toyworld.ASK:
+    for category in lessons:
         _, guesses = text_loss(decoder, tok, lessons[category])
         guesses = [tok.decode(ids[:-1]) for ids in guesses]                 # without the end token
         found[category] = statistics.mean(map(is_right, guesses, answers[category]))
     return found
+
+
+def ask_held_out(tok, scene, rng):
+    for category, question, answer in toyworld.ask_all(scene, rng):
+        yield category, make_conversation(tok, [(question, answer)], spell(scene, tok)), answer
 
 
 # ---- a lesson: a picture in words, then what there is to say of it ----

@@ -15,10 +15,13 @@ from layouts import features_of
 from PIL import Image, ImageColor
 
 import lab.run
+import lab.vicuna
 import mpo
 import pairs
 import toyworld
 import train
+from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
+from lab.base import make_statements, make_text
 from lab.clip import FALSE, TRUE, UNTOLD, contrastive_batch, contrastive_loss, holds
 from lab.common import (
     NOTHING,
@@ -120,6 +123,82 @@ def test_terse_questions_have_the_true_answer():
         word = question.split()[-1]
         option = re.search(rf"{letter}\. ([\w ]+?)(?= [A-D]\.| {word}$)", question)[1]
         assert question.endswith(option)
+
+
+def test_toy_base_reads_no_question_no_template_and_no_format_prompt(tok):
+    prompts = (SHORT, LETTER, INSUFFICIENT, COT, toyworld.BOX, toyworld.CAPTION, toyworld.DETAIL)
+    for i, progress in itertools.product(range(150), (0.0, 0.9)):
+        tokens, labels, spelled = make_text(tok, random.Random(i), progress)
+        assert tokens[: 1 + 64] == [tok.bos] + [tok.image] * 64
+        assert labels == [IGNORE] * 65 + tokens[65:]             # all of the text is supervised
+        assert len(spelled) == 64
+        text = tok.decode(tokens)
+        assert not any(prompt.strip() in text for prompt in prompts)
+        assert not re.search(r"\?|[Hh]ow many|USER:|ASSISTANT:|In:|Out:|Final answer:|\b[A-D]\.", text)
+
+
+def named(phrase, scene):
+    """The things that a phrase means: "the red cat", "fish", "a sign at the left that says OPEN", ..."""
+    written = re.findall(r"that says (\w+)", phrase)
+    phrase = re.sub(r" that says \w+| besides the sign", "", phrase).lower()
+    phrase, _, place = re.sub(r"\b(at|in) the ", "|", phrase).partition("|")
+    singular = {toyworld.plural(kind): kind for kind in KINDS}
+    words = {singular.get(word, word) for word in phrase.split()} | set(written)
+    words -= {"a", "an", "the", "thing", "things"}
+    parts = [(thing.place, {thing.kind, thing.color, thing.size}, thing) for thing in scene.things]
+    if scene.sign and (place or "sign" in words):
+        parts.append((scene.sign.place, {"sign", scene.sign.word}, scene.sign))
+    return [part for at, said, part in parts if words <= said and place in ("", at)]
+
+
+def stands(a, words, b, scene):
+    (a,), (b,) = named(a, scene), named(b, scene)
+    x = a.box[0] + a.box[2] - b.box[0] - b.box[2]
+    y = a.box[1] + a.box[3] - b.box[1] - b.box[3]
+    return {"to the left of": x < 0, "to the right of": x > 0, "above": y < 0, "below": y > 0}[words]
+
+
+SENTENCES = {                        # what a sentence of toy-base says, and whether that is true of a scene
+    r"(An? .+) is in the image": lambda scene, a: named(a, scene),
+    r"(An? .+) is not in the image": lambda scene, a: not named(a, scene),
+    r"That (.+) is (to the \w+ of|above|below) (.+) is so": lambda scene, *said: stands(*said, scene),
+    r"That (.+) is (to the \w+ of|above|below) (.+) is not so": lambda scene, *said: not stands(*said, scene),
+    r"Of (.+) there are (\d)": lambda scene, a, n: len(named(a, scene)) == int(n),
+    r"There (?:is|are) no (.+)": lambda scene, a: not named(a, scene),
+    r"There (?:is|are) (\d) (.+)": lambda scene, n, a: len(named(a, scene)) == int(n),
+    r"(\d) things? (?:is|are) (\w+)": lambda scene, n, color: len(named(color, scene)) == int(n),
+    r"(\d) (\w+) (?:has|have) (\d+) legs":
+        lambda scene, n, a, legs: sum(toyworld.LEGS[thing.kind] for thing in named(a, scene)) == int(legs),
+    r"([\d +-]+) = (\d+)": lambda scene, left, right: eval(left) == int(right),
+    r"The region of (.+) is (\[.+\])":
+        lambda scene, a, box: [list(x.box) for x in named(a, scene)] == [json.loads(box)],
+    r"The color of (.+) is (\w+)": lambda scene, a, color: [x.color for x in named(a, scene)] == [color],
+    r"The sign says (\w+)": lambda scene, word: scene.sign.word == word,
+    r"(The .+) can be found (.+)":
+        lambda scene, a, place: named(a, scene) == named(f"{a} {place}", scene) != [],
+    r"(The .+) is (?:a )?(\w+)(?: one)?": lambda scene, a, b: named(a, scene) == named(f"{b} {a}", scene) != [],
+    r"((?:At|In) the .+) is no thing": lambda scene, place: not named(f"thing {place}", scene),
+    r"((?:At|In) the .+) is (an? .+)": lambda scene, place, a: named(f"{a} {place}", scene),
+    r"(?:The picture has )?(an? .+)":
+        lambda scene, a: [named(part, scene) for part in re.split("; |, | and ", a)] == [[x] for x in scene.parts],
+}
+
+
+def is_true(text, scene):
+    for sentence in text.replace("|", "").removesuffix(".").split(". "):
+        found = (re.fullmatch(pattern, sentence, re.IGNORECASE) for pattern in SENTENCES)
+        match = next(filter(None, found))
+        if not SENTENCES[match.re.pattern](scene, *match.groups()):
+            return False
+    return True
+
+
+def test_every_statement_that_toy_base_reads_is_true():
+    for i in range(300):
+        rng = random.Random(i)
+        scene = toyworld.random_scene(rng, held_out=i % 4 == 0)
+        for _, text in make_statements(scene, rng):
+            assert is_true(text, scene), text
 
 
 BIG_RED_CAT = Fact("big", "red", "cat", "top left", None)
@@ -303,6 +382,16 @@ def test_toy_dino_opens_as_a_dinov2_of_transformers_and_as_a_tower(tmp_path, mon
     theirs = transformers.Dinov2Model.from_pretrained(tmp_path / "toy-dino", dtype=torch.float32)
     pixels = torch.randn(2, 3, 96, 96)
     assert torch.allclose(tower(pixels), features_of(theirs, pixels), atol=1e-5)
+
+
+def test_toy_base_is_written_with_its_tokenizer_where_llm_finds_it(tok, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab.vicuna, "answers_found", lambda *_: {"count": 0.5})
+    (tmp_path / "toy-vicuna").mkdir()
+    (tmp_path / "toy-vicuna/tokenizer.model").write_bytes(tok.path.read_bytes())
+    make_parts(["--only", "base", "--base-steps", "2", "--out", str(tmp_path)])
+    vlm, own = build(train.parse_flags(["--llm", str(tmp_path / "toy-base")]))
+    assert own.path == tmp_path / "toy-base/tokenizer.model"
+    assert vlm.decoder.cfg == build(train.parse_flags([]), device="meta")[0].decoder.cfg
 
 
 # ---- experiments ----
