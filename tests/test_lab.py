@@ -158,11 +158,16 @@ def stands(a, words, b, scene):
     return {"to the left of": x < 0, "to the right of": x > 0, "above": y < 0, "below": y > 0}[words]
 
 
+def one_by_one(scene):
+    return [[part] for part in scene.parts]
+
+
 SENTENCES = {                        # what a sentence of toy-base says, and whether that is true of a scene
     r"(An? .+) is in the image": lambda scene, a: named(a, scene),
     r"(An? .+) is not in the image": lambda scene, a: not named(a, scene),
     r"That (.+) is (to the \w+ of|above|below) (.+) is so": lambda scene, *said: stands(*said, scene),
-    r"That (.+) is (to the \w+ of|above|below) (.+) is not so": lambda scene, *said: not stands(*said, scene),
+    r"That (.+) is (to the \w+ of|above|below) (.+) is not so":
+        lambda scene, *said: not stands(*said, scene),
     r"Of (.+) there are (\d)": lambda scene, a, n: len(named(a, scene)) == int(n),
     r"There (?:is|are) no (.+)": lambda scene, a: not named(a, scene),
     r"There (?:is|are) (\d) (.+)": lambda scene, n, a: len(named(a, scene)) == int(n),
@@ -180,7 +185,7 @@ SENTENCES = {                        # what a sentence of toy-base says, and whe
     r"((?:At|In) the .+) is no thing": lambda scene, place: not named(f"thing {place}", scene),
     r"((?:At|In) the .+) is (an? .+)": lambda scene, place, a: named(f"{a} {place}", scene),
     r"(?:The picture has )?(an? .+)":
-        lambda scene, a: [named(part, scene) for part in re.split("; |, | and ", a)] == [[x] for x in scene.parts],
+        lambda scene, all_of: [named(a, scene) for a in re.split("; |, | and ", all_of)] == one_by_one(scene),
 }
 
 
