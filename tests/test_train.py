@@ -627,7 +627,7 @@ def test_records_longer_than_the_decoder_takes_are_refused_not_trained(go, capfd
         (["--stage", "pretrian"], "did you mean pretrain?"),
         (["--train", "llm,conector"], "--train conector: unknown; did you mean connector?"),
         (["--image-mode", "padd"], "did you mean pad?"),
-        (["--template", "vicuna"], "did you mean 'vicuna_v1'"),
+        (["--template", "vicuna"], "did you mean vicuna_v1"),
         (["--bad-records", "drop"], "Known are stop, skip"),
         (["--dtype", ""], "--dtype '': unknown"),
         (["--train", "llm,,vision"], "--train '': unknown"),
