@@ -15,10 +15,11 @@ import torch
 import toyworld
 from benchmarks.common import SHORT
 from lab.common import patch_owners
-from sample import AskConfig, open_asked
+from sample import open_asked
 from support.attention import Look
 from support.chat import Chat
 from support.cli import Bar, parse, run_program
+from support.flags import AskConfig
 
 N_QUESTION = 200
 

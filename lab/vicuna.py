@@ -22,11 +22,12 @@ import torch.nn.functional as F
 
 import toyworld
 from benchmarks.own import is_right
-from conversation import SYSTEM_VICUNA, encode_conversation
+from conversation import encode_conversation
 from lab.common import fit_part, pad_rows, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder
 from support.export import llama_json, llama_name, write_model
 from support.start import init_weights
+from support.templates import SYSTEM_VICUNA
 
 # LLaVA's requests for a caption (arXiv:2304.08485).
 BRIEF = (
