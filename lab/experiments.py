@@ -303,8 +303,9 @@ EXPERIMENTS = {
         minutes=17,
         note="HD gains captions, and loses boxes, reasoning and counting (79 to 72%, not in the table). With "
              "a tower that had met things in one size alone, and twice the steps, it lost choice, too "
-             "(lab/README.md). A box must be put together from places in several tiles, and no part was "
-             "made with such pictures. Captions, boxes and choices need the global view; words do not.",
+             "(lab/README.md). A box must be put together from places in several tiles, and the language "
+             "model had read of one tile alone. Captions, boxes and choices need the global view; words do "
+             "not.",
     ),
 
     # ---- Prismatic ----
