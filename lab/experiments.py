@@ -300,7 +300,7 @@ EXPERIMENTS = {
         columns=("reading", "all", "caption", "box", "choice", "reasoning"),
         claims=("hd, reading > pad, reading", "hd, all > pad, all", "hd, box = pad, box",
                 "hd, reasoning = pad, reasoning", "hd, all > hd, no global view, all"),
-        minutes=17,
+        minutes=14,
         note="HD gains captions, and loses boxes, reasoning and counting (79 to 72%, not in the table). With "
              "a tower that had met things in one size alone, and twice the steps, it lost choice, too "
              "(lab/README.md). A box must be put together from places in several tiles, and the language "
@@ -320,7 +320,7 @@ EXPERIMENTS = {
         columns=("all", "caption", "existence", "reading", "chat"),
         claims=("letterbox, all > crop, all", "plain resize, all > crop, all",
                 "plain resize, all = letterbox, all"),
-        minutes=5,
+        minutes=9,
         note="toy-clip has met things of one size, undistorted. In a letterbox they are two thirds as "
              "large, squeezed in a plain resize, and right in what a crop leaves: here this outweighs what "
              "a crop cuts off. A real CLIP has met all sizes; what the paper found cannot be shown with "
@@ -338,7 +338,7 @@ EXPERIMENTS = {
         },
         columns=("all", "caption", "box", "reading", "spatial"),
         claims=("CLIP, all > DINO, all", "DINO and CLIP, all > CLIP, all", "DINO and CLIP, box > CLIP, box"),
-        minutes=10,
+        minutes=17,
         note="Neither is a fair test. toy-dino has sorted patches by color (a linear map tells 87%) and not "
              "by kind (14%; by chance 12.5%; toy-clip 98%): 17,600 drawn pictures are few for a tower "
              "without words, and with it a model is hardly better than without pictures. Two towers have "
@@ -357,7 +357,7 @@ EXPERIMENTS = {
         },
         columns=("all", "caption", "made up", "reasoning", "chat"),
         claims=("instruct, all = base, all", "instruct, made up > base, made up"),
-        minutes=6,
+        minutes=10,
         note="With a connector fitted to toy-base (lab/connector.py) the gap is as wide after 80 steps: 19% "
              "against 87%, one seed. Llama 2 has read what questions are before any tuning; toy-base has "
              "read statements alone, and must learn questions, templates and pictures in the same steps. "
@@ -459,7 +459,7 @@ EXPERIMENTS |= {
         columns=("reasoning", "cot", "no final answer", "made up"),
         claims=("MPO, cot > SFT on chosen, cot", "DPO, reasoning > DPO, cot", "DPO+SFT, cot > DPO, cot",
                 "DPO, no final answer > DPO+SFT, no final answer", "MPO, cot > DPO+SFT, cot"),
-        minutes=10,
+        minutes=9,
         note="No pair holds direct answers (reasoning): with each seed they fall where no SFT on the chosen "
              "answers is beside. All preference losses make up more, with DropoutNTP's pairs among theirs "
              "(experiment dropout). At most one answer of 198 loses its format in 40 steps. BCO+SFT, "
@@ -474,7 +474,7 @@ EXPERIMENTS |= {
              | {name: prefer(f"--loss {name} --w-g 0", *BOTH, program="losses") for name in NAMES},
         columns=("reasoning", "cot", "no final answer", "made up"),
         claims=("MPO, cot > DPO, cot", "cdpo, cot > DPO, cot", "aot, cot > DPO, cot", "MPO, cot > sppo, cot"),
-        minutes=8,
+        minutes=16,
         note="Alone, every loss of DPO's kind lowers direct answers, which no pair shows, and IPO lowers "
              "steps, too. SPPO and ORPO (here a tenth of it, without the SFT that its paper adds) leave the "
              "model nearest to what it was before (experiment losses).",
@@ -494,7 +494,7 @@ EXPERIMENTS |= {
         columns=("made up", "caption", "reasoning", "cot"),
         claims=("before, made up > half, made up", "a quarter, made up > half, made up",
                 "three quarters, made up > half, made up"),
-        minutes=8,
+        minutes=7,
         note="The finetuned model makes up 2% of what it names, and it knows the pairs: in the first three "
              "steps the log-probability of a chosen completion is -0.2 to -0.7, of a rejected one -13 to "
              "-27 (log.jsonl of the nine runs). To push the rejected further down, to -22 to -45, teaches "
