@@ -19,8 +19,9 @@ Letters: B rows of a batch, T tokens of a row, n tiles of all pictures, S pixels
 of a tile, D_f channels of a feature, M visual tokens of all pictures, K wanted positions of all B T,
 D channels of the decoder, H heads, d channels of a head, V tokens of the vocabulary.
 
-Rows are padded on the right, in training and in generation alike: under a causal mask no token ever sees the
-padding behind it, so no mask is needed for it. Where this departs from the originals:
+Rows are padded on the right: under a causal mask no token ever sees the padding behind it, so no mask is
+needed. Only the answers to a batch come behind padding, which stream masks. Where this departs from the
+originals:
   - the last block of a tower whose features are taken before it is not run;
   - a head that shares its table with the embedding is a copy of it from the moment it is loaded;
   - Mistral's sliding window is not implemented: the longest sequence is one window, in which nothing slides;

@@ -25,23 +25,10 @@ from lab.common import draw_pixels, fit_part, label_patches, random_window, repa
 from support.configs import CLIP_FIELDS, DINOV2
 from support.export import public_fields, write_model
 from support.start import init_weights
-from support.weights import rename
+from support.weights import DINO_NAMES, rename
 from vision import ViT
 
 TOWER = replace(DINOV2, image_size=96, patch_size=12, n_embd=128, n_layer=5, n_head=4, n_hidden=512)
-DINO_NAMES = {                       # ours: as transformers has them
-    "patch.": "embeddings.patch_embeddings.projection.",
-    "class_token": "embeddings.cls_token",
-    "pos": "embeddings.position_embeddings",
-    "norm.": "layernorm.",
-    "blocks.": "encoder.layer.",
-    ".attn.q_proj.": ".attention.attention.query.",
-    ".attn.k_proj.": ".attention.attention.key.",
-    ".attn.v_proj.": ".attention.attention.value.",
-    ".attn.out_proj.": ".attention.output.dense.",
-    ".scale1": ".layer_scale1.lambda1",
-    ".scale2": ".layer_scale2.lambda1",
-}
 
 
 def make_dino(out, tok, n_steps, seed, batch_size=16, lr=1.5e-3):
@@ -142,7 +129,8 @@ def two_windows(rng, size):
 def save_tower(sorter, directory):
     """As facebook/dinov2-* are laid out."""
     vit = sorter.vit.state_dict()
-    tensors = {rename(name, DINO_NAMES): tensor.half() for name, tensor in vit.items()}
+    public_names = {ours: public for public, ours in DINO_NAMES.items()}
+    tensors = {rename(name, public_names): tensor.half() for name, tensor in vit.items()}
     tensors["embeddings.cls_token"] = vit["class_token"].half().view(1, 1, -1)
     tensors["embeddings.position_embeddings"] = vit["pos"].half()[None]
     tensors["embeddings.mask_token"] = sorter.mask_token.detach().half()[None]

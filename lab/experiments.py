@@ -24,7 +24,7 @@ class Experiment:
     rows: dict                       # {row: [command, ...]}
     columns: tuple                   # names of MEASURES
     claims: tuple                    # "row, column > row, column": the first is higher; or =, they are alike
-    minutes: int                     # of one seed, on one core of a busy machine; 0: not measured
+    minutes: int                     # of one seed, on one core of a busy machine
     note: str = ""                   # what explains it, and what does not carry over
 
 
@@ -187,6 +187,7 @@ FILES = {                            # name -> its world, what it is made of, an
 
 LLAVA = "LLaVA-1.5 (arXiv:2310.03744v2), "
 FRESH = "--projector= --lr-connector 5e-3"       # a connector of random weights
+WIDE_PICTURES = "train --data {wide} --val {wideval}"
 FROM_RANDOM = f"train --max-steps 240 {FRESH}"
 TILES = "--vision assets/toy-clip-tiles --projector assets/toy-connector-tiles"
 HD = f"train --data {{signs}} --batch-size 8 --lr 1e-3 {TILES}"
@@ -291,7 +292,7 @@ EXPERIMENTS = {
         says="Tiles and a global view read what one tile cannot show, and lose nowhere.",
         setup="Pictures of 192 px with signs half as large; one tile (pad) or up to six (hd), 1.5 million "
               "training tokens each: 442, 270 and 297 steps of 8. The tower is assets/toy-clip-tiles, which "
-              "has met things in two sizes.",
+              "has met things up to twice as large.",
         rows={
             "pad": [HD + " --image-mode pad --max-steps 442"],
             "hd": [HD + " --image-mode hd --max-steps 270"],
@@ -315,8 +316,11 @@ EXPERIMENTS = {
         says="Cropping is worst (RefCOCO falls by 9.8), and a plain resize is as good as a letterbox or "
              "better (p = 0.018, above the paper's 0.01).",
         setup="Pictures half as wide again as they are high, without questions about boxes.",
-        rows={name: [f"train --data {{wide}} --val {{wideval}} --image-mode {mode}"]
-              for name, mode in (("letterbox", "letterbox"), ("crop", "crop"), ("plain resize", "resize"))},
+        rows={
+            "letterbox": [WIDE_PICTURES + " --image-mode letterbox"],
+            "crop": [WIDE_PICTURES + " --image-mode crop"],
+            "plain resize": [WIDE_PICTURES + " --image-mode resize"],
+        },
         columns=("all", "caption", "existence", "reading", "chat"),
         claims=("letterbox, all > crop, all", "plain resize, all > crop, all",
                 "plain resize, all = letterbox, all"),

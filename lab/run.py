@@ -58,7 +58,7 @@ def main(argv=None):
     cfg = parse(LabConfig, argv, description=__doc__)
     if cfg.list or not cfg.name:
         for name, experiment in EXPERIMENTS.items():
-            print(f"{name:12}{experiment.paper}; {experiment.minutes or 'unknown'} minutes a seed")
+            print(f"{name:12}{experiment.paper}; {experiment.minutes} minutes a seed")
             print("\n".join(f"{'':12}- {claim}" for claim in experiment.claims))
         return 0
 

@@ -56,24 +56,26 @@ CLIP_NAMES = {                       # and SigLIP, in transformers
     ".layer_norm1.": ".norm1.",
     ".layer_norm2.": ".norm2.",
 }
-TOWER_NAMES = CLIP_NAMES | {
-    # DINOv2 and the ImageNet ViT, in transformers
+DINO_NAMES = {                       # DINOv2's, in transformers
     "embeddings.patch_embeddings.projection.": "patch.",
     "embeddings.cls_token": "class_token",
     "embeddings.register_tokens": "registers",
     "embeddings.position_embeddings": "pos",
     "layernorm.": "norm.",
     "encoder.layer.": "blocks.",
-    ".layernorm_before.": ".norm1.",
-    ".layernorm_after.": ".norm2.",
     ".attention.attention.query.": ".attn.q_proj.",
     ".attention.attention.key.": ".attn.k_proj.",
     ".attention.attention.value.": ".attn.v_proj.",
     ".attention.output.dense.": ".attn.out_proj.",
-    ".intermediate.dense.": ".mlp.fc1.",
-    ".output.dense.": ".mlp.fc2.",
     ".layer_scale1.lambda1": ".scale1",
     ".layer_scale2.lambda1": ".scale2",
+}
+TOWER_NAMES = CLIP_NAMES | DINO_NAMES | {
+    # the ImageNet ViT, in transformers
+    ".layernorm_before.": ".norm1.",
+    ".layernorm_after.": ".norm2.",
+    ".intermediate.dense.": ".mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
     # any tower as timm writes it, and so Prismatic
     "patch_embed.proj.": "patch.",
     "cls_token": "class_token",
