@@ -38,7 +38,7 @@ import zlib
 from dataclasses import dataclass
 from itertools import islice
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
 
 import torch
 import torch.nn.functional as F

@@ -31,9 +31,10 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-# PyTorch's threads wait for each other thousands of times a step. By default they spin there: beside other
-# programs, each waits at full speed for one that has no core, and two threads are ten times as slow as one.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+# PyTorch's threads wait for each other thousands of times a step, spinning. By default they do so for long:
+# beside other programs each spins for one that has no core, and two threads are ten times as slow as one. If
+# they slept at once, two threads would be no faster than one on a quiet machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is loaded
 
 import torch
 
