@@ -1,11 +1,14 @@
 """Run one experiment: rows that are trained alike but for a few flags, scored alike, with several seeds.
 
     python -m lab.run --list
-    python -m lab.run formats            # results/formats.md and formats.png
+    python -m lab.run formats            # brings results/formats.md and formats.png up to date
     python -m lab.run formats --quick    # a step and a few questions, to see that it runs; in out/lab-quick
 
-lab/experiments.py has the experiments. What has been trained lies in out/lab and is not trained again: a row
-that two experiments share is one run. Remove out/lab to begin anew.
+The page of an experiment says what the paper found and what is done here; the columns of its table are what
+is scored, and a claim is "row, column > row, column" (the first is higher) or, with "=", that they are alike.
+A run writes new figures into it: cells, verdicts, seeds and minutes. The commands of the rows stand in
+lab/experiments.py. What has been trained lies in out/lab and is not trained again: a row that two experiments
+share is one run. Remove out/lab to begin anew.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -29,78 +33,86 @@ import train
 from lab import losses
 from lab.experiments import EXPERIMENTS, FILES, MEASURES, widen_pictures
 from support.cli import UserError, arg, parse, run_program
-from support.io import read_json, write_json, write_json_lines
+from support.io import read_json, reading, write_json, write_json_lines, write_text
 
 PROGRAMS = {"train": train, "pairs": pairs, "mpo": mpo, "losses": losses}
 UNDISTURBED = " --eval-every 0 --save-every 0"
 QUICK = " --max-steps 1 --batch-size 2 --workers 0 --eval-limit 24"
 QUICK_PAIRS = " --limit 12 --max-new-tokens 48"
-LEGEND = (
-    "The commands of the rows are in lab/experiments.py; a run is 80 steps of 16 records where nothing else "
-    "is said above. Columns are shares of right answers to held-out questions, 72 of a category (one is 1.4 "
-    "points), 198 where preferences are trained (0.5 points); `all` is the mean of twelve categories, `short "
-    "answers` of existence, count, attribute, spatial, reading and reasoning; `cot` asks for the steps of "
-    "`reasoning`, and `chat` has no format prompt. Of `made up` (things named that are not there), `no final "
-    "answer` and `chat in one word` less is better. A difference shows where all seeds agree in it:"
-)
+PAGES = Path("results")
+CLAIM = re.compile("^- (.+) ([>=]) ([^:\n]+).*", re.MULTILINE)          # with its verdict, if it has one
 
 
 @dataclass
 class LabConfig:
     name: str = arg("", "of the experiment", choices=tuple(EXPERIMENTS), positional=True)
-    list: bool = arg(False, "name every experiment, its paper, its claims and its minutes")
+    list: bool = arg(False, "name every experiment, its paper, its minutes and its claims")
     seeds: int = arg(3, "runs of each row", at_least=1)
-    out: str = arg("results", "folder for the page and its picture")
     quick: bool = arg(False, "a step and a few questions; its figures mean nothing")
 
 
 def main(argv=None):
     cfg = parse(LabConfig, argv, description=__doc__)
     if cfg.list or not cfg.name:
-        for name, experiment in EXPERIMENTS.items():
-            print(f"{name:12}{experiment.paper}; {experiment.minutes} minutes a seed")
-            print("\n".join(f"{'':12}- {claim}" for claim in experiment.claims))
+        for name in EXPERIMENTS:
+            show_claims(name)
         return 0
 
-    experiment = EXPERIMENTS[cfg.name]
     lab = Path("out/lab-quick" if cfg.quick else "out/lab")
-    results = {}                     # {row: [{column: share} of each seed]}
-    seconds = {}                     # that each command took
+    page = read_page(cfg.name)
+    columns = re.search(r"^\| \| (.+) \|$", page, re.MULTILINE)[1].split(" | ")
+    results = {row: [] for row in EXPERIMENTS[cfg.name]}        # {row: [{column: share} of each seed]}
+    made = set()
     for seed in range(cfg.seeds):
-        for row, commands in experiment.rows.items():
-            run = make_row(lab, commands, seed, cfg.quick, seconds)
-            records = read_json(run / "results.json")["records"]
-            scores = {column: MEASURES[column](records) for column in experiment.columns}
-            results.setdefault(row, []).append(scores)
+        for row, commands in EXPERIMENTS[cfg.name].items():
+            runs = make_row(lab, commands, seed, cfg.quick)
+            made |= set(runs)
+            records = read_json(runs[-1] / "results.json")["records"]
+            scores = {column: MEASURES[column](records) for column in columns}
+            results[row].append(scores)
             shares = ", ".join(f"{column} {share:.1%}" for column, share in scores.items())
             print(f"seed {seed}, {row}: {shares}", flush=True)
 
-    page = (lab if cfg.quick else Path(cfg.out)) / f"{cfg.name}.md"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    draw_results(page.with_suffix(".png"), results)
-    page.write_text(write_page(cfg.name, experiment, results, sum(seconds.values())))
-    print(f"{page.read_text()}\nin {page}")
+    seconds = sum(read_json(out.with_suffix(".json"))["seconds"] for out in made)
+    page = update_page(page, results, seconds)
+    path = (lab if cfg.quick else PAGES) / f"{cfg.name}.md"
+    write_text(path, page)
+    draw_results(path.with_suffix(".png"), results)
+    print(f"{page}\nin {path}")
     return 0
+
+
+def read_page(name):
+    path = PAGES / f"{name}.md"
+    with reading(path):
+        return path.read_text(encoding="utf-8")
+
+
+def show_claims(name):
+    page = read_page(name)
+    paper = re.search("\n\n(.+?): ", page)[1]
+    n_seed, minutes = re.search(r"(\d+) seeds; (\d+) minutes", page).groups()
+    print(f"{name:12}{paper}; {int(minutes) / int(n_seed):.0f} minutes a seed")
+    for claim in CLAIM.finditer(page):
+        print(f"{'':12}{claim[0]}")
 
 
 # ---- the runs of a row ----
 
 
-def make_row(lab, commands, seed, quick, seconds):
-    """Run the commands of a row, each once -> what the last one made. seconds takes in how long each took."""
+def make_row(lab, commands, seed, quick):
+    """Run the commands of a row, unless that was done before -> what each of them has made."""
     made = []
-    for command in commands:
+    for command in commands.split(" && "):
         program, flags = fill_in(command, seed)
         if quick:
             flags += QUICK_PAIRS if program == "pairs" else QUICK
         files = {name: make_file(lab, name, quick) for name in re.findall("{([a-z]+)", flags)}
         flags = flags.format(*made, **files)
 
-        # Its file of seconds says that a command is done.
+        # A file with its seconds, beside it, says that a command is done.
         out = lab / f"{program}-{zlib.crc32(flags.encode()):08x}"
         done = out.with_suffix(".json")
-        if program == "pairs":
-            out = out.with_suffix(".jsonl")
         if not done.exists():
             began = time.time()
             log = out.with_suffix(".txt")
@@ -108,9 +120,8 @@ def make_row(lab, commands, seed, quick, seconds):
                 if PROGRAMS[program].main(["--out", str(out), *flags.split()]):
                     raise UserError(f"{out}: not finished; what was printed is in {log}")
             write_json(done, {"command": f"{program} {flags}", "seconds": round(time.time() - began)})
-        seconds[out] = read_json(done)["seconds"]
         made.append(out)
-    return out
+    return made
 
 
 def fill_in(command, seed):
@@ -124,76 +135,68 @@ def fill_in(command, seed):
 
 def make_file(lab, name, quick):
     """The path of a file of FILES: that of a toy world, rewritten record by record, beside its pictures."""
-    world, source, rewrite = FILES[name]
+    world, rewrite = FILES[name]
     folder = lab / "-".join(["world", *map(str, world)])
-    path = folder / f"{name}{Path(source).suffix}"
+    path = folder / f"{name}.jsonl"
     if path.exists():
         return path
     n_train, n_val = (16, 8) if quick else (world.n_train, world.n_val)
     toyworld.write_world(folder, n_train, n_val, world.size, 0, world.words)
     if world.wide:
         widen_pictures(folder)
-    text = (folder / source).read_text()
-    if path.suffix == ".json":
-        write_json(path, [new for record in json.loads(text) for new in rewrite(record)])
+    if name.endswith("val"):
+        records = map(json.loads, (folder / "val.jsonl").read_text().splitlines())
     else:
-        write_json_lines(path, [new for line in text.splitlines() for new in rewrite(json.loads(line))])
+        records = json.loads((folder / "train.json").read_text())
+    write_json_lines(path, [new for record in records for new in rewrite(record)])
     return path
 
 
 # ---- the page ----
 
 
-def write_page(name, experiment, results, seconds):
+def update_page(page, results, seconds):
+    """Its words stay. Rows, claims and what was needed for them are those of `results`."""
     n_seed = len(next(iter(results.values())))
     machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    parts = [
-        f"# {name}",
-        f"{experiment.paper}: {experiment.says}",
-        f"    python -m lab.run {name}",
-        f"{experiment.setup} Mean and standard deviation of {n_seed} seeds; {seconds / 60:.0f} minutes "
-        f"in all ({machine}).",
-        "\n".join(table_lines(results)),
-        f"![each seed a dot, their mean a stroke; each column has its own scale]({name}.png)",
-        LEGEND,
-        "\n".join(f"- {claim}: {judge(results, claim)}" for claim in experiment.claims),
-    ]
-    return "\n\n".join(filter(None, [*parts, experiment.note])) + "\n"
+    needed = f"{n_seed} seeds; {seconds / 60:.0f} minutes in all ({machine})."
+    page = re.sub(r"\d+ seeds; .*", needed, page)
+    page = re.sub(r"(?m)^\| (\w[^|]*?) \|.*", lambda row: table_row(row[1], results[row[1]]), page)
+    return CLAIM.sub(lambda claim: judge(results, claim), page)
 
 
-def table_lines(results):
+def table_row(row, runs):
     """In Markdown; a cell has mean and standard deviation over the seeds."""
-    columns = list(next(iter(results.values()))[0])
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for row, runs in results.items():
-        cells = []
-        for column in columns:
-            shares = [100 * scores[column] for scores in runs]
-            spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
-            cells.append(f"{statistics.mean(shares):.1f}%{spread}")
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return lines
+    cells = [row]
+    for column in runs[0]:
+        shares = [100 * scores[column] for scores in runs]
+        spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+        cells.append(f"{statistics.mean(shares):.1f}%{spread}")
+    return f"| {' | '.join(cells)} |"
+
+
+VERDICTS = {                         # the first is higher with every seed, or the second, or neither
+    ">": ("shows", "the contrary shows", "does not show"),
+    "=": ("does not show: the first is higher", "does not show: the second is higher", "no difference shows"),
+}
 
 
 def judge(results, claim):
-    """What becomes of a claim. The same seeds are compared; a difference is what all seeds agree in."""
-    first, sign, second = re.fullmatch("(.+) ([>=]) (.+)", claim).groups()
+    """A match of CLAIM -> its line with a verdict. The same seeds are compared."""
+    first, sign, second = claim.groups()
     (row, column), (other_row, other_column) = first.rsplit(", ", 1), second.rsplit(", ", 1)
     gaps = [a[column] - b[other_column] for a, b in zip(results[row], results[other_row])]
-    differs = min(gaps) > 0 or max(gaps) < 0
+    higher, lower, unclear = VERDICTS[sign]
     if len(gaps) == 1:
-        said = "not to be told from one seed"
-    elif sign == "=":
-        higher = "first" if min(gaps) > 0 else "second"
-        said = "no difference shows"
-        if differs:
-            said = f"does not show: the {higher} is higher"
-    elif differs:
-        said = "shows" if min(gaps) > 0 else "the contrary shows"
+        verdict = "not to be told from one seed"
+    elif min(gaps) > 0:
+        verdict = higher
+    elif max(gaps) < 0:
+        verdict = lower
     else:
-        said = "does not show"
+        verdict = unclear
     points = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
-    return f"**{said}** ({points} points by seed)"
+    return f"- {first} {sign} {second}: **{verdict}** ({points} points by seed)"
 
 
 def draw_results(path, results):
@@ -206,20 +209,17 @@ def draw_results(path, results):
         pen.text((8, height * (i + 1.5)), row, "black", anchor="lm", font_size=13)
     for k, column in enumerate(columns):
         start = left + (width + 40) * k
-        shares = [scores[column] for runs in results.values() for scores in runs]
-        low, high = min(shares), max(shares)
-        scale = width / (high - low or 1)
+        shares = np.array([[scores[column] for scores in runs] for runs in results.values()])
+        low, high = shares.min(), shares.max()
         pen.text((start, 4), column, "black", font_size=13)
         pen.text((start, image.height - 18), f"{low:.0%}", "gray", font_size=11)
         pen.text((start + width, image.height - 18), f"{high:.0%}", "gray", anchor="ra", font_size=11)
-        for i, runs in enumerate(results.values()):
+        for i, xs in enumerate(start + width * (shares - low) / (high - low or 1)):
             y = height * (i + 1.5)
-            places = [start + scale * (scores[column] - low) for scores in runs]
-            mean = statistics.mean(places)
             pen.line([(start, y), (start + width, y)], "#e6e6e6")
-            pen.line([(mean, y - 8), (mean, y + 8)], "#1f6fb5", 2)
-            for x in places:
-                pen.ellipse((x - 3, y - 3, x + 3, y + 3), "#d6502b")
+            pen.line([(xs.mean(), y - 8), (xs.mean(), y + 8)], "#1f6fb5", 2)
+            for x in xs:
+                pen.circle((x, y), 3, "#d6502b")
     image.save(path)
 
 

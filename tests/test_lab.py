@@ -5,12 +5,14 @@ import json
 import math
 import random
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from common import ROOT
 from layouts import features_of
 from PIL import Image, ImageColor
 
@@ -41,9 +43,11 @@ from lab.dino import Sorter, cross_entropy, follow, sinkhorn, sorting_loss, two_
 from lab.experiments import EXPERIMENTS, FILES, MEASURES, add_text, scene_of, widen_pictures
 from lab.ingredients import main as make_parts
 from lab.losses import LossConfig
+from lab.run import CLAIM
 from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE, PRESETS
 from support.cli import UserError, parse
+from support.io import write_text
 from support.start import ASSETS, TOY, build
 from support.weights import load_vision, read_tower
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
@@ -411,13 +415,17 @@ PARSERS = {
 
 
 def test_every_experiment_has_rows_that_parse_and_claims_about_its_own_cells(tmp_path):
-    for experiment in EXPERIMENTS.values():
-        assert set(experiment.columns) <= set(MEASURES)
-        cells = {f"{row}, {column}" for row in experiment.rows for column in experiment.columns}
-        for claim in experiment.claims:
-            assert set(re.split(" [>=] ", claim)) <= cells
-        for commands in experiment.rows.values():
-            for k, command in enumerate(commands):
+    for name, rows in EXPERIMENTS.items():
+        page = (ROOT / f"results/{name}.md").read_text()
+        columns, *cells = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+        assert [row for row, *_ in cells] == list(rows)
+        assert set(columns) <= set(MEASURES)
+        claims = list(CLAIM.finditer(page))
+        assert claims
+        for first, _, second in (claim.groups() for claim in claims):
+            assert {first, second} <= {f"{row}, {column}" for row in rows for column in columns}
+        for commands in rows.values():
+            for k, command in enumerate(commands.split(" && ")):
                 program, flags = lab.run.fill_in(command, seed=1)
                 flags = flags.format(*range(k), **{name: tmp_path / "data" for name in FILES})
                 parse_flags = PARSERS[program]
@@ -426,8 +434,9 @@ def test_every_experiment_has_rows_that_parse_and_claims_about_its_own_cells(tmp
                 assert cfg.data != ""                            # never a world drawn beside
 
 
-def test_a_page_has_the_papers_figures_a_table_and_a_verdict_on_each_claim(tmp_path, monkeypatch, capsys):
+def test_a_page_keeps_its_words_and_gets_a_table_and_a_verdict_on_each_claim(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "results", "results")
     scores = {"with prompts": [0.5, 0.6, 0.7], "without": [0.4, 0.5, 0.6]}
     runs = []
 
@@ -449,16 +458,30 @@ def test_a_page_has_the_papers_figures_a_table_and_a_verdict_on_each_claim(tmp_p
     assert len(runs) == 6
     page = Path("results/formats.md").read_text()
     assert "MME rises from 1,197.0 to 1,323.8" in page
+    assert "of 3 seeds; 0 minutes in all" in page
     assert "| with prompts | 60.0% ± 10.0 |" in page
     assert "short answers: **shows** (+10.0, +10.0, +10.0 points by seed)" in page
     assert "in one word: **does not show** (+0.0, +0.0, +0.0 points by seed)" in page
+    before = (ROOT / "results/formats.md").read_text()
+    assert len(page.splitlines()) == len(before.splitlines())
+    assert page.splitlines()[-1] == before.splitlines()[-1]
     assert Image.open("results/formats.png").width > 500
+
+
+def test_the_list_of_experiments_has_papers_minutes_and_claims(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert lab.run.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split(maxsplit=1) == [
+        "formats", "LLaVA-1.5 (arXiv:2310.03744v2), section 3.2 and Table 2; 6 minutes a seed"]
+    assert lines[1].strip().startswith("- with prompts, short answers > without, short answers: **shows**")
+    assert sum(line.endswith("minutes a seed") for line in lines) == len(EXPERIMENTS) == 17
 
 
 def test_a_difference_is_what_all_seeds_agree_in():
     def verdict(sign, *gaps):
         results = {"a": [{"all": 0.5 + gap} for gap in gaps], "b": [{"all": 0.5} for _ in gaps]}
-        return lab.run.judge(results, f"a, all {sign} b, all").split("**")[1]
+        return lab.run.judge(results, CLAIM.match(f"- a, all {sign} b, all")).split("**")[1]
 
     assert verdict(">", 0.1, 0.2) == "shows"
     assert verdict(">", -0.1, -0.2) == "the contrary shows"
@@ -472,8 +495,9 @@ def test_a_difference_is_what_all_seeds_agree_in():
 def test_preference_learning_runs_from_finetuning_to_its_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     two = ("before", "MPO")
-    monkeypatch.setattr(EXPERIMENTS["losses"], "rows", {row: EXPERIMENTS["losses"].rows[row] for row in two})
-    monkeypatch.setattr(EXPERIMENTS["losses"], "claims", ("MPO, cot > before, cot",))
+    monkeypatch.setitem(EXPERIMENTS, "losses", {row: EXPERIMENTS["losses"][row] for row in two})
+    page = "| | reasoning | cot |\n|---|---|---|\n| before |\n| MPO |\n\n- MPO, cot > before, cot\n"
+    write_text(Path("results/losses.md"), page)
     assert lab.run.main(["losses", "--quick", "--seeds", "1"]) == 0
     page = Path("out/lab-quick/losses.md").read_text()
     assert "| MPO | " in page
@@ -507,6 +531,7 @@ def test_a_text_only_record_has_the_description_in_place_of_the_picture():
 
 def test_a_run_that_does_not_finish_ends_the_experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "results", "results")
     monkeypatch.setattr(train, "main", lambda argv: 130)
     with pytest.raises(UserError, match="not finished"):
         lab.run.main(["formats", "--quick"])
