@@ -52,7 +52,7 @@ class WorldConfig:
 
 
 VERSION = 4                              # of pictures and questions: raise it when either changes
-COLOR_CODES = {
+COLORS = {
     "red": "#d8282a",
     "orange": "#fa8a18",
     "yellow": "#fade32",
@@ -62,22 +62,12 @@ COLOR_CODES = {
     "white": "#fcfcfc",
     "black": "#222228",
 }
-COLORS = {name: ImageColor.getrgb(code) for name, code in COLOR_CODES.items()}
 GRID = 20                                # in steps of a box: 1/20 of the side, so two decimals say it exactly
+KINDS = tuple("cat fish bird tree house car ball star".split())
 SQUARE = ((4, 4), (6, 6))                # width and height in grid steps, small and big
 WIDE = ((4, 3), (7, 5))
 TALL = ((3, 4), (5, 7))
-SIDES = {
-    "cat": SQUARE,
-    "fish": WIDE,
-    "bird": SQUARE,
-    "tree": TALL,
-    "house": SQUARE,
-    "car": WIDE,
-    "ball": SQUARE,
-    "star": SQUARE,
-}
-KINDS = tuple(SIDES)
+SIDES = dict.fromkeys(KINDS, SQUARE) | {"fish": WIDE, "tree": TALL, "car": WIDE}
 SIZES = ("small", "big")
 LEGS = {"cat": 4, "bird": 2, "fish": 0}
 PLACES = "top left, top, top right, left, middle, right, bottom left, bottom, bottom right".split(", ")
@@ -142,10 +132,7 @@ def random_scene(rng, held_out=False):
         sides.append((len(word) + 4, 4))
     spots = random_spots(rng, sides)
 
-    things = [
-        Thing(kind, color, SIZES[size], place, box)
-        for (kind, color), size, (place, box) in zip(chosen, sizes, spots)
-    ]
+    things = [Thing(*pair, SIZES[size], *spot) for pair, size, spot in zip(chosen, sizes, spots)]
     background = rng.choice(BACKGROUNDS)
     sign = Sign(word, *spots[-1]) if word else None
     return Scene(background, tuple(reading_order(things)), sign)
@@ -197,13 +184,13 @@ def random_offset(rng, cell, side):
 
 def shrink_sign(scene, scale):
     """The sign smaller, its middle where it was: all that is said of the scene stays true."""
-    if scene.sign is None or scale == 1:
+    sign = scene.sign
+    if sign is None or scale == 1:
         return scene
-    x1, y1, x2, y2 = scene.sign.box
+    x1, y1, x2, y2 = sign.box
     w, h = (x2 - x1) * scale / 2, (y2 - y1) * scale / 2
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    box = (x - w, y - h, x + w, y + h)
-    return replace(scene, sign=replace(scene.sign, box=box))
+    return replace(scene, sign=replace(sign, box=(x - w, y - h, x + w, y + h)))
 
 
 def reading_order(parts):
@@ -413,10 +400,9 @@ def parse_points(shape):
     return list(zip(numbers[::2], numbers[1::2]))
 
 
-@functools.cache
 def palette(name):
     """The paints of a thing: its own color, one of COLORS or any "#rrggbb", and what goes with it."""
-    color = COLORS.get(name) or ImageColor.getrgb(name)
+    color = ImageColor.getrgb(COLORS.get(name, name))
 
     def mix(other, share):
         return tuple(round(a + (b - a) * share) for a, b in zip(color, other))
@@ -451,11 +437,9 @@ HELLO = Scene(                                   # the picture of the README's f
 
 def caption(scene):
     """A red cat, a blue ball and a sign that says OPEN."""
-    parts = [name_part(part) for part in scene.parts]
-    text = parts[-1]
-    if len(parts) > 1:
-        text = ", ".join(parts[:-1]) + " and " + text
-    return text[0].upper() + text[1:] + "."
+    *others, last = [name_part(part) for part in scene.parts]
+    text = f"{', '.join(others)} and {last}" if others else last
+    return f"A{text[1:]}."                       # it begins with a or an
 
 
 def name_part(part):
@@ -527,14 +511,13 @@ def ask_caption(scene, rng):
 def ask_existence(scene, rng):
     """Is there a red cat in the image? -> yes"""
     shown = [(thing.kind, thing.color) for thing in scene.things]
+    kinds, colors = zip(*shown)
     answer = rng.choice(("yes", "no"))
     if rng.random() < 0.3:
-        wanted = answer == "yes"
-        name = rng.choice([kind for kind in KINDS if (count_things(scene, kind=kind) > 0) == wanted])
+        name = rng.choice([kind for kind in KINDS if (kind in kinds) == (answer == "yes")])
     else:
         absent = [pair for pair in nameable_pairs(scene) if pair not in shown]
         if rng.random() < 0.5:                   # half right is harder
-            kinds, colors = zip(*shown)
             absent = [(kind, color) for kind, color in absent if kind in kinds or color in colors]
         kind, color = rng.choice(shown if answer == "yes" else absent)
         name = f"{color} {kind}"
@@ -587,15 +570,13 @@ def ask_spatial(scene, rng):
     answer = rng.choice(("yes", "no"))
     found = []
     for words, axis, direction in RELATIONS:
-        for a in scene.things:
-            for b in scene.things:
-                ends_a = a.box[axis] + a.box[axis + 2]
-                gap = direction * (ends_a - b.box[axis] - b.box[axis + 2]) / 2
-                if answer == "no":
-                    gap = -gap
-                if gap > 0.19:                   # clearly so, or clearly the other way (grid: 0.2 or more)
-                    phrase = f"{short_phrase(a, scene)} {words} {short_phrase(b, scene)}"
-                    found.append(f"Is {phrase}?\n{SHORT}")
+        if answer == "no":
+            direction = -direction
+        for a, b in itertools.permutations(scene.things, 2):
+            ends_a = a.box[axis] + a.box[axis + 2]
+            gap = direction * (ends_a - b.box[axis] - b.box[axis + 2]) / 2
+            if gap > 0.19:                       # clearly so, or clearly the other way (grid: 0.2 or more)
+                found.append(f"Is {short_phrase(a, scene)} {words} {short_phrase(b, scene)}?\n{SHORT}")
     return (rng.choice(found), answer) if found else None
 
 
@@ -635,8 +616,7 @@ def ask_unanswerable(scene, rng):
     what = rng.choice(("color", "color", "size"))
     question, answer, _ = ask_about(rng.choice(scene.things), what, scene)
     share = 0.5 if known else 0.33               # signs are the rarer case
-    about_sign = known == bool(scene.sign) and rng.random() < share
-    if about_sign:
+    if known == bool(scene.sign) and rng.random() < share:
         question = "What word is on the sign?"
         answer = scene.sign and scene.sign.word
     elif not known:
@@ -677,17 +657,19 @@ def add_or_compare(kinds):
 
 
 def count_legs(kinds):
-    legs = {kind: kinds[kind] * LEGS[kind] for kind in LEGS if kind in kinds}
-    if not legs:
-        return
+    counts = []
     steps = []
-    for kind, n_leg in legs.items():
-        has = "has" if kinds[kind] == 1 else "have"
-        steps.append(f"{count_noun(kinds[kind], kind)} {has} {n_leg} legs.")
-    total = sum(legs.values())
-    if len(legs) > 1:
-        steps.append(f"{' + '.join(map(str, legs.values()))} = {total}.")
-    yield "How many legs do the animals have together?", total, " ".join(steps)
+    for kind, n_leg in LEGS.items():
+        if kind in kinds:
+            n = kinds[kind]
+            counts.append(n * n_leg)
+            verb = "has" if n == 1 else "have"
+            steps.append(f"{count_noun(n, kind)} {verb} {n * n_leg} legs.")
+    total = sum(counts)
+    if len(counts) > 1:
+        steps.append(f"{' + '.join(map(str, counts))} = {total}.")
+    if counts:
+        yield "How many legs do the animals have together?", total, " ".join(steps)
 
 
 def take_away(scene):
@@ -781,7 +763,7 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
     world = {"version": VERSION, "train": n_train, "val": n_val, "size": size, "seed": seed}
     if words != 1:
         world["words"] = words
-    if is_world(out, world):
+    if read_json(out / "world.json", {}) == world:
         print(f"{out} already holds this world")
         return
     if out.is_file() or out.exists() and any(out.iterdir()):
@@ -796,20 +778,16 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
             made = pool.map(draw, jobs, chunksize=32)
             made = list(Bar(made, f"drawing {out.name}", len(jobs), unit=" pictures", leave=False))
 
-        train, val = made[:n_train], made[n_train:]
-        write_json(hidden / "train.json", [record for record, _ in train], indent=1)
-        write_json(hidden / "pretrain.json", [record for _, record in train], indent=1)
-        lines = pick_val(val, max(1, round(0.3 * n_val)))
+        for k, name in enumerate(("train.json", "pretrain.json")):
+            write_json(hidden / name, [records[k] for records in made[:n_train]], indent=1)
+        lines = pick_val(sum(made[n_train:], []), max(1, round(0.3 * n_val)))
         write_json_lines(hidden / "val.jsonl", lines)
         write_json(hidden / "world.json", world, indent=1)
         print(f"{out}: {n_train} training and {n_val} validation pictures, {len(lines)} validation questions")
-        try:
-            hidden.rename(out)
-        except OSError:
-            if not is_world(out, world):         # else another process was faster, and ours is the same
-                raise
+        hidden.rename(out)
     except (OSError, BrokenProcessPool) as error:  # full disk, folder not writable or taken, no memory
-        raise UserError(f"the toy world could not be drawn: {error}") from None
+        if read_json(out / "world.json", {}) != world:  # else another process was faster
+            raise UserError(f"the toy world could not be drawn: {error}") from None
     finally:                                     # gone already unless something went wrong, Ctrl-C included
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -823,7 +801,8 @@ def make_picture(folder, size, seed, words, job):
     draw_scene(shrink_sign(scene, words), size).save(folder / name, compress_level=1)
     asked = ask_all(scene, rng)
     if split == "val":
-        return name, [*asked, ("chat", *ask_chat(scene, rng))]
+        asked.append(("chat", *ask_chat(scene, rng)))
+        return [val_line(i, k, name, question) for k, question in enumerate(asked)]
 
     # Few pictures have a sign: always ask what it says. Five more questions, and up to three of chat.
     pairs = [pair for category, *pair in asked if category == "reading"]
@@ -840,8 +819,7 @@ def make_picture(folder, size, seed, words, job):
 def llava_record(id, image, pairs):
     turns = []
     for question, answer in pairs:
-        turns.append({"from": "human", "value": question})
-        turns.append({"from": "gpt", "value": answer})
+        turns += {"from": "human", "value": question}, {"from": "gpt", "value": answer}
     turns[0]["value"] = "<image>\n" + turns[0]["value"]
     return {"id": id, "image": image, "conversations": turns}
 
@@ -853,29 +831,20 @@ def val_line(i, k, image, asked):
     return place | {"text": question, "answer": answer, "category": category}
 
 
-def pick_val(made, limit):
+def pick_val(lines, limit):
     """Up to `limit` questions of each category, the answers taken in turn, so that none is frequent."""
-    by_answer = {category: defaultdict(list) for category in CATEGORIES}
-    for i, (_, asked) in enumerate(made):
-        for k, (category, _, answer) in enumerate(asked):
-            key = answer.split("Final answer: ")[-1]
-            if category == "unanswerable":
-                key = answer == "Unanswerable"
-            by_answer[category][key].append((i, k))
+    groups = {category: defaultdict(list) for category in CATEGORIES}  # {category: {answer: its lines}}
+    for n, line in enumerate(lines):
+        key = line["answer"].split("Final answer: ")[-1]
+        if line["category"] == "unanswerable":
+            key = key == "Unanswerable"
+        groups[line["category"]][key].append(n)
 
     picked = []
-    for groups in by_answer.values():
-        rounds = itertools.zip_longest(*groups.values())
-        picked += [place for places in rounds for place in places if place][:limit]
-    lines = []
-    for i, k in sorted(picked):
-        name, asked = made[i]
-        lines.append(val_line(i, k, name, asked[k]))
-    return lines
-
-
-def is_world(out, world):
-    return read_json(out / "world.json", {}) == world
+    for answers in groups.values():
+        rounds = itertools.zip_longest(*answers.values())
+        picked += [n for some in rounds for n in some if n is not None][:limit]
+    return [lines[n] for n in sorted(picked)]
 
 
 def leave_ctrl_c_to_parent():

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import ImageColor
 
 import toyworld
 from model import PRESETS
@@ -74,7 +75,7 @@ def repaint(thing, rng):
     Never a paint that is less than 110 (summed over red, green and blue) from the color of the kind's
     UNSEEN pair.
     """
-    unseen = toyworld.COLORS[dict(toyworld.UNSEEN)[thing.kind]]
+    unseen = ImageColor.getrgb(toyworld.COLORS[dict(toyworld.UNSEEN)[thing.kind]])
     while True:
         vivid = rng.randrange(256), 255
         gray = rng.randrange(256), 40

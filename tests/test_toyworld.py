@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from PIL import Image
+from PIL import Image, ImageColor
 
 import toyworld
 from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
@@ -83,13 +83,14 @@ def test_every_thing_and_sign_fills_its_box_tightly():
 
 def test_a_thing_shows_its_color_more_than_any_other():
     every = scenes(100) + scenes(50, held_out=True)
+    colors = np.array([ImageColor.getrgb(code) for code in COLORS.values()])
     for thing in (thing for scene in every for thing in scene.things):
         x1, y1, x2, y2 = (round(96 * v) for v in thing.box)
         picture = draw_scene(Scene("snow", (thing,)))
         empty = np.asarray(draw_scene(Scene("snow", ())), int)[y1:y2, x1:x2]
         patch = np.asarray(picture, int)[y1:y2, x1:x2]
         pixels = patch[np.abs(patch - empty).max(2) > 8]
-        nearest = np.abs(pixels[:, None] - np.array(list(COLORS.values()))).sum(2)
+        nearest = np.abs(pixels[:, None] - colors).sum(2)
         shown = Counter(nearest.argmin(1)[nearest.min(1) < 60])  # shades and details count for nobody
         assert list(COLORS)[shown.most_common(1)[0][0]] == thing.color, thing
 
