@@ -63,6 +63,7 @@ from support.lora import add_lora_of_flags
 from support.optim import PARTS, make_optimizer, part_of
 from support.plan import count_steps, dry_run, print_parameters
 from support.start import ASSETS, TOY, build
+from support.threads import add_gradients, make_twins
 from support.weights import load_adapter
 from vision import MODES
 
@@ -250,8 +251,9 @@ def fit(cfg, task, run, held_out=None):
     params = [p for p in vlm.parameters() if p.requires_grad]  # after parallelize: FSDP2 replaces them
     optimizer = make_optimizer(vlm, cfg)
     run.restore(optimizer)
+    models = [vlm, *make_twins(vlm, task, cfg)]
     if cfg.minutes and not run.checkpoint:  # some steps are tried, to count how many there will be
-        trial = (backward(vlm, task, batches, autocast) for batches in load_steps(cfg, task, run))
+        trial = (backward(models, task, batches, autocast) for batches in load_steps(cfg, task, run))
         run.n_step = count_steps(cfg.minutes, task, vlm, trial)
     print(f"{run.n_step:,} steps of {cfg.batch_size}, from {len(task.examples):,} records", flush=True)
 
@@ -266,7 +268,7 @@ def fit(cfg, task, run, held_out=None):
                     augment(batch["pixels"])
 
             # One step: the gradient of all its micro-batches, clipped, then AdamW.
-            loss, metrics = backward(vlm, task, batches, autocast)
+            loss, metrics = backward(models, task, batches, autocast)
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
             if not math.isfinite((loss or 0.0) + grad_norm):
                 ids = ", ".join(record_id for batch in batches for record_id in batch["record_ids"])
@@ -297,25 +299,29 @@ def fit(cfg, task, run, held_out=None):
     return 0
 
 
-def backward(vlm, task, batches, autocast=None):
-    """Add the gradient of a step's L -> L, or None where no record could be used; what else to log."""
+def backward(models, task, batches, autocast=None):
+    """Add the gradient of a step's L to models[0] -> L, or None where no record could be used; what else to
+    log. Further models are its twins, for further threads (support/threads.py)."""
     batches = [batch for batch in batches if task.count(batch)]  # of the others all records were skipped
     counts = [task.count(batch) for batch in batches]
     n = int(gather_numbers([sum(counts)]).sum())
     if n == 0:
         return None, {task.unit: 0}
 
-    loss, metrics = 0.0, Counter({task.unit: n})
-    for batch, count in with_fillers(batches, counts):
+    def add_part(vlm, batch, count):
         with autocast or nullcontext():
             mean, more = task.loss(vlm, batch)
         share = count / n * world_size()  # gradients are averaged over the processes (1 here)
         part = mean * share
         if part.requires_grad:  # texts alone teach a connector nothing
             part.backward()
-        loss += part.item()
-        metrics.update({name: value * share for name, value in more.items()})
-    average_gradients(vlm, batches)
+        return part.item(), {name: value * share for name, value in more.items()}
+
+    loss, metrics = 0.0, Counter({task.unit: n})
+    for part, more in add_gradients(add_part, models, with_fillers(batches, counts)):
+        loss += part
+        metrics.update(more)
+    average_gradients(models[0], batches)
     return gather_numbers([loss]).mean().item(), dict(metrics)
 
 

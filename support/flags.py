@@ -60,7 +60,9 @@ class MoreFlags:
 
     # The machine
     workers: int = arg(1, "processes that prepare records; 0: none", at_most=256)
-    threads: int = arg(0, "threads that compute on a CPU; 0: one a core", at_most=1024)
+    threads: int = arg(0,
+        "threads that compute on a CPU, of a small model each its own micro-batches; 0: one a core",
+        at_most=1024)
     device: str = arg("auto", "cpu, cuda, cuda:N, mps (Apple's; untested) or auto")
     dtype: str = arg("auto",
         "bfloat16: autocast; auto: that on a GPU, float32 on a CPU",

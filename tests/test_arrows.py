@@ -26,7 +26,7 @@ ORDER = [                            # files of one row may know each other
     {"support.asking", "support.attention", "support.trace", "support.chat"},
     {"eval"},
     {"support.plots", "support.distributed", "support.optim", "support.start"},
-    {"support.heldout", "support.checkpoint", "support.plan"},
+    {"support.heldout", "support.checkpoint", "support.plan", "support.threads"},
     {"train"},
     {"mpo"},
     {"pairs"},

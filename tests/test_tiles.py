@@ -410,7 +410,7 @@ def test_text_alone_teaches_a_connector_nothing_and_stops_nobody(records, tok):
     vlm = tiny(tok, "hd")
     vlm.requires_grad_(False).connector.requires_grad_(True)
     batch = collate([Examples(records, tok, "vicuna_v1", vlm.cfg.vision, "hd", 1024)[1]], tok.pad)
-    loss, counts = train.backward(vlm, train.Answering, [batch])
+    loss, counts = train.backward([vlm], train.Answering, [batch])
     assert loss > 0 and counts["supervised"] > 0 and vlm.connector.row_end.grad is None
 
 

@@ -33,6 +33,7 @@ import pairs
 import support.distributed as support_distributed
 import support.plots as support_plots
 import support.start as support_start
+import support.threads as support_threads
 import train
 from benchmarks.common import question
 from benchmarks.own import is_right
@@ -45,6 +46,7 @@ from support.data_files import Records
 from support.export import clip_json, llama_json, write_model
 from support.io import lock, write_json
 from support.processor import save_processor
+from support.threads import make_twins
 
 
 def same(a, b):
@@ -108,9 +110,12 @@ def mixed(tok, tmp_path):
     return [examples[i] for i in range(len(examples))]
 
 
-def gradients(tiny, rows, size, pad):
+def gradients(tiny, rows, size, pad, n_thread=1):
     vlm = VLM.from_pretrained(tiny)
-    loss, counts = train.backward(vlm, train.Answering, data.micro_batches(rows, size, pad))
+    torch.set_num_threads(n_thread)
+    models = [vlm, *make_twins(vlm, train.Answering, train.TrainConfig(compile=False))]
+    loss, counts = train.backward(models, train.Answering, data.micro_batches(rows, size, pad))
+    torch.set_num_threads(1)
     grads = {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
     return loss, counts["supervised"], grads
 
@@ -122,6 +127,30 @@ def test_micro_batches_of_any_size_give_the_loss_and_gradient_of_the_whole_batch
     assert m == n and math.isclose(loss, whole, rel_tol=1e-5)
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_twins_in_threads_of_their_own_give_that_gradient_too_and_the_same_bits_each_time(tiny, tok, mixed):
+    expected_loss, n, expected = gradients(tiny, mixed, 1, tok.pad)
+    (loss, m, grads), again = (gradients(tiny, mixed, 1, tok.pad, n_thread=2) for _ in range(2))
+    assert m == n and math.isclose(loss, expected_loss, rel_tol=1e-6) and loss == again[0]
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert torch.equal(grads[name], again[2][name])
+
+
+def test_only_a_small_model_whose_micro_batches_may_come_in_any_order_has_twins(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    vlm, cfg = VLM.from_pretrained(tiny), train.TrainConfig(compile=False)
+    twins = make_twins(vlm, train.Answering, cfg)
+    assert len(twins) == 2
+    for p, twin in zip(vlm.parameters(), twins[1].parameters(), strict=True):
+        assert p is not twin and p.data_ptr() == twin.data_ptr() and p.requires_grad == twin.requires_grad
+    with_delta = SimpleNamespace(state_dict=lambda: {"delta": 0.0})
+    assert not make_twins(vlm, with_delta, cfg)
+    assert not make_twins(vlm, train.Answering, replace(cfg, lora_dropout=0.1))
+    assert not make_twins(vlm, train.Answering, replace(cfg, compile=True))
+    monkeypatch.setattr(support_threads, "SMALL", 1000)
+    assert not make_twins(vlm, train.Answering, cfg)
 
 
 def test_the_loss_is_the_sum_over_supervised_tokens_divided_once(tiny, tok, mixed):
@@ -1110,7 +1139,7 @@ def test_to_resume_without_data_draws_no_world(tmp_path, monkeypatch, capfd):
     assert "give the --data of the run" in errors(capfd)[-1] and not Path("toyworld").exists()
 
 
-def test_threads_wait_without_spinning_and_their_number_is_a_flag(go, monkeypatch):
+def test_threads_spin_for_a_moment_alone_and_their_number_is_a_flag(go, monkeypatch):
     numbers = []
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     assert go("--max-steps", 1) == go("--max-steps", 1, "--threads", 3) == 0 and numbers == [3]
