@@ -28,7 +28,6 @@ import textwrap
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +37,14 @@ import sample
 from benchmarks import BENCHMARKS, PUBLISHED
 from benchmarks.common import COT, Benchmark, as_said, data_folder, draw_boxes, question
 from benchmarks.own import most_frequent, own_right
-from benchmarks.predictions import match_predictions, unanswered_parts
+from benchmarks.predictions import drop_unanswered_splits, match_predictions
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
 from support.asking import ask, read_picture, resume_flags
 from support.cli import UserError, arg, one_of, parse, run_program
 from support.data_files import Records
 from support.flags import ModelConfig
-from support.io import Progress, json_lines, lock, read_json, reading, write_whole
+from support.io import Progress, json_lines, lock, read_json, reading, write_text, write_whole
 
 
 @dataclass
@@ -84,7 +83,7 @@ def main(argv=None):
     for name in cfg.benchmark:
         out = Path(cfg.out or "out/eval")
         if len(cfg.benchmark) > 1 or not cfg.out:
-            out = out / name
+            out /= name
         with lock(out / "lock"):
             results.append(evaluate_benchmark(name, cfg, vlm, tok, out))
     print("\n" + table(results))
@@ -95,18 +94,17 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
     """One benchmark from its files to results.json, which is returned."""
     bench = SUITE[name]
     items = read_items(name, cfg)
+    progress = given = None
     if cfg.predictions:
-        answers = match_predictions(bench, items, cfg.predictions)
-        left_out = unanswered_parts(items, answers)
-        items = draw_some([item for item in items if item.get("part") not in left_out], cfg.limit)
-        questions = [phrase(item, "given", [], cfg) for item in items]
-        result = add_up({"given": questions}, {"given": answers}) | {"left_out": sorted(left_out)}
+        given = match_predictions(bench, items, cfg.predictions)
+        items = draw_some(drop_unanswered_splits(items, given), cfg.limit)
     else:
         items = draw_some(items, cfg.limit)
         flags = resume_flags(cfg, may_change="out resume device compare show".split())
         asked = repr([(item["id"], item["text"]) for item in items])
         flags |= {"benchmark": name, "questions of checksum": zlib.crc32(asked.encode())}
-        result = evaluate(items, cfg, vlm, tok, Progress(out / "progress.jsonl", flags, cfg.resume))
+        progress = Progress(out / "progress.jsonl", flags, cfg.resume)
+    result = evaluate(items, cfg, vlm, tok, progress, given)
 
     result["model"] = cfg.model
     if cfg.compare:
@@ -122,23 +120,22 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
     return result
 
 
-def evaluate(items, cfg, vlm, tok, progress=None):
-    """Ask all questions in every way, and add up. A training run ends with this, too."""
-    columns = columns_of(items, cfg)
-    answers = {name: ask(vlm, tok, asked, cfg.batch_size, progress) for name, asked in columns.items()}
-    return add_up(columns, answers)
+def evaluate(items, cfg, vlm, tok, progress=None, given=None):
+    """Ask all questions in every way, unless the answers are given, and add up -> what results.json holds.
 
-
-def add_up(columns, answers):
-    """-> what results.json holds; the first column is the score."""
-    main, questions = next(iter(columns.items()))
-    name = questions[0]["benchmark"]
+    The first way is the score. A training run ends with this, too.
+    """
+    name = items[0]["benchmark"]
     bench = SUITE[name]
-    graded = {column: grade(bench, asked, answers[column]) for column, asked in columns.items()}
+    graded = {}
+    for column, questions in columns_of(items, cfg).items():
+        answers = given or ask(vlm, tok, questions, cfg.batch_size, progress)
+        graded[column] = grade(bench, questions, answers)
     if name == "own":
         graded["most frequent answer"] = grade(bench, questions, most_frequent(questions))
-    result = {"benchmark": name, "column": main, "metric": bench.metric}
-    return result | {"paper": PUBLISHED.get(name, "")} | graded.pop(main) | {"columns": graded}
+    first = next(iter(graded))
+    result = {"benchmark": name, "column": first, "metric": bench.metric, "paper": PUBLISHED.get(name, "")}
+    return result | graded.pop(first) | {"columns": graded}
 
 
 # ---- questions ----
@@ -165,15 +162,16 @@ def read_own(cfg):
     records = Records(path, cfg.image_root).split_questions(with_earlier=True)
     n_seen = Counter()
     for record in records:
-        if [role for role, _ in record["turns"][-2:]] != ["human", "gpt"]:
-            raise UserError(f'{record["where"]}: no answer; a question needs "text" and "answer"')
-        *earlier, (_, text), (_, truth) = record["turns"]
-        id = record["id"]
-        n_seen[id] += 1
-        if n_seen[id] > 1:  # another question of this record, or another record of this name
-            id = f"{id}#{n_seen[id]}"
-        category = str(record.get("category") or "all")
-        yield question(id, record["images"], text, "", truth, category, earlier=earlier)
+        match record["turns"]:
+            case [*earlier, ("human", text), ("gpt", truth)]:
+                id = record["id"]
+                n_seen[id] += 1
+                if n_seen[id] > 1:  # another question of this record, or another record of this name
+                    id = f"{id}#{n_seen[id]}"
+                category = str(record.get("category") or "all")
+                yield question(id, record["images"], text, "", truth, category, earlier=earlier)
+            case _:
+                raise UserError(f'{record["where"]}: no answer; a question needs "text" and "answer"')
 
 
 SUITE = BENCHMARKS | {"own": Benchmark(read_own, as_said, own_right, max_new_tokens=96)}
@@ -197,19 +195,21 @@ def draw_some(items, limit):
 
 def columns_of(items, cfg):
     """-> {name: questions}; the first is the score."""
+    if cfg.predictions:
+        return {"given": [phrase(item, "given", [], cfg) for item in items]}
     pictures = find_pictures(items, cfg)
     pictures_of_column = {"chain of thought": pictures} if cfg.cot else {}
     pictures_of_column["direct"] = pictures
     if cfg.blind == "none":
-        pictures_of_column["no pictures"] = dict.fromkeys(pictures, [])
+        pictures_of_column["no pictures"] = [[]] * len(items)
     elif cfg.blind or items[0]["benchmark"] == "own":
-        other = other_pictures(pictures.values())
+        other = other_pictures(pictures)
         if len(other) > 1:
-            shuffled = {id: [other[picture] for picture in found] for id, found in pictures.items()}
+            shuffled = [[other[picture] for picture in found] for found in pictures]
             pictures_of_column["shuffled pictures"] = shuffled
     return {
-        column: [phrase(item, column, found[item["id"]], cfg) for item in items]
-        for column, found in pictures_of_column.items()
+        column: [phrase(item, column, found, cfg) for item, found in zip(items, pictures)]
+        for column, pictures in pictures_of_column.items()
     }
 
 
@@ -237,19 +237,19 @@ def other_pictures(pictures):
 
 
 def find_pictures(items, cfg):
-    """{id: [path or bytes, ...]}; what is missing is an error before the first answer."""
+    """[[path or bytes, ...] of each question]; what is missing is an error before the first answer."""
     root = Path(os.path.abspath(cfg.image_root or data_folder(cfg)))
-    find = cache(partial(find_picture, root))
-    pictures = {}
+    pictures = []
     for item in items:
         images = item["image"] if isinstance(item["image"], list) else [item["image"]]  # own: several
-        found = [find(image) if isinstance(image, str) else image for image in images if image]
-        pictures[item["id"]] = found
+        pictures.append([find_picture(root, image) for image in images if image])
     return pictures
 
 
 def find_picture(root, name):
     """Where the official path says, under the bare name, or in images/. SEED-Bench's names have no ending."""
+    if isinstance(name, bytes):  # MMBench's picture itself
+        return name
     path = Path(os.path.normpath(root / name))
     if not path.is_relative_to(root):
         raise UserError(f"picture {name!r} lies outside --image-root {root}; move it there")
@@ -267,35 +267,32 @@ def find_picture(root, name):
 def write_results(bench, result, items, out):
     """-> the files that were written."""
     records = result["records"]
-    text = json.dumps(result, indent=1, default=lambda picture: None)  # MMBench's are bytes
-    files = {"results.json": text}
+    whole = json.dumps(result, indent=1, default=lambda picture: None)  # MMBench's are bytes
+    files = {"results.json": whole}
     if not any("is_review" in record for record in records):  # of reviews nothing is handed in
+        model = {"model_id": result["model"]}
         answers = [
-            {"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"], "model_id": result["model"]}
-            for r in records
+            {"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"]} | model for r in records
         ]
         files["answers.jsonl"] = json_lines(answers)
         if bench.submit:
             name, files[name] = bench.submit(items, records)
     for name, text in files.items():
-        write = partial(Path.write_text, data=text, encoding="utf-8", errors="replace")
-        write_whole(out / name, write)
+        write_text(out / name, text)
     return [str(out / name) for name in files]
 
 
 def report(result):
     """What else must be known of one benchmark."""
+    records = result["records"]
+    n_missing = sum(r["answer"] is None and r["score"] is not None for r in records)
+    counts = {
+        "without an answer, counted as wrong": n_missing,
+        "not scored, for want of a label or a review": len(records) - result["n"],
+        "answers cut off": result["cut_off"],
+    }
     notes = [f"{result['benchmark']}: {result['n']} questions, {result['column']}"]
-    if result.get("left_out"):
-        notes.append(f"nothing of {', '.join(result['left_out'])} is answered, so it is left out")
-    n_missing = sum(r["answer"] is None and r["score"] is not None for r in result["records"])
-    if n_missing:
-        notes.append(f"{n_missing} without an answer, counted as wrong")
-    n_unscored = len(result["records"]) - result["n"]
-    if n_unscored:
-        notes.append(f"{n_unscored} not scored, for want of a label or a review")
-    if result["cut_off"]:
-        notes.append(f"{result['cut_off']} answers cut off")
+    notes += [f"{n} {what}" for what, n in counts.items() if n]
     if result["score"] is None:
         notes.append("no score without labels or grades: hand it in, or send judge_requests.jsonl to GPT-4")
     if "compare" in result:
@@ -339,18 +336,18 @@ def draw_wrong(records, cfg, path):
     """--show: wrong answers, spread over the file: the picture, beside it question, answer and truth."""
     wrong = [record for record in records if record["score"] is not None and record["score"] < 0.5]
     chosen = wrong[:: max(1, len(wrong) // cfg.show)][: cfg.show]
-    pictures = find_pictures(chosen, cfg)
     sheet = Image.new("RGB", (1024, max(1, len(chosen)) * 248), "white")
     pen = ImageDraw.Draw(sheet)
-    for k, record in enumerate(chosen):
-        top = k * 248
-        for picture in pictures[record["id"]][:1]:
+    top = 0
+    for record, pictures in zip(chosen, find_pictures(chosen, cfg)):
+        for picture in pictures[:1]:
             sheet.paste(ImageOps.pad(read_picture(picture), (240, 240), color="white"), (0, top))
             for field, color in ("truth", "green"), ("answer", "red"):
                 draw_boxes(pen, str(record[field]), 0, top, 240, color)
         text = f"{record['prompt']}\nsaid: {record['answer']}\ntruth: {record['truth']}"
         lines = [part for line in text.split("\n") for part in textwrap.wrap(line, 100)]
         pen.text((248, top), "\n".join(lines[:16]), fill="black", font_size=12)
+        top += 248
     write_whole(path, lambda tmp: sheet.save(tmp, format="PNG"))
     return str(path)
 

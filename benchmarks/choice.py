@@ -30,13 +30,12 @@ from benchmarks.common import (
     Benchmark,
     count_in,
     find_file,
-    find_split,
+    find_splits,
     lettered,
     load_records,
     question,
     read_each,
     read_split,
-    split_files,
 )
 from benchmarks.own import chosen_letter
 from support.cli import one_of
@@ -58,18 +57,17 @@ def ask_scienceqa(id, row):
     hint = row["hint"]
     image = row["image"]
     context = f"Context: {hint}\n" if hint else ""
-    grade = int(row["grade"].removeprefix("grade"))
     # The official breakdown: a question counts under its subject, its grade and its context.
     category = [
         row["subject"],
-        "grades 1-6" if grade <= 6 else "grades 7-12",
-        "text context" if hint else "",
-        "image context" if image else "",
+        "grades 1-6" if int(row["grade"].removeprefix("grade")) <= 6 else "grades 7-12",
+        hint and "text context",
+        image and "image context",
         "" if hint or image else "no context",
     ]
     return question(
         id,
-        f"images/{row['split']}/{id}/{image}" if image else None,
+        image and f"images/{row['split']}/{id}/{image}",
         context + row["question"] + lettered(row["choices"]),
         LETTER,
         LETTERS[row["answer"]],
@@ -90,16 +88,10 @@ def scienceqa_letter(text, item):
 # ---- MMBench ----
 
 # Of one question the rows, in which the options are rotated, have numbers that differ by millions.
-MMBENCH = {
-    "dev": """mmbench_dev_20230712.tsv mmbench_dev_en_20231003.tsv MMBench_DEV_EN.tsv
-              MMBench_DEV_EN_V11.tsv""".split(),
-    "test": """mmbench_test_20230712.tsv mmbench_test_en_20231003.tsv MMBench_TEST_EN.tsv
-               MMBench_TEST_EN_V11.tsv""".split(),
-}
-MMBENCH_CN = {
-    "dev": "mmbench_dev_cn_20231003.tsv MMBench_DEV_CN.tsv MMBench_DEV_CN_V11.tsv".split(),
-    "test": "mmbench_test_cn_20231003.tsv MMBench_TEST_CN.tsv MMBench_TEST_CN_V11.tsv".split(),
-}
+MMBENCH = (
+    "mmbench_{0}_20230712.tsv mmbench_{0}_en_20231003.tsv MMBench_{1}_EN.tsv MMBench_{1}_EN_V11.tsv"
+)
+MMBENCH_CN = "mmbench_{0}_cn_20231003.tsv MMBench_{1}_CN.tsv MMBench_{1}_CN_V11.tsv"
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -109,7 +101,7 @@ REFUSALS = (
 
 
 def read_mmbench(files, suffix, cfg):
-    _, path = find_split(cfg, files)
+    _, path = find_splits(cfg, files, "dev test")[0]
     rows = load_records(path)
     pictures = {row["index"]: row["image"] for _, _, row in rows}
 
@@ -176,31 +168,33 @@ def submit_mmbench(items, records):
     table.writeheader()
     for item, record in zip(items, records):
         table.writerow(item["row"] | {"prediction": record["answer"] or ""})
-    return "mmbench.tsv", sheet.getvalue()
+    return "mmbench.tsv", sheet.getvalue().encode(errors="replace").decode()  # half surrogates
 
 
 # ---- SEED-Bench ----
 
 
-def read_seed(cfg):
-    wanted, path = find_split(cfg, dict.fromkeys(("all", "image", "video"), ["SEED-Bench.json"]))
-    kinds = {number: name for _, name, number in load_records(path, "question_type")}
+SEED_KINDS = (
+    "Scene Understanding, Instance Identity, Instance Attributes, Instance Location, Instances Counting, "
+    "Spatial Relation, Instance Interaction, Visual Reasoning, Text Understanding, Action Recognition, "
+    "Action Prediction, Procedure Understanding"
+)
 
-    def ask(key, row):
-        id = str(row["question_id"])
-        kind = row["question_type_id"]
-        media = "image"
-        image = f"SEED-Bench-image/{row['data_id']}"
-        if kind > 9:
-            media = "video"
-            image = f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
-        if wanted not in ("all", media):
-            return None
-        choices = [row[f"choice_{letter}"] for letter in "abcd"]
-        text = row["question"] + lettered(choices)
-        return question(id, image, text, LETTER, row["answer"] + "", [kinds[kind], media], choices)
 
-    return read_each(load_records(path, "questions"), ask)
+def ask_seed(cfg, key, row):
+    id = str(row["question_id"])
+    kind = row["question_type_id"]
+    media = "image"
+    image = f"SEED-Bench-image/{row['data_id']}"
+    if kind > 9:
+        media = "video"
+        image = f"SEED-Bench-video-image/{kind}_{id}.png"  # its middle frame
+    if cfg.split not in ("all", media):
+        return None
+    choices = [row[f"choice_{letter}"] for letter in "abcd"]
+    text = row["question"] + lettered(choices)
+    category = [SEED_KINDS.split(", ")[kind - 1], media]
+    return question(id, image, text, LETTER, row["answer"] + "", category, choices)
 
 
 def seed_letter(text, item):
@@ -213,7 +207,7 @@ def seed_letter(text, item):
 
 def read_ai2d(cfg):
     """A file of questions for each picture of the test split."""
-    _, path = find_split(cfg, {"test": ["ai2d_test_ids.csv"]})
+    _, path = find_splits(cfg, "ai2d_{}_ids.csv", "test")[0]
     folder = find_file(cfg, "questions")
     with reading(path):
         ids = path.read_text(encoding="utf-8-sig").split()
@@ -243,7 +237,7 @@ def ai2d_letter(text, item):
 # ---- TallyQA ----
 
 
-def ask_tallyqa(split, key, row):
+def ask_tallyqa(cfg, key, row):
     return question(
         row["question_id"],
         row["image"] + "",
@@ -257,20 +251,13 @@ def ask_tallyqa(split, key, row):
 CIRCULAR = {"score": score_mmbench, "submit": submit_mmbench, "metric": "circular accuracy %"}
 BENCHMARKS = {
     "scienceqa": Benchmark(read_scienceqa, scienceqa_letter),
-    "mmbench": Benchmark(
-        partial(read_mmbench, MMBENCH, LETTER),
-        mmbench_letter,
-        **CIRCULAR,
-    ),
+    "mmbench": Benchmark(partial(read_mmbench, MMBENCH, LETTER), mmbench_letter, **CIRCULAR),
     "mmbench-cn": Benchmark(
-        partial(read_mmbench, MMBENCH_CN, "请直接回答选项字母。"),
-        mmbench_letter,
-        **CIRCULAR,
+        partial(read_mmbench, MMBENCH_CN, "请直接回答选项字母。"), mmbench_letter, **CIRCULAR
     ),
-    "seed-bench": Benchmark(read_seed, seed_letter),
+    "seed-bench": Benchmark(
+        partial(read_split, "SEED-Bench.json", "all image video", ask_seed, under="questions"), seed_letter
+    ),
     "ai2d": Benchmark(read_ai2d, ai2d_letter),
-    "tallyqa": Benchmark(
-        partial(read_split, split_files("{}.json", "test train"), ask_tallyqa),
-        count_in,
-    ),
+    "tallyqa": Benchmark(partial(read_split, "{}.json", "test train", ask_tallyqa), count_in),
 }

@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -72,7 +72,7 @@ class Benchmark:
     parse: Callable  # (text, item) -> the answer in it; None: it cannot be read, which is wrong
     right: Callable = is_truth  # (answer, item) -> 0 to 1
     score: Callable = percent_right  # units -> the headline figure
-    more: Callable | None = None  # units -> {figure: number}, what the authors publish beside it
+    more: Callable = lambda units: {}  # units -> {figure: number}, what the authors publish beside it
     submit: Callable | None = None  # (items, records) -> file name, content: what is handed in
     review: str = ""  # GPT-4 judges, as `submit` requests; of --predictions the field with its reviews
     metric: str = "accuracy %"
@@ -95,8 +95,6 @@ def question(id, image, text, suffix, truth, category=None, choices=None, **more
     texts = [text, item["asked"], *item["category"], *(choices or [])]
     if not isinstance(id, str | int) or not all(isinstance(x, str) for x in texts):
         raise ValueError("id, question, category and options must be text")
-    if not isinstance(image, str | bytes | list | None):
-        raise ValueError("the picture must be a name")
     if type(truth) not in (type(None), str, int, list):
         raise ValueError(f"the label is {truth!r}")
     if choices is not None and truth not in (None, *LETTERS[: len(choices)], *choices):
@@ -112,57 +110,49 @@ def data_folder(cfg):
     return path.parent if path.is_file() else path
 
 
-def find_file(cfg, *names, optional=False):
+def find_file(cfg, *names):
     """The first of these official names in the folder --data or up to two folders below it."""
-    folder = data_folder(cfg)
-    for name in names:
-        for pattern in (name, f"*/{name}", f"*/*/{name}"):
-            found = visible(folder.glob(pattern))
-            if found:
-                return found[0]
-    if optional:
-        return None
-    raise UserError(f"{folder}: no {' or '.join(names)} in it; --data is the folder with the official files")
+    found = find_all(cfg, names)
+    if not found:
+        names = " or ".join(names)
+        raise UserError(f"{data_folder(cfg)}: no {names} in it; --data is the folder with the official files")
+    return found[0]
+
+
+def find_all(cfg, names):
+    patterns = [depth + name for name in names for depth in ("", "*/", "*/*/")]
+    return [path for pattern in patterns for path in visible(data_folder(cfg).glob(pattern))]
 
 
 def visible(paths):
     """In order, without the twins `._NAME` that macOS puts beside every file it copies."""
-    hidden = ("._", "__MACOSX")
-    return sorted(path for path in paths if not any(part.startswith(hidden) for part in path.parts))
+    return sorted(path for path in paths if not re.search(r"/(\._|__MACOSX)", path.as_posix()))
 
 
-def find_split(cfg, files):
-    """{split: its official names} -> the first (split, path) of find_splits."""
-    return find_splits(cfg, files)[0]
+def find_splits(cfg, forms, splits):
+    """(split, path) of each of these splits that is there, or of --split alone.
 
-
-def find_splits(cfg, files):
-    """{split: its official names} -> (split, path) of each that is there, or of --split alone.
-
-    Where --data is a file, it is the split that has its name; else, under another name, the first.
+    forms: under which names; {0} is the split, {1} the same in capitals. Where --data is a file, it is the
+    split that has its name; else, under another name, the first.
     """
-    one_of("--split", cfg.split, list(files))
-    if cfg.split:
-        files = {cfg.split: files[cfg.split]}
+    names = {split: forms.format(split, split.upper()).split() for split in splits.split()}
+    one_of("--split", cfg.split, list(names))
+    wanted = [cfg.split] if cfg.split else list(names)
     path = Path(cfg.data)
     if path.is_file():
-        named = [split for split, names in files.items() if path.name in names]
-        return [((named or list(files))[0], path)]
-    paths = {split: find_file(cfg, *names, optional=True) for split, names in files.items()}
-    there = [(split, path) for split, path in paths.items() if path]
-    if not there:
-        find_file(cfg, *next(iter(files.values())))  # says that it is missing
-    return there
+        named = [split for split in wanted if path.name in names[split]]
+        return [((named or wanted)[0], path)]
+    found = [(split, path) for split in wanted for path in find_all(cfg, names[split])[:1]]
+    return found or [(wanted[0], find_file(cfg, *names[wanted[0]]))]  # which says that it is missing
 
 
-def split_files(form, splits):
-    return {split: [form.format(split)] for split in splits.split()}
+def read_split(forms, splits, ask, cfg, under=None):
+    """Questions of the official file of the first split that is there, or of --split.
 
-
-def read_split(files, ask, cfg):
-    """Questions of the official file of a split. ask(split, key, record) -> question, or None."""
-    split, path = find_split(cfg, files)
-    return read_each(load_records(path), partial(ask, split))
+    ask(cfg, key, record) -> question, or None; cfg.split is the split that is read.
+    """
+    split, path = find_splits(cfg, forms, splits)[0]
+    return read_each(load_records(path, under), partial(ask, replace(cfg, split=split)))
 
 
 def load_records(path, under=None):
@@ -170,23 +160,26 @@ def load_records(path, under=None):
     path = Path(path)
     with reading(path):
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".tsv":
-            csv.field_size_limit(2**31 - 1)  # a cell may hold a whole picture in base64
-            table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", restval="")
-            return [(f"{path}, row {i}", i, row) for i, row in enumerate(table, 1)]
-        lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        if not lines:
-            raise UserError(f"{path}: is empty; get the file again")
+        if not text.strip():
+            raise UserError("is empty; get the file again")
 
         # POPE's files are called .json and hold one record a line.
-        is_record = re.fullmatch(r"\s*{.*}\s*", lines[0][1])
-        if is_record and (path.suffix == ".jsonl" or len(lines) > 1):
+        has_records = re.match(r"\s*{", text)
+        if has_records and (path.suffix == ".jsonl" or re.search(r"}\s*\n\s*{", text)):
             rows = []
-            for k, (where, line) in enumerate(lines):
-                with reading(where):
-                    rows.append((where, k, json.loads(line)))
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f"{path}, line {number}"
+                if line.strip():
+                    with reading(where):
+                        rows.append((where, len(rows), json.loads(line)))
             return rows
-        records = json.loads(text)
+
+        if path.suffix == ".tsv":
+            csv.field_size_limit(2**31 - 1)  # a cell may hold a whole picture in base64
+            lines = io.StringIO(text, newline="")
+            records = list(csv.DictReader(lines, delimiter="\t", restval=""))
+        else:
+            records = json.loads(text)
         if under:
             records = records[under]
         if isinstance(records, list):
@@ -256,7 +249,7 @@ def normalise(text, contractions=CONTRACTIONS):
     return " ".join(contractions.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
-def evalai(text):
+def evalai(text, item=None):
     """TextVQA's normaliser (EvalAI, M4C). LLaVA uploads VQAv2's and VizWiz's answers through it, too."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return normalise(one_line(text.strip()))

@@ -15,7 +15,7 @@ same figure from all three.
 import json
 from functools import partial
 
-from benchmarks.common import Benchmark, iou, question, read_box, read_split, split_files
+from benchmarks.common import Benchmark, iou, question, read_box, read_split
 
 
 def ask_region(cfg, id, image, sentence, box, size, category=None):
@@ -27,45 +27,40 @@ def ask_region(cfg, id, image, sentence, box, size, category=None):
     internvl = cfg.family == "internvl"
     digits = 4 if internvl else 2
     quoted = f"<ref>{sentence}</ref>" if internvl else f'"{sentence}"'
-    truth = [round(x / side, digits) for x, side in zip(box, [width, height] * 2)]
+    truth = [round(x / side, digits) for x, side in zip(box, size * 2)]
     text = f"Please provide the bounding box coordinate of the region this sentence describes: {quoted}"
-    return question(id, image, text, "", truth, category, asked=sentence)
+    return question(str(id), image, text, "", truth, category, asked=sentence)
 
 
-def read_refcoco(name, splits, cfg):
+def ask_refcoco(cfg, number, row):
     """InternVL's JSON lines, one sentence a line. (REFER's own pickles would have to be run to be read.)"""
-
-    def ask(split, number, row):
-        size = row["width"], row["height"]
-        return ask_region(cfg, str(number), row["image"] + "", row["sent"], row["bbox"], size)
-
-    return read_split(split_files(name + "_{}.jsonl", splits), ask, cfg)
+    size = row["width"], row["height"]
+    return ask_region(cfg, number, row["image"] + "", row["sent"], row["bbox"], size)
 
 
-def read_ocid(cfg):
-    def ask(split, id, row):
-        box = json.loads(row["bbox"])
-        if box[2] > 640 or box[3] > 480:  # they are corners, whatever the dataset's note says
-            raise ValueError(f'"bbox" is {box}; it must be [x1, y1, x2, y2] within 640 x 480 pixels')
-        take = row["take_id"]
-        clutter = "Minimum" if take <= 9 else "Medium" if take <= 16 else "Maximum"
-        image = f"OCID-dataset/{row['scene_path']}"
-        return ask_region(cfg, str(id), image, row["sentence"], box, (640, 480), clutter)
-
-    return read_split(split_files("{}_expressions.json", "val test train"), ask, cfg)
+def ask_ocid(cfg, id, row):
+    box = json.loads(row["bbox"])
+    if box[2] > 640 or box[3] > 480:  # they are corners, whatever the dataset's note says
+        raise ValueError(f'"bbox" is {box}; it must be [x1, y1, x2, y2] within 640 x 480 pixels')
+    take = row["take_id"]
+    clutter = "Minimum" if take <= 9 else "Medium" if take <= 16 else "Maximum"
+    image = f"OCID-dataset/{row['scene_path']}"
+    return ask_region(cfg, id, image, row["sentence"], box, (640, 480), clutter)
 
 
-def boxes(read, least):
+def boxes(forms, splits, ask=ask_refcoco, least=0.5):
+    """A benchmark of these files, whose boxes are right from this IoU on."""
+
     def overlaps(box, item):
         return float(iou(box, item["truth"]) >= least)
 
-    metric = f"accuracy % at IoU {least}"
-    return Benchmark(read, read_box, overlaps, max_new_tokens=100, metric=metric)
+    read = partial(read_split, forms, splits, ask)
+    return Benchmark(read, read_box, overlaps, max_new_tokens=100, metric=f"accuracy % at IoU {least}")
 
 
 BENCHMARKS = {
-    "refcoco": boxes(partial(read_refcoco, "refcoco", "val testA testB"), 0.5),
-    "refcoco+": boxes(partial(read_refcoco, "refcoco+", "val testA testB"), 0.5),
-    "refcocog": boxes(partial(read_refcoco, "refcocog", "val test"), 0.5),
-    "ocid-ref": boxes(read_ocid, 0.25),
+    "refcoco": boxes("refcoco_{}.jsonl", "val testA testB"),
+    "refcoco+": boxes("refcoco+_{}.jsonl", "val testA testB"),
+    "refcocog": boxes("refcocog_{}.jsonl", "val test"),
+    "ocid-ref": boxes("{}_expressions.json", "val test train", ask_ocid, 0.25),
 }

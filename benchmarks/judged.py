@@ -36,7 +36,7 @@ def read_llava_bench(cfg):
     pictures = rows_by(cfg, "image", "context.jsonl")
     references = rows_by(cfg, "question_id", "answers_gpt4.jsonl")
 
-    def ask(split, key, row):
+    def ask(cfg, key, row):
         id = row["question_id"]
         image = row["image"]
         caption = pictures[image]["caption"]
@@ -50,7 +50,7 @@ def read_llava_bench(cfg):
             caption="\n".join([caption] if isinstance(caption, str) else caption),
         )
 
-    return read_split({"all": ["questions.jsonl"]}, ask, cfg)
+    return read_split("questions.jsonl", "all", ask, cfg)
 
 
 def review_scores(review, item):
@@ -115,7 +115,7 @@ MM_VET = (
 )
 
 
-def ask_mm_vet(split, id, row):
+def ask_mm_vet(cfg, id, row):
     return question(
         str(id),
         f"images/{row.get('imagename') or f'{id}.png'}",
@@ -172,7 +172,7 @@ BENCHMARKS = {
         metric="relative score by GPT-4",
     ),
     "mm-vet": Benchmark(
-        partial(read_split, {"all": ["mm-vet.json"]}, ask_mm_vet),
+        partial(read_split, "mm-vet.json", "all", ask_mm_vet),
         mean_grade,
         as_said,
         score_mm_vet,

@@ -6,9 +6,9 @@
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
-from benchmarks.common import DIGITS, evalai, iou, read_box
+from benchmarks.common import DIGITS, by_category, evalai, iou, read_box
 
 
 def is_right(said, truth):
@@ -63,11 +63,10 @@ def read_number(text):
 
 def most_frequent(items):
     """A baseline: to every question of a category its most frequent answer."""
-    truths = defaultdict(list)
-    for item in items:
-        truths[item["category"][0]].append(item["truth"])
     answers = {}
-    for category, its_truths in truths.items():
-        count = Counter(map(final_part, its_truths))
-        answers[category] = max(its_truths, key=lambda truth: count[final_part(truth)])
-    return {item["id"]: {"answer": answers[item["category"][0]]} for item in items}
+    for units in by_category([[item] for item in items]).values():
+        truths = [item["truth"] for (item,) in units]
+        count = Counter(map(final_part, truths))
+        answer = max(truths, key=lambda truth: count[final_part(truth)])
+        answers |= {item["id"]: {"answer": answer} for (item,) in units}
+    return answers

@@ -19,6 +19,7 @@ from benchmarks.common import load_records
 from support.cli import UserError
 
 ID_KEYS = "question_id questionId index pid id image".split()
+SHOWN_KEYS = "prompt query question".split()  # what was asked; MathVista's own files have it in `query`
 TEXT_KEYS = "text prediction response answer output".split()
 
 
@@ -26,13 +27,11 @@ def match_predictions(bench, items, path):
     """-> {question id: {"answer", ...}}"""
     known = defaultdict(list)  # {name: the questions that go by it}
     for item in items:
-        image = item["image"]
-        if isinstance(image, str):
-            for name in {image, Path(image).stem}:
+        if isinstance(item["image"], str):
+            for name in {item["image"], Path(item["image"]).stem}:
                 known[name].append(item)
-    known |= {str(item["id"]): [item] for item in items}
-    known |= {item.get("also"): [item] for item in items}
-    known |= {k: [item] for k, item in enumerate(items)}
+    for k, item in enumerate(items):
+        known |= {name: [item] for name in (str(item["id"]), item.get("also"), k)}
 
     answers = {}
     rows = load_records(path)
@@ -42,12 +41,13 @@ def match_predictions(bench, items, path):
         if isinstance(messages, list):  # M3CoT's: a conversation
             said = messages or [""]
             row = {"prompt": said[0]} | row | {"text": str(said[-1])}
-        names = [str(row[name]) for name in ID_KEYS if is_text(row.get(name))]
+        names = texts_of(row, ID_KEYS)
+        shown = next(filter(None, texts_of(row, SHOWN_KEYS)), "")
         if isinstance(key, str):
             names = [key, *names]
-        elif not names and len(rows) == len(items) and shown_question(row):
+        elif not names and shown and len(rows) == len(items):
             names = [key]  # its place
-        item = pick_question(where, row, names, known, answers)
+        item = pick_question(where, names, shown, known, answers)
         if item["id"] not in answers:
             answers[item["id"]] = read_prediction(where, row, bench)
         elif "messages" not in row:  # of M3CoT's own files the first record of an id counts
@@ -62,12 +62,16 @@ def match_predictions(bench, items, path):
     return answers
 
 
-def unanswered_parts(items, answers):
+def drop_unanswered_splits(items, answers):
+    """The questions without those of a split of which nothing is answered: that is not wrong."""
     answered = {item.get("part") for item in items if item["id"] in answers}
-    return {item.get("part") for item in items} - answered
+    left_out = {item["part"] for item in items if item.get("part") not in answered}
+    if left_out:
+        print(f"nothing of {', '.join(sorted(left_out))} is answered, so it is left out")
+    return [item for item in items if item.get("part") in answered]
 
 
-def pick_question(where, row, names, known, answers):
+def pick_question(where, names, shown, known, answers):
     """The one question that a row answers. One that is asked twice takes its answers in turn."""
     if not names:
         raise UserError(
@@ -77,7 +81,6 @@ def pick_question(where, row, names, known, answers):
     found = next((known[name] for name in names if name in known), None)
     if found is None:
         raise UserError(f"{where}: answers {names[0]!r}, which is no question of --data and --split")
-    shown = shown_question(row)
     fitting = [item for item in found if is_same_question(shown, item)]
     if not fitting:
         raise UserError(
@@ -87,12 +90,6 @@ def pick_question(where, row, names, known, answers):
     if len(fitting) > 1 and not shown:
         raise UserError(f"{where}: {names[0]!r} has {len(found)} questions; the prompt must stand beside it")
     return next((item for item in fitting if item["id"] not in answers), fitting[0])
-
-
-def shown_question(row):
-    """The first text of the row that says what was asked; MathVista's own files have it in `query`."""
-    shown = [row.get(name) for name in ("prompt", "query", "question")]
-    return next((text for text in shown if text and isinstance(text, str)), "")
 
 
 def is_same_question(shown, item):
@@ -109,14 +106,20 @@ def read_prediction(where, row, bench):
         return {"answer": str(row["extraction"]), "is_extracted": True}
     if bench.review in row:
         return {"answer": str(row[bench.review]), "is_review": True}
-    for name in TEXT_KEYS:
-        is_truth = name == "answer" and "choices" in row  # a row that repeats its problem
-        if is_text(row.get(name)) and not is_truth:
-            return {"answer": str(row[name])}
+    if "choices" in row:  # it repeats its problem, whose truth it has in `answer`
+        row = row | {"answer": None}
+    found = texts_of(row, TEXT_KEYS)
+    if found:
+        return {"answer": found[0]}
     names = ", ".join(filter(None, [*TEXT_KEYS, bench.review]))
     raise UserError(f"{where}: no answer in it; one of {names} is needed, as text")
 
 
-def is_text(value):
-    """Numbers will do, but not true, false and NaN."""
-    return isinstance(value, str) or (type(value) in (int, float) and math.isfinite(value))
+def texts_of(row, names):
+    """What stands in these fields: text; numbers will do, but not true, false and NaN."""
+    values = [row.get(name) for name in names]
+    return [
+        str(value)
+        for value in values
+        if isinstance(value, str) or (type(value) in (int, float) and math.isfinite(value))
+    ]

@@ -24,13 +24,12 @@ from benchmarks.common import (
     lettered,
     question,
     read_split,
-    split_files,
 )
 
 # ---- MathVista ----
 
 
-def ask_mathvista(split, id, row):
+def ask_mathvista(cfg, id, row):
     query = row["query"]
     return question(
         str(id),
@@ -116,12 +115,10 @@ def edit_distance(a, b):
 
 def read_m3cot(cfg):
     """Without test.jsonl the authors' result file will do, whose lines carry choices and answer too."""
-    files = split_files("{}.jsonl", "test dev")
-    if cfg.predictions:
-        files["predictions"] = [Path(cfg.predictions).name]
+    splits = f"test dev {Path(cfg.predictions).stem}"
     seen = set()
 
-    def ask(split, key, row):
+    def ask(cfg, key, row):
         id = row["id"]
         if id in seen:
             return None  # the first record of an id counts
@@ -140,7 +137,7 @@ def read_m3cot(cfg):
             asked=asked,
         )
 
-    return read_split(files, ask, cfg)
+    return read_split("{}.jsonl", splits, ask, cfg)
 
 
 def m3cot_letter(text, item):
@@ -161,7 +158,7 @@ def m3cot_letter(text, item):
 
 BENCHMARKS = {
     "mathvista": Benchmark(
-        partial(read_split, split_files("{}.json", "testmini test"), ask_mathvista),
+        partial(read_split, "{}.json", "testmini test", ask_mathvista),
         mathvista_answer,
         max_new_tokens=128,
         metric="accuracy %, extracted by rule where no extraction was given",

@@ -67,7 +67,7 @@ def figures_of(bench, units):
         "n": sum(map(len, units)),
         "score": bench.score(units),
         "ci95": bootstrap(units, bench.score),
-        "more": bench.more(units) if bench.more else {},
+        "more": bench.more(units),
     }
 
 
@@ -82,27 +82,28 @@ def bootstrap(units, score):
 
 def compare(bench, ours, theirs):
     """Paired bootstrap of two runs: the same units are drawn from both lists of records."""
-    ours = units_of(ours)
     theirs = units_of(theirs)
-    pairs = [(unit, theirs[id]) for id, unit in ours.items() if id in theirs]
+    pairs = [(unit, theirs[id]) for id, unit in units_of(ours).items() if id in theirs]
     if not pairs:
         raise UserError("the two runs share no scored question; are both of one benchmark?")
 
-    # The bare question: a chain of thought and another family have a prompt of their own.
-    for one, other in [rows for pair in pairs for rows in zip(*pair)]:
-        if one["asked"] != other["asked"]:
-            raise UserError(
-                f"question {one['id']!r} is {other['asked']!r:.80} there, {one['asked']!r:.80} here; "
-                "compare two runs on the same questions"
-            )
+    gains = []
+    for unit, other_unit in pairs:
+        for one, other in zip(unit, other_unit):
+            # The bare question: a chain of thought and another family have a prompt of their own.
+            if one["asked"] != other["asked"]:
+                raise UserError(
+                    f"question {one['id']!r} is {other['asked']!r:.80} there, {one['asked']!r:.80} here; "
+                    "compare two runs on the same questions"
+                )
+        gains.append(sum(one["score"] for one in unit) - sum(other["score"] for other in other_unit))
+    if not np.isfinite(gains).all():
+        raise ValueError("a score is no number")
 
     def difference(pairs):
         ours, theirs = zip(*pairs)
         return bench.score(ours) - bench.score(theirs)
 
-    gains = [sum(one["score"] - other["score"] for one, other in zip(*pair)) for pair in pairs]
-    if not np.isfinite(gains).all():
-        raise ValueError("a score is no number")
     return {
         "n": len(pairs),
         "difference": difference(pairs),

@@ -23,8 +23,7 @@ from benchmarks.common import (
     Benchmark,
     as_said,
     evalai,
-    find_file,
-    find_split,
+    find_splits,
     load_records,
     normalise,
     one_line,
@@ -33,38 +32,33 @@ from benchmarks.common import (
     read_split,
     rounded_percent,
     rows_by,
-    split_files,
 )
+from support.io import reading
 
 # ---- questions ----
 
-VQAV2 = {
-    "val": ["v2_OpenEnded_mscoco_val2014_questions.json"],
-    "test-dev": ["v2_OpenEnded_mscoco_test-dev2015_questions.json"],
-    "test": ["v2_OpenEnded_mscoco_test2015_questions.json"],
-}
+VQAV2 = "v2_OpenEnded_mscoco_{0}2014_questions.json v2_OpenEnded_mscoco_{0}2015_questions.json"
 
 
 def read_vqav2(cfg):
-    split, path = find_split(cfg, VQAV2)
+    split, path = find_splits(cfg, VQAV2, "val test-dev test")[0]
+    annotations = "v2_mscoco_val2014_annotations.json"
     folder = "test2015"
-    labels = {}
     if split == "val":
         folder = "val2014"
-        annotations = load_records(find_file(cfg, "v2_mscoco_val2014_annotations.json"), "annotations")
-        labels = dict(read_each(annotations, vqav2_label))
+        labels = rows_by(cfg, "question_id", annotations, "annotations")
 
     def ask(key, row):
         id = row["question_id"]
         image = f"{folder}/COCO_{folder}_{row['image_id']:012d}.jpg"
-        truth, category = labels[id] if split == "val" else (None, None)
+        truth = category = None
+        if split == "val":
+            with reading(annotations):
+                truth = people(labels[id])
+                category = labels[id]["answer_type"]
         return question(id, image, row["question"], SHORT, truth, category, file=path)
 
     return read_each(load_records(path, "questions"), ask)
-
-
-def vqav2_label(key, row):
-    return row["question_id"], (people(row), row["answer_type"])
 
 
 def people(row):
@@ -72,20 +66,20 @@ def people(row):
     return [answer["answer"] + "" for answer in row["answers"]]
 
 
-def ask_vizwiz(split, key, row):
+def ask_vizwiz(cfg, key, row):
     image = row["image"]
     return question(
         image,
-        f"{split}/{image}",
+        f"{cfg.split}/{image}",
         row["question"],
         f"{INSUFFICIENT}\n{SHORT}",
-        None if split == "test" else people(row),
+        None if cfg.split == "test" else people(row),
         row.get("answer_type"),
     )
 
 
 def read_textvqa(with_ocr, cfg):
-    _, path = find_split(cfg, {"val": ["TextVQA_0.5.1_val.json"]})
+    _, path = find_splits(cfg, "TextVQA_0.5.1_{}.json", "val")[0]
     if with_ocr:
         ocr = rows_by(cfg, "image_id", "TextVQA_Rosetta_OCR_v0.2_val.json", "data")
 
@@ -95,19 +89,13 @@ def read_textvqa(with_ocr, cfg):
         text = asked[:1].upper() + asked[1:]
         if with_ocr:
             text += "\nReference OCR token: " + ", ".join(ocr[image]["ocr_tokens"])
-        return question(
-            row["question_id"],
-            f"train_images/{image}.jpg",
-            text,
-            SHORT,
-            [answer + "" for answer in row["answers"]],
-            asked=asked,
-        )
+        answers = [answer + "" for answer in row["answers"]]
+        return question(row["question_id"], f"train_images/{image}.jpg", text, SHORT, answers, asked=asked)
 
     return read_each(load_records(path, "data"), ask)
 
 
-def ask_gqa(split, id, row):
+def ask_gqa(cfg, id, row):
     """Questions that are not balanced are asked, as the official scorer wants them all, and not scored."""
     return question(
         str(id),
@@ -143,10 +131,6 @@ def vizwiz_normal(text, item):
     return normalise(one_line(text), BACKTICKS)
 
 
-def textvqa_normal(text, item):
-    return evalai(text)
-
-
 def gqa_normal(text, item):
     """LLaVA's conversion of what a model says; the scorer then compares strings."""
     return text.rstrip(".").lower()
@@ -175,7 +159,7 @@ def submit_vqav2(items, records):
     """EvalAI takes all of test2015 or nothing: what was not asked of it gets an empty answer."""
     answers = {}
     if items[0]["truth"] is None:
-        test2015 = items[0]["file"].with_name(VQAV2["test"][0])
+        test2015 = items[0]["file"].with_name("v2_OpenEnded_mscoco_test2015_questions.json")
         if test2015.exists():
             answers = {row["question_id"]: "" for _, _, row in load_records(test2015, "questions")}
         print(f"vqav2_answers.json: empty where not asked; the server refuses less than all of {test2015}")
@@ -200,7 +184,7 @@ BENCHMARKS = {
         all_needed=True,
     ),
     "vizwiz": Benchmark(
-        partial(read_split, split_files("{}.json", "val test train"), ask_vizwiz),
+        partial(read_split, "{}.json", "val test train", ask_vizwiz),
         vizwiz_normal,
         partial(is_agreed, as_said),
         rounded_percent,
@@ -209,18 +193,18 @@ BENCHMARKS = {
     ),
     "textvqa": Benchmark(
         partial(read_textvqa, False),
-        textvqa_normal,
-        partial(is_agreed, textvqa_normal),
+        evalai,
+        partial(is_agreed, evalai),
         metric="VQA accuracy %, without OCR tokens",
     ),
     "textvqa-ocr": Benchmark(
         partial(read_textvqa, True),
-        textvqa_normal,
-        partial(is_agreed, textvqa_normal),
+        evalai,
+        partial(is_agreed, evalai),
         metric="VQA accuracy %, with OCR tokens",
     ),
     "gqa": Benchmark(
-        partial(read_split, {"testdev": ["testdev_balanced_questions.json"]}, ask_gqa),
+        partial(read_split, "{}_balanced_questions.json", "testdev", ask_gqa),
         gqa_normal,
         score=score_gqa,
         all_needed=True,

@@ -21,7 +21,6 @@ from benchmarks.common import (
     SHORT,
     Benchmark,
     by_category,
-    find_split,
     find_splits,
     load_records,
     question,
@@ -36,14 +35,13 @@ LABELS = {"yes": "yes", "no": "no"}  # no other will do
 
 # ---- POPE ----
 
-SOURCES = ("coco_pope", "aokvqa_pope_seem", "gqa_pope_seem")
 # Each split numbers from 1. LLaVA's one file of all splits adds these.
 OFFSETS = {"random": 10_000_000, "popular": 20_000_000, "adversarial": 0}
-POPE = {split: [f"{source}_{split}.json" for source in SOURCES] for split in OFFSETS}
+POPE = "coco_pope_{0}.json aokvqa_pope_seem_{0}.json gqa_pope_seem_{0}.json"
 
 
 def read_pope(cfg):
-    files = find_splits(cfg, POPE)
+    files = find_splits(cfg, POPE, " ".join(OFFSETS))
     for split, path in files:
         yield from read_each(load_records(path), partial(ask_pope, split, len(files) > 1))
 
@@ -103,8 +101,8 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 
 
 def read_mme(cfg):
-    names = "existence.txt code_reasoning.txt existence code_reasoning".split()
-    _, found = find_split(cfg, {"all": names})
+    names = "existence.txt code_reasoning.txt existence code_reasoning"
+    ((_, found),) = find_splits(cfg, names, "all")
     n_asked = Counter()
     for task in PERCEPTION + COGNITION:
         for image, text, label in mme_lines(found.parent, task):
@@ -158,7 +156,7 @@ def score_mme(units):
 # ---- VSR ----
 
 
-def ask_vsr(split, number, row):
+def ask_vsr(cfg, number, row):
     return question(
         str(number),
         row["image"] + "",
@@ -191,7 +189,7 @@ BENCHMARKS = {
     ),
     "vsr": Benchmark(
         # Of the two ways to split it the papers take the zero-shot one.
-        partial(read_split, {"test": ["zeroshot/test.jsonl", "test.jsonl"]}, ask_vsr),
+        partial(read_split, "zeroshot/{0}.jsonl {0}.jsonl", "test", ask_vsr),
         vsr_label,
     ),
 }
