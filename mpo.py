@@ -174,7 +174,16 @@ class Preferring:
 
     def loss(self, vlm, batch):
         """-> the mean of L over the pairs of a batch; further means for the log."""
-        s, s_ref, n_token = self.log_probs(vlm, to_device(batch, vlm.device))
+        batch = to_device(batch, vlm.device)
+        features = None
+        s_ref = batch["s_ref"]
+        if self.cfg.reference == "lora-off":
+            with torch.no_grad():
+                features = vlm.features(batch["pixels"])  # of a frozen tower: computed once for both
+                with lora_off(vlm):
+                    s_ref, _ = pair_log_probs(vlm, batch, features)
+        s, n_token = pair_log_probs(vlm, batch, features)
+
         rewards = self.cfg.beta * (s - s_ref)
         self.delta, self.n_delta = update_delta(self.delta, self.n_delta, rewards)
         terms = self.terms(rewards, s, n_token, self.delta, self.cfg)
@@ -191,17 +200,6 @@ class Preferring:
             "logp_rejected": s[:, 1],
         }
         return loss, {name: value.detach().mean().item() for name, value in metrics.items()}
-
-    def log_probs(self, vlm, batch):
-        """-> s of the policy, s_ref of the reference, the number of tokens; (B, 2) each."""
-        features, s_ref = None, batch["s_ref"]
-        if self.cfg.reference == "lora-off":
-            with torch.no_grad():
-                features = vlm.features(batch["pixels"])  # of a frozen tower: computed once for both
-                with lora_off(vlm):
-                    s_ref, _ = pair_log_probs(vlm, batch, features)
-        s, n_token = pair_log_probs(vlm, batch, features)
-        return s, s_ref, n_token
 
     @staticmethod
     def count(batch):

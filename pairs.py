@@ -137,8 +137,7 @@ def draw_answers(vlm, tok, prompts, cfg, seed):
 @dataclass
 class Question:
     where: str          # file and line
-    image: object       # a name, or several, or none
-    text: str
+    asked: dict         # what a pair says of it: "image" (a name, or several, or none) and "question"
     prompt: tuple       # what the model is given to answer
     truth: str
     chosen: str | None  # dropout-ntp: None until the model has answered, unless the record has it
@@ -146,29 +145,30 @@ class Question:
 
 def read_question(vlm, tok, record, cfg):
     with reading(record["where"]):
+        by_correctness = cfg.method == "correctness"
         paths = picture_paths(record)
         (role, text), *answers = record["turns"]
         truth = answers[0][1].strip() if answers else ""
         if role != "human":
             raise UserError("no question")
-        if cfg.method == "correctness" and not truth:
+        if by_correctness and not truth:
             raise UserError("no answer to judge by")
-        if cfg.method == "dropout-ntp" and not paths:
+        if not by_correctness and not paths:
             raise UserError("no picture that could be left out")
-        if cfg.method == "correctness" and cfg.prompt != "direct":
+        if by_correctness and cfg.prompt != "direct":
             text = ask_step_by_step(text, len(paths), cfg.prompt)
             truth = truth.rsplit("Final answer:", 1)[-1].strip()  # a worked one is judged by its end, too
-        ((_, text),) = put_in_front([("human", text)], len(paths))
-        asked = {"turns": [("human", text)], "pictures": paths}
-        (prompt,) = encode_questions(vlm, tok, [asked])
+        turns = put_in_front([("human", text)], len(paths))
+        [prompt] = encode_questions(vlm, tok, [{"turns": turns, "pictures": paths}])
         n_token = len(prompt[0])
         longest = vlm.cfg.decoder.block_size
         if n_token >= longest * 3 // 4:
             raise UserError(f"its {n_token} tokens leave little room for an answer in {longest}")
     names = record["images"]
-    chosen = record.get("chosen")
     image = names[0] if len(names) == 1 else names or None
-    return Question(record["where"], image, text, prompt, truth, chosen and chosen.strip())
+    asked = {"image": image, "question": turns[0][1]}
+    chosen = record.get("chosen")
+    return Question(record["where"], asked, prompt, truth, chosen and chosen.strip())
 
 
 def ask_step_by_step(text, n_image, language="en"):
@@ -209,8 +209,8 @@ def pairs_by_correctness(vlm, tok, questions, cfg, seed, group):
             if good.lower() in bad.lower():  # "2" in "12 or 2": perhaps right after all
                 counts["pairs in doubt"] += 1
                 continue
-            rule = "answer" if bad else "format"
-            pairs.append(make_pair(question, chosen, rejected) | {"answer_gt": question.truth, "rule": rule})
+            pair = question.asked | {"chosen": chosen, "rejected": rejected, "answer_gt": question.truth}
+            pairs.append(pair | {"rule": "answer" if bad else "format"})
         n_kept = min(len(pairs), cfg.pairs_per_question)
         group["pairs"] += random.Random(f"{cfg.seed} {question.where}").sample(pairs, n_kept)
         counts["pairs beyond the cap"] += len(pairs) - n_kept
@@ -235,10 +235,6 @@ def judge_answer(said, truth, cfg):
     if cfg.prompt != "direct":
         text = write_as_truth(reasoning, final, truth)
     return "right", text, final
-
-
-def make_pair(question, chosen, rejected):
-    return {"image": question.image, "question": question.text, "chosen": chosen, "rejected": rejected}
 
 
 def parse_answer(text, min_newlines=2):
@@ -289,7 +285,8 @@ def pairs_by_dropout(vlm, tok, questions, cfg, seed, group):
         begin = first_words(vlm, tok, question.chosen, cfg.ratio)
         ids, pictures = question.prompt
         if not cfg.load_image:
-            ids, pictures = encode_question(vlm, tok, question.text.replace("<image>", "").strip())
+            text = question.asked["question"].replace("<image>", "").strip()
+            ids, pictures = encode_question(vlm, tok, text)
         begins.append(begin)
         prompts.append((ids + begin, pictures))
     completions = draw_answers(vlm, tok, prompts, cfg, seed + 2**31)
@@ -301,7 +298,8 @@ def pairs_by_dropout(vlm, tok, questions, cfg, seed, group):
         elif completed.text in ("", question.chosen):
             counts["completions empty or the same"] += 1
         else:
-            group["pairs"].append(make_pair(question, question.chosen, completed.text))
+            pair = question.asked | {"chosen": question.chosen, "rejected": completed.text}
+            group["pairs"].append(pair)
 
 
 def first_words(vlm, tok, text, ratio):

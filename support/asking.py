@@ -34,8 +34,13 @@ def ask(vlm, tok, questions, batch_size, progress=None):
     batches = cut_batches(questions, batch_size)
     todo = [batch for batch in batches if any(item["id"] not in done for item in batch)]
     n_done = len(questions) - sum(map(len, todo))
-    with Bar(total=len(questions), initial=n_done, unit="question", desc=column) as bar:
-        for batch, prompts in one_ahead(partial(encode_questions, vlm, tok), todo):
+    bar = Bar(total=len(questions), initial=n_done, unit="question", desc=column)
+    with bar, ThreadPoolExecutor(1) as pool:
+        prepare = partial(pool.submit, encode_questions, vlm, tok)
+        coming = prepare(todo[0] if todo else [])
+        for batch, following in zip(todo, [*todo[1:], []]):
+            prompts = coming.result()
+            coming = prepare(following)
             rows = write_answers(vlm, tok, batch, prompts)
             done |= {row["id"]: row for row in rows}
             if progress:
@@ -56,29 +61,15 @@ def cut_batches(questions, size):
     return [alike[i : i + size] for alike in kinds.values() for i in range(0, len(alike), size)]
 
 
-def one_ahead(work, jobs):
-    """(job, work(job)) of each job; the next one is worked on while the caller uses this one."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for job, following in zip(jobs, [*jobs[1:], None]):
-            found = coming.result() if coming else work(job)
-            coming = pool.submit(work, following) if following else None
-            yield job, found
-
-
 def encode_questions(vlm, tok, questions):
     """-> prompts, as sample.answer takes them"""
-    look = cache(partial(open_picture, vlm))
+    look = cache(lambda picture, n: sample.cut_picture(vlm, read_picture(picture), n))
     prompts = []
     for item in questions:
         *earlier, (_, text) = item["turns"]
         pictures = [look(picture, len(item["pictures"])) for picture in item["pictures"]]
         prompts.append(sample.encode_question(vlm, tok, text, pictures, earlier))
     return prompts
-
-
-def open_picture(vlm, picture, n_picture):
-    return sample.cut_picture(vlm, read_picture(picture), n_picture)
 
 
 def read_picture(picture):

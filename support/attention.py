@@ -11,6 +11,7 @@ of prompt and answer, which the chat still has, gives it for all words: the towe
 
 import math
 from collections import defaultdict
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -27,13 +28,13 @@ from vision import join_tiles
 def mean_weights(decoder, x, rows):
     """Embeddings (1, T, D); the positions (K,) of those that look -> (K, T)."""
     rope = rotary_angles(torch.arange(x.shape[1], device=x.device)[None], decoder.cfg)
-    n_early = len(decoder.layers) // 2
-    total = 0
-    for i, layer in enumerate(decoder.layers):
-        if i >= n_early:
-            total = total + attention_weights(layer.self_attn, layer.input_layernorm(x), rope, rows).mean(0)
+    found = []
+    for layer in decoder.layers:
+        weights = attention_weights(layer.self_attn, layer.input_layernorm(x), rope, rows)
+        found.append(weights.mean(0))
         x = layer(x, rope)
-    return total / (len(decoder.layers) - n_early)
+    later = found[len(found) // 2 :]
+    return sum(later) / len(later)
 
 
 def attention_weights(attn, x, rope, rows):
@@ -52,36 +53,30 @@ class Look:
     """Where the decoder looked for each word of a chat's last answer; computed when it is asked for."""
 
     def __init__(self, chat):
-        self.tok = chat.tok
-        self.decoder = chat.vlm.decoder
-        self.grid = chat.vlm.cfg.vision.token_grid
-        self.prompt, pictures = chat.prompt
-        self.tiles, self.layout = join_tiles(pictures)                      # (n, 3, S, S), (M, 2)
-        # The tile that shows all of the picture, of one picture: boxes are drawn in it.
-        view = chat.vlm.cfg.tiling.global_view if chat.vlm.cfg.tiling else "first"
-        self.whole = len(self.tiles) - 1 if view == "last" else 0
-        self.has_whole = len(pictures) == 1 and (view != "none" or len(self.tiles) == 1)
+        self.chat = copy(chat)                                              # as it stands now
         self.x = chat.history.x                                             # (1, T, D)
-        self.answer = chat.answer
+        self.prompt, self.pictures = chat.prompt
+        self.tiles, self.layout = join_tiles(self.pictures)                 # (n, 3, S, S), (M, 2)
         self.words = chat.answer.text.split()
 
     @cached_property
     def heat(self):
         """-> (words, M)"""
-        is_image = torch.tensor(self.prompt) == self.tok.image
+        tok, answer = self.chat.tok, self.chat.answer
+        is_image = torch.tensor(self.prompt) == tok.image
         first = int(is_image.nonzero()[-1]) + 1                             # of the text after the pictures
         rows = torch.arange(first, self.x.shape[1], device=self.x.device)
-        seen = mean_weights(self.decoder, self.x, rows).cpu()               # (K, T)
+        seen = mean_weights(self.chat.vlm.decoder, self.x, rows).cpu()               # (K, T)
         seen = seen[:, : len(self.prompt)][:, is_image]                     # (K, M)
         seen = (seen - seen.mean(0)).clamp(min=0)                           # (K, M)
 
         # Each token of the answer is written by the one before it. A comma looks at what comes next, so the
         # punctuation after a word is left out.
-        ids = self.answer.ids[:-1] if self.answer.whole else self.answer.ids
+        ids = answer.ids[:-1] if answer.whole else answer.ids
         rows_of = defaultdict(list)                                         # of each word
         for k, token in enumerate(ids):
-            word = len(self.tok.decode(ids[: k + 1]).split()) - 1
-            if word not in rows_of or any(map(str.isalnum, self.tok.piece(token))):
+            word = len(tok.decode(ids[: k + 1]).split()) - 1
+            if word not in rows_of or any(map(str.isalnum, tok.piece(token))):
                 rows_of[word].append(len(self.prompt) - 1 + k - first)
         heats = [seen[rows_of[n]].mean(0) for n in range(len(self.words))]
         return torch.stack(heats)
@@ -89,7 +84,8 @@ class Look:
     def draw(self, n, side=240):
         """The tiles in the order in which they were read, bright where the decoder looked for word n; and the
         boxes of the answer."""
-        g = self.grid
+        cfg = self.chat.vlm.cfg
+        g = cfg.vision.token_grid
         bright = torch.zeros(len(self.tiles), g * g)
         is_patch = self.layout[:, 0] >= 0                                   # not the end of a row
         tile, place = self.layout[is_patch].T
@@ -102,8 +98,11 @@ class Look:
         image = Image.fromarray(strip.numpy())
         image = image.resize((side * len(lit), side), Image.BICUBIC)
 
-        if self.has_whole:
-            draw_boxes(ImageDraw.Draw(image), self.answer.text, side * self.whole, 0, side, "#ff3030")
+        # Of one picture, in the tile that shows all of it, if there is one.
+        view = cfg.tiling.global_view if cfg.tiling else "first"
+        place = {"first": 0, "last": len(lit) - 1}.get(view)
+        if len(self.pictures) == 1 and place is not None:
+            draw_boxes(ImageDraw.Draw(image), self.chat.answer.text, side * place, 0, side, "#ff3030")
         return image
 
     def save(self, path):

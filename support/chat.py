@@ -128,8 +128,7 @@ def read_questions(chat):
     try:
         while sys.stdin and (line := input("\n> " if on_terminal() else "").strip()):
             if line.startswith("/"):
-                command, _, file = line.partition(" ")
-                obey(chat, command, file.strip())
+                obey(chat, line)
             else:
                 yield as_text(line)
     except (EOFError, KeyboardInterrupt):
@@ -143,21 +142,20 @@ def on_terminal():
     return sys.stdin and sys.stdin.isatty()
 
 
-def obey(chat, command, file):
+def obey(chat, line):
     try:
-        if command == "/reset":
-            chat.reset()
-            print("all turns and pictures are forgotten")
-        elif command not in ("/image", "/save"):
-            raise UserError(f"{command} is no command; there are /image, /reset, /save")
-        elif not file:
-            raise UserError(f"{command} needs the name of a file")
-        elif command == "/image":
-            chat.show([file], [open_image(file)])
-            print(f"{file} is shown with the next question")
-        else:
-            write_json(file, [chat.record()])
-            print(f"the chat is in {file}; for training, --image-root is this folder")
+        match line.split(maxsplit=1):
+            case ["/reset"]:
+                chat.reset()
+                print("all turns and pictures are forgotten")
+            case ["/image", file]:
+                chat.show([file], [open_image(file)])
+                print(f"{file} is shown with the next question")
+            case ["/save", file]:
+                write_json(file, [chat.record()])
+                print(f"the chat is in {file}; for training, --image-root is this folder")
+            case _:
+                raise UserError(f"{line} is no command; there are /image FILE, /reset, /save FILE")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
 

@@ -147,8 +147,8 @@ def test_a_chat_asks_a_model_of_photos_for_no_caption(folder, tmp_path, monkeypa
     "flags, says",
     [
         (["mine/cat"], "mine/cat: photos in 0 of its folders, .*; expected mine/cat/cat/1.jpg"),
-        (["nowhere"], "nowhere: not there"),
-        (["nowhere.csv"], "nowhere.csv: not there"),
+        (["nowhere"], "nowhere: photos in 0 of its folders"),
+        (["nowhere.csv"], "nowhere.csv: cannot be read .No such file or directory.; check the path"),
         (["one"], "one: b: fewer than two photos"),
         (["bad.csv"], "bad.csv: line 2: one of image, .* is missing; its first line names .* image, text"),
         (["semi.csv"], "semi.csv: line 2: .* names these columns, between commas: image;question;answer"),

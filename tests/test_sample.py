@@ -274,7 +274,7 @@ def test_a_chat_survives_an_empty_answer(chat, tok, monkeypatch, capfd):
 def test_a_picture_that_is_shown_later_stands_in_front_of_the_next_question(chat, talkative, tok, capfd):
     assert chat(["/image", "/image none.png", "/image b.png", "Which?"], "--image", "a.png") == 0
     said = capfd.readouterr()
-    assert "error: /image needs the name of a file" in said.err
+    assert "error: /image is no command; there are /image FILE, /reset, /save FILE" in said.err
     assert "error: none.png: no such picture" in said.err
     turns = [("human", f"<image>\n{sample.DESCRIBE}"), ("gpt", said.out.splitlines()[1])]
     turns.append(("human", "<image>\nWhich?"))
@@ -340,7 +340,7 @@ def test_without_a_chat_ctrl_c_ends_the_program(ask, monkeypatch):
 
 def test_a_mistyped_command_is_no_question(chat, talkative, capfd):
     assert chat(["/imgae a.png"]) == 0
-    assert "/imgae is no command; there are /image, /reset, /save" in capfd.readouterr().err
+    assert "/imgae a.png is no command; there are /image FILE, /reset, /save FILE" in capfd.readouterr().err
     assert not talkative
 
 

@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -198,8 +197,8 @@ class Peer(nn.Module):
         """It never stops either: n tokens at least, none of them <image> or <pad>."""
         image_token = self.model.config.image_token_id
         ids = self.model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels, do_sample=False,
-            max_new_tokens=n, min_new_tokens=n, suppress_tokens=[image_token, *stop], pad_token_id=0,
+            input_ids=tokens, pixel_values=pixels, do_sample=False, max_new_tokens=n,
+            min_new_tokens=n, suppress_tokens=[image_token, *stop], pad_token_id=0,
         )
         return ids[:, tokens.shape[1] :]
 
@@ -291,8 +290,8 @@ def sums_of_two_rows(parts, pixels, nets):
 
 def measure_memory(cfg, name):
     """-> bytes at most, and before the first step, of a process that does two steps of one side."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(memory_of_two_steps, replace(cfg, compile=False), name).result()
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(memory_of_two_steps, (replace(cfg, compile=False), name))
 
 
 def memory_of_two_steps(cfg, name):

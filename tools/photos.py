@@ -7,6 +7,9 @@
 
 A kind is the name of a folder. DIR gets images/, train.json and val.jsonl, the held-out questions. What is
 held out is drawn before anything is put together, the same in every run: no held-out photo is trained on.
+
+A *page* is a picture to be, and what is asked about it: ([path of a photo, or of four from top left to bottom
+right], [(category, question, answer), ...]).
 """
 
 import csv
@@ -17,7 +20,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
@@ -38,67 +40,70 @@ class PhotosConfig:
         "longest side of a picture in pixels: that of the tower it is for", at_least=2)
 
 
-class Page(NamedTuple):
-    """A picture to be, and what is asked about it."""
-
-    photos: list                         # paths: one, or four from top left to bottom right
-    asked: list                          # [(category, question, answer), ...]
-
-
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
 def main(argv=None):
     cfg = parse(PhotosConfig, argv, __doc__)
     source, out = Path(cfg.source), Path(cfg.out)
-    is_table = source.suffix == ".csv"
-    if is_table and cfg.four:
-        raise UserError("--four is for a folder of photos; a table brings its own questions")
     if (out / "train.json").exists():
         raise UserError(f"--out {out}: a train.json is there; remove the folder, or give another")
-    if not source.exists():
-        raise UserError(f"{source}: not there; give a folder of folders of photos, or a table")
+    if source.suffix != ".csv":
+        kinds = folder_pages(source)
+    elif cfg.four:
+        raise UserError("--four is for a folder of photos; a table brings its own questions")
+    else:
+        kinds = table_pages(source)
+
+    # Of each kind a tenth is held out, at least one.
     rng = random.Random(0)
-    train, val = table_pages(source, rng) if is_table else folder_pages(source, cfg.four, rng)
+    train, val = {}, {}
+    for kind, pages in kinds.items():
+        if len(pages) < 2:
+            raise UserError(f"{source}: {kind}: fewer than two photos; one is to train on, one to hold out")
+        shuffled = rng.sample(pages, len(pages))
+        n_held_out = max(1, len(pages) // 10)
+        train[kind] = shuffled[n_held_out:]
+        val[kind] = shuffled[:n_held_out]
+    arrange = four_pages if cfg.four else all_pages
 
     # What train.py reads.
     bad = {}  # {photo: why it cannot be opened}
-    records = []
-    for i, (name, page) in enumerate(write_pictures(out, "train", train, cfg.size, bad)):
-        records.append(llava_record(f"train-{i}", name, [pair for _, *pair in page.asked]))
-    questions = []
-    for i, (name, page) in enumerate(write_pictures(out, "val", val, cfg.size, bad)):
-        questions += [val_line(i, k, name, asked) for k, asked in enumerate(page.asked)]
+    train = write_pictures(out, "train", arrange(train, rng), cfg.size, bad)
+    val = write_pictures(out, "val", arrange(val, rng), cfg.size, bad)
     if bad:
         first, *others = bad
         more = f". {len(bad)} photos cannot be used, such as {', '.join(others[:9])}" if others else ""
         raise UserError(f"{bad[first]}{more}")
+    records = []
+    for i, (name, asked) in enumerate(train):
+        records.append(llava_record(f"train-{i}", name, [pair for _, *pair in asked]))
+    questions = []
+    for i, (name, asked) in enumerate(val):
+        questions += [val_line(i, k, name, one) for k, one in enumerate(asked)]
     write_json_lines(out / "val.jsonl", questions)
     write_json(out / "train.json", records, indent=1)  # last: a folder that has it is whole
     print(f"{out}: {len(train):,} pictures to train on; {len(val):,} held out, {len(questions):,} questions")
     return 0
 
 
-# ---- what there is ----
+# ---- what there is: {kind: a page of each photo} ----
 
 
-def folder_pages(folder, four, rng):
-    """-> pages to train on, pages held out"""
-    photos = defaultdict(list)
+def folder_pages(folder):
+    pages = defaultdict(list)
     for path in sorted(folder.glob("[!.]*/[!.]*")):  # neither .git/config nor cat/._1.jpg
         if path.is_file():
-            photos[path.parent.name.replace("_", " ")].append(path)
-    if len(photos) < 2:
-        raise UserError(f"{folder}: photos in {len(photos)} of its folders, at least two kinds are needed; "
+            kind = path.parent.name.replace("_", " ")
+            asked = [("what", f"What is in the picture?\n{SHORT}", kind)]
+            pages[kind].append(([path], asked))
+    if len(pages) < 2:
+        raise UserError(f"{folder}: photos in {len(pages)} of its folders, at least two kinds are needed; "
                         f"expected {folder}/cat/1.jpg, {folder}/dog/2.jpg, ...")
-    train, val = {}, {}
-    for kind, paths in photos.items():
-        train[kind], val[kind] = hold_out(paths, rng, f"{folder}: {kind}")
-    make = four_pages if four else single_pages
-    return make(train, rng), make(val, rng)
+    return pages
 
 
-def table_pages(table, rng):
+def table_pages(table):
     """The rows about one picture become one page. Names of pictures start at the table's folder."""
     asked = defaultdict(list)
     with reading(table, "save it as CSV in UTF-8"):
@@ -110,38 +115,31 @@ def table_pages(table, rng):
                                 f"line names these columns, between commas: {', '.join(rows.fieldnames)}")
             image, question, answer = cells
             asked[image].append(("all", question, answer))
-    pages = [Page([table.parent / image], questions) for image, questions in asked.items()]
-    return hold_out(pages, rng, table)
-
-
-def hold_out(items, rng, where):
-    """-> those to train on, those held out: at least one of each"""
-    if len(items) < 2:
-        raise UserError(f"{where}: fewer than two photos; one is to train on, one to hold out")
-    shuffled = rng.sample(items, len(items))
-    n_held_out = max(1, len(items) // 10)
-    return shuffled[n_held_out:], shuffled[:n_held_out]
+    return {"pictures": [([table.parent / image], questions) for image, questions in asked.items()]}
 
 
 # ---- what is asked ----
 
 
-def single_pages(photos, rng):
-    question = f"What is in the picture?\n{SHORT}"
-    pages = [Page([path], [("what", question, kind)]) for kind, paths in photos.items() for path in paths]
+def all_pages(kinds, rng):
+    pages = [page for alike in kinds.values() for page in alike]
     return rng.sample(pages, len(pages))
 
 
-def four_pages(photos, rng):
+def four_pages(kinds, rng):
     """As many as show each photo once on average; all kinds alike, however many photos they have."""
     pages = []
-    n_photo = sum(map(len, photos.values()))
+    n_photo = sum(map(len, kinds.values()))
     for _ in range(max(1, n_photo // 4)):
         # Out of a few kinds, else hardly one would be there twice.
-        kinds = rng.sample(list(photos), min(rng.randint(2, 6), len(photos)))
-        shown = rng.choices(kinds, k=4)
-        asked = ask_four(shown, kinds, list(photos), rng)
-        pages.append(Page([rng.choice(photos[kind]) for kind in shown], asked))
+        some = rng.sample(list(kinds), min(rng.randint(2, 6), len(kinds)))
+        shown = rng.choices(some, k=4)
+        asked = ask_four(shown, some, list(kinds), rng)
+        photos = []
+        for kind in shown:
+            [photo], _ = rng.choice(kinds[kind])
+            photos.append(photo)
+        pages.append((photos, asked))
     return pages
 
 
@@ -165,19 +163,21 @@ def ask_four(shown, kinds, all_kinds, rng):
 
 
 def write_pictures(out, split, pages, size, bad):
-    """-> (name, page) of each"""
-    for i, page in enumerate(Bar(pages, f"{split} pictures", leave=False)):
-        name = f"images/{split}_{i:06d}.jpg"
+    """-> [(name, what is asked) of each]. After a bad photo the others are only looked at."""
+    made = []
+    for i, (paths, asked) in enumerate(Bar(pages, f"{split} pictures", leave=False)):
         photos = []
-        for path in page.photos:
+        for path in paths:
             try:
                 photos.append(open_image(path))
             except UserError as error:
                 bad[str(path)] = error
-        if len(photos) == len(page.photos):
+        if not bad:
+            name = f"images/{split}_{i:06d}.jpg"
             image = draw_page(photos, size)
             write_whole(out / name, partial(image.save, format="JPEG", quality=95))
-            yield name, page
+            made.append((name, asked))
+    return made
 
 
 def draw_page(photos, size):

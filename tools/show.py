@@ -12,11 +12,10 @@ import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from data import Examples
 from model import IGNORE
@@ -24,6 +23,7 @@ from mpo import PairExamples
 from support.cli import Bar, UserError, arg, run_program
 from support.data_files import Records
 from support.distributed import in_loader_process
+from support.io import write_whole
 from support.start import build
 from tools import tokenizer
 from train import Answering, TrainConfig, draw_toy_world, parse_flags
@@ -71,57 +71,54 @@ class Shown(PairExamples):
 def show_record(cfg):
     """Print a record token by token, and draw its pictures as the network reads them."""
     examples = open_examples(cfg)
-    records, tok, tower = examples.records, examples.tok, examples.vision_cfg
-    i = find_record(records, cfg.id) if cfg.id else cfg.index
-    if not 0 <= i < len(records):
-        raise UserError(f"{cfg.data}: no record {i}; it holds {len(records)}, counted from 0")
-    record = records[i]
+    tok, tower = examples.tok, examples.vision_cfg
+    record = find_record(examples.records, cfg)
     example = examples.make_example(record)
-    tokens, labels = example["tokens"], example["labels"]
+    tokens, labels, n_visual = example["tokens"], example["labels"], example["n_visual"]
 
     print(record["where"])
     size = f"{tower.image_size} px in patches of {tower.patch_size} px"
     print(f"template {examples.template}, pictures {size}, mode {examples.image_mode}")
-    print_tokens(tok, tokens.tolist(), labels.tolist())
-    positions = (tokens == tok.image).nonzero()[:, 0]
+    print_tokens(tok, tokens.tolist(), labels.tolist(), iter(n_visual))
     n_label = (labels != IGNORE).sum()
-    print(f"{len(tokens)} tokens, {len(positions)} of them visual, {n_label} supervised (those with a label)")
-    if not len(positions):
+    print(f"{len(tokens)} tokens, {sum(n_visual)} of them visual, {n_label} supervised (those with a label)")
+    if not n_visual:
         return 0
 
-    layouts = example["layout"].split(example["n_visual"])
+    layouts = example["layout"].split(n_visual)
     for name, layout in zip(record["images"], layouts):
         tiles = layout[:, 0]
         n_tile = len(tiles[tiles >= 0].unique())
         print(f"{name}: {n_tile} tiles, {len(tiles)} visual tokens, {(tiles < 0).sum()} of them row ends")
-    sheet = draw_tokens(example["pixels"], example["layout"], positions.tolist(), tower)
+    positions = (tokens == tok.image).nonzero()[:, 0].tolist()
+    sheet = draw_tokens(example["pixels"], example["layout"], positions, tower)
     zoom = -(-600 // sheet.width)  # the toy's tiles are small
-    try:
-        ImageOps.scale(sheet, zoom, Image.Resampling.NEAREST).save(cfg.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out {cfg.out}: cannot be written ({error}); let it end in .png") from None
+    sheet = ImageOps.scale(sheet, zoom, Image.Resampling.NEAREST)
+    write_whole(cfg.out, lambda tmp: sheet.save(tmp, "PNG"))
     print(f"its visual tokens are drawn in {cfg.out}")
     return 0
 
 
-def find_record(records, id):
-    """Index of the first record with this id; the file is read up to it."""
-    for i, record in enumerate(records):
-        if record["id"] == id:
-            return i
-    raise UserError(f"no record has the id {id!r}; use --index 0 to see the first one and its id")
+def find_record(records, cfg):
+    """The record --index, or the first one with this --id: the file is read up to it."""
+    if not cfg.id and cfg.index < len(records):
+        return records[cfg.index]
+    for record in records:
+        if record["id"] == cfg.id:
+            return record
+    raise UserError(f"{cfg.data}: no record {cfg.id or cfg.index}; it holds {len(records)}, counted from 0")
 
 
-def print_tokens(tok, tokens, labels):
-    """A line for each token; those of a picture share one."""
-    print(f"{'position':>11} {'id':>6} {'label':>6}  piece")
-    for _, same in groupby(range(len(tokens)), lambda k: -1 if tokens[k] == tok.image else k):
-        places = list(same)
-        first, n = places[0], len(places)
-        where = str(first) if n == 1 else f"{first}..{places[-1]}"
-        times = "" if n == 1 else f" x {n}"
-        label = "." if labels[first] == IGNORE else labels[first]
-        print(f"{where:>11} {tokens[first]:>6} {label:>6}  {tok.piece(tokens[first])}{times}")
+def print_tokens(tok, tokens, labels, n_visual):
+    """A line for each token; those of a picture, n_visual each time, share one."""
+    print(f"{'position':>8} {'id':>6} {'label':>6}  piece")
+    k = 0
+    while k < len(tokens):
+        n = next(n_visual) if tokens[k] == tok.image else 1
+        label = "." if labels[k] == IGNORE else labels[k]
+        times = f" x {n}" if n > 1 else ""
+        print(f"{k:>8} {tokens[k]:>6} {label:>6}  {tok.piece(tokens[k])}{times}")
+        k += n
 
 
 def draw_tokens(pixels, layout, positions, cfg):
@@ -164,27 +161,29 @@ def draw_tokens(pixels, layout, positions, cfg):
 def check_records(cfg):
     """Read every record as training would, and say what is in the file and what is wrong with it."""
     examples = open_examples(cfg)
-    n = min(cfg.limit or len(examples), len(examples))
-    lengths, n_labels = [], []
+    some = range(len(examples))[: cfg.limit or None]
+    lengths = []
+    n_label = 0
     n_pictures = Counter()
     problems = defaultdict(list)  # of a kind: what differs are names and numbers
-    some = Subset(examples, range(n))
-    loader = DataLoader(some, None, num_workers=cfg.workers, worker_init_fn=in_loader_process)
+    loader = DataLoader(
+        examples, None, sampler=some, num_workers=cfg.workers, worker_init_fn=in_loader_process)
     for example in Bar(loader, "check", unit="record"):
         if "skipped" in example:
             kind = re.sub(r"'[^']*'|\S*/\S*|\d+", "", example["skipped"])
             problems[kind].append(example["skipped"])
             continue
         lengths.append(len(example["tokens"]))
-        n_labels.append(int((example["labels"] != IGNORE).sum()))
+        n_label += int((example["labels"] != IGNORE).sum())
         n_pictures[len(example["n_visual"])] += 1
 
-    counts = f"{n} records read, {len(lengths)} good, {n - len(lengths)} wrong"
+    n_good = len(lengths)
+    counts = f"{len(some)} records read, {n_good} good, {len(some) - n_good} wrong"
     print(f"{cfg.data}, as --model {cfg.model}: {counts}")
     if lengths:
         low, mid, high, top = np.percentile(lengths, [0, 50, 95, 100], method="higher")
         pictures = ", ".join(f"{k}: {count} records" for k, count in sorted(n_pictures.items()))
-        n_token, n_label = sum(lengths), sum(n_labels)
+        n_token = sum(lengths)
         print(f"  tokens per record    min {low}, median {mid}, 95% {high}, max {top}; {n_token:,} in all")
         print(f"  supervised           {n_label:,} tokens, {n_label / n_token:.1%}")
         print(f"  pictures per record  {pictures}")
