@@ -3,8 +3,8 @@
     python -m lab.losses --loss ipo --w-g 0 --data PAIRS.jsonl --image-root DIR     # else as mpo.py
     python -m lab.losses --loss ipo --w-g 1 ...                                     # the paper's IPO+
 
-The loss stands in the place of w_p L_p + w_q L_q. d = s - s_ref, r = beta d, gap = s_c - s_r, |y| is the
-number of tokens of y.
+The loss stands in the place of w_p L_p + w_q L_q, a mean over the pairs. d = s - s_ref, r = beta d,
+gap = s_c - s_r, |y| is the number of tokens of y.
 """
 
 import sys
@@ -15,53 +15,6 @@ import torch.nn.functional as F
 
 import mpo
 from support.cli import REQUIRED, arg, run_program
-
-
-def cdpo_loss(r_c, r_r, epsilon):
-    """-(1 - e) log sigma(r_c - r_r) - e log sigma(r_r - r_c)    ericmitchell.ai/cdpo.pdf"""
-    right = F.logsigmoid(r_c - r_r)
-    wrong = F.logsigmoid(r_r - r_c)
-    return -((1 - epsilon) * right + epsilon * wrong).mean()
-
-
-def robust_dpo_loss(r_c, r_r, epsilon):
-    """(-(1 - e) log sigma(r_c - r_r) + e log sigma(r_r - r_c)) / (1 - 2e)       arXiv:2403.00409, Eq. 12"""
-    right = F.logsigmoid(r_c - r_r)
-    wrong = F.logsigmoid(r_r - r_c)
-    return (epsilon * wrong - (1 - epsilon) * right).mean() / (1 - 2 * epsilon)
-
-
-def hinge_loss(r_c, r_r):
-    """max(0, 1 - (r_c - r_r))                                       RSO, arXiv:2309.06657, Eq. 8"""
-    return F.relu(1 - (r_c - r_r)).mean()
-
-
-def ipo_loss(d_c, d_r, n_c, n_r, beta):
-    """(d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2           arXiv:2310.12036, Eq. 17; means over tokens"""
-    return (d_c / n_c - d_r / n_r - 1 / (2 * beta)).square().mean()
-
-
-def sppo_loss(d_c, d_r, beta):
-    """(d_c - 1 / 2 beta)^2 + (d_r + 1 / 2 beta)^2        arXiv:2405.00675, Eq. 4.7, the winner surely wins"""
-    loss_c = (d_c - 0.5 / beta).square()
-    loss_r = (d_r + 0.5 / beta).square()
-    return (loss_c + loss_r).mean()
-
-
-def aot_loss(gap, gap_ref, beta):
-    """-log sigma(beta (sort(gap) - sort(gap_ref)))         arXiv:2406.05882, paired; of one pair it is DPO"""
-    ahead = gap.sort().values - gap_ref.sort().values
-    return -F.logsigmoid(beta * ahead).mean()
-
-
-def orpo_loss(s_c, s_r, n_c, n_r):
-    """-log sigma(log odds_c - log odds_r), odds = p / (1 - p), p = exp(s / |y|)   arXiv:2403.07691, Eq. 7"""
-    return -F.logsigmoid(log_odds(s_c / n_c) - log_odds(s_r / n_r)).mean()
-
-
-def log_odds(log_p):
-    return log_p - torch.log(-torch.expm1(log_p))  # p may be so near 1 that 1 - p must not be rounded
-
 
 NAMES = ("cdpo", "robust-dpo", "hinge", "ipo", "sppo", "aot", "orpo")
 
@@ -76,23 +29,38 @@ class LossConfig(mpo.MPOConfig):
 
 def loss_terms(rewards, s, n_token, delta, cfg):
     """As mpo.mpo_terms. ORPO's weight is its paper's 0.1."""
+    e = cfg.epsilon
+    beta = cfg.beta
     r_c, r_r = rewards.unbind(1)
     s_c, s_r = s.unbind(1)
     n_c, n_r = n_token.unbind(1)
-    d_c, d_r = (rewards / cfg.beta).unbind(1)
+    d_c, d_r = (rewards / beta).unbind(1)
+    right = F.logsigmoid(r_c - r_r)
+    wrong = F.logsigmoid(r_r - r_c)
     gap = s_c - s_r
+    ahead = gap.sort().values - (gap - (d_c - d_r)).sort().values
     losses = {
-        "cdpo": cdpo_loss(r_c, r_r, cfg.epsilon),
-        "robust-dpo": robust_dpo_loss(r_c, r_r, cfg.epsilon),
-        "hinge": hinge_loss(r_c, r_r),
-        "ipo": ipo_loss(d_c, d_r, n_c, n_r, cfg.beta),
-        "sppo": sppo_loss(d_c, d_r, cfg.beta),
-        "aot": aot_loss(gap, gap - (d_c - d_r), cfg.beta),
-        "orpo": orpo_loss(s_c, s_r, n_c, n_r),
+        # -(1 - e) log sigma(r_c - r_r) - e log sigma(r_r - r_c)                    ericmitchell.ai/cdpo.pdf
+        "cdpo": -((1 - e) * right + e * wrong),
+        # (-(1 - e) log sigma(r_c - r_r) + e log sigma(r_r - r_c)) / (1 - 2e)       arXiv:2403.00409, Eq. 12
+        "robust-dpo": (e * wrong - (1 - e) * right) / (1 - 2 * e),
+        # max(0, 1 - (r_c - r_r))                                               RSO, arXiv:2309.06657, Eq. 8
+        "hinge": F.relu(1 - (r_c - r_r)),
+        # (d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2             arXiv:2310.12036, Eq. 17; means over tokens
+        "ipo": (d_c / n_c - d_r / n_r - 1 / (2 * beta)).square(),
+        # (d_c - 1 / 2 beta)^2 + (d_r + 1 / 2 beta)^2      arXiv:2405.00675, Eq. 4.7, the winner surely wins
+        "sppo": (d_c - 0.5 / beta).square() + (d_r + 0.5 / beta).square(),
+        # -log sigma(beta (sort(gap) - sort(gap_ref)))             arXiv:2406.05882, paired; of one pair DPO
+        "aot": -F.logsigmoid(beta * ahead),
+        # -log sigma(log odds_c - log odds_r), odds = p / (1 - p), p = exp(s / |y|)  arXiv:2403.07691, Eq. 7
+        "orpo": -F.logsigmoid(log_odds(s_c / n_c) - log_odds(s_r / n_r)),
     }
     weight = 0.1 if cfg.loss == "orpo" else 1.0
-    sft = mpo.sft_loss(s_c, n_c)
-    return {cfg.loss: (weight, losses[cfg.loss]), "sft": (cfg.w_g, sft)}
+    return {cfg.loss: (weight, losses[cfg.loss].mean()), "sft": (cfg.w_g, mpo.sft_loss(s_c, n_c))}
+
+
+def log_odds(log_p):
+    return log_p - torch.log(-torch.expm1(log_p))  # p may be so near 1 that 1 - p must not be rounded
 
 
 class Comparing(mpo.Preferring):

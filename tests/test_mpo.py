@@ -176,15 +176,16 @@ def test_an_undecided_model_costs_one_coin_flip_in_dpo_and_two_in_bco():
 
 
 def test_ipo_of_one_token_answers_is_its_vector_on_sums():
-    one = torch.tensor(1.0)
-    near(lab_losses.ipo_loss(3 * one, -one, one, one, beta=0.1), 1.0)
+    s = torch.tensor([[3.0, -1.0]])
+    near(lab_loss("ipo", s, torch.zeros(1, 2), torch.ones(1, 2)), 1.0)
 
 
 def test_orpo_equals_its_vector_and_survives_a_certain_answer():
-    s = torch.tensor([-2.0 * 60, -2.0125 * 80])
-    near(lab_losses.orpo_loss(s[0], s[1], torch.tensor(60.0), torch.tensor(80.0)), 0.685952)
-    certain = torch.tensor([-1e-6], requires_grad=True)
-    lab_losses.orpo_loss(certain, torch.tensor([-30.0]), torch.ones(1), torch.ones(1)).backward()
+    n = torch.tensor([[60.0, 80.0]])
+    s = n * torch.tensor([[-2.0, -2.0125]])
+    near(lab_loss("orpo", s, torch.zeros(1, 2), n), 0.685952)
+    certain = torch.tensor([[-1e-6, -30.0]], requires_grad=True)
+    lab_loss("orpo", certain, torch.zeros(1, 2), torch.ones(1, 2)).backward()
     assert certain.grad.isfinite().all()
 
 
@@ -192,7 +193,9 @@ def test_aot_sorts_over_the_batch():
     gap, gap_ref = torch.tensor([3.0, -1.0, 2.0]), torch.tensor([0.0, 5.0, 1.0])
     sorted_pairs = ((-1, 0), (2, 1), (3, 5))
     expected = sum(math.log1p(math.exp(-0.1 * (a - b))) for a, b in sorted_pairs) / 3
-    near(lab_losses.aot_loss(gap, gap_ref, 0.1), expected)
+    zeros = torch.zeros(3)
+    s, s_ref = torch.stack([gap, zeros], 1), torch.stack([gap_ref, zeros], 1)
+    near(lab_loss("aot", s, s_ref, torch.ones(3, 2)), expected)
 
 
 def test_a_batch_costs_the_mean_of_its_pairs():
