@@ -41,10 +41,10 @@ STATEMENTS = {
 }
 
 
-def make_base(out, tok, n_steps, seed):
-    (out / "toy-base").mkdir(parents=True, exist_ok=True)
-    shutil.copy(tok.path, out / "toy-base")
-    fit_decoder(out / "toy-base", tok, n_steps, seed, make_text, tell_held_out)
+def make_base(out, tok, cfg):
+    out.mkdir(exist_ok=True)
+    shutil.copy(tok.path, out)
+    fit_decoder(out, tok, cfg, make_text, tell_held_out)
 
 
 def make_text(tok, rng, progress):
@@ -91,8 +91,8 @@ def make_statements(scene, rng):
     for category, question, answer in asked:
         both = f"{toyworld.without_format(question)} {answer}"
         for pattern, statement in STATEMENTS.items():
-            if re.fullmatch(pattern, both):
-                text = re.sub(pattern, statement, both)
+            if found := re.fullmatch(pattern, both):
+                text = found.expand(statement)
                 said.append((category, text[0].upper() + text[1:]))
                 break
     return said

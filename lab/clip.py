@@ -26,20 +26,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import toyworld
+from data import pad_rows
 from lab.common import (
     NOTHING,
     UNKNOWN,
+    VALUES,
     WHOLE,
     Fact,
     draw_pixels,
     fit_part,
-    label_patches,
+    half_cosine,
+    held_out_scenes,
     look_through,
-    pad_rows,
     patch_owners,
     random_window,
     repaint_some,
     scene_facts,
+    share_right,
 )
 from model import PRESETS, Decoder
 from support.export import clip_json, clip_name, write_model
@@ -47,64 +50,60 @@ from support.start import init_weights
 from vision import ViT
 
 FALSE, TRUE, UNTOLD = 0, 1, 2    # of a phrase and a thing
+EMPTY = Fact(kind="picture of nothing")                          # of a patch without a thing or a sign
 
 
-EMPTY = Fact(None, None, "picture of nothing", None, None)       # of a patch without a thing or a sign
-VALUES = Fact(toyworld.SIZES, tuple(toyworld.COLORS), toyworld.KINDS, toyworld.PLACES, toyworld.WORDS)
-
-
-def make_clip(out, tok, n_steps, seed, parts=0.0, batch_size=48, lr=6e-4):
-    rng = random.Random(seed)
-    clip = CLIP(PRESETS["toy"], tok.vocab_size)
+def make_clip(out, tok, cfg):
+    rng = random.Random(cfg.seed)
+    clip = CLIP(PRESETS["toy"], tok)
 
     def lr_at(step):
-        half_cosine = 0.5 * (1 + math.cos(math.pi * step / n_steps))
-        return lr * min(1, step / 100) * half_cosine
+        return 6e-4 * min(1, step / 100) * half_cosine(step, cfg.steps)
 
     def loss_at(step):
-        pixels, whole, captions, texts, patches, holding = contrastive_batch(rng, batch_size, parts)
-        s_whole, s_patch = clip(pixels, tokenize_texts(tok, captions), tokenize_texts(tok, texts))
+        pixels, whole, captions, texts, patches, holding = contrastive_batch(rng, 48, cfg.parts)
+        seen, seen_patches = clip(pixels)
+        scale = clip.tau.exp()
+        s_whole = clip.compare(seen, captions) * scale
+        s_patch = clip.compare(seen_patches, texts) * scale
         return (contrastive_loss(s_whole[whole], torch.eye(len(whole)))
                 + contrastive_loss(s_patch.flatten(0, 1)[patches], holding))
 
     def look():
         weights = clip.vision.state_dict()
         tensors = {f"vision_model.{clip_name(name)}": p.half() for name, p in weights.items()}
-        write_model(out / "toy-clip", tensors, clip_json(clip.vision.cfg))
-        large = words_found(clip, tok, (0.25, 0.25, 0.5))
-        return words_found(clip, tok) | {"kind, twice as large": large["kind"]}
+        write_model(out, tensors, clip_json(clip.vision.cfg))
+        return words_found(clip)
 
-    fit_part("toy-clip", clip, n_steps, lr_at, loss_at, look)
+    fit_part(out, cfg, clip, lr_at, loss_at, look)
 
 
 class CLIP(nn.Module):
-    def __init__(self, cfg, vocab_size, n_embd=128):
+    def __init__(self, cfg, tok):
         super().__init__()
+        self.tok = tok
         self.vision = init_weights(ViT(cfg.vision))
-        self.text = init_weights(Decoder(replace(cfg.decoder, vocab_size=vocab_size, n_layer=2)))
-        self.patch_proj = nn.Linear(cfg.vision.n_embd, n_embd, bias=False)
-        self.class_proj = nn.Linear(cfg.vision.n_embd, n_embd, bias=False)
-        self.text_proj = nn.Linear(cfg.decoder.n_embd, n_embd, bias=False)
+        self.text = init_weights(Decoder(replace(cfg.decoder, vocab_size=tok.vocab_size, n_layer=2)))
+        self.patch_proj = nn.Linear(cfg.vision.n_embd, 128, bias=False)
+        self.class_proj = nn.Linear(cfg.vision.n_embd, 128, bias=False)
+        self.text_proj = nn.Linear(cfg.decoder.n_embd, 128, bias=False)
         self.tau = nn.Parameter(torch.tensor(math.log(16.0)))
 
-    def forward(self, pixels, captions, phrases):
-        """-> similarities s of class tokens and b captions (B, b), of patches and Q phrases (B, N, Q)."""
+    def forward(self, pixels):
+        """-> (B, D) of the class tokens and (B, N, D) of the patches, of unit length."""
         x = self.vision.embed(pixels)                    # (B, 1 + N, D_vision)
         for block in self.vision.blocks:
             before_last = x                              # a VLM reads what goes into the last block
             x = block(x)
         whole = self.class_proj(self.vision.norm(x[:, 0]))                  # (B, D)
         parts = self.patch_proj(self.vision.norm(before_last[:, 1:]))       # (B, N, D)
-        scale = self.tau.exp()
-        s_whole = F.normalize(whole, dim=-1) @ self.embed_texts(*captions).T * scale
-        s_parts = F.normalize(parts, dim=-1) @ self.embed_texts(*phrases).T * scale
-        return s_whole, s_parts
+        return F.normalize(whole, dim=-1), F.normalize(parts, dim=-1)
 
-    def embed_texts(self, tokens, last):
-        """Texts (Q, T) that end at `last` (Q,) -> (Q, D) of unit length."""
+    def compare(self, seen, texts):
+        """(..., D) of pictures or patches, Q texts -> cosines (..., Q). A text is read at its end token."""
+        tokens = pad_rows([self.tok.encode(text) + [self.tok.eos] for text in texts], self.tok.pad)
         h = self.text(self.text.embed_tokens(tokens))
-        at_end = h[torch.arange(len(tokens)), last]
-        return F.normalize(self.text_proj(at_end), dim=-1)
+        return seen @ F.normalize(self.text_proj(h[tokens == self.tok.eos]), dim=-1).T
 
 
 def contrastive_loss(s, holding):
@@ -167,8 +166,8 @@ def random_phrases(scenes, rng):
                 continue
             true = leave_out_words(fact, rng)
             phrases += [true, change_a_word(true, rng)]
-    phrases = dict.fromkeys(phrases)                     # each once, in their order
-    return [phrase for phrase in phrases if (phrase.kind, phrase.color) not in toyworld.UNSEEN]
+    once = dict.fromkeys(phrases)                        # each, in their order
+    return [phrase for phrase in once if (phrase.kind, phrase.color) not in toyworld.UNSEEN]
 
 
 def leave_out_words(fact, rng, keep=(0.4, 0.5, 0.95, 0.5, 0.8)):
@@ -184,7 +183,7 @@ def change_a_word(phrase, rng):
     """Another value in place of one that is said. Kinds are the hard part: three times as often as others."""
     said = [name for name, value in phrase._asdict().items() if value not in (None, "sign")]
     name = rng.choice([name for name in said for _ in range(3 if name == "kind" else 1)])
-    others = [value for value in getattr(VALUES, name) if value != getattr(phrase, name)]
+    others = [value for value in VALUES[name] if value != getattr(phrase, name)]
     return phrase._replace(**{name: rng.choice(others)})
 
 
@@ -213,25 +212,13 @@ def phrase_text(phrase):
     return f"a {what}{place}"
 
 
-def tokenize_texts(tok, texts):
-    """-> tokens (Q, T), index of each text's end token (Q,)."""
-    rows = [tok.encode(text) + [tok.eos] for text in texts]
-    return pad_rows(rows, tok.pad), torch.tensor([len(ids) - 1 for ids in rows])
-
-
 @torch.no_grad()
-def words_found(clip, tok, window=WHOLE, n=128):
+def words_found(clip, n=128):
     """{attribute: share of held-out things' patches where the right word is nearer than all others}"""
-    rng = random.Random(1)
-    scenes = [toyworld.random_scene(rng, held_out=True) for _ in range(n)]
-    pixels = draw_pixels(scenes, windows=[window] * n)
-    scenes = [look_through(scene, window) for scene in scenes]
-    nothing_said = Fact(*[None] * len(VALUES))
+    scenes = held_out_scenes(n)
+    _, patches = clip(draw_pixels(scenes))
     found = {}
-    for name, values in VALUES._asdict().items():
-        texts = [phrase_text(nothing_said._replace(**{name: value})) for value in values]
-        _, s = clip(pixels, tokenize_texts(tok, ["a picture"]), tokenize_texts(tok, texts))
-        labels = label_patches(scenes, name, values)
-        right = s.argmax(-1) == labels
-        found[name] = right[labels >= 0].float().mean().item()
+    for name, values in VALUES.items():
+        texts = [phrase_text(Fact(**{name: value})) for value in values]
+        found[name] = share_right(clip.compare(patches, texts), scenes, name)
     return found

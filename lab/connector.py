@@ -17,11 +17,12 @@ from lab.common import (
     WHOLE,
     draw_pixels,
     fit_part,
-    kinds_told,
+    held_out_scenes,
     label_patches,
     look_through,
     random_window,
     repaint_some,
+    share_right,
     spell,
     sum_of_words,
 )
@@ -30,11 +31,11 @@ from support.export import public_layout, write_model
 from support.weights import load_decoder, load_vision
 
 
-def make_connector(out, tok, n_steps, seed, parts=0.0, batch_size=32, lr=4e-3):
-    rng = random.Random(seed)
+def make_connector(out, tok, cfg):
+    rng = random.Random(cfg.seed)
     vlm = VLM(PRESETS["toy"])
-    load_vision(vlm.vision, out / "toy-clip")
-    load_decoder(vlm.decoder, out / "toy-vicuna")
+    load_vision(vlm.vision, out.parent / "toy-clip")
+    load_decoder(vlm.decoder, out.parent / "toy-vicuna")
 
     def take_out(words):
         """What takes out of a row all that the embeddings of these words span (D, D)."""
@@ -42,32 +43,35 @@ def make_connector(out, tok, n_steps, seed, parts=0.0, batch_size=32, lr=4e-3):
         return torch.eye(vlm.connector.D) - torch.linalg.pinv(spanned) @ spanned
 
     colorless = take_out(toyworld.COLORS)
-    placeless = take_out({*toyworld.SIZES, *" ".join(toyworld.PLACES).split()})
+    placeless = take_out([*toyworld.SIZES, *" ".join(toyworld.PLACES).split()])
 
     # Features and targets of all the pictures, in lots of 50.
     print("toy-connector: looks at the pictures first", flush=True)
-    n_lot = math.ceil(min(8000, n_steps * batch_size) / 50)
-    lots = [see_patches(vlm, tok, rng, 50, parts) for _ in range(n_lot)]
+    n_lot = math.ceil(min(8000, cfg.steps * 32) / 50)
+    lots = [see_patches(vlm, tok, rng, 50, cfg.parts) for _ in range(n_lot)]
     features, targets, nameless, cut = (torch.cat(parts) for parts in zip(*lots))
     variance = targets.var()
 
     def lr_at(step):
-        return lr * min(1, step / 200) * (1 - (step - 1) / n_steps)
+        return 4e-3 * min(1, step / 200) * (1 - (step - 1) / cfg.steps)
 
     def loss_at(step):
-        i = torch.randint(len(targets), (batch_size,))
+        i = torch.randint(len(targets), (32,))
         error = vlm.connector(features[i]).view_as(targets[i]) - targets[i]
         error = torch.where(nameless[i][..., None], error @ colorless, error)
         error = torch.where(cut[i][..., None], error @ placeless, error)
         return error.square().mean() / variance
 
+    @torch.no_grad()
     def look():
         public_name, config = public_layout(vlm)
         connector = {public_name(f"connector.{name}"): p for name, p in vlm.connector.state_dict().items()}
-        write_model(out / "toy-connector", connector, config)
-        return {"kinds that patches tell": kinds_told(vlm, tok)}
+        write_model(out, connector, config)
+        scenes = held_out_scenes(128)
+        visual = vlm.connector(vlm.vision(draw_pixels(scenes))).view(128, 64, -1)
+        return {"kinds that patches tell": kinds_told(vlm, tok, scenes, visual)}
 
-    fit_part("toy-connector", vlm.connector, n_steps, lr_at, loss_at, look)
+    fit_part(out, cfg, vlm.connector, lr_at, loss_at, look)
 
 
 @torch.no_grad()
@@ -83,7 +87,14 @@ def see_patches(vlm, tok, rng, n, parts):
 
     spelled = torch.tensor([spell(scene, tok) for scene in scenes])
     targets = sum_of_words(spelled, vlm.decoder.embed_tokens.weight)
-    has_kind = label_patches(scenes, "kind", toyworld.KINDS) >= 0
-    has_color = label_patches(scenes, "color", tuple(toyworld.COLORS)) >= 0
+    has_kind = label_patches(scenes, "kind") >= 0
+    has_color = label_patches(scenes, "color") >= 0
     cut = torch.tensor([window != WHOLE for window in windows])[:, None].expand_as(has_kind)
     return features, targets, has_kind & ~has_color, cut
+
+
+def kinds_told(vlm, tok, scenes, visual):
+    """How often a visual token (B, N, D) of a thing is nearer to its kind's word than to all the others'."""
+    words = vlm.decoder.embed_tokens.weight[[tok.encode(kind)[0] for kind in toyworld.KINDS]]
+    words = words - words.mean(0)
+    return share_right(visual @ words.T, scenes, "kind")

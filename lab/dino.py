@@ -12,7 +12,6 @@ windows for the student alone, a penalty (KoLeo), and a K of 131,072.
 """
 
 import copy
-import math
 import random
 from dataclasses import replace
 
@@ -21,7 +20,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import toyworld
-from lab.common import draw_pixels, fit_part, label_patches, random_window, repaint_some
+from lab.common import (
+    VALUES,
+    bfloat16,
+    draw_pixels,
+    fit_part,
+    half_cosine,
+    label_patches,
+    random_window,
+    repaint_some,
+    share_right,
+)
 from support.configs import CLIP_FIELDS, DINOV2
 from support.export import public_fields, write_model
 from support.start import init_weights
@@ -31,37 +40,33 @@ from vision import ViT
 TOWER = replace(DINOV2, image_size=96, patch_size=12, n_embd=128, n_layer=5, n_head=4, n_hidden=512)
 
 
-def make_dino(out, tok, n_steps, seed, batch_size=16, lr=1.5e-3):
-    """tok goes unused: there are no words."""
-    rng = random.Random(seed)
+def make_dino(out, tok, cfg):
+    """tok goes unused: there are no words. With --steps 1 the teacher stays as it began."""
+    rng = random.Random(cfg.seed)
     student = Sorter()
     teacher = copy.deepcopy(student).requires_grad_(False)
-    untrained = probe(student.vit)
-
-    def falling(step):
-        return 0.5 * (1 + math.cos(math.pi * step / n_steps))
 
     def lr_at(step):
-        return lr * min(1, step / 50) * falling(step)
+        return 1.5e-3 * min(1, step / 50) * half_cosine(step, cfg.steps)
 
     def loss_at(step):
-        follow(teacher, student, 0.02 * falling(step))
-        return sorting_loss(student, teacher, two_windows(rng, batch_size))
+        follow(teacher, student, 0.02 * half_cosine(step, cfg.steps))
+        return sorting_loss(student, teacher, two_windows(rng, 16))
 
     def look():
-        save_tower(teacher, out / "toy-dino")
-        return probe(teacher.vit) | {f"{name}, untrained": share for name, share in untrained.items()}
+        save_tower(teacher, out)
+        return probe(teacher.vit)
 
-    fit_part("toy-dino", student, n_steps, lr_at, loss_at, look)
+    fit_part(out, cfg, student, lr_at, loss_at, look)
 
 
 class Sorter(nn.Module):
-    def __init__(self, K=512):
+    def __init__(self):
         super().__init__()
         self.vit = init_weights(ViT(TOWER))
         self.mask_token = nn.Parameter(torch.zeros(TOWER.n_embd))
-        self.class_head = Head(TOWER.n_embd, K)
-        self.patch_head = Head(TOWER.n_embd, K)
+        self.class_head = Head()
+        self.patch_head = Head()
 
     def forward(self, pixels, masked):
         """(n, 3, S, S), masked (n, N) -> z of the class tokens (n, K) and of the patches (n, N, K)."""
@@ -69,7 +74,7 @@ class Sorter(nn.Module):
         unseen = self.mask_token + self.vit.pos[1:]      # a masked patch keeps its place
         patches = torch.where(masked[:, :, None], unseen, x[:, 1:])
         x = torch.cat([x[:, :1], patches], dim=1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        with bfloat16():
             for block in self.vit.blocks:
                 x = block(x)
         x = self.vit.norm(x.float())
@@ -77,7 +82,7 @@ class Sorter(nn.Module):
 
 
 class Head(nn.Module):
-    def __init__(self, D, K, D_narrow=32):
+    def __init__(self, D=TOWER.n_embd, D_narrow=32, K=512):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D_narrow))
         self.prototypes = nn.Parameter(torch.randn(K, D_narrow))
@@ -104,10 +109,10 @@ def cross_entropy(q, z):
     return F.cross_entropy(z / 0.1, q)
 
 
-def sinkhorn(z, n_round=3):
+def sinkhorn(z):
     """z (P, K) -> q (P, K): rows sum to 1, and all columns to nearly the same (SwAV, arXiv:2006.09882)."""
     log_q = z / 0.02
-    for _ in range(n_round):
+    for _ in range(3):
         log_q = log_q.log_softmax(dim=0).log_softmax(dim=1)
     return log_q.exp()
 
@@ -128,12 +133,12 @@ def two_windows(rng, size):
 
 def save_tower(sorter, directory):
     """As facebook/dinov2-* are laid out."""
-    vit = sorter.vit.state_dict()
+    state = sorter.vit.state_dict()
+    state["class_token"] = state["class_token"].view(1, 1, -1)
+    state["pos"] = state["pos"][None]
+    state["embeddings.mask_token"] = sorter.mask_token.detach()[None]
     public_names = {ours: public for public, ours in DINO_NAMES.items()}
-    tensors = {rename(name, public_names): tensor.half() for name, tensor in vit.items()}
-    tensors["embeddings.cls_token"] = vit["class_token"].half().view(1, 1, -1)
-    tensors["embeddings.position_embeddings"] = vit["pos"].half()[None]
-    tensors["embeddings.mask_token"] = sorter.mask_token.detach().half()[None]
+    tensors = {rename(name, public_names): tensor.half() for name, tensor in state.items()}
     config = {"model_type": "dinov2", "mlp_ratio": 4, **public_fields(TOWER, CLIP_FIELDS)}
     write_model(directory, tensors, config)
 
@@ -149,12 +154,9 @@ def probe(vit, n=400):
     held_out = [toyworld.random_scene(rng, held_out=True) for _ in range(n // 2)]
     seen, unseen = (F.pad(vit(draw_pixels(scenes)), (0, 1), value=1.0) for scenes in (train, held_out))
     shares = {}
-    asked = {"kind": toyworld.KINDS, "color": tuple(toyworld.COLORS), "place": toyworld.PLACES}
-    for name, values in asked.items():
-        labels = label_patches(train, name, values)
-        right = F.one_hot(labels[labels >= 0], len(values)).float()
+    for name in "kind", "color", "place":
+        labels = label_patches(train, name)
+        right = F.one_hot(labels[labels >= 0], len(VALUES[name])).float()
         linear = torch.linalg.lstsq(seen[labels >= 0], right).solution
-        labels = label_patches(held_out, name, values)
-        found = (unseen @ linear).argmax(-1) == labels
-        shares[name] = found[labels >= 0].float().mean().item()
+        shares[name] = share_right(unseen @ linear, held_out, name)
     return shares

@@ -11,21 +11,11 @@ from typing import NamedTuple
 
 import toyworld
 from benchmarks.common import COT, INSUFFICIENT, LETTER, SHORT
+from lab.common import move_parts
 from lab.losses import NAMES
 from toyworld import BOX, CAPTION, CATEGORIES, COLORS, DETAIL, KINDS, llava_record, without_format
 
-# ---- what is scored: functions of the judged answers to the held-out questions ----
-
-
-def mean_of(values, *categories):
-    """-> the function that takes the mean of values(record) over the records of these categories."""
-    def measure(records):
-        found = []
-        for record in records:
-            if set(categories) & set(record["category"]):
-                found += values(record)
-        return sum(found) / max(1, len(found))
-    return measure
+# ---- what is scored: of a judged answer to a held-out question the values to be averaged ----
 
 
 def score(record):
@@ -49,14 +39,24 @@ def one_word(record):
     return [" " not in record["answer"].strip()]
 
 
-TERSE = ("existence", "count", "attribute", "spatial", "reading", "reasoning")
-MEASURES = {category: mean_of(score, category) for category in CATEGORIES} | {
-    "all": mean_of(score, *CATEGORIES),
-    "short answers": mean_of(score, *TERSE),
-    "made up": mean_of(made_up, "caption"),
-    "no final answer": mean_of(no_final_answer, "cot"),
-    "chat in one word": mean_of(one_word, "chat"),
+SHORT_ANSWERS = ("existence", "count", "attribute", "spatial", "reading", "reasoning")
+MEASURES = {category: (score, [category]) for category in CATEGORIES} | {
+    "all": (score, CATEGORIES),
+    "short answers": (score, SHORT_ANSWERS),
+    "made up": (made_up, ["caption"]),
+    "no final answer": (no_final_answer, ["cot"]),
+    "chat in one word": (one_word, ["chat"]),
 }
+
+
+def measure(column, records):
+    """The mean of what one of the MEASURES says of the records of its categories."""
+    values, categories = MEASURES[column]
+    found = []
+    for record in records:
+        if set(categories) & set(record["category"]):
+            found += values(record)
+    return sum(found) / max(1, len(found))
 
 
 # ---- what is trained on ----
@@ -69,7 +69,7 @@ def keep(record):
 def keep_pairs(is_wanted):
     """Of a record of train.json only the (question, answer) that are wanted."""
     def rewrite(record):
-        pairs = [(question, answer) for question, answer in pairs_of(record) if is_wanted(question)]
+        pairs = [pair for pair in pairs_of(record) if is_wanted(pair[0])]
         return [llava_record(record["id"], record["image"], pairs)] if pairs else []
     return rewrite
 
@@ -103,7 +103,7 @@ def add_text(record):
 def widen_pictures(folder):
     """Draw the pictures of a world again, half as wide again as they are high."""
     for path in sorted(folder.glob("images/*.png")):
-        draw_wide(scene_of(path), 96).save(path)
+        draw_wide(scene_of(path)).save(path)
 
 
 def scene_of(path):
@@ -112,19 +112,15 @@ def scene_of(path):
     return toyworld.random_scene(random.Random(f"0 {split} {int(i)}"), held_out=split == "val")
 
 
-def draw_wide(scene, height):
-    """The middle of a drawing 1.5 times as large, where things keep their size and move apart sideways."""
+def draw_wide(scene):
+    """The middle of a drawing of 144 px, where things keep their size of 96 px and move apart sideways."""
     def move(part):
         x1, y1, x2, y2 = part.box
         x, y = (x1 + x2) / 2, (y1 + y2) / 3 + 1 / 6
         w, h = (x2 - x1) / 3, (y2 - y1) / 3
         return replace(part, box=(x - w, y - h, x + w, y + h))
 
-    side = height * 3 // 2
-    sign = scene.sign and move(scene.sign)
-    scene = replace(scene, things=tuple(map(move, scene.things)), sign=sign)
-    top = (side - height) // 2
-    return toyworld.draw_scene(scene, side).crop((0, top, side, top + height))
+    return toyworld.draw_scene(move_parts(scene, move), 144).crop((0, 24, 144, 120))
 
 
 class World(NamedTuple):
@@ -163,52 +159,56 @@ FILES = {                            # name -> its world, and what becomes of a 
 # ---- what is compared ----
 #
 # The commands of a row are joined by &&; the last makes the model that is scored. {name} is a file of FILES,
-# and {0}, {1} are what the row's earlier commands made. Unless it says otherwise, train shows each of the
-# 1,280 records of {base} once, in 80 steps.
+# and {0}, {1} are what the row's earlier commands made. One epoch of {base}, 1,280 records, is 80 steps.
 
 FRESH = "--projector= --lr-connector 5e-3"       # a connector of random weights
-WIDE_PICTURES = "train --data {wide} --val {wideval} --image-mode"
-FROM_RANDOM = f"train --max-steps 240 {FRESH}"
+BASE = "train --epochs 1 --data {base}"
+WIDE_PICTURES = "train --epochs 1 --data {wide} --val {wideval} --image-mode"
+FROM_RANDOM = f"train --max-steps 240 --data {{base}} {FRESH}"
 TILES = "--vision assets/toy-clip-tiles --projector assets/toy-connector-tiles"
 HD = f"train --data {{signs}} --batch-size 8 --lr 1e-3 {TILES} --image-mode"
 BEFORE = "train --max-steps 200 --data {manytexts} --val {manyval}"
-SOURCES = {
-    "correctness": "pairs --method correctness --samples 8 --min-newlines 1 --data {steps}",
-    "dropout 0.25": "pairs --method dropout-ntp --ratio 0.25 --data {describe}",
-    "dropout 0.5": "pairs --method dropout-ntp --ratio 0.5 --data {describe}",
-    "dropout 0.75": "pairs --method dropout-ntp --ratio 0.75 --data {describe}",
-}
+CORRECTNESS = "pairs --method correctness --samples 8 --min-newlines 1 --data {steps}"
+DROPOUT = "pairs --method dropout-ntp --data {describe} --ratio"
 
 
 def prefer(flags, *sources, program="mpo"):
     """The commands of a row: 40 steps of 16 pairs."""
-    asked = [f"{SOURCES[name]} --model {{0}} --max-new-tokens 96 --limit 200" for name in sources]
+    asked = [f"{source} --model {{0}} --max-new-tokens 96 --limit 200" for source in sources]
     files = ",".join(f"{{{k}}}" for k in range(1, 1 + len(sources)))
     places = f"--model {{0}} --data {files} --image-root {{manyval.parent}} --val {{manyval}}"
     return " && ".join([BEFORE, *asked, f"{program} {places} --max-steps 40 {flags}"])
 
 
-BOTH = ("correctness", "dropout 0.5")
+BOTH = (CORRECTNESS, f"{DROPOUT} 0.5")
 DPO = prefer("--w-p 1 --w-q 0 --w-g 0", *BOTH)
 MPO = prefer("--w-p 0.8 --w-q 0.2 --w-g 1", *BOTH)
 EXPERIMENTS = {
     # LLaVA-1.5
-    "formats": {"with prompts": "train", "without": "train --data {bare}"},
+    "formats": {"with prompts": BASE, "without": "train --epochs 1 --data {bare}"},
     "unseen": {
-        "all formats": "train",
-        "no letters": "train --data {noletters}",
-        "no Unanswerable": "train --data {noabsent}",
+        "all formats": BASE,
+        "no letters": "train --epochs 1 --data {noletters}",
+        "no Unanswerable": "train --epochs 1 --data {noabsent}",
     },
-    "tasks": {"talk": "train --data {talk}", "talk and short": "train --data {short}", "all tasks": "train"},
-    "connector": {"linear": f"train --connector linear {FRESH}", "two layers": f"train {FRESH}"},
+    "tasks": {
+        "talk": "train --epochs 1 --data {talk}",
+        "talk and short": "train --epochs 1 --data {short}",
+        "all tasks": BASE,
+    },
+    "connector": {"linear": f"{BASE} --connector linear {FRESH}", "two layers": f"{BASE} {FRESH}"},
     "data": {
-        "10%": "train --data-fraction 0.1",
-        "25%": "train --data-fraction 0.25",
-        "50%": "train --data-fraction 0.5",
-        "75%": "train --data-fraction 0.75",
-        "100%": "train",
+        "10%": f"{BASE} --data-fraction 0.1",
+        "25%": f"{BASE} --data-fraction 0.25",
+        "50%": f"{BASE} --data-fraction 0.5",
+        "75%": f"{BASE} --data-fraction 0.75",
+        "100%": BASE,
     },
-    "resolution": {"24 px": "train --data {coarse}", "48 px": "train --data {middling}", "96 px": "train"},
+    "resolution": {
+        "24 px": "train --epochs 1 --data {coarse}",
+        "48 px": "train --epochs 1 --data {middling}",
+        "96 px": BASE,
+    },
     "hd": {
         "pad": f"{HD} pad --max-steps 442",
         "hd": f"{HD} hd --max-steps 270",
@@ -232,16 +232,20 @@ EXPERIMENTS = {
     },
     "stages": {
         "two stages": "train --stage pretrain --max-steps 80 --data {captions} && "
-                      "train --projector {0} --lr-connector 5e-3",
-        "one stage": f"train {FRESH}",
+                      "train --epochs 1 --data {base} --projector {0} --lr-connector 5e-3",
+        "one stage": f"{BASE} {FRESH}",
     },
     "tower": {
-        "frozen": "train",
-        "trained": "train --train connector,llm,vision",
-        "at a tenth of the rate": "train --train connector,llm,vision --lr-vision 4e-5",
+        "frozen": BASE,
+        "trained": f"{BASE} --train connector,llm,vision",
+        "at a tenth of the rate": f"{BASE} --train connector,llm,vision --lr-vision 4e-5",
     },
-    "epochs": {"1 epoch": "train", "2 epochs": "train --epochs 2", "3 epochs": "train --epochs 3"},
-    "texts": {"pictures alone": "train", "and texts": "train --data {texts}"},
+    "epochs": {
+        "1 epoch": BASE,
+        "2 epochs": "train --epochs 2 --data {base}",
+        "3 epochs": "train --epochs 3 --data {base}",
+    },
+    "texts": {"pictures alone": BASE, "and texts": "train --epochs 1 --data {texts}"},
 
     # InternVL-2.5-MPO: finetune, let the model make its own pairs, train each variant on them
     "losses": {
@@ -257,9 +261,9 @@ EXPERIMENTS = {
                 | {name: prefer(f"--loss {name} --w-g 0", *BOTH, program="losses") for name in NAMES},
     "dropout": {
         "before": BEFORE,
-        "correctness": prefer("", "correctness"),
-        "a quarter": prefer("", "dropout 0.25"),
-        "half": prefer("", "dropout 0.5"),
-        "three quarters": prefer("", "dropout 0.75"),
+        "correctness": prefer("", CORRECTNESS),
+        "a quarter": prefer("", f"{DROPOUT} 0.25"),
+        "half": prefer("", f"{DROPOUT} 0.5"),
+        "three quarters": prefer("", f"{DROPOUT} 0.75"),
     },
 }

@@ -11,8 +11,7 @@ finetune have never met them.
 """
 
 import sys
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,17 +25,20 @@ from lab.vicuna import make_vicuna, sayings
 from support.cli import arg, parse, run_program
 from tools.tokenizer import train_tokenizer
 
+PARTS = {                            # what makes each, and in how many steps
+    "clip": (make_clip, 4000),       # of 48 pictures
+    "vicuna": (make_vicuna, 5500),   # of 32 texts
+    "base": (make_base, 2200),       # of 32 texts
+    "dino": (make_dino, 1100),       # of 16 pictures, through two windows each
+    "connector": (make_connector, 8000),                         # of 32 pictures
+}
+
 
 @dataclass
 class IngredientsConfig:
     out: str = arg("assets", "folder to write to")
-    clip_steps: int = arg(4000, "steps of 48 pictures", at_least=1)
-    vicuna_steps: int = arg(5500, "steps of 32 texts", at_least=1)
-    base_steps: int = arg(2200, "steps of 32 texts", at_least=1)
-    dino_steps: int = arg(1100, "steps of 16 pictures, through two windows each", at_least=1)
-    connector_steps: int = arg(8000, "steps of 32 pictures", at_least=1)
-    only: str = arg(
-        "", "make one of them; empty: all", choices=("clip", "vicuna", "base", "dino", "connector"))
+    only: str = arg("", "make one of them; empty: all", choices=tuple(PARTS))
+    steps: int = arg(0, "of training for each part; 0: its own number, some thousands")
     parts: float = arg(0.0, "share of the pictures that show a part of a scene, as tiles do", at_most=1)
     seed: int = arg(0, "of the weights and the scenes")
 
@@ -50,16 +52,10 @@ def main(argv=None):
         train_tokenizer(vocabulary, sayings(), 896, required=",]")
 
     tok = Tokenizer(vocabulary)
-    for name, make, n_step in (
-        ("clip", partial(make_clip, parts=cfg.parts), cfg.clip_steps),
-        ("vicuna", make_vicuna, cfg.vicuna_steps),
-        ("base", make_base, cfg.base_steps),
-        ("dino", make_dino, cfg.dino_steps),
-        ("connector", partial(make_connector, parts=cfg.parts), cfg.connector_steps),
-    ):
-        if cfg.only in ("", name):
-            torch.manual_seed(cfg.seed)
-            make(out, tok, n_step, cfg.seed)
+    for name in [cfg.only] if cfg.only else PARTS:
+        make, n_step = PARTS[name]
+        torch.manual_seed(cfg.seed)
+        make(out / f"toy-{name}", tok, replace(cfg, steps=cfg.steps or n_step))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import pairs
 import toyworld
 import train
 from lab import losses
-from lab.experiments import EXPERIMENTS, FILES, MEASURES, widen_pictures
+from lab.experiments import EXPERIMENTS, FILES, measure, widen_pictures
 from support.cli import UserError, arg, parse, run_program
 from support.io import read_json, reading, write_json, write_json_lines, write_text
 
@@ -61,23 +62,29 @@ def main(argv=None):
     lab = Path("out/lab-quick" if cfg.quick else "out/lab")
     page = read_page(cfg.name)
     columns = re.search(r"^\| \| (.+) \|$", page, re.MULTILINE)[1].split(" | ")
-    results = {row: [] for row in EXPERIMENTS[cfg.name]}        # {row: [{column: share} of each seed]}
+    rows = EXPERIMENTS[cfg.name]
+    results = defaultdict(list)      # {"row, column": [share of each seed]}
     made = set()
     for seed in range(cfg.seeds):
-        for row, commands in EXPERIMENTS[cfg.name].items():
+        for row, commands in rows.items():
             runs = make_row(lab, commands, seed, cfg.quick)
             made |= set(runs)
             records = read_json(runs[-1] / "results.json")["records"]
-            scores = {column: MEASURES[column](records) for column in columns}
-            results[row].append(scores)
-            shares = ", ".join(f"{column} {share:.1%}" for column, share in scores.items())
-            print(f"seed {seed}, {row}: {shares}", flush=True)
+            for column in columns:
+                share = measure(column, records)
+                results[f"{row}, {column}"].append(share)
+                print(f"seed {seed}, {row}, {column}: {share:.1%}", flush=True)
 
+    # Of its page the words stay; rows, claims and what was needed for them become those of this run.
     seconds = sum(read_json(out.with_suffix(".json"))["seconds"] for out in made)
-    page = update_page(page, results, seconds)
+    machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    needed = f"{cfg.seeds} seeds; {seconds / 60:.0f} minutes in all ({machine})."
+    page = re.sub(r"\d+ seeds; .*", needed, page)
+    page = re.sub(r"(?m)^\| (\w[^|]*?) \|.*", lambda row: table_row(row[1], columns, results), page)
+    page = CLAIM.sub(lambda claim: judge(results, claim), page)
     path = (lab if cfg.quick else PAGES) / f"{cfg.name}.md"
     write_text(path, page)
-    draw_results(path.with_suffix(".png"), results)
+    draw_results(path.with_suffix(".png"), list(rows), columns, results)
     print(f"{page}\nin {path}")
     return 0
 
@@ -104,7 +111,8 @@ def make_row(lab, commands, seed, quick):
     """Run the commands of a row, unless that was done before -> what each of them has made."""
     made = []
     for command in commands.split(" && "):
-        program, flags = fill_in(command, seed)
+        program, _, flags = command.partition(" ")
+        flags += f" --seed {seed}" + ("" if program == "pairs" else UNDISTURBED)
         if quick:
             flags += QUICK_PAIRS if program == "pairs" else QUICK
         files = {name: make_file(lab, name, quick) for name in re.findall("{([a-z]+)", flags)}
@@ -122,15 +130,6 @@ def make_row(lab, commands, seed, quick):
             write_json(done, {"command": f"{program} {flags}", "seconds": round(time.time() - began)})
         made.append(out)
     return made
-
-
-def fill_in(command, seed):
-    """-> the program, its flags with those that a command leaves out."""
-    program, _, flags = command.partition(" ")
-    if program == "train":
-        flags += "" if "--data " in flags else " --data {base}"
-        flags += "" if "--max-steps" in flags or "--epochs" in flags else " --epochs 1"
-    return program, f"{flags} --seed {seed}" + ("" if program == "pairs" else UNDISTURBED)
 
 
 def make_file(lab, name, quick):
@@ -155,21 +154,11 @@ def make_file(lab, name, quick):
 # ---- the page ----
 
 
-def update_page(page, results, seconds):
-    """Its words stay. Rows, claims and what was needed for them are those of `results`."""
-    n_seed = len(next(iter(results.values())))
-    machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
-    needed = f"{n_seed} seeds; {seconds / 60:.0f} minutes in all ({machine})."
-    page = re.sub(r"\d+ seeds; .*", needed, page)
-    page = re.sub(r"(?m)^\| (\w[^|]*?) \|.*", lambda row: table_row(row[1], results[row[1]]), page)
-    return CLAIM.sub(lambda claim: judge(results, claim), page)
-
-
-def table_row(row, runs):
+def table_row(row, columns, results):
     """In Markdown; a cell has mean and standard deviation over the seeds."""
     cells = [row]
-    for column in runs[0]:
-        shares = [100 * scores[column] for scores in runs]
+    for column in columns:
+        shares = [100 * share for share in results[f"{row}, {column}"]]
         spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
         cells.append(f"{statistics.mean(shares):.1f}%{spread}")
     return f"| {' | '.join(cells)} |"
@@ -184,8 +173,7 @@ VERDICTS = {                         # the first is higher with every seed, or t
 def judge(results, claim):
     """A match of CLAIM -> its line with a verdict. The same seeds are compared."""
     first, sign, second = claim.groups()
-    (row, column), (other_row, other_column) = first.rsplit(", ", 1), second.rsplit(", ", 1)
-    gaps = [a[column] - b[other_column] for a, b in zip(results[row], results[other_row])]
+    gaps = [a - b for a, b in zip(results[first], results[second])]
     higher, lower, unclear = VERDICTS[sign]
     if len(gaps) == 1:
         verdict = "not to be told from one seed"
@@ -199,21 +187,19 @@ def judge(results, claim):
     return f"- {first} {sign} {second}: **{verdict}** ({points} points by seed)"
 
 
-def draw_results(path, results):
+def draw_results(path, rows, columns, results):
     """A panel for each column, a line for each row: a dot for each seed, a stroke for their mean."""
-    columns = list(next(iter(results.values()))[0])
     left, width, height = 180, 130, 26
-    image = Image.new("RGB", (left + (width + 40) * len(columns), height * (len(results) + 2)), "white")
+    image = Image.new("RGB", (left + (width + 40) * len(columns), height * (len(rows) + 2)), "white")
     pen = ImageDraw.Draw(image)
-    for i, row in enumerate(results):
+    for i, row in enumerate(rows):
         pen.text((8, height * (i + 1.5)), row, "black", anchor="lm", font_size=13)
     for k, column in enumerate(columns):
         start = left + (width + 40) * k
-        shares = np.array([[scores[column] for scores in runs] for runs in results.values()])
+        shares = np.array([results[f"{row}, {column}"] for row in rows])
         low, high = shares.min(), shares.max()
         pen.text((start, 4), column, "black", font_size=13)
-        pen.text((start, image.height - 18), f"{low:.0%}", "gray", font_size=11)
-        pen.text((start + width, image.height - 18), f"{high:.0%}", "gray", anchor="ra", font_size=11)
+        pen.text((start, image.height - 18), f"{low:.0%} to {high:.0%}", "gray", font_size=11)
         for i, xs in enumerate(start + width * (shares - low) / (high - low or 1)):
             y = height * (i + 1.5)
             pen.line([(start, y), (start + width, y)], "#e6e6e6")

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 import toyworld
 from benchmarks.own import is_right
 from conversation import encode_conversation
-from lab.common import fit_part, pad_rows, spell, sum_of_words
+from data import pad_rows
+from lab.common import bfloat16, fit_part, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder
 from support.export import llama_json, llama_name, write_model
 from support.start import init_weights
@@ -61,26 +62,24 @@ def sayings(n_scenes=2000):
     return lines
 
 
-def make_vicuna(out, tok, n_steps, seed):
-    fit_decoder(out / "toy-vicuna", tok, n_steps, seed, make_lesson, ask_held_out)
+def make_vicuna(out, tok, cfg):
+    fit_decoder(out, tok, cfg, make_lesson, ask_held_out)
 
 
-def fit_decoder(out, tok, n_steps, seed, make_lesson, ask):
+def fit_decoder(out, tok, cfg, make_lesson, ask):
     """make_lesson(tok, rng, progress) -> tokens, labels, spelled
 
     ask(tok, scene, rng) -> [(category, a lesson of one answer, the answer), ...], for answers_found.
     """
-    batch_size, lr = 32, 1e-3
     decoder = init_weights(Decoder(replace(PRESETS["toy"].decoder, vocab_size=tok.n_text)))
-    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()     # 1.6 times as fast; elsewhere far slower
 
     def lr_at(step):
-        return lr * min(1, step / 100, (n_steps - step) / (0.4 * n_steps))
+        return 1e-3 * min(1, step / 100, (cfg.steps - step) / (0.4 * cfg.steps))
 
     def loss_at(step):
-        rngs = [random.Random(f"{seed} {step} {i}") for i in range(batch_size)]
-        lessons = [make_lesson(tok, rng, step / n_steps) for rng in rngs]
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16):
+        rngs = [random.Random(f"{cfg.seed} {step} {i}") for i in range(32)]
+        lessons = [make_lesson(tok, rng, step / cfg.steps) for rng in rngs]
+        with bfloat16():
             loss, _ = text_loss(decoder, tok, lessons, noise=0.2)
         return loss
 
@@ -90,11 +89,11 @@ def fit_decoder(out, tok, n_steps, seed, make_lesson, ask):
         write_model(out, tensors, config)
         return answers_found(decoder, tok, ask)
 
-    fit_part(out.name, decoder, n_steps, lr_at, loss_at, look)
+    fit_part(out, cfg, decoder, lr_at, loss_at, look)
 
 
 def text_loss(decoder, tok, lessons, noise=0.0):
-    """Mean loss over the answers' tokens, and what was guessed for each: one list of ids per lesson."""
+    """Mean loss over the answers' tokens, and what was guessed for each: of every lesson the ids."""
     tokens, labels, spelled = zip(*lessons)
     tokens = pad_rows(tokens, tok.pad, 32)               # so that few shapes occur
     labels = pad_rows(labels, IGNORE, 32)[:, 1:]
@@ -110,7 +109,7 @@ def text_loss(decoder, tok, lessons, noise=0.0):
     supervised = labels != IGNORE
     logits = decoder.lm_head(decoder(x)[:, :-1][supervised])
     guesses = logits.argmax(-1).split(supervised.sum(1).tolist())
-    return F.cross_entropy(logits, labels[supervised]), [ids.tolist() for ids in guesses]
+    return F.cross_entropy(logits, labels[supervised]), guesses
 
 
 @torch.no_grad()
@@ -119,19 +118,19 @@ def answers_found(decoder, tok, ask, n=64):
 
     A token is guessed after the true ones before it.
     """
-    lessons, answers = defaultdict(list), defaultdict(list)
+    asked = defaultdict(list)
     for i in range(n):
         rng = random.Random(f"told {i}")
         scene = toyworld.random_scene(rng, held_out=True)
         for category, lesson, answer in ask(tok, scene, rng):
-            lessons[category].append(lesson)
-            answers[category].append(answer)
+            asked[category].append((lesson, answer))
 
     found = {}
-    for category in lessons:
-        _, guesses = text_loss(decoder, tok, lessons[category])
+    for category, pairs in asked.items():
+        lessons, answers = zip(*pairs)
+        _, guesses = text_loss(decoder, tok, lessons)
         guesses = [tok.decode(ids[:-1]) for ids in guesses]                 # without the end token
-        found[category] = statistics.mean(map(is_right, guesses, answers[category]))
+        found[category] = statistics.mean(map(is_right, guesses, answers))
     return found
 
 
@@ -157,8 +156,8 @@ def make_lesson(tok, rng, progress):
     names = [tok.encode(toyworld.plural(kind)) + tok.encode(kind) for kind in toyworld.KINDS]
     names += [tok.encode(color) for color in toyworld.COLORS]
     taken = set(tokens).union(*names, *spelled)
-    words = [i for i in range(tok.n_text) if re.fullmatch(r"\u2581[A-Za-z]{3,}", tok.piece(i))]
-    free = [word for word in words if word not in taken]
+    others = set(range(tok.n_text)) - taken
+    free = [i for i in sorted(others) if re.fullmatch(r"\u2581[A-Za-z]{3,}", tok.piece(i))]
     other = {}
     for name, new in zip(names, rng.sample(free, len(names))):
         if rng.random() < 0.5:
@@ -170,6 +169,15 @@ def make_lesson(tok, rng, progress):
     return put_others(tokens), put_others(labels), [put_others(ids) for ids in spelled]
 
 
+FORMS = ("terse", "bare", "conversation")
+SHARES = {                                       # of the forms, until so much of the training is done
+    0.15: (1, 0, 0),
+    0.3: (0.4, 0.6, 0),
+    0.5: (0.2, 0.4, 0.4),
+    math.inf: (0.05, 0.2, 0.75),
+}
+
+
 def plain_lesson(tok, rng, progress):
     """First terse questions ("color cat": "red"), then bare ones without a format prompt, then conversations.
 
@@ -177,7 +185,8 @@ def plain_lesson(tok, rng, progress):
     prompt between them, not within 1,600.
     """
     scene = toyworld.random_scene(rng, held_out=rng.random() < 0.25)
-    form = random_form(rng, progress)
+    shares = next(shares for until, shares in SHARES.items() if progress < until)
+    form, = rng.choices(FORMS, shares)
     spelled = spell(scene, tok, rng)
     asked = toyworld.ask_all(scene, rng)
     more = toyworld.ask_all(scene, rng) + toyworld.ask_all(scene, rng)
@@ -209,20 +218,6 @@ def make_conversation(tok, pairs, spelled):
     return *encode_conversation(tok, turns, "vicuna_v1", [len(spelled)]), spelled
 
 
-FORMS = ("terse", "bare", "conversation")
-SHARES = {                                       # of the forms, until so much of the training is done
-    0.15: (1, 0, 0),
-    0.3: (0.4, 0.6, 0),
-    0.5: (0.2, 0.4, 0.4),
-    math.inf: (0.05, 0.2, 0.75),
-}
-
-
-def random_form(rng, progress):
-    shares = next(shares for until, shares in SHARES.items() if progress < until)
-    return rng.choices(FORMS, shares)[0]
-
-
 def encode_lines(tok, pairs, n_visual, longest=256):
     """-> tokens, labels: a question and its answer a line. A line that does not fit is left out."""
     tokens = [tok.bos] + [tok.image] * n_visual
@@ -242,10 +237,10 @@ def encode_lines(tok, pairs, n_visual, longest=256):
 def terse_pairs(scene, rng):
     """-> [(question, answer), ...]"""
     pairs = []
-    for kind in [*rng.sample(toyworld.KINDS, 2), scene.things[0].kind]:
-        pairs.append((f"how many {kind}", str(toyworld.count_things(scene, kind=kind))))
-    for color in [rng.choice(list(toyworld.COLORS)), scene.things[0].color]:
-        pairs.append((f"how many {color}", str(toyworld.count_things(scene, color=color))))
+    first = scene.things[0]
+    for name in [*rng.sample(toyworld.KINDS, 2), first.kind, rng.choice(list(toyworld.COLORS)), first.color]:
+        n = sum(name in (thing.kind, thing.color) for thing in scene.things)
+        pairs.append((f"how many {name}", str(n)))
 
     # A caption, step by step.
     names = [f"{part.color} {part.kind}" if part in scene.things else part.word for part in scene.parts]

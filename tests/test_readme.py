@@ -24,11 +24,11 @@ FEWER = {                            # what takes minutes takes a step or two he
     "mpo-toy.sh": "--max-steps 2 --batch-size 2 --workers 0 --eval-limit 6",
     "mpo.py": "--max-steps 2 --batch-size 2 --workers 0 --eval-limit 6",
     "-m lab.run": "--quick --seeds 1",
-    "-m lab.ingredients": "--clip-steps 1 --vicuna-steps 1 --base-steps 1 --dino-steps 1 --connector-steps 1 --out made",
+    "-m lab.ingredients": "--steps 1 --out made",
 }
 SMALLER = {                          # what the first command draws, and how much the lab looks at
     "toyworld.py": ("n_train=6000, n_val=240", "n_train=300, n_val=24"),
-    "lab/clip.py": ("window=WHOLE, n=128)", "window=WHOLE, n=8)"),
+    "lab/clip.py": ("def words_found(clip, n=128)", "def words_found(clip, n=8)"),
     "lab/dino.py": ("def probe(vit, n=400)", "def probe(vit, n=40)"),
     "lab/vicuna.py": ("def answers_found(decoder, tok, ask, n=64)", "def answers_found(decoder, tok, ask, n=4)"),
 }
