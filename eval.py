@@ -40,11 +40,12 @@ from benchmarks.own import most_frequent, own_right
 from benchmarks.predictions import drop_unanswered_splits, match_predictions
 from benchmarks.scoring import compare, describe_comparison, grade
 from conversation import as_text
-from support.asking import ask, read_picture, resume_flags
+from support.asking import ask, resume_flags
 from support.cli import UserError, arg, one_of, parse, run_program
 from support.data_files import Records
 from support.flags import ModelConfig
 from support.io import Progress, json_lines, lock, read_json, reading, write_text, write_whole
+from support.picture_files import open_image
 
 
 @dataclass
@@ -341,7 +342,7 @@ def draw_wrong(records, cfg, path):
     top = 0
     for record, pictures in zip(chosen, find_pictures(chosen, cfg)):
         for picture in pictures[:1]:
-            sheet.paste(ImageOps.pad(read_picture(picture), (240, 240), color="white"), (0, top))
+            sheet.paste(ImageOps.pad(open_image(picture), (240, 240), color="white"), (0, top))
             for field, color in ("truth", "green"), ("answer", "red"):
                 draw_boxes(pen, str(record[field]), 0, top, 240, color)
         text = f"{record['prompt']}\nsaid: {record['answer']}\ntruth: {record['truth']}"

@@ -5,7 +5,6 @@ the next batch is prepared while this one is answered.
     answer    {"id", "answer": text, "cut_off": whether the limit came before its end}
 """
 
-import io
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -63,7 +62,12 @@ def cut_batches(questions, size):
 
 def encode_questions(vlm, tok, questions):
     """-> prompts, as sample.answer takes them"""
-    look = cache(lambda picture, n: sample.cut_picture(vlm, read_picture(picture), n))
+
+    @cache
+    def look(picture, n_picture):
+        image = open_image(picture, "the path and --image-root")
+        return sample.cut_picture(vlm, image, n_picture)
+
     prompts = []
     for item in questions:
         *earlier, (_, text) = item["turns"]
@@ -72,31 +76,20 @@ def encode_questions(vlm, tok, questions):
     return prompts
 
 
-def read_picture(picture):
-    """MMBench's pictures are bytes that stand in its table; all others are files."""
-    if isinstance(picture, bytes):
-        return open_image("a picture of the table", file=io.BytesIO(picture))
-    return open_image(picture, "the path and --image-root")
-
-
 def write_answers(vlm, tok, questions, prompts):
     """Greedy, unless the questions say "sampling"; nothing to one that is too long for the model."""
     block_size = vlm.cfg.decoder.block_size
     limit = min(questions[0]["limit"], block_size // 2)
-    lengths = [len(ids) for ids, _ in prompts]
+    fitting = {k: prompt for k, prompt in enumerate(prompts) if len(prompt[0]) < block_size}
 
     # Near the model's length each is asked alone: nobody's answer depends on its neighbours.
-    batch_size = len(prompts) if max(lengths) + limit <= block_size else 1
-    fitting = [prompt for prompt, n in zip(prompts, lengths) if n < block_size]
+    longest = max(len(ids) for ids, _ in prompts)
+    batch_size = len(prompts) if longest + limit <= block_size else 1
     sampling = questions[0].get("sampling", {})
-    answers = iter(sample.answer(vlm, tok, fitting, limit, batch_size, **sampling))
-    rows = []
-    for item, n in zip(questions, lengths):
-        row = {"column": item["column"], "id": item["id"]}
-        if n < block_size:
-            found = next(answers)
-            row |= {"answer": found.text, "cut_off": not found.whole}
-        rows.append(row)
+    answers = sample.answer(vlm, tok, list(fitting.values()), limit, batch_size, **sampling)
+    rows = [{"column": item["column"], "id": item["id"]} for item in questions]
+    for k, found in zip(fitting, answers):
+        rows[k] |= {"answer": found.text, "cut_off": not found.whole}
     return rows
 
 

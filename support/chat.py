@@ -76,11 +76,6 @@ class Chat:
             if self.answer.text:  # an empty answer is no turn to go on from
                 self.turns += [("human", question), ("gpt", as_text(self.answer.text))]
 
-    def record(self):
-        """The chat as a record that trains; names of pictures are as they were given."""
-        turns = [{"from": role, "value": text} for role, text in self.turns]
-        return {"id": "chat", "image": self.files[: self.n_asked], "conversations": turns}
-
     @property
     def remark(self):
         """What is to be said of the last answer."""
@@ -152,7 +147,9 @@ def obey(chat, line):
                 chat.show([file], [open_image(file)])
                 print(f"{file} is shown with the next question")
             case ["/save", file]:
-                write_json(file, [chat.record()])
+                turns = [{"from": role, "value": text} for role, text in chat.turns]
+                images = chat.files[: chat.n_asked]
+                write_json(file, [{"id": "chat", "image": images, "conversations": turns}])
                 print(f"the chat is in {file}; for training, --image-root is this folder")
             case _:
                 raise UserError(f"{line} is no command; there are /image FILE, /reset, /save FILE")
@@ -161,17 +158,16 @@ def obey(chat, line):
 
 
 def print_answer(chat, question):
-    remark = None
-    with contextlib.closing(chat.ask(question)) as pieces:
-        try:
+    try:
+        with contextlib.closing(chat.ask(question)) as pieces:
             for piece in pieces:
                 if not chat.trace:  # its lines would stand between the pieces
                     print(piece, end="", flush=True)
-        except (KeyboardInterrupt, UserError) as error:
-            if chat.cfg.prompt or not on_terminal():
-                raise
-            remark = str(error) or "stopped"
+        remark = chat.remark
+    except (KeyboardInterrupt, UserError) as error:
+        if chat.cfg.prompt or not on_terminal():
+            raise
+        remark = str(error) or "stopped"
     print(chat.answer.text if chat.trace else "", flush=True)
-    remark = remark or chat.remark
     if remark:
         print(f"[{remark}]", file=sys.stderr)

@@ -5,6 +5,7 @@ rotation is applied; the originals ignore it. A picture of an extreme shape lose
 large one is scaled down: else the square around 20000 x 10 pixels would take 1.2 GB.
 """
 
+import io
 import warnings
 from pathlib import Path
 
@@ -19,16 +20,18 @@ MAX_PIXELS = 100_000_000  # a picture of more is refused unread: it may be a dec
 MAX_SIDE = 1_000_000  # Pillow needs memory for each row, too
 
 
-def open_image(path, to_check="the path", file=None):
-    """A picture file, whatever its name -> upright 8-bit RGB, the first frame of an animation.
-
-    file: its bytes, open to be read, if they lie in no folder.
+def open_image(path, to_check="the path"):
+    """A picture file, whatever its name, or its bytes -> upright 8-bit RGB, the first frame of an animation.
     """
+    file = path
+    if isinstance(path, bytes):
+        file = io.BytesIO(path)
+        path = "the bytes of a picture"
     with reading(path, hint="save it again as JPEG or PNG, or drop the record"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd EXIF is no news, and our own limit speaks below
-        if file is None and not Path(path).exists():
+        if file == path and not Path(path).exists():
             raise UserError(f"{path}: no such picture; check {to_check}")
-        with Image.open(file or path, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                 most = f"{MAX_PIXELS:,} pixels in all or {MAX_SIDE:,} on a side"
                 raise UserError(f"{path}: more than {most}; scale it down before use")

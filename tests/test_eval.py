@@ -952,9 +952,9 @@ def test_the_interval_of_a_mean_is_that_of_the_binomial():
 
 def test_evaluation_looks_once_at_a_picture_of_several_questions(toy, world, tmp_path, monkeypatch):
     looked = []
-    read_picture = asking.read_picture
-    look = lambda path: looked.append(path) or read_picture(path)
-    monkeypatch.setattr(asking, "read_picture", look)
+    open_image = asking.open_image
+    look = lambda path, to_check: looked.append(path) or open_image(path, to_check)
+    monkeypatch.setattr(asking, "open_image", look)
     assert toy("--batch-size", 1000) == 0
     pictures = {json.loads(line)["image"] for line in (world / "val.jsonl").read_text().splitlines()}
     assert len(looked) == 2 * len(pictures)  # once for the score, once for the shuffled pictures

@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def begin(self, data):
         try:
-            image = open_image("the picture", file=io.BytesIO(data))
+            image = open_image(data)
         except UserError:
             raise UserError(NO_PICTURE) from None
         page = self.server

@@ -79,7 +79,7 @@ def show_record(cfg):
     print(record["where"])
     size = f"{tower.image_size} px in patches of {tower.patch_size} px"
     print(f"template {examples.template}, pictures {size}, mode {examples.image_mode}")
-    print_tokens(tok, tokens.tolist(), labels.tolist(), iter(n_visual))
+    print_tokens(tok, tokens.tolist(), labels.tolist(), n_visual)
     n_label = (labels != IGNORE).sum()
     print(f"{len(tokens)} tokens, {sum(n_visual)} of them visual, {n_label} supervised (those with a label)")
     if not n_visual:
@@ -110,11 +110,12 @@ def find_record(records, cfg):
 
 
 def print_tokens(tok, tokens, labels, n_visual):
-    """A line for each token; those of a picture, n_visual each time, share one."""
+    """A line for each token; those of a picture share one."""
     print(f"{'position':>8} {'id':>6} {'label':>6}  piece")
+    sizes = iter(n_visual)
     k = 0
     while k < len(tokens):
-        n = next(n_visual) if tokens[k] == tok.image else 1
+        n = next(sizes) if tokens[k] == tok.image else 1
         label = "." if labels[k] == IGNORE else labels[k]
         times = f" x {n}" if n > 1 else ""
         print(f"{k:>8} {tokens[k]:>6} {label:>6}  {tok.piece(tokens[k])}{times}")
