@@ -328,21 +328,22 @@ def draw_background(name, px):
 
 
 def paint_art(pen, px, box, name, colors):
+    half = OUTLINE / 2 * px
     for how, shapes in parse_art(ART[name]):
         paint = how.split()[-1]
         color = colors.get(paint, paint)
         shapes = [on_canvas(box, px, shape) for shape in shapes]
-        if how.startswith("line"):
-            for points in shapes:
-                pen.line(points, color, max(1, round(OUTLINE / 2 * px)))
-            continue
         if how == "body":
             # First all edges, then all insides: one silhouette without edges within.
             for points in shapes:
-                paint_edge(pen, points, colors["edge"], OUTLINE / 2 * px)
+                paint_edge(pen, points, colors["edge"], half)
         for points in shapes:
-            fill = pen.ellipse if len(points) == 2 else pen.polygon
-            fill(points, color)
+            if how.startswith("line"):
+                pen.line(points, color, max(1, round(half)))
+            elif len(points) == 2:
+                pen.ellipse(points, color)
+            else:
+                pen.polygon(points, color)
 
 
 def paint_edge(pen, points, color, half):
@@ -378,10 +379,11 @@ def thick_line(pen, points, color, width):
 
 def on_canvas(box, px, points):
     """Fractions of the box -> pixels of the large picture, with room for the outer half of the outline."""
-    x = box[0] + OUTLINE / 2
-    y = box[1] + OUTLINE / 2
-    w = box[2] - box[0] - OUTLINE
-    h = box[3] - box[1] - OUTLINE
+    x1, y1, x2, y2 = box
+    x = x1 + OUTLINE / 2
+    y = y1 + OUTLINE / 2
+    w = x2 - x1 - OUTLINE
+    h = y2 - y1 - OUTLINE
     return [((x + w * u) * px, (y + h * v) * px) for u, v in points]
 
 
@@ -487,7 +489,7 @@ def there_are(n, kind):
 
 def short_phrase(thing, scene):
     """The shortest phrase that means this thing only."""
-    if count_things(scene, kind=thing.kind) == 1:
+    if count_things(scene, thing.kind) == 1:
         return f"the {thing.kind}"
     return f"the {thing.color} {thing.kind}"
 
@@ -526,7 +528,7 @@ def ask_existence(scene, rng):
 
 def ask_count(scene, rng):
     """How many blue things are there? -> 2"""
-    found = [(f"How many {plural(kind)} are there?", count_things(scene, kind=kind)) for kind in KINDS]
+    found = [(f"How many {plural(kind)} are there?", count_things(scene, kind)) for kind in KINDS]
     found += [(f"How many {color} things are there?", count_things(scene, color=color)) for color in COLORS]
     if not scene.sign:                           # is a sign a thing? Better not ask
         found.append(("How many things are there?", len(scene.things)))
@@ -620,7 +622,7 @@ def ask_unanswerable(scene, rng):
         question = "What word is on the sign?"
         answer = scene.sign and scene.sign.word
     elif not known:
-        absent = rng.choice([kind for kind in KINDS if not count_things(scene, kind=kind)])
+        absent = rng.choice([kind for kind in KINDS if not count_things(scene, kind)])
         question = f"What color is the {absent}?" if what == "color" else f"Is the {absent} small or big?"
     return f"{question}\n{INSUFFICIENT}\n{SHORT}", answer if known else "Unanswerable"
 
@@ -639,7 +641,7 @@ def ask_cot(scene, rng):
 
 def two_step_question(scene, rng):
     """(question, answer, the steps in words)"""
-    kinds = {kind: n for kind in KINDS if (n := count_things(scene, kind=kind))}
+    kinds = {kind: n for kind in KINDS if (n := count_things(scene, kind))}
     found = [*add_or_compare(kinds), *count_legs(kinds), *take_away(scene)]
     return pick_answer(found, rng, {0: 2, 1: 2, 2: 1, 3: 2})
 
@@ -708,7 +710,7 @@ def ask_chat(scene, rng):
         return f"What is {at_place(spot)}?", f"It is {name_part(found[0])}." if found else "There is nothing."
     if what == "count":
         kind = rng.choice((thing.kind, thing.kind, rng.choice(KINDS)))
-        n = count_things(scene, kind=kind)
+        n = count_things(scene, kind)
         return f"How many {plural(kind)} are there?", there_are(n or "no", kind) + "."
     if what == "sign":
         question = rng.choice(("What does the sign say?", "What word is on the sign?", "Where is the sign?"))
@@ -747,8 +749,7 @@ CATEGORIES = (*ASK, "chat")
 
 def ask_all(scene, rng):
     """One (category, question with its format prompt, answer) of each category the scene allows."""
-    asked = [(category, ask(scene, rng)) for category, ask in ASK.items()]
-    return [(category, *pair) for category, pair in asked if pair]
+    return [(category, *pair) for category, ask in ASK.items() if (pair := ask(scene, rng))]
 
 
 # ---- files ----
@@ -772,7 +773,7 @@ def write_world(out="toyworld", n_train=6000, n_val=240, size=96, seed=0, words=
     hidden = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         (hidden / "images").mkdir(parents=True)
-        jobs = [(split, i) for split, n in (("train", n_train), ("val", n_val)) for i in range(n)]
+        jobs = [("train", i) for i in range(n_train)] + [("val", i) for i in range(n_val)]
         draw = functools.partial(make_picture, hidden, size, seed, words)
         with ProcessPoolExecutor(initializer=leave_ctrl_c_to_parent) as pool:  # Pool waits for one that died
             made = pool.map(draw, jobs, chunksize=32)
@@ -827,8 +828,13 @@ def llava_record(id, image, pairs):
 def val_line(i, k, image, asked):
     """Question k about held-out picture i, as train.py's --val takes it."""
     category, question, answer = asked
-    place = {"question_id": f"val-{i}-{k}", "image": image}
-    return place | {"text": question, "answer": answer, "category": category}
+    return {
+        "question_id": f"val-{i}-{k}",
+        "image": image,
+        "text": question,
+        "answer": answer,
+        "category": category,
+    }
 
 
 def pick_val(lines, limit):

@@ -69,8 +69,9 @@ def mathvista_extract(item, text):
         letters = LETTERS[: len(choices)]
         found = re.findall(rf"(?i:\(([{letters}])\))", text) or re.findall(rf"\b([{letters}])\b", text)
         return f"({found[-1]})" if found else text
-    form = r"\[[^\[\]]*\]" if kind == "list" else r"-?\d+(?:\.\d+)?"
+    form = r"\[[^\[\]]*\]"  # a list
     if kind != "list":
+        form = r"-?\d+(?:\.\d+)?"
         text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     return (re.findall(form, text) or [""])[-1]
 

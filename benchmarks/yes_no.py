@@ -148,8 +148,8 @@ def mme_figures(units):
 def score_mme(units):
     """acc and acc+ in percent, summed over perception; over cognition, where that alone was asked."""
     parts = by_category(units)
-    tasks = [task for task in parts if task in PERCEPTION] or [task for task in parts if task in COGNITION]
-    figures = [mme_figures(parts[task]) for task in tasks]
+    summed = PERCEPTION if "perception" in parts else COGNITION
+    figures = [mme_figures(some) for task, some in parts.items() if task in summed]
     return sum(100 * task["acc"] + 100 * task["acc_plus"] for task in figures)
 
 
