@@ -117,7 +117,7 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
     files = write_results(bench, result, items, out)
     if cfg.show:
         files.append(draw_wrong(result["records"], cfg, out / "wrong.png"))
-    print(f"{report(result)}\n  {', '.join(files)}", flush=True)
+    print(f"{report(result)}\n  {', '.join(map(str, files))}", flush=True)
     return result
 
 
@@ -280,7 +280,7 @@ def write_results(bench, result, items, out):
             name, files[name] = bench.submit(items, records)
     for name, text in files.items():
         write_text(out / name, text)
-    return [str(out / name) for name in files]
+    return [out / name for name in files]
 
 
 def report(result):
@@ -350,7 +350,7 @@ def draw_wrong(records, cfg, path):
         pen.text((248, top), "\n".join(lines[:16]), fill="black", font_size=12)
         top += 248
     write_whole(path, lambda tmp: sheet.save(tmp, format="PNG"))
-    return str(path)
+    return path
 
 
 if __name__ == "__main__":

@@ -37,20 +37,17 @@ def grade(bench, questions, answers):
 
 def judge_one(bench, item, answer):
     """-> record. Its score is None where the label is hidden, or GPT-4 has not reviewed the answer yet."""
-    record = {name: item[name] for name in "id unit category image asked prompt truth".split()}
-    record |= {"answer": None, "parsed": None, "score": 0.0} | answer
-    text = record["answer"]
     unreviewed = bench.review and "is_review" not in answer
-    if item["truth"] is None or unreviewed:
-        record["score"] = None
-    if text is None or unreviewed:
-        return record | {"parsed": text}
-    if item["worked"]:
-        text = final_answer(text)
-    record["parsed"] = bench.parse(text, item | answer)
-    if record["parsed"] is not None and item["truth"] is not None:
-        record["score"] = bench.right(record["parsed"], item)
-    return record
+    score = None if item["truth"] is None or unreviewed else 0.0
+    parsed = text = answer.get("answer")
+    if text is not None and not unreviewed:
+        if item["worked"]:
+            text = final_answer(text)
+        parsed = bench.parse(text, item | answer)
+        if parsed is not None and score is not None:
+            score = bench.right(parsed, item)
+    record = {name: item[name] for name in "id unit category image asked prompt truth".split()}
+    return record | {"answer": None, "parsed": parsed, "score": score} | answer
 
 
 def units_of(records):
