@@ -33,14 +33,14 @@ def main(argv=None):
         scene = toyworld.random_scene(rng, held_out=True)
         thing = rng.choice(scene.things)
         what = rng.choice(("color", "kind", "size", "place"))
-        question, _, _ = toyworld.ask_about(thing, what, scene)
+        question, *_ = toyworld.ask_about(thing, what, scene)
         chat.reset()
         chat.show(["scene"], [toyworld.draw_scene(scene, 96)])
         for _ in chat.ask(f"{question}\n{SHORT}"):
             pass
         asked.append(what)
         heats.append(Look(chat).heat.mean(0))
-        is_thing.append(patch_owners(scene) == scene.things.index(thing))
+        is_thing.append(torch.tensor(patch_owners(scene)) == scene.things.index(thing))
 
     heats = torch.stack(heats)                                              # (N_QUESTION, 64)
     is_thing = torch.stack(is_thing)

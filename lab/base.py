@@ -73,13 +73,13 @@ def tell_held_out(tok, scene, rng):
             yield category, encode_text(tok, text, spell(scene, tok)), text.split("|")[1]
 
 
-def encode_text(tok, text, spelled, longest=256):
-    """-> tokens, labels, spelled. What follows the "|" is supervised."""
+def encode_text(tok, text, spelled):
+    """-> tokens and labels, at most 256, and spelled. What follows the "|" is supervised."""
     start, end = text.split("|")
     before = [tok.bos] + [tok.image] * len(spelled) + tok.encode(start)
     supervised = [*tok.encode(end, dummy_prefix=not start), tok.eos]
     labels = [IGNORE] * len(before) + supervised
-    return (before + supervised)[:longest], labels[:longest], spelled
+    return (before + supervised)[:256], labels[:256], spelled
 
 
 def make_statements(scene, rng):

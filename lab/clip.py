@@ -141,8 +141,8 @@ def contrastive_batch(rng, size, parts):
     patches, holding = [], []
     for k, scene in enumerate(seen):
         owners = patch_owners(scene)
-        shows_part = (owners >= 0).nonzero()[:, 0].tolist()
-        shows_nothing = (owners == NOTHING).nonzero()[:, 0].tolist()
+        shows_part = [n for n, owner in enumerate(owners) if owner >= 0]
+        shows_nothing = [n for n, owner in enumerate(owners) if owner == NOTHING]
         facts = scene_facts(scene) + [EMPTY]             # facts[NOTHING] is the last
         rows = [[holds(phrase, fact) for phrase in phrases] for fact in facts]
         n_empty = min(len(shows_part), len(shows_nothing))
@@ -166,22 +166,20 @@ def random_phrases(scenes, rng):
                 continue
             true = leave_out_words(fact, rng)
             phrases += [true, change_a_word(true, rng)]
-    once = dict.fromkeys(phrases)                        # each, in their order
-    return [phrase for phrase in once if (phrase.kind, phrase.color) not in toyworld.UNSEEN]
+    # Each once, in their order.
+    return [phrase for phrase in dict.fromkeys(phrases) if (phrase.kind, phrase.color) not in toyworld.UNSEEN]
 
 
 def leave_out_words(fact, rng, keep=(0.4, 0.5, 0.95, 0.5, 0.8)):
     """Say only some attributes, each with its probability, so that every one must be learned for itself."""
     known = Fact(*[None if value == UNKNOWN else value for value in fact])
     said = [value if value == "sign" or rng.random() < p else None for value, p in zip(known, keep)]
-    phrase = Fact(*said)
-    says_something = any(value not in (None, "sign") for value in phrase)
-    return phrase if says_something else known
+    return Fact(*said) if set(said) - {None, "sign"} else known
 
 
 def change_a_word(phrase, rng):
     """Another value in place of one that is said. Kinds are the hard part: three times as often as others."""
-    said = [name for name, value in phrase._asdict().items() if value not in (None, "sign")]
+    said = [name for name, value in zip(VALUES, phrase) if value not in (None, "sign")]
     name = rng.choice([name for name in said for _ in range(3 if name == "kind" else 1)])
     others = [value for value in VALUES[name] if value != getattr(phrase, name)]
     return phrase._replace(**{name: rng.choice(others)})
@@ -194,10 +192,10 @@ def holds(phrase, fact):
     thing's color or the other way round: blue things are never cats in training, and a tower that is told so
     learns to look at colors instead of shapes.
     """
-    disagree = {name for name, a, b in zip(Fact._fields, phrase, fact) if a not in (None, b)}
-    if not disagree:
+    instead = {b for a, b in zip(phrase, fact) if a not in (None, b)}       # of what the phrase says
+    if not instead:
         return TRUE
-    if all(getattr(fact, name) == UNKNOWN for name in disagree):
+    if instead == {UNKNOWN}:
         return UNTOLD
     mixed = {(phrase.kind, fact.color), (fact.kind, phrase.color)}
     return UNTOLD if mixed & toyworld.UNSEEN else FALSE

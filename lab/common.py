@@ -99,15 +99,13 @@ def repaint_some(scene, rng, share):
 # ---- what is true of a thing or a sign, and of the patches that show it ----
 
 
-VALUES = {
+VALUES = {                           # of each attribute; no color is a paint without a name
     "size": toyworld.SIZES,
-    "color": tuple(toyworld.COLORS),
+    "color": toyworld.COLORS,
     "kind": toyworld.KINDS,
     "place": toyworld.PLACES,
     "word": toyworld.WORDS,
 }
-
-
 # A thing or a sign, or a phrase about one. None: it has no such attribute, or the phrase does not speak of
 # it. UNKNOWN: it has one, which the picture does not tell.
 Fact = namedtuple("Fact", VALUES, defaults=[None] * len(VALUES))
@@ -125,9 +123,9 @@ def scene_facts(scene):
 
 
 def patch_owners(scene, side=8, enough=0.25):
-    """Which of the things, or of them and the sign, covers most of each patch -> (side * side,).
+    """Which of the things, or of them and the sign, covers most of each patch, in reading order.
 
-    In reading order. NOTHING where none covers any of it, UNSURE where it covers less than `enough`.
+    NOTHING where none covers any of it, UNSURE where it covers less than `enough`.
     """
     def overlap(low, high):          # of each row or column of patches, the share between low and high
         start = np.arange(side) / side
@@ -142,7 +140,7 @@ def patch_owners(scene, side=8, enough=0.25):
     most = np.max(covered, axis=0)
     owner = np.argmax(covered, axis=0)
     unclear = np.where(most <= 0.02, NOTHING, UNSURE)
-    return torch.from_numpy(np.where(most >= enough, owner, unclear))
+    return np.where(most >= enough, owner, unclear).tolist()
 
 
 def label_patches(scenes, name, side=8):
@@ -152,7 +150,7 @@ def label_patches(scenes, name, side=8):
     for scene in scenes:
         numbers = [number.get(getattr(fact, name), -1) for fact in scene_facts(scene)]
         numbers += [-1, -1]          # where the owner is UNSURE = -2 or NOTHING = -1
-        labels.append([numbers[owner] for owner in patch_owners(scene, side).tolist()])
+        labels.append([numbers[owner] for owner in patch_owners(scene, side)])
     return torch.tensor(labels)
 
 
@@ -178,7 +176,7 @@ def spell(scene, tok, rng=None):
     facts = scene_facts(scene)
     enough = rng.choice((0.2, 0.3, 0.4)) if rng else 0.25
     spelled = []
-    for n, owner in enumerate(patch_owners(scene, enough=enough).tolist()):
+    for n, owner in enumerate(patch_owners(scene, enough=enough)):
         words = ["abcdefgh"[n % 8], str(1 + n // 8)]
         if owner >= 0:
             fact = facts[owner]
@@ -209,7 +207,7 @@ def bfloat16():
 
 
 def fit_part(out, cfg, module, lr_at, loss_at, look):
-    """AdamW at lr_at(step) on loss_at(step).
+    """AdamW at lr_at(step) on loss_at(step), cfg.steps times. out: the folder of the part.
 
     Now and then look() saves the part -> {what: share of right ones} of held-out scenes.
     """
@@ -222,7 +220,7 @@ def fit_part(out, cfg, module, lr_at, loss_at, look):
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         if step % 250 == 0 or step == cfg.steps:
             shares = "  ".join(f"{what} {share:.1%}" for what, share in look().items())

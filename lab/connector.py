@@ -48,7 +48,7 @@ def make_connector(out, tok, cfg):
     # Features and targets of all the pictures, in lots of 50.
     print("toy-connector: looks at the pictures first", flush=True)
     n_lot = math.ceil(min(8000, cfg.steps * 32) / 50)
-    lots = [see_patches(vlm, tok, rng, 50, cfg.parts) for _ in range(n_lot)]
+    lots = [see_patches(vlm, tok, rng, cfg.parts) for _ in range(n_lot)]
     features, targets, nameless, cut = (torch.cat(parts) for parts in zip(*lots))
     variance = targets.var()
 
@@ -75,12 +75,12 @@ def make_connector(out, tok, cfg):
 
 
 @torch.no_grad()
-def see_patches(vlm, tok, rng, n, parts):
-    """The patches of n pictures: what the tower sees of each, what is true of it, and what is left open.
+def see_patches(vlm, tok, rng, parts):
+    """The patches of 50 pictures: what the tower sees of each, what is true of it, and what is left open.
 
-    (n, 64, D_vision), (n, 64, D), has it a nameless paint (n, 64), does it show a part of a scene (n, 64)
+    (50, 64, D_vision), (50, 64, D), has it a nameless paint (50, 64), is it of a part of a scene (50, 64)
     """
-    scenes = [repaint_some(toyworld.random_scene(rng), rng, 0.3) for _ in range(n)]
+    scenes = [repaint_some(toyworld.random_scene(rng), rng, 0.3) for _ in range(50)]
     windows = [random_window(rng, parts) for _ in scenes]
     features = vlm.vision(draw_pixels(scenes, rng, windows))
     scenes = [look_through(scene, window) for scene, window in zip(scenes, windows)]

@@ -39,10 +39,9 @@ def one_word(record):
     return [" " not in record["answer"].strip()]
 
 
-SHORT_ANSWERS = ("existence", "count", "attribute", "spatial", "reading", "reasoning")
 MEASURES = {category: (score, [category]) for category in CATEGORIES} | {
     "all": (score, CATEGORIES),
-    "short answers": (score, SHORT_ANSWERS),
+    "short answers": (score, ["existence", "count", "attribute", "spatial", "reading", "reasoning"]),
     "made up": (made_up, ["caption"]),
     "no final answer": (no_final_answer, ["cot"]),
     "chat in one word": (one_word, ["chat"]),
@@ -101,26 +100,25 @@ def add_text(record):
 
 
 def widen_pictures(folder):
-    """Draw the pictures of a world again, half as wide again as they are high."""
-    for path in sorted(folder.glob("images/*.png")):
-        draw_wide(scene_of(path)).save(path)
+    """Draw the pictures of a world again, half as wide again as they are high.
 
-
-def scene_of(path):
-    """The scene that a picture of a world of seed 0 shows."""
-    split, i = path.stem.split("_")
-    return toyworld.random_scene(random.Random(f"0 {split} {int(i)}"), held_out=split == "val")
-
-
-def draw_wide(scene):
-    """The middle of a drawing of 144 px, where things keep their size of 96 px and move apart sideways."""
+    Each is the middle of a drawing of 144 px, where things keep their size of 96 px and move apart sideways.
+    """
     def move(part):
         x1, y1, x2, y2 = part.box
         x, y = (x1 + x2) / 2, (y1 + y2) / 3 + 1 / 6
         w, h = (x2 - x1) / 3, (y2 - y1) / 3
         return replace(part, box=(x - w, y - h, x + w, y + h))
 
-    return toyworld.draw_scene(move_parts(scene, move), 144).crop((0, 24, 144, 120))
+    for path in folder.glob("images/*.png"):
+        scene = move_parts(scene_of(path), move)
+        toyworld.draw_scene(scene, 144).crop((0, 24, 144, 120)).save(path)
+
+
+def scene_of(path):
+    """The scene that a picture of a world of seed 0 shows."""
+    split, i = path.stem.split("_")
+    return toyworld.random_scene(random.Random(f"0 {split} {int(i)}"), held_out=split == "val")
 
 
 class World(NamedTuple):
@@ -172,17 +170,17 @@ CORRECTNESS = "pairs --method correctness --samples 8 --min-newlines 1 --data {s
 DROPOUT = "pairs --method dropout-ntp --data {describe} --ratio"
 
 
-def prefer(flags, *sources, program="mpo"):
+def prefer(command, *sources):
     """The commands of a row: 40 steps of 16 pairs."""
     asked = [f"{source} --model {{0}} --max-new-tokens 96 --limit 200" for source in sources]
     files = ",".join(f"{{{k}}}" for k in range(1, 1 + len(sources)))
     places = f"--model {{0}} --data {files} --image-root {{manyval.parent}} --val {{manyval}}"
-    return " && ".join([BEFORE, *asked, f"{program} {places} --max-steps 40 {flags}"])
+    return " && ".join([BEFORE, *asked, f"{command} {places} --max-steps 40"])
 
 
 BOTH = (CORRECTNESS, f"{DROPOUT} 0.5")
-DPO = prefer("--w-p 1 --w-q 0 --w-g 0", *BOTH)
-MPO = prefer("--w-p 0.8 --w-q 0.2 --w-g 1", *BOTH)
+DPO = prefer("mpo --w-p 1 --w-q 0 --w-g 0", *BOTH)
+MPO = prefer("mpo --w-p 0.8 --w-q 0.2 --w-g 1", *BOTH)
 EXPERIMENTS = {
     # LLaVA-1.5
     "formats": {"with prompts": BASE, "without": "train --epochs 1 --data {bare}"},
@@ -250,20 +248,20 @@ EXPERIMENTS = {
     # InternVL-2.5-MPO: finetune, let the model make its own pairs, train each variant on them
     "losses": {
         "before": BEFORE,
-        "SFT on chosen": prefer("--w-p 0 --w-q 0 --w-g 1", *BOTH),
+        "SFT on chosen": prefer("mpo --w-p 0 --w-q 0 --w-g 1", *BOTH),
         "DPO": DPO,
-        "BCO": prefer("--w-p 0 --w-q 1 --w-g 0", *BOTH),
-        "DPO+SFT": prefer("--w-p 1 --w-q 0 --w-g 1", *BOTH),
-        "BCO+SFT": prefer("--w-p 0 --w-q 1 --w-g 1", *BOTH),
+        "BCO": prefer("mpo --w-p 0 --w-q 1 --w-g 0", *BOTH),
+        "DPO+SFT": prefer("mpo --w-p 1 --w-q 0 --w-g 1", *BOTH),
+        "BCO+SFT": prefer("mpo --w-p 0 --w-q 1 --w-g 1", *BOTH),
         "MPO": MPO,
     },
     "ablation": {"DPO": DPO, "MPO": MPO}
-                | {name: prefer(f"--loss {name} --w-g 0", *BOTH, program="losses") for name in NAMES},
+                | {name: prefer(f"losses --loss {name} --w-g 0", *BOTH) for name in NAMES},
     "dropout": {
         "before": BEFORE,
-        "correctness": prefer("", CORRECTNESS),
-        "a quarter": prefer("", f"{DROPOUT} 0.25"),
-        "half": prefer("", f"{DROPOUT} 0.5"),
-        "three quarters": prefer("", f"{DROPOUT} 0.75"),
+        "correctness": prefer("mpo", CORRECTNESS),
+        "a quarter": prefer("mpo", f"{DROPOUT} 0.25"),
+        "half": prefer("mpo", f"{DROPOUT} 0.5"),
+        "three quarters": prefer("mpo", f"{DROPOUT} 0.75"),
     },
 }

@@ -68,7 +68,7 @@ def main(argv=None):
     for seed in range(cfg.seeds):
         for row, commands in rows.items():
             runs = make_row(lab, commands, seed, cfg.quick)
-            made |= set(runs)
+            made.update(runs)
             records = read_json(runs[-1] / "results.json")["records"]
             for column in columns:
                 share = measure(column, records)

@@ -56,9 +56,8 @@ def sayings(n_scenes=2000):
 
         texts = [f"{SYSTEM_VICUNA} USER: {question} ASSISTANT: {answer}" for question, answer in pairs]
         texts += [f"[{n}, {n}" for n in numbers]         # all of them alike: in boxes some would be rare
-        for text in texts:
-            # Split where a piece must end: "5," or "3." as one piece would break the numbers up.
-            lines += re.split(r"[\n,\]]|\.(?!\d)", text)
+        # Split where a piece must end: "5," or "3." as one piece would break the numbers up.
+        lines += re.split(r"[\n,\]]|\.(?!\d)", "\n".join(texts))
     return lines
 
 
@@ -122,8 +121,8 @@ def answers_found(decoder, tok, ask, n=64):
     for i in range(n):
         rng = random.Random(f"told {i}")
         scene = toyworld.random_scene(rng, held_out=True)
-        for category, lesson, answer in ask(tok, scene, rng):
-            asked[category].append((lesson, answer))
+        for category, *lesson_and_answer in ask(tok, scene, rng):
+            asked[category].append(lesson_and_answer)
 
     found = {}
     for category, pairs in asked.items():
@@ -218,14 +217,14 @@ def make_conversation(tok, pairs, spelled):
     return *encode_conversation(tok, turns, "vicuna_v1", [len(spelled)]), spelled
 
 
-def encode_lines(tok, pairs, n_visual, longest=256):
-    """-> tokens, labels: a question and its answer a line. A line that does not fit is left out."""
+def encode_lines(tok, pairs, n_visual):
+    """-> tokens, labels: a question and its answer a line. A line that does not fit into 256 is left out."""
     tokens = [tok.bos] + [tok.image] * n_visual
     labels = [IGNORE] * len(tokens)
     for question, answer in pairs:
         q = tok.encode("\n" + question, dummy_prefix=False)
         a = tok.encode(" " + answer, dummy_prefix=False)
-        if len(tokens) + len(q) + len(a) <= longest:
+        if len(tokens) + len(q) + len(a) <= 256:
             tokens += q + a
             labels += [IGNORE] * len(q) + a
     return tokens, labels
