@@ -101,7 +101,7 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
         items = draw_some(drop_unanswered_splits(items, given), cfg.limit)
     else:
         items = draw_some(items, cfg.limit)
-        flags = resume_flags(cfg, may_change="out resume device compare show".split())
+        flags = resume_flags(cfg)
         asked = repr([(item["id"], item["text"]) for item in items])
         flags |= {"benchmark": name, "questions of checksum": zlib.crc32(asked.encode())}
         progress = Progress(out / "progress.jsonl", flags, cfg.resume)

@@ -803,7 +803,7 @@ def make_picture(folder, size, seed, words, job):
     asked = ask_all(scene, rng)
     if split == "val":
         asked.append(("chat", *ask_chat(scene, rng)))
-        return [val_line(i, k, name, question) for k, question in enumerate(asked)]
+        return val_lines(i, name, asked)
 
     # Few pictures have a sign: always ask what it says. Five more questions, and up to three of chat.
     pairs = [pair for category, *pair in asked if category == "reading"]
@@ -825,16 +825,13 @@ def llava_record(id, image, pairs):
     return {"id": id, "image": image, "conversations": turns}
 
 
-def val_line(i, k, image, asked):
-    """Question k about held-out picture i, as train.py's --val takes it."""
-    category, question, answer = asked
-    return {
-        "question_id": f"val-{i}-{k}",
-        "image": image,
-        "text": question,
-        "answer": answer,
-        "category": category,
-    }
+def val_lines(i, image, asked):
+    """The questions about held-out picture i, as train.py's --val takes them."""
+    lines = []
+    for k, (category, question, answer) in enumerate(asked):
+        place = {"question_id": f"val-{i}-{k}", "image": image}
+        lines.append(place | {"text": question, "answer": answer, "category": category})
+    return lines
 
 
 def pick_val(lines, limit):

@@ -93,8 +93,9 @@ def write_answers(vlm, tok, questions, prompts):
     return rows
 
 
-def resume_flags(cfg, files=(), may_change=("out", "device", "resume")):
+def resume_flags(cfg, files=()):
     """What must be the same for a run to go on: its flags, the data files, and the weights."""
+    may_change = ("out", "device", "resume", "compare", "show")
     flags = {flag: value for flag, value in asdict(cfg).items() if flag not in may_change}
     files = [*files, *model_files(cfg.model, cfg.llm)]
     return flags | {"data and weights": fingerprint(files)}

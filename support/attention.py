@@ -100,9 +100,9 @@ class Look:
 
         # Of one picture, in the tile that shows all of it, if there is one.
         view = cfg.tiling.global_view if cfg.tiling else "first"
-        place = {"first": 0, "last": len(lit) - 1}.get(view)
-        if len(self.pictures) == 1 and place is not None:
-            draw_boxes(ImageDraw.Draw(image), self.chat.answer.text, side * place, 0, side, "#ff3030")
+        whole = {"first": 0, "last": len(lit) - 1}.get(view)
+        if len(self.pictures) == 1 and whole is not None:
+            draw_boxes(ImageDraw.Draw(image), self.chat.answer.text, side * whole, 0, side, "#ff3030")
         return image
 
     def save(self, path):

@@ -194,11 +194,10 @@ class Peer(nn.Module):
         return found.logits if labels is None else found.loss
 
     def generate(self, tokens, pixels, n, stop):
-        """It never stops either: n tokens at least, none of them <image> or <pad>."""
-        image_token = self.model.config.image_token_id
+        """It never stops either: n tokens at least, none of `stop`."""
         ids = self.model.generate(
-            input_ids=tokens, pixel_values=pixels, do_sample=False, max_new_tokens=n,
-            min_new_tokens=n, suppress_tokens=[image_token, *stop], pad_token_id=0,
+            input_ids=tokens, pixel_values=pixels, do_sample=False, max_new_tokens=n, min_new_tokens=n,
+            suppress_tokens=stop, pad_token_id=0,
         )
         return ids[:, tokens.shape[1] :]
 
@@ -211,7 +210,7 @@ def make_step(model, cfg, work):
         for part in [*model.decoder.layers, *model.vision.blocks] if is_ours else [model]:
             part.compile()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=cfg.dtype == "bfloat16")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens, labels, pixels = random_batch(cfg, work)
     if cfg.program == "train":
         compute = partial(model, tokens, pixels, labels)
@@ -222,8 +221,9 @@ def make_step(model, cfg, work):
         model.eval()
         if is_ours:
             join_products(model)                         # as sample.py does
-        # Past any end token, so that both sides make as many tokens.
-        compute = partial(model.generate, tokens, pixels, N_NEW, stop=[work.cfg.pad_token])
+        # Past any end token, so that both sides make as many tokens: none is ever <image> or <pad>.
+        never = [work.cfg.image_token, work.cfg.pad_token]
+        compute = partial(model.generate, tokens, pixels, N_NEW, stop=never)
 
     def step():
         with autocast:
@@ -257,8 +257,7 @@ def pair_loss(model, cfg, tokens, pixels, n):
     def compute():
         s, s_ref = sums(nets) + known
         rewards = loss_cfg.beta * (s - s_ref)
-        delta, _ = mpo.update_delta(0.0, 0, rewards)
-        terms = mpo.mpo_terms(rewards, s, torch.full_like(s, n), delta, loss_cfg)
+        terms = mpo.mpo_terms(rewards, s, torch.full_like(s, n), 0.0, loss_cfg)
         return sum(weight * term for weight, term in terms.values())
 
     return compute

@@ -28,7 +28,7 @@ from model import PRESETS
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
 from support.io import reading, write_json, write_json_lines, write_whole
 from support.picture_files import open_image
-from toyworld import llava_record, val_line
+from toyworld import llava_record, val_lines
 
 
 @dataclass
@@ -80,7 +80,7 @@ def main(argv=None):
         records.append(llava_record(f"train-{i}", name, [pair for _, *pair in asked]))
     questions = []
     for i, (name, asked) in enumerate(val):
-        questions += [val_line(i, k, name, one) for k, one in enumerate(asked)]
+        questions += val_lines(i, name, asked)
     write_json_lines(out / "val.jsonl", questions)
     write_json(out / "train.json", records, indent=1)  # last: a folder that has it is whole
     print(f"{out}: {len(train):,} pictures to train on; {len(val):,} held out, {len(questions):,} questions")
