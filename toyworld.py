@@ -116,8 +116,7 @@ class Scene:
     @property
     def parts(self):
         """The things and the sign, in reading order."""
-        sign = (self.sign,) if self.sign else ()
-        return reading_order(self.things + sign)
+        return reading_order([*self.things, self.sign] if self.sign else self.things)
 
 
 def random_scene(rng, held_out=False):
@@ -169,9 +168,8 @@ def random_spots(rng, sides):
             x = random_offset(rng, cell % 3, w)
             y = random_offset(rng, cell // 3, h)
             boxes.append((x, y, x + w, y + h))
-        if not any(iou(a, b) for i, a in enumerate(boxes) for b in boxes[:i]):
-            break
-    return [(PLACES[cell], tuple(v / GRID for v in box)) for cell, box in zip(cells, boxes)]
+        if not any(iou(a, b) for a, b in itertools.combinations(boxes, 2)):
+            return [(PLACES[cell], tuple(v / GRID for v in box)) for cell, box in zip(cells, boxes)]
 
 
 def random_offset(rng, cell, side):

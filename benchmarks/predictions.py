@@ -81,7 +81,9 @@ def pick_question(where, names, shown, known, answers):
     found = next((known[name] for name in names if name in known), None)
     if found is None:
         raise UserError(f"{where}: answers {names[0]!r}, which is no question of --data and --split")
-    fitting = [item for item in found if is_same_question(shown, item)]
+    # What was asked is part of the row's prompt, or the row's bare question part of what was asked.
+    said = words(shown)
+    fitting = [item for item in found if words(item["asked"]) in said or said in words(item["text"])]
     if not fitting:
         raise UserError(
             f"{where}: answers another question, {shown!r:.80}, than {str(found[0]['id'])!r} of --data, "
@@ -90,11 +92,6 @@ def pick_question(where, names, shown, known, answers):
     if len(fitting) > 1 and not shown:
         raise UserError(f"{where}: {names[0]!r} has {len(found)} questions; the prompt must stand beside it")
     return next((item for item in fitting if item["id"] not in answers), fitting[0])
-
-
-def is_same_question(shown, item):
-    """Is what was asked part of the row's prompt, or the row's bare question part of what was asked?"""
-    return words(item["asked"]) in words(shown) or words(shown) in words(item["text"])
 
 
 def words(text):
