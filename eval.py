@@ -206,8 +206,9 @@ def columns_of(items, cfg):
     elif cfg.blind or items[0]["benchmark"] == "own":
         other = other_pictures(pictures)
         if len(other) > 1:
-            shuffled = [[other[picture] for picture in found] for found in pictures]
-            pictures_of_column["shuffled pictures"] = shuffled
+            pictures_of_column["shuffled pictures"] = [
+                [other[picture] for picture in found] for found in pictures
+            ]
     return {
         column: [phrase(item, column, found, cfg) for item, found in zip(items, pictures)]
         for column, pictures in pictures_of_column.items()
@@ -226,8 +227,14 @@ def phrase(item, column, pictures, cfg):
     # In an official question <image> is a word, in one's own it is the place of a picture.
     typed = prompt if item["benchmark"] == "own" else as_text(prompt)
     turns = [*item.get("earlier", ()), ("human", typed)]
-    phrased = item | {"column": column, "worked": worked, "prompt": prompt, "turns": turns}
-    return phrased | {"pictures": pictures, "limit": cfg.max_new_tokens or limit}
+    return item | {
+        "column": column,
+        "worked": worked,
+        "prompt": prompt,
+        "turns": turns,
+        "pictures": pictures,
+        "limit": cfg.max_new_tokens or limit,
+    }
 
 
 def other_pictures(pictures):
@@ -271,9 +278,9 @@ def write_results(bench, result, items, out):
     whole = json.dumps(result, indent=1, default=lambda picture: None)  # MMBench's are bytes
     files = {"results.json": whole}
     if not any("is_review" in record for record in records):  # of reviews nothing is handed in
-        model = {"model_id": result["model"]}
         answers = [
-            {"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"]} | model for r in records
+            {"question_id": r["id"], "prompt": r["prompt"], "text": r["answer"], "model_id": result["model"]}
+            for r in records
         ]
         files["answers.jsonl"] = json_lines(answers)
         if bench.submit:
