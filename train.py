@@ -48,7 +48,7 @@ from support.distributed import (
     average_gradients,
     compiles,
     full_tensor,
-    gather_numbers,
+    gather,
     load_steps,
     parallelize,
     precision,
@@ -304,7 +304,7 @@ def backward(models, task, batches, autocast=None):
     log. Further models are its twins, for further threads (support/threads.py)."""
     batches = [batch for batch in batches if task.count(batch)]  # of the others all records were skipped
     counts = [task.count(batch) for batch in batches]
-    n = int(gather_numbers([sum(counts)]).sum())
+    n = sum(gather(sum(counts)))
     if n == 0:
         return None, {task.unit: 0}
 
@@ -322,7 +322,7 @@ def backward(models, task, batches, autocast=None):
         loss += part
         metrics.update(more)
     average_gradients(models[0], batches)
-    return gather_numbers([loss]).mean().item(), dict(metrics)
+    return sum(gather(loss)) / world_size(), dict(metrics)
 
 
 def lr_at(step, n_step, peak, warmup):

@@ -14,11 +14,9 @@ hidden first. So whatever is called checkpoint-N is whole, at any moment.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -30,26 +28,24 @@ from support.cli import UserError, flag_of
 from support.distributed import (
     END_SIGNALS,
     barrier,
-    gather_lists,
-    gather_numbers,
+    gather,
     gather_on_first,
     placed_like,
     rank,
     world_size,
 )
 from support.export import fits_llava, save_adapter
-from support.io import check_flags, fingerprint, lock, read_rows, reading, write_json_lines, write_whole
+from support.io import check_flags, fingerprint, json_lines, lock, reading, write_json_lines, write_whole
 from support.plots import plot
 from support.processor import save_processor
 from support.start import saves_base
 
 # What --resume may change; any other flag would make it another run.
 FREE_TO_CHANGE = (
-    "resume", "out", "workers", "threads", "device", "dry_run", "compile", "shard", "recompute",
-    "micro_batch_size", "token_budget", "log_every", "save_every", "final_eval", "eval_limit", "bad_records",
-)
+    "resume out workers threads device dry_run compile shard recompute micro_batch_size token_budget "
+    "log_every save_every final_eval eval_limit bad_records").split()
 # What trainer.pt holds of a Run. task_state: after the step.
-SAVED = ("step", "n_step", "skipped", "task_state", "flags")
+SAVED = ("step", "n_step", "skipped", "task_state", "flags", "lines")
 
 
 class Run:
@@ -68,17 +64,13 @@ class Run:
         self.step = 0  # the last that is done
         self.skipped = 0  # records, since the run began
         self.task_state = {}
+        self.lines = []  # of log.jsonl
         self.checkpoint = self.find_checkpoint() if cfg.resume else None
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.saved = self.step  # the last that is on the disk
         self.first_step = self.step + 1
         self.half_done = False  # whether a step has begun to change the weights
         self.n_token = 0  # since this program began
-        self.lines = []  # of log.jsonl
-        if self.checkpoint:  # without damaged lines, and those of later steps
-            rows = read_rows(self.out / "log.jsonl")
-            rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-            self.lines = [row for row in rows if row["step"] <= self.step]
         self.pressed = False  # whether a signal came to this process
         self.interrupted = False  # or to any, as all know after each step
 
@@ -106,24 +98,19 @@ class Run:
         self.vlm, self.tok, self.task = vlm, tok, task
         if rank() == 0:
             if self.checkpoint:
-                self.rewind()
                 self.remove_older()
+                for left in list(self.out.rglob(".*.tmp")):  # what a kill left half-written
+                    shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
             else:
                 move_aside(self.out, self.cfg)
                 self.locks.append(lock(self.out / "lock"))
-                (self.out / "log.jsonl").touch()  # from now on --resume finds a run
-                if vlm.lora and saves_base(self.cfg):
-                    save_processor(self.base, tok.path, vlm.cfg)
-                    vlm.save_pretrained(self.base)  # B is still 0
+            write_json_lines(self.out / "log.jsonl", self.lines)  # from now on --resume finds a run
+            if vlm.lora and saves_base(self.cfg) and not self.checkpoint:
+                save_processor(self.base, tok.path, vlm.cfg)
+                vlm.save_pretrained(self.base)  # B is still 0
             save_processor(self.out, tok.path, vlm.cfg)
         barrier()
         tok.path = self.out / "tokenizer.model"  # the checkpoint that it may have come from will be deleted
-
-    def rewind(self):
-        """Drop the log lines after the checkpoint, and what a kill left half-written."""
-        write_json_lines(self.out / "log.jsonl", self.lines)
-        for left in [*self.out.glob(".*.tmp"), *self.out.glob("best/.*.tmp")]:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def restore(self, optimizer):
         """Bring back the task's state and the moments, by whatever number of processes they were saved."""
@@ -142,7 +129,6 @@ class Run:
 
     def __enter__(self):
         self.began = time.time()
-        self.file = open(self.out / "log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
         self.bar = tqdm(total=self.n_step, initial=self.first_step - 1, unit="step", dynamic_ncols=True,
                         disable=True if rank() > 0 else None)  # None: where there is no terminal
         self.old_handlers = {number: signal.signal(number, self.on_signal) for number in END_SIGNALS}
@@ -158,7 +144,6 @@ class Run:
         for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
         self.bar.close()
-        self.file.close()
 
     def on_signal(self, *_):
         """The first lets the step end and saves it; the second ends the program at once.
@@ -173,40 +158,36 @@ class Run:
             more = b"; once more to stop at once" if world_size() == 1 else b""
             os.write(2, b"\nending this step, then saving" + more + b"\n")
 
-    def stop_at_bad_records(self, batches):
-        """If --bad-records says so. What was done before it is saved first."""
-        if self.cfg.bad_records == "skip":
-            return
-        reasons = gather_lists([reason for batch in batches for reason in batch["skipped"]])
-        if not reasons:
-            return
-        if self.step > self.saved:
-            self.save()
-        todo = "go on without such by --resume --bad-records skip" if self.step else "or --bad-records skip"
-        raise UserError(f"{reasons[0]}; {todo}")
+    def note_bad_records(self, batches):
+        """Those of a step. If --bad-records stops at them, what was done before is saved first."""
+        found = gather([reason for batch in batches for reason in batch["skipped"]])
+        self.reasons = sum(found, [])  # of all processes
+        if self.reasons and self.cfg.bad_records == "stop":
+            if self.step > self.saved:
+                self.save()
+            todo = "go on without such by --resume" if self.step else "or"
+            raise UserError(f"{self.reasons[0]}; {todo} --bad-records skip")
 
     def log_step(self, step, batches, loss, metrics):
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
         self.step = step
         self.half_done = False
         self.task_state = self.task.state_dict()
-        skipped = gather_lists([reason for batch in batches for reason in batch["skipped"]])
-        for reason in skipped[: max(0, 5 - self.skipped)]:  # later ones stand in the log alone
+        for reason in self.reasons[: max(0, 5 - self.skipped)]:  # later ones stand in the log alone
             self.say(f"skipped: {reason}")
+        if self.reasons:
+            self.skipped += len(self.reasons)
+            metrics = metrics | {"skipped": self.reasons}
 
         # What all processes saw, and whether any of them was interrupted.
-        n_token = sum(int(batch["lengths"].sum()) for batch in batches)
-        n_token, n_pressed = gather_numbers([n_token, self.pressed]).sum(0).tolist()
+        n_token = sum(gather(sum(int(batch["lengths"].sum()) for batch in batches)))
         self.n_token += n_token
-        self.skipped += len(skipped)
-        self.interrupted = n_pressed > 0
+        self.interrupted = any(gather(self.pressed))
         if step == 1 and metrics.get("supervised"):
             n = metrics["supervised"]  # nothing, or everything: that would be a fault of the template
-            self.say(f"first step: {n:,} of {n_token:,.0f} tokens are supervised ({n / n_token:.0%})")
+            self.say(f"first step: {n:,} of {n_token:,} tokens are supervised ({n / n_token:.0%})")
 
         elapsed = time.time() - self.began
-        if skipped:
-            metrics = metrics | {"skipped": skipped}
         self.log(step, loss=loss, **metrics, time=round(elapsed, 2))
 
         text = "no usable record" if loss is None else f"loss {loss:.4f}"
@@ -231,21 +212,28 @@ class Run:
 
     def log(self, step, **values):
         self.lines.append({"step": step, **values})
-        self.file.write(json.dumps(self.lines[-1]) + "\n")
+        if rank() == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json_lines(self.lines[-1:]))
 
     def say(self, text):
         self.bar.write(text)
-        sys.stdout.flush()
 
     def save(self):
-        """Write checkpoint-N, then remove the one before it."""
+        """Write checkpoint-N, all that the next step depends on, then remove the one before it."""
         self.saved = self.step  # or it fails, and is not tried again
         final = self.out / f"checkpoint-{self.step:06d}"
         hidden = self.out / f".{final.name}.tmp"
         try:
             self.save_model(hidden)
-            self.save_state(hidden)
+            moments = {}
+            for name, p in self.vlm.named_parameters():
+                if p in self.optimizer.state:
+                    moments[name] = {key: gather_on_first(t) for key, t in self.optimizer.state[p].items()}
             if rank() == 0:
+                state = {name: getattr(self, name) for name in SAVED}
+                write_whole(hidden / "optimizer.pt", lambda tmp: torch.save(moments, tmp))
+                write_whole(hidden / "trainer.pt", lambda tmp: torch.save(state, tmp))
                 os.replace(hidden, final)
                 self.remove_older()
             barrier()
@@ -260,17 +248,6 @@ class Run:
             hidden = self.out / f".{old.name}.tmp"
             os.replace(old, hidden)
             shutil.rmtree(hidden)
-
-    def save_state(self, directory):
-        """All that a step depends on besides the weights."""
-        moments = {}
-        for name, p in self.vlm.named_parameters():
-            if p in self.optimizer.state:
-                moments[name] = {key: gather_on_first(t) for key, t in self.optimizer.state[p].items()}
-        if rank() == 0:
-            state = {name: getattr(self, name) for name in SAVED}
-            write_whole(directory / "optimizer.pt", lambda tmp: torch.save(moments, tmp))
-            write_whole(directory / "trainer.pt", lambda tmp: torch.save(state, tmp))
 
     def finish(self):
         """Say what was learnt from, and write the model."""
@@ -325,7 +302,7 @@ def move_aside(out, cfg):
     """A new run never overwrites an old one: out/finetune becomes out/finetune.1, .2, ..."""
     if not any((out / name).exists() for name in ("tokenizer.model", "config.json")):
         return
-    for name in ("model", "data", "image_root", "val", "vision", "llm", "tokenizer", "projector"):
+    for name in "model data image_root val vision llm tokenizer projector".split():
         value = getattr(cfg, name)
         if value and Path(value).resolve().is_relative_to(out.resolve()):
             raise UserError(f"{flag_of(name)} {value} is in --out {out}, which would be moved aside")

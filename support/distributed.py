@@ -46,9 +46,20 @@ def barrier():
 
 @contextlib.contextmanager
 def processes(cfg):
-    """Join the others; inside, this process has its device. What the machine lacks is a one-line error."""
+    """Join the others, if torchrun started any. Inside, this process has its device; what the machine lacks
+    is a one-line error."""
+    device = pick_device(cfg.device)
     try:
-        yield join_processes(cfg)
+        if world_size() > 1:
+            if cfg.shard and cfg.weights == "bfloat16":
+                raise UserError("--shard --weights bfloat16: shards are kept in float32; leave out --weights")
+            if device.type == "cuda":
+                device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+                torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            if rank() > 0:
+                sys.stdout = open(os.devnull, "w")
+        yield device
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]  # a loader process sends its whole traceback
         if isinstance(error, torch.OutOfMemoryError):
@@ -65,38 +76,12 @@ def processes(cfg):
             dist.destroy_process_group()
 
 
-def join_processes(cfg):
-    """Join the other processes, if torchrun started any; -> this one's device."""
-    device = pick_device(cfg.device)
-    if world_size() == 1:
-        return device
-    if cfg.shard and cfg.weights == "bfloat16":
-        raise UserError("--shard --weights bfloat16: shards are kept in float32 already; leave out --weights")
-    if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
 def gather(own):
     """-> a list of what each process has, the same everywhere."""
     found = [own] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, own)
     return found
-
-
-def gather_numbers(numbers):
-    """A few numbers of each process -> (world_size, n)"""
-    return torch.tensor(gather(numbers), dtype=torch.float64)
-
-
-def gather_lists(items):
-    """The items of all processes, in one list."""
-    return sum(gather(items), [])
 
 
 def in_loader_process(_):
@@ -138,8 +123,7 @@ def compiles(cfg, device):
 def parallelize(vlm, cfg, device):
     """Compile if --compile asks; with several processes, shard if --shard does."""
     blocks = [block for tower in vlm.towers for block in tower.blocks] + list(vlm.decoder.layers)
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, up to a second
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, up to a second
     if cfg.compile:
         for block in blocks:
             block.compile(dynamic=True)  # one graph for all lengths
@@ -170,10 +154,11 @@ def add_blank_tile(vlm, batch):
 def load_steps(cfg, task, run):
     """The steps that are still to do, each a list of micro-batches."""
     records = task.examples.records
-    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
-    to_do = islice(steps, run.first_step - 1, None)
     n_token = run.vlm.cfg.vision.n_token
-    of_this_rank = (share_by_rank(numbers, records, n_token, rank(), world_size()) for numbers in to_do)
+    steps = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
+    of_this_rank = (
+        share_by_rank(numbers, records, n_token, rank(), world_size())
+        for numbers in islice(steps, run.first_step - 1, None))
     to_micro_batches = partial(
         micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
         collate=task.collate)
@@ -185,14 +170,14 @@ def load_steps(cfg, task, run):
     loaded = iter(loader)
     workers = multiprocessing.active_children()
     for batches in loaded:
-        run.stop_at_bad_records(batches)
+        run.note_bad_records(batches)
         yield batches
         # PyTorch tells of a killed loader only once, amid whatever runs then, which may swallow the error.
         if any(process.exitcode for process in workers):
             raise RuntimeError("DataLoader worker was killed")
 
 
-def share_by_rank(numbers, records, tokens_per_tile, rank=0, world=1):
+def share_by_rank(numbers, records, tokens_per_tile, rank, world):
     """What this process takes of a step's records: dealt out longest first, each to whoever has least so far.
     """
     if world == 1:
@@ -207,7 +192,7 @@ def share_by_rank(numbers, records, tokens_per_tile, rank=0, world=1):
 
 def with_fillers(batches, counts):
     """-> [(batch, count), ...], as many as the process has that has most: what is missing counts nothing."""
-    n_filler = int(gather_numbers([len(batches)]).max()) - len(batches)
+    n_filler = max(gather(len(batches))) - len(batches)
     ones = torch.ones(1, 2, dtype=torch.int64)
     pixels, layout = join_tiles([])
     filler = {"tokens": ones, "labels": ones, "pixels": pixels, "layout": layout}
@@ -218,7 +203,7 @@ def average_gradients(vlm, batches):
     """Over the processes, once a step; FSDP2 has averaged its own."""
     if world_size() == 1:
         return
-    n_picture = gather_numbers([sum(len(batch["pixels"]) for batch in batches)]).sum()
+    n_picture = sum(gather(sum(len(batch["pixels"]) for batch in batches)))
     for name, p in vlm.named_parameters():
         if n_picture == 0 and part_of(name) in ("vision", "connector"):
             p.grad = None  # that of the blank tiles: one process would have none

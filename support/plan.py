@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 
 from support.cli import UserError
-from support.distributed import gather_numbers, uses_autocast, world_size
+from support.distributed import gather, uses_autocast, world_size
 from support.optim import lr_of, part_of
 
 
@@ -77,9 +77,7 @@ def count_memory(cfg, vlm, n_token, device):
     is_split = cfg.weights == "bfloat16"
     has_copies = uses_autocast(cfg, device)
     n_byte = 2 if is_split or has_copies else 4
-    counts = count_parts(vlm).values()
-    n_all = sum(n for n, _ in counts)
-    n_train = sum(n for _, n in counts)
+    n_all, n_train = map(sum, zip(*count_parts(vlm).values()))
     small_gradients = is_split and not cfg.token_budget and not cfg.micro_batch_size
     memory = {
         "weights": sum(p.numel() * p.element_size() for p in vlm.parameters()),
@@ -122,6 +120,6 @@ def count_steps(minutes, task, vlm, trial):
 
     seconds = (times[-1] - times[1]) / 8  # the first waits for the loader and the compiler
     left = 60 * minutes - (times[-1] - times[0])
-    n_step = max(1, int(gather_numbers([left / seconds]).min()))
+    n_step = max(1, int(min(gather(left / seconds))))
     print(f"{60 / seconds:.1f} steps a minute, so --minutes {minutes:g} is --max-steps {n_step}")
     return n_step

@@ -643,8 +643,8 @@ def test_records_longer_than_the_decoder_takes_are_refused_not_trained(go, capfd
         (["--out", "file"], "file: this folder cannot be made"),
         (["--out", "file/run"], "file/run: this folder cannot be made"),
         (["--out", "/proc/no/run"], "/proc/no/run: this folder cannot be made"),
-        (["--data", "none.json"], "--data none.json: no such file"),
-        (["--val", "none.jsonl"], "--val none.jsonl: no such file"),
+        (["--data", "none.json"], "none.json: cannot be read (No such file or directory); check the path"),
+        (["--val", "none.jsonl"], "none.jsonl: cannot be read (No such file or directory); check the path"),
         (["--image-root", "none"], "--image-root none: no such folder"),
         (["--projector", "none"], "none: holds none of model.safetensors"),
         (["--projector", "narrow"], "--projector narrow: tensor"),
@@ -677,7 +677,7 @@ def test_records_longer_than_the_decoder_takes_are_refused_not_trained(go, capfd
         (["--image-size", "1000000000"], "--image-size 1000000000: must be at most 4096"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
-        (["--device", "foo"], "--device foo: choose cpu"),
+        (["--device", "foo"], "--device foo: PyTorch sees cpu here; choose one, or auto"),
         (["--dtype", "foo"], "Known are float32, bfloat16, auto"),
         (["--resume"], "--resume: there is no run in run"),
         (["--lr", "abc"], "argument --lr: invalid float value: 'abc'"),
@@ -930,7 +930,7 @@ def test_what_others_put_or_broke_in_the_folder_ends_no_run(go, capfd):
     Path("run/loss.png").mkdir()
     assert go("--save-every", 2, "--max-steps", 4, "--resume") == 0
     assert sorted(path.name for path in Path("run").glob("check*")) == [newest.name, f"{newest.name}.bak"]
-    assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))] == [1, 3, 4]
+    assert [line["step"] for line in map(json.loads, open("run/log.jsonl"))] == [1, 2, 3, 4]
 
     Path("run2/loss.png").mkdir(parents=True)
     assert go("--max-steps", 2, out="run2") == 0
