@@ -18,29 +18,22 @@ from support.io import read_json, reading
 
 RECORD = '{"id", "image", "conversations": [{"from": "human" or "gpt", "value": text}, ...]}'
 
-# A record's place: its file, its line there, its first byte, the byte behind its last; and which of its
-# questions is meant, -1 for all.
-ROW = np.dtype([(name, np.int64) for name in ("file", "line", "start", "end", "question")])
-
 
 def fill_in_paths(cfg):
-    """What was not given stands beside --data. Then check that the files are there."""
+    """What was not given stands beside --data."""
     folder = Path(cfg.data.split(",")[0]).parent
     cfg.out = cfg.out or f"out/{cfg.stage}"
     if not cfg.val and (folder / "val.jsonl").exists():
         cfg.val = str(folder / "val.jsonl")
-    for flag, files in ("--data", cfg.data), ("--val", cfg.val):
-        for file in filter(None, files.split(",")):
-            if not Path(file).is_file():
-                what = "a folder" if Path(file).is_dir() else "no such file"
-                raise UserError(f"{flag} {file}: {what}; give a LLaVA-format JSON or JSONL file")
+    if cfg.val:  # read at last, when the model is there: that it cannot be is said now
+        file_head(Path(cfg.val))
 
 
 class Records:
     """The records of one file or of several, each parsed when it is asked for.
 
-    `index` says where each stands, as ROW has it. A weight of 2 has every row twice, a fraction of 0.1 a
-    tenth of them.
+    `index` has a row of four numbers for each: its file, its line there, its first byte; and which of its
+    questions is meant, -1 for all. A weight of 2 has every row twice, a fraction of 0.1 a tenth of them.
     """
 
     with_earlier = False  # see split_questions
@@ -48,17 +41,32 @@ class Records:
     def __init__(self, data, image_root="", weights="", fraction=1.0, seed=0):
         """data: FILE, or FILE,FILE with weights "X,X", or a meta.json as MMPR's. Pictures lie below
         image_root, or below the folder of their file."""
-        self.files = open_files(str(data), image_root, weights)
         given = [Path(path) for path in str(data).split(",")]
+        if image_root and not Path(image_root).is_dir():
+            raise UserError(f"--image-root {image_root}: no such folder")
+        if len(given) == 1 and given[0].suffix == ".json" and b'"annotation"' in file_head(given[0]):
+            self.files = open_meta(given[0], Path(image_root or given[0].parent))
+        else:
+            self.files = [DataFile(path, image_root or path.parent) for path in given]
         self.paths = list(dict.fromkeys([file.path for file in self.files] + given))  # a meta.json, too
+        if weights:
+            with reading(f"--data-weights {weights}", "give one number for each file, as 1,0.5"):
+                for file, weight in zip(self.files, weights.split(","), strict=True):
+                    file.weight = float(weight)
+
         parts = []
         for k, file in enumerate(self.files):
+            if not 0 < file.weight <= 1000:
+                raise UserError(f"{file.path}: a weight of {file.weight:g}; give more than 0, at most 1000")
             rows = file.find_rows(k)
-            if len(self.files) > 1 or file.weight * fraction != 1:
-                n_all = len(rows)
-                rows = choose_rows(rows, file.weight * fraction, [seed, k])
-                share = f"{len(rows):,} of {n_all:,} records"
-                print(f"{file.path}: {share} an epoch (weight {file.weight:g})")
+            n_all, share = len(rows), file.weight * fraction
+            if len(self.files) > 1 or share != 1:
+                # With a share of 2.5 all twice, and half of them once more. A smaller share is part of a
+                # larger one.
+                order = np.random.default_rng([seed, k]).permutation(n_all)
+                chosen = np.resize(order, max(1, round(n_all * share)))
+                rows = rows[np.sort(chosen)]
+                print(f"{file.path}: {len(rows):,} of {n_all:,} records an epoch (weight {file.weight:g})")
             parts.append(rows)
         self.index = np.concatenate(parts)
 
@@ -70,13 +78,10 @@ class Records:
         where it comes from: where (for errors), file (a DataFile), number (i), group (the number of the first
         question of the same record).
         """
-        k, line, start, end, question = self.index[i].tolist()
-        record = self.files[k].read_record(line, start, end)
+        k, line, start, question = self.index[i].tolist()
+        record = self.files[k].read_record(line, start)
         record |= {"number": i, "group": i - max(0, question)}
-        if question < 0:
-            return record
-        asked = answered_questions(record)[question]
-        return asked if self.with_earlier else ask_alone(asked)
+        return record if question < 0 else one_question(record, question, self.with_earlier)
 
     def split_questions(self, with_earlier=False):
         """Make a record of every question with its answer; with_earlier: and with the turns before it.
@@ -84,54 +89,37 @@ class Records:
         All records are read once, to count their questions.
         """
         self.with_earlier = with_earlier
-        counts = []
+        counts, questions = [], []
         for i in range(len(self)):
             try:
-                counts.append(len(answered_questions(self[i])))
+                n = len(ends_of_questions(self[i]["turns"]))
             except UserError:  # raised, or counted, when it is this record's turn
-                counts.append(0)
-        self.index = self.index.repeat(np.maximum(counts, 1))
-        self.index["question"] = np.concatenate([np.arange(n) if n else [-1] for n in counts])
+                n = 0
+            counts.append(max(1, n))
+            questions += range(n) or [-1]
+        self.index = self.index.repeat(counts, axis=0)
+        self.index[:, -1] = questions
         return self
 
     @property
     def group_sizes(self):
         """How many neighbours are questions of one record each time: those stay together in an epoch."""
-        first = np.flatnonzero(self.index["question"] <= 0)
+        first = np.flatnonzero(self.index[:, -1] <= 0)
         return np.diff(first, append=len(self))
 
     def guess_tokens(self, i, tokens_per_tile):
         """Good enough to share out work, and without parsing: 4 bytes a token, one picture of one tile."""
-        k, _, start, end, _ = self.index[i].tolist()
-        has_picture = b'"image' in self.files[k].read(start, end)
-        return (end - start) / 4 + tokens_per_tile * has_picture
+        k, _, start, _ = self.index[i].tolist()
+        line = self.files[k].read_line(start)
+        return len(line) / 4 + tokens_per_tile * (b'"image' in line)
 
 
 def picture_paths(record):
     return [record["file"].image_path(name) for name in record["images"]]
 
 
-def open_files(data, image_root="", weights=""):
-    """FILE, or FILE,FILE, or a meta.json as MMPR's; weights "X,X", one for each file. -> [DataFile]"""
-    paths = [Path(path) for path in data.split(",")]
-    if image_root and not Path(image_root).is_dir():
-        raise UserError(f"--image-root {image_root}: no such folder")
-    if len(paths) == 1 and paths[0].suffix == ".json" and b'"annotation"' in file_head(paths[0]):
-        files = open_meta(paths[0], Path(image_root or paths[0].parent))
-    else:
-        files = [DataFile(path, image_root or path.parent) for path in paths]
-    if weights:
-        with reading(f"--data-weights {weights}", "give one number for each file, as 1,0.5"):
-            for file, weight in zip(files, weights.split(","), strict=True):
-                file.weight = float(weight)
-    for file in files:
-        if not 0 < file.weight <= 1000:
-            raise UserError(f"{file.path}: a weight of {file.weight:g}; give more than 0 and at most 1000")
-    return files
-
-
 def open_meta(meta, base):
-    """{name: {"root", "annotation", "repeat_time", "data_augment"}}, whose paths start at `base`"""
+    """{name: {"root", "annotation", "repeat_time", "data_augment"}}, with paths from `base` -> [DataFile]"""
     files = []
     for name, entry in read_json(meta).items():
         with reading(f"{meta}, {name!r}", "write your own paths there, in the form of MMPR's"):
@@ -172,15 +160,15 @@ class DataFile:
     def open_lines(self):  # anew each time: loader processes must not share a position
         return io.BytesIO(self.lines) if self.is_list else open(self.path, "rb")
 
-    def read(self, start, end):
+    def read_line(self, start):
         with self.open_lines() as lines:
             lines.seek(start)
-            return lines.read(end - start)
+            return lines.readline()
 
-    def read_record(self, line, start, end):
+    def read_record(self, line, start):
         where = f"{self.path}, record {line}" if self.is_list else f"{self.path}, line {line + 1}"
         with reading(where, f"expected {RECORD}"):
-            record = json.loads(self.read(start, end))
+            record = json.loads(self.read_line(start))
             record["id"] = str(record.get("id", record.get("question_id", line)))
         where += f" (id {record['id']!r:.80})"
         with reading(where, f'expected {RECORD}, or a question in "text"'):
@@ -191,18 +179,17 @@ class DataFile:
         return record | {"images": images, "turns": turns, "where": where, "file": self}
 
     def find_rows(self, k):
-        """-> (n,) of ROW, the places of its records. It is the k-th file."""
+        """-> rows of Records.index. It is the k-th file."""
         rows = array("q")
         start = 0
         with self.open_lines() as lines:
             for number, line in enumerate(lines):
-                end = start + len(line)
                 if not line.isspace():
-                    rows.extend((k, number, start, end, -1))
-                start = end
+                    rows.extend((k, number, start, -1))
+                start += len(line)
         if not rows:
             raise UserError(f"{self.path}: holds no record; expected a JSON list, or one record per line")
-        return np.frombuffer(rows, dtype=ROW)
+        return np.frombuffer(rows, np.int64).reshape(-1, 4)
 
     def image_path(self, name):
         """Where a picture lies. No name may climb out of the image root; a link in it may lead anywhere."""
@@ -210,16 +197,6 @@ class DataFile:
         if not path.is_relative_to(self.image_root):
             raise UserError(f"picture {name!r} lies outside --image-root {self.image_root}; link it in")
         return path
-
-
-def choose_rows(rows, share, seed):
-    """What an epoch shows: with a share of 0.1 a tenth; with 2.5 all twice, and half of them once more.
-
-    A smaller share is part of a larger one.
-    """
-    order = np.random.default_rng(seed).permutation(len(rows))
-    repeated = np.resize(order, max(1, round(len(rows) * share)))
-    return rows[np.sort(repeated)]
 
 
 def read_images(record):
@@ -246,9 +223,10 @@ def read_turns(record):
     if "conversations" in record:
         said = [(f"turn {k}", t["from"], t["value"]) for k, t in enumerate(record["conversations"], 1)]
     else:
-        fields = {"question": "human", "text": "human", "answer": "gpt", "chosen": "gpt"}  # a later one wins
-        given = {role: (f'"{name}"', role, record[name]) for name, role in fields.items() if name in record}
-        said = [turn for turn in given.values() if turn[2] is not None]
+        asked = "text" if "text" in record else "question"
+        answered = "chosen" if "chosen" in record else "answer"
+        fields = (asked, "human"), (answered, "gpt")
+        said = [(f'"{name}"', role, record[name]) for name, role in fields if record.get(name) is not None]
     if not said:
         raise ValueError("no conversation")
     for place, role, text in said:
@@ -261,20 +239,23 @@ def count_markers(turns):
     return sum(text.count("<image>") for role, text in turns if role == "human")
 
 
-def answered_questions(record):
-    """A record for each answer to a question, with the turns before it and the pictures up to it."""
+def ends_of_questions(turns):
+    """-> how many turns there are up to each answer to a question, itself included"""
+    roles = [role for role, _ in turns]
+    return [end for end in range(2, len(turns) + 1) if roles[end - 2 : end] == ["human", "gpt"]]
+
+
+def one_question(record, number, with_earlier):
+    """A record of one question and its answer, with the pictures up to it and, or not, the turns before it.
+
+    Pictures of turns that are left out stand in front.
+    """
     turns, images = record["turns"], record["images"]
-    questions = []
-    for end in range(2, len(turns) + 1):
-        if [role for role, _ in turns[end - 2 : end]] == ["human", "gpt"]:
-            n_shown = count_markers(turns[:end]) if count_markers(turns) else len(images)
-            where = f"{record['where']}, question {len(questions) + 1}"
-            questions.append(record | {"turns": turns[:end], "images": images[:n_shown], "where": where})
-    return questions
-
-
-def ask_alone(record):
-    """A record's last question without the turns before it, whose pictures then stand in front."""
-    *earlier, (role, text), answer = record["turns"]
-    text = "<image>\n" * count_markers(earlier) + text
-    return record | {"turns": [(role, text), answer]}
+    end = ends_of_questions(turns)[number]
+    n_shown = count_markers(turns[:end]) if count_markers(turns) else len(images)
+    *earlier, (role, text), answer = turns[:end]
+    if not with_earlier:
+        text = "<image>\n" * count_markers(earlier) + text
+        earlier = []
+    where = f"{record['where']}, question {number + 1}"
+    return record | {"turns": [*earlier, (role, text), answer], "images": images[:n_shown], "where": where}

@@ -1042,7 +1042,7 @@ def test_pictures_lie_beside_their_own_file_where_no_root_is_given(tmp_path):
 @pytest.mark.parametrize("weight", ["nan", "1e9", "0", "-1"])
 def test_an_absurd_weight_is_refused(tmp_path, weight):
     file = write(tmp_path / "a.json", [record(0)])
-    with pytest.raises(UserError, match="a.json: a weight of .*; give more than 0 and at most 1000"):
+    with pytest.raises(UserError, match="a.json: a weight of .*; give more than 0, at most 1000"):
         Records(file, weights=weight)
     entry = {"annotation": "a.json", "repeat_time": float(weight)}
     (tmp_path / "meta.json").write_text(json.dumps({"x": entry}))
