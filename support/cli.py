@@ -23,7 +23,6 @@ import io
 import os
 import re
 import sys
-import time
 from dataclasses import field, fields
 from math import inf
 from operator import ge, gt, le, lt
@@ -65,7 +64,7 @@ def parse(Config, argv=None, description="", defaults=None):
         known = {flag: action.help for action in parser._actions for flag in action.option_strings}
         flag = unknown[0].split("=")[0]
         words = flag.strip("-").replace("-", " ")
-        alike = [flag for flag, text in known.items() if words and words in text]   # learning rate: --lr
+        alike = [flag for flag, text in known.items() if words in text]   # learning rate: --lr
         hint = nearest(flag, known) or nearest(flag, alike, cutoff=0)
         raise UserError(f"unknown argument {unknown[0]}{hint}; see --help")
     cfg = Config(**(defaults | vars(found)))
@@ -142,34 +141,30 @@ class Bar(tqdm):
 
     def __init__(self, *args, **options):
         self.on_terminal = sys.stderr.isatty()
-        self.said = time.time()
         if not self.on_terminal:
             line = "{desc}: {n:,} of {total:,}, {remaining} left"
-            options |= {"file": io.StringIO(), "bar_format": line}
+            waits = {"mininterval": self.SECONDS, "delay": self.SECONDS}
+            options |= {"file": io.StringIO(), "bar_format": line, **waits}
         super().__init__(*args, dynamic_ncols=True, miniters=1, **options)
 
     def display(self, *args, **options):
         if self.on_terminal:
             return super().display(*args, **options)
-        if time.time() - self.said >= self.SECONDS:
-            self.said = time.time()
-            print(self, file=sys.stderr, flush=True)
+        print(self, file=sys.stderr, flush=True)
 
 
 def pick_device(name):
     """cpu, cuda, cuda:N, mps or auto -> torch.device, one that is there."""
     import torch
 
-    n = torch.cuda.device_count()
-    has_mps = torch.backends.mps.is_available()                         # Apple's; nobody has tried it yet
-    if name == "auto":
-        return torch.device("cuda" if n else "mps" if has_mps else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: choose cpu, cuda, cuda:N, mps or auto")
-    is_there = {"cpu": True, "mps": has_mps}.get(name, int(name.partition(":")[2] or 0) < n)
-    if not is_there:
-        raise UserError(f"--device {name}: PyTorch sees {n} GPUs here; choose cpu, or auto")
-    return torch.device(name)
+    here = ["cpu"]                   # what there is, the fastest first
+    if torch.backends.mps.is_available():                               # Apple's; nobody has tried it yet
+        here.insert(0, "mps")
+    if torch.cuda.is_available():
+        here = ["cuda", *(f"cuda:{k}" for k in range(torch.cuda.device_count())), *here]
+    if name not in ("auto", *here):
+        raise UserError(f"--device {name}: PyTorch sees {', '.join(here)} here; choose one, or auto")
+    return torch.device(here[0] if name == "auto" else name)
 
 
 def run_program(program):
@@ -195,8 +190,7 @@ def harden_output(name):
         setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
     elif stream is getattr(sys, f"__{name}__"):                         # not what a test put in its place
         file = io.BufferedWriter(PatientFile(stream.fileno(), "w", closefd=False))
-        buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", **buffering))
+        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 class PatientFile(io.FileIO):

@@ -82,7 +82,7 @@ class MoreFlags:
 
 def parse_with_recipe(Config, argv, description, recipes):
     """The recipe of (--model, --stage) replaces defaults, the command line replaces both."""
-    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
 
     # A first look finds the recipe, and what else some flags change in the defaults of others.
     given = parse(Config, [word for word in argv if word not in ("-h", "--help")])

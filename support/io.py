@@ -4,7 +4,6 @@ import json
 import os
 import zlib
 from contextlib import contextmanager, nullcontext
-from itertools import takewhile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -109,13 +108,11 @@ class Progress:
         flags = json.loads(json.dumps(flags))  # tuples become lists
         if resume and self.path.exists():
             with reading(self.path):
-                whole = takewhile(lambda row: row is not None, read_rows(self.path))
-                before, *self.rows = list(whole) or [flags]
+                before, *self.rows = list(read_rows(self.path)) or [flags]
                 check_flags(self.path, before, flags)
         write_json_lines(self.path, [flags, *self.rows])
 
     def add(self, rows):
-        rows = list(rows)
         self.rows += rows
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -126,14 +123,14 @@ class Progress:
 
 
 def read_rows(path):
-    """The rows of JSON lines; None in place of one that a kill has torn, or that is damaged."""
+    """The rows of JSON lines, up to one that a kill has torn, or that is damaged."""
     with reading(path):
         text = path.read_text(encoding="utf-8", errors="replace")
     for line in text.split("\n"):
         try:
             yield json.loads(line)
         except (ValueError, RecursionError):  # brackets nested without end
-            yield None
+            return
 
 
 def check_flags(path, before, now):
@@ -160,8 +157,6 @@ def reading(path, hint="get the file again"):
     except OSError as error:
         todo = "check the path" if error.errno else hint  # Pillow's errors about content have no number
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {todo}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); {hint}") from None
     except Exception as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: damaged or of another kind ({what}); {hint}") from None

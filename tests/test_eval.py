@@ -658,7 +658,7 @@ TOLD = {"question_id": 1, "text": "3"}
         ("test.json", [{"question_id": 1, "image": "a.jpg", "question": "How many?"}], "record 0: damaged"),
         ("test.json", [GOOD | {"question": 7}], "record 0: damaged"),
         ("test.json", ["x"], "record 0: damaged"),
-        ("test.json", b"\xff\xfe", "not UTF-8"),
+        ("test.json", b"\xff\xfe", "test.json: damaged or of another kind (UnicodeDecodeError: 'utf-8' codec"),
         ("test.json", [GOOD, GOOD], "two questions of tallyqa have the id '1'"),
         ("other.json", "[]", "no test.json in it"),
         ("answers.jsonl", jsonl([TOLD]) + '{"question_id": 1', "answers.jsonl, line 2: damaged"),

@@ -725,7 +725,7 @@ DAMAGES = {
     "a config that is no JSON": (lambda d: (d / "config.json").write_text('{"a":'), "config.json: damaged"),
     "a config that is no text": (
         lambda d: (d / "config.json").write_bytes(b"\xff\x00"),
-        "config.json: not UTF-8",
+        r"config.json: damaged or of another kind .UnicodeDecodeError: 'utf-8' codec",
     ),
     "a config in a folder": (
         lambda d: [(d / "config.json").unlink(), (d / "config.json").mkdir()],
