@@ -26,9 +26,10 @@ def make_optimizer(vlm, cfg):
         if p.requires_grad:
             decay = cfg.weight_decay if p.ndim >= 2 else 0.0
             alike[lr_of(part_of(name), cfg), decay].append(p)
-    groups = []
-    for (peak_lr, decay), params in alike.items():
-        groups.append({"params": params, "weight_decay": decay, "peak_lr": peak_lr})
+    groups = [
+        {"params": params, "weight_decay": decay, "peak_lr": lr}
+        for (lr, decay), params in alike.items()
+    ]
     if cfg.weights == "float32":
         return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
@@ -39,7 +40,7 @@ def make_optimizer(vlm, cfg):
     return SplitAdamW(groups, lr=cfg.lr)
 
 
-class SplitAdamW(torch.optim.Optimizer):
+class SplitAdamW(torch.optim.AdamW):
     """AdamW over bfloat16 weights, each with the lower 16 bits of its float32 value kept here.
 
         float32 weight = upper * 2^16 + lower, as bits; the upper half, rounded, is the bfloat16 of the model
@@ -47,9 +48,6 @@ class SplitAdamW(torch.optim.Optimizer):
     A bfloat16 of 1.0 moves by 2^-8 at least, 200 times a step of 2e-5: alone it would stand still. Weights in
     float32, such as a LoRA's, are stepped as ever.
     """
-
-    def __init__(self, groups, lr):
-        super().__init__(groups, dict(lr=lr, weight_decay=0.0))
 
     @torch.no_grad()
     def step(self):

@@ -7,7 +7,7 @@ pale as it was measured, strong as the mean of the values around. A vertical axi
 values are positive and differ by a factor of ten.
 """
 
-import math
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,14 +24,10 @@ def plot(path, lines, panels):
     """panels: {title: {label: name in the lines}}, one below the other. What has no points is left out."""
     drawn = {}
     for title, names in panels.items():
-        curves = {}
         for label, name in names.items():
-            found = [line for line in lines if isinstance(line.get(name), (int, float))]
-            points = [(line["step"], line[name]) for line in found]
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
-                curves[label] = np.array(points, dtype=float).T
-        if curves:
-            drawn[title] = curves
+                drawn.setdefault(title, {})[label] = np.array(points, dtype=float).T
 
     n = max(1, len(drawn))
     height = max(460 // n, 190)
@@ -49,14 +45,15 @@ def draw_panel(pen, top, bottom, title, curves):
     is_log = ys.min() > 0 and ys.max() >= 10 * ys.min()
     x_ticks, across = make_axis(xs, left, right)
     y_ticks, down = make_axis(ys, bottom, top, is_log)
+    write = partial(pen.text, fill=GREY, font_size=13)
     for y in y_ticks:
         pen.line([(left, down(y)), (right, down(y))], fill=PALE_GREY)
-        pen.text((left - 8, down(y)), f"{y:,g}", fill=GREY, anchor="rm", font_size=13)
+        write((left - 8, down(y)), f"{y:,g}", anchor="rm")
     for x in x_ticks:
-        pen.text((across(x), bottom + 6), f"{x:,g}", fill=GREY, anchor="mt", font_size=13)
+        write((across(x), bottom + 6), f"{x:,g}", anchor="mt")
 
     # The curves, and above them the title, what each is called and where it ends.
-    pen.text((left, top - 24), title, fill=BLACK, anchor="lt", font_size=14)
+    write((left, top - 24), title, fill=BLACK, anchor="lt")
     words_right = right - 150 * (len(curves) - 1)
     for (label, (x, y)), color in zip(curves.items(), COLORS):
         mean = mean_around(y)
@@ -66,7 +63,7 @@ def draw_panel(pen, top, bottom, title, curves):
         if len(x) <= 30:
             for point in measured:
                 pen.circle(point, 3, fill=color)
-        pen.text((words_right, top - 24), f"{label} {mean[-1]:.3f}", fill=color, anchor="rt", font_size=14)
+        write((words_right, top - 24), f"{label} {mean[-1]:.3f}", fill=color, anchor="rt")
         words_right += 150
 
 
@@ -81,14 +78,14 @@ def make_axis(values, start, end, is_log=False):
         ticks = ROUND if high - low < 2 else ROUND[::3]
     else:
         step = ROUND[ROUND >= (high - low) / 7][0]
-        ticks = step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
-    ticks = ticks[(bend(ticks) >= low) & (bend(ticks) <= high)]
-    return ticks, lambda value: start + (end - start) * (bend(value) - low) / (high - low)
+        ticks = step * np.arange(low // step, high // step + 1)
+    is_inside = (bend(ticks) >= low) & (bend(ticks) <= high)
+    return ticks[is_inside], lambda value: np.interp(bend(value), (low, high), (start, end))
 
 
 def mean_around(values):
     """The mean of each value and its neighbours, a fiftieth of all on either side."""
     reach = len(values) // 50
     window = np.ones(2 * reach + 1)
-    n_around = np.convolve(np.ones(len(values)), window, "same")
+    n_around = np.convolve(np.ones_like(values), window, "same")
     return np.convolve(values, window, "same") / n_around

@@ -118,8 +118,8 @@ def wave_positions(cfg):
     octaves = torch.linspace(-1, math.log2(max(grid, 2) / 2), D // 4)
     angle = (torch.arange(grid) + 0.5)[:, None] / grid * (math.pi * 2**octaves)
     waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, D/2)
-    of_row, of_column = waves.repeat_interleave(grid, dim=0), waves.repeat(grid, 1)
-    table = torch.cat([of_row, of_column], dim=1)  # (grid^2, D), or a few channels less
+    # Of the row, then of the column: (grid^2, D), or a few channels less.
+    table = torch.cat([waves.repeat_interleave(grid, dim=0), waves.repeat(grid, 1)], dim=1)
     return 0.7 * F.pad(table, (0, D - table.shape[1], n_class, 0))
 
 
