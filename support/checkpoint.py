@@ -44,12 +44,21 @@ from support.start import saves_base
 FREE_TO_CHANGE = (
     "resume out workers threads device dry_run compile shard recompute micro_batch_size token_budget "
     "log_every save_every final_eval eval_limit bad_records").split()
-# What trainer.pt holds of a Run. task_state: after the step.
+# What trainer.pt holds of a Run.
 SAVED = ("step", "n_step", "skipped", "task_state", "flags", "lines")
 
 
 class Run:
     """Every process calls the same methods; rank 0 writes."""
+
+    checkpoint = None  # from which it goes on
+    step = 0  # the last that is done
+    skipped = 0  # records, since the run began
+    task_state = {}  # after the step
+    n_token = 0  # since this program began
+    half_done = False  # whether a step has begun to change the weights
+    pressed = False  # whether a signal came to this process
+    interrupted = False  # or to any, as all know after each step
 
     def __init__(self, cfg, n_step, data_files=()):
         self.cfg = cfg
@@ -61,37 +70,30 @@ class Run:
         if rank() == 0 and self.out.is_dir():
             self.locks.append(lock(self.out / "lock"))
         self.n_step = 10**12 if cfg.minutes else n_step  # until count_steps knows better
-        self.step = 0  # the last that is done
-        self.skipped = 0  # records, since the run began
-        self.task_state = {}
         self.lines = []  # of log.jsonl
-        self.checkpoint = self.find_checkpoint() if cfg.resume else None
+        if cfg.resume:
+            self.find_checkpoint()
         cfg.resume = self.checkpoint is not None  # killed before its first checkpoint, a run begins anew
         self.saved = self.step  # the last that is on the disk
         self.first_step = self.step + 1
-        self.half_done = False  # whether a step has begun to change the weights
-        self.n_token = 0  # since this program began
-        self.pressed = False  # whether a signal came to this process
-        self.interrupted = False  # or to any, as all know after each step
 
     def find_checkpoint(self):
-        """-> the newest; what its trainer.pt holds is true of this Run now. What would make it another run is
+        """The newest: what its trainer.pt holds is true of this Run now. What would make it another run is
         refused."""
         found = checkpoints(self.out)
         if not found:
             if not (self.out / "log.jsonl").exists():
                 raise UserError(f"--resume: there is no run in {self.out}; check --out, or leave it out")
             print(f"--resume: no checkpoint in {self.out} yet; starting from the beginning")
-            return None
-        newest = found[-1]
-        file = newest / "trainer.pt"
-        with reading(file, f"remove {newest} and start anew"):
+            return
+        self.checkpoint = found[-1]
+        file = self.checkpoint / "trainer.pt"
+        with reading(file, f"remove {self.checkpoint} and start anew"):
             state = torch.load(file, weights_only=True, map_location="cpu")
             check_flags(file, state["flags"], self.flags)
             for name in SAVED:
                 setattr(self, name, state[name])
         print(f"resuming after step {self.step}")
-        return newest
 
     def open(self, vlm, tok, task):
         """Make the folder: that of the checkpoint is rewound to it, an earlier run's is moved aside."""

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-from array import array
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +57,11 @@ class Records:
         for k, file in enumerate(self.files):
             if not 0 < file.weight <= 1000:
                 raise UserError(f"{file.path}: a weight of {file.weight:g}; give more than 0, at most 1000")
-            rows = file.find_rows(k)
-            n_all, share = len(rows), file.weight * fraction
+            rows = np.fromiter(file.find_rows(k), np.dtype((np.int64, 4)))
+            n_all = len(rows)
+            if not n_all:
+                raise UserError(f"{file.path}: holds no record; expected a JSON list, or one record per line")
+            share = file.weight * fraction
             if len(self.files) > 1 or share != 1:
                 # With a share of 2.5 all twice, and half of them once more. A smaller share is part of a
                 # larger one.
@@ -179,17 +181,13 @@ class DataFile:
         return record | {"images": images, "turns": turns, "where": where, "file": self}
 
     def find_rows(self, k):
-        """-> rows of Records.index. It is the k-th file."""
-        rows = array("q")
+        """Yield rows of Records.index. It is the k-th file."""
         start = 0
         with self.open_lines() as lines:
             for number, line in enumerate(lines):
                 if not line.isspace():
-                    rows.extend((k, number, start, -1))
+                    yield k, number, start, -1
                 start += len(line)
-        if not rows:
-            raise UserError(f"{self.path}: holds no record; expected a JSON list, or one record per line")
-        return np.frombuffer(rows, np.int64).reshape(-1, 4)
 
     def image_path(self, name):
         """Where a picture lies. No name may climb out of the image root; a link in it may lead anywhere."""

@@ -84,8 +84,7 @@ class HeldOut:
         answers = sample.answer(self.vlm, self.tok, prompts, max_new_tokens=96)
         shown = []
         for question, found in zip(chosen, answers, strict=True):
-            lines = question["text"].replace("<image>", "").strip().split("\n")
-            asked = next((line for line in lines if "?" in line), lines[0])  # without its format prompt
+            asked, *_ = question["text"].replace("<image>", "").strip().split("\n")  # no format prompt
             shown.append(f"  Q: {asked}\n  A: {found.text!r}   truth: {question['truth']!r}")
         return "\n".join(shown)
 
