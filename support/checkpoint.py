@@ -5,7 +5,7 @@
     tokenizer.model ...               and what transformers' AutoProcessor wants beside it
     base/                             of a LoRA over a preset: the model under it
     checkpoint-000100/                a whole model directory; AdamW's moments in optimizer.pt;
-                                      step, flags and the task's state in trainer.pt
+                                      step, flags, log and the task's state in trainer.pt
     best/                             the model when the held-out loss was lowest
     model.safetensors config.json     the model; config.json comes last, so a directory that has one is whole
 
@@ -25,15 +25,7 @@ import torch
 from tqdm import tqdm
 
 from support.cli import UserError, flag_of
-from support.distributed import (
-    END_SIGNALS,
-    barrier,
-    gather,
-    gather_on_first,
-    placed_like,
-    rank,
-    world_size,
-)
+from support.distributed import END_SIGNALS, gather, gather_on_first, placed_like, rank, world_size
 from support.export import fits_llava, save_adapter
 from support.io import check_flags, fingerprint, json_lines, lock, reading, write_json_lines, write_whole
 from support.plots import plot
@@ -111,7 +103,7 @@ class Run:
                 save_processor(self.base, tok.path, vlm.cfg)
                 vlm.save_pretrained(self.base)  # B is still 0
             save_processor(self.out, tok.path, vlm.cfg)
-        barrier()
+        gather("done")
         tok.path = self.out / "tokenizer.model"  # the checkpoint that it may have come from will be deleted
 
     def restore(self, optimizer):
@@ -238,7 +230,7 @@ class Run:
                 write_whole(hidden / "trainer.pt", lambda tmp: torch.save(state, tmp))
                 os.replace(hidden, final)
                 self.remove_older()
-            barrier()
+            gather("done")
         except UserError as error:
             raise UserError(f"{error}. --resume goes on from the checkpoint before") from None
         finally:

@@ -96,7 +96,7 @@ def add_flag(parser, f, default):
         text += f" (default {shown})"
     if f.metadata["positional"]:
         nargs = None if default is REQUIRED else "?"
-        parser.add_argument(f.name, metavar=f.name.upper().replace("_", "-"), nargs=nargs, help=text)
+        parser.add_argument(f.name, metavar=f.name.upper(), nargs=nargs, help=text)
         return
     if f.type is bool:
         kind = {"action": argparse.BooleanOptionalAction}
@@ -150,7 +150,7 @@ class Bar(tqdm):
     def display(self, *args, **options):
         if self.on_terminal:
             return super().display(*args, **options)
-        print(self, file=sys.stderr, flush=True)
+        print(self, file=sys.stderr)
 
 
 def pick_device(name):

@@ -39,11 +39,6 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
 @contextlib.contextmanager
 def processes(cfg):
     """Join the others, if torchrun started any. Inside, this process has its device; what the machine lacks
@@ -77,7 +72,7 @@ def processes(cfg):
 
 
 def gather(own):
-    """-> a list of what each process has, the same everywhere."""
+    """-> a list of what each process has, the same everywhere. All wait for the last."""
     found = [own] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, own)
@@ -147,8 +142,7 @@ def add_blank_tile(vlm, batch):
     if len(pixels):
         return batch
     S = vlm.cfg.vision.image_size
-    blank = torch.zeros(1, 3, S, S, dtype=torch.uint8, device=tokens.device)
-    return tokens, blank, labels, layout
+    return tokens, pixels.new_zeros(1, 3, S, S), labels, layout
 
 
 def load_steps(cfg, task, run):
@@ -164,10 +158,9 @@ def load_steps(cfg, task, run):
         collate=task.collate)
 
     # What the loader takes for one batch is a step: a list of micro-batches.
-    loader = DataLoader(
+    loaded = iter(DataLoader(
         task.examples, batch_sampler=of_this_rank, num_workers=cfg.workers, collate_fn=to_micro_batches,
-        pin_memory=run.vlm.device.type == "cuda", worker_init_fn=in_loader_process)
-    loaded = iter(loader)
+        pin_memory=run.vlm.device.type == "cuda", worker_init_fn=in_loader_process))
     workers = multiprocessing.active_children()
     for batches in loaded:
         run.note_bad_records(batches)

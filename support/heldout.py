@@ -18,9 +18,8 @@ from support.io import write_json
 class HeldOut:
     """The questions of --val: now and then their loss and some answers, at the end the table."""
 
-    def __init__(self, cfg, vlm, tok, Task):
-        """Task: a class such as train.Answering, whose loss is measured on 128 records spread over the file.
-        """
+    def __init__(self, cfg, vlm, tok, Task, n=128):
+        """Task: a class such as train.Answering, whose loss is measured on n records spread over the file."""
         self.cfg, self.vlm, self.tok, self.Task = cfg, vlm, tok, Task
         self.exam = EvalConfig(data=cfg.val, image_root=cfg.image_root)
         self.questions = read_items("own", self.exam)
@@ -29,7 +28,7 @@ class HeldOut:
             records, tok, vlm.cfg.template, vlm.cfg.vision, vlm.cfg.image_mode, vlm.cfg.decoder.block_size)
         for record in records:  # what is wrong with any, as a picture that does not open, ends the run now
             examples.make_example(record)
-        some = [records[i] for i in range(0, len(records), math.ceil(len(records) / 128))]
+        some = [records[i] for i in range(0, len(records), math.ceil(len(records) / n))]
         examples.records = some
         self.batches = micro_batches(list(examples), 32, tok.pad)
 

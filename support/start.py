@@ -146,9 +146,9 @@ def preset_plan(cfg):
             f"{tok.path}: has {tok.n_text:,} pieces, --llm {cfg.llm} an embedding of "
             f"{decoder.vocab_size:,} rows; they do not belong together, give the decoder's own tokenizer"
         )
-    ids = {"image_token": tok.image, "pad_token": tok.pad, "bos_token": tok.bos, "eos_token": tok.eos}
+    parts |= {"image_token": tok.image, "pad_token": tok.pad, "bos_token": tok.bos, "eos_token": tok.eos}
     decoder = replace(decoder, vocab_size=tok.vocab_size)
-    return replace(preset, vision=towers[0], decoder=decoder, **parts, **ids), tok
+    return replace(preset, vision=towers[0], decoder=decoder, **parts), tok
 
 
 def set_image_mode(vlm, mode, grids=(), global_view=""):

@@ -1150,7 +1150,7 @@ def test_odd_values_in_the_file_to_compare_with_are_one_line(tmp_path, by_hand, 
 def test_progress_keeps_any_text_and_is_cut_at_a_damaged_line(tmp_path):
     path = tmp_path / "progress.jsonl"
     texts = ["a\u2028b", "c\u0085d", "\ud800", "e"]
-    Progress(path, {"flag": 1}).add({"answer": text} for text in texts)
+    Progress(path, {"flag": 1}).add([{"answer": text} for text in texts])
     assert [row["answer"] for row in Progress(path, {"flag": 1}).rows] == texts
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([*lines[:2], b"\xff" + lines[2][5:], *lines[3:]]))

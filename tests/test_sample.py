@@ -364,7 +364,7 @@ def test_a_chat_that_grows_too_long_says_so_and_can_be_saved_and_begun_anew(chat
         (["--image", "none.png"], "none.png: no such picture; check the path"),
         (["--image", "text.png"], "text.png: cannot be read"),
         (["--model", "none"], "none/config.json: not found"),
-        (["--device", "foo"], "--device foo: choose"),
+        (["--device", "foo"], "--device foo: PyTorch sees cpu here; choose one"),
         (["--image-mode", "padd"], "did you mean pad?"),
         (["--template", "vicuna"], "did you mean vicuna_v1?"),
         (["--prompt", "many words " * 400], "the model takes 512"),
