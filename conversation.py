@@ -30,13 +30,7 @@ from typing import NamedTuple
 
 from model import IGNORE
 from support.cli import UserError, nearest
-from support.control_tokens import (
-    NOWHERE,
-    find_control_tokens,
-    find_cuts,
-    image_and_pad,
-    read_sentencepiece,
-)
+from support.control_tokens import NOWHERE, find_control_tokens, find_cuts, read_sentencepiece
 from support.io import reading
 from support.templates import OTHER_TEMPLATES, SYSTEM_VICUNA
 
@@ -266,8 +260,7 @@ class Tokenizer:
         self.eos = self.processor.eos_id()
 
         # What never comes from a text
-        self.control = find_control_tokens(self.processor, self.path.parent)
-        self.image, self.pad = image_and_pad(self.control, self.n_text, self.eos)
+        self.control, self.image, self.pad = find_control_tokens(self.processor, self.path.parent)
         self.names = {self.image: "<image>", self.pad: "<pad>"}
         self.names |= {i: name for name, i in self.control.items()}
         self.cuts = find_cuts(self.processor, self.without_space, self.names)  # see encode

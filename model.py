@@ -120,7 +120,7 @@ class VLMConfig:
     @property
     def ends_rows(self):
         """Whether a learned embedding ends each row of a picture's visual tokens."""
-        return self.tiling is not None and self.tiling.ends_rows
+        return self.tiling is not None and not self.tiling.by_tile
 
     @property
     def never_generated(self):

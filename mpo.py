@@ -180,7 +180,7 @@ class Preferring:
         if self.cfg.reference == "lora-off":
             with torch.no_grad():
                 features = vlm.features(batch["pixels"])  # of a frozen tower: computed once for both
-                with lora_off(vlm):
+                with lora_off():
                     s_ref, _ = pair_log_probs(vlm, batch, features)
         s, n_token = pair_log_probs(vlm, batch, features)
 

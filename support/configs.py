@@ -53,13 +53,13 @@ LLAVA_FIELDS = {                         # of a whole model
     "template": "template",
 }
 MODEL_FIELDS = LLAVA_FIELDS | {"image_token_id": "image_token", "mm_projector_type": "connector"}
-# And what SigLIP's and DINOv2's have beside it, and an image processor.
-TOWER_FIELDS = CLIP_FIELDS | {"num_register_tokens": "n_register", "image_mean": "mean", "image_std": "std"}
-USE_FIELDS = {                           # and of how it uses its tower
-    "vision_feature_layer": "feature_layer",
-    "mm_vision_select_layer": "feature_layer",
-    "select_layer": "feature_layer",
+TOWER_FIELDS = CLIP_FIELDS | {           # and what DINOv2 has beside it, an image processor, a whole model
+    "num_register_tokens": "n_register",
+    "image_mean": "mean",
+    "image_std": "std",
     "force_image_size": "image_size",
+    "vision_feature_layer": "feature_layer",
+    "select_layer": "feature_layer",
 }
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -100,19 +100,18 @@ PRISMATIC_TEMPLATES = {                  # by a word in the name of the language
     "instruct": "prism_mistral",
 }
 
-# Ours: smallest, largest; of all other numbers 1 and 2**24. No model comes near; damage and typing errors do.
-LIMITS = {
-    "image_size": (1, 4096),
-    "n_register": (0, 1000),
-    "n_layer": (1, 1000),
-    "norm_eps": (0, 1),
-    "rope_theta": (1, 1e12),
-    "bos_token": (0, 2**24),
-    "eos_token": (0, 2**24),
-    "image_token": (-1000, 2**24),       # LLaVA's own code has -200, of which VLMConfig says more
-    "feature_layer": (-1000, 1000),
-    "least": (0, 1000),
+# The smallest and the largest of our numbers that are taken; of all others 1 and 2**24. No model comes near;
+# damage and typing errors do.
+SMALLEST = {
+    "n_register": 0,
+    "norm_eps": 0,
+    "bos_token": 0,
+    "eos_token": 0,
+    "least": 0,
+    "image_token": -1000,                # LLaVA's own code has -200, of which VLMConfig says more
+    "feature_layer": -1000,
 }
+LARGEST = {"image_size": 4096, "n_layer": 1000, "norm_eps": 1, "rope_theta": 1e12}
 # In our own layout: configs inside others.
 PARTS = {"vision": VisionConfig, "vision2": VisionConfig, "decoder": DecoderConfig, "tiling": Tiling}
 
@@ -135,7 +134,7 @@ def read_fields(c, Config, names=None):
             value = kind(value)          # JSON has lists, and whole numbers
         if type(value) is not kind:
             raise TypeError(f"{theirs} is {value!r}, not {kind.__name__}")
-        smallest, largest = LIMITS.get(ours, (1, 2**24))
+        smallest, largest = SMALLEST.get(ours, 1), LARGEST.get(ours, 2**24)
         if kind in (int, float) and not smallest <= value <= largest:       # NaN is not
             raise UserError(f"{theirs} is {value}; it must be {smallest} to {largest}")
         found[ours] = value
@@ -172,12 +171,10 @@ def config_json(directory):
 
 def processor_json(directory):
     """How pictures are cut and normalised: preprocessor_config.json, or what transformers 5 writes."""
-    file = Path(directory) / "preprocessor_config.json"
-    if file.exists():
-        return read_json(file)
-    file = file.with_name("processor_config.json")
+    file = Path(directory) / "processor_config.json"
     with reading(file):
-        return dict(read_json(file, {}).get("image_processor") or {})
+        newer = dict(read_json(file, {}).get("image_processor") or {})
+    return read_json(file.with_name("preprocessor_config.json"), newer)
 
 
 def layout_of(c):
@@ -189,7 +186,7 @@ def layout_of(c):
     return str(c.get("model_type"))
 
 
-def read_config(directory, parts=None, given=()):
+def read_config(directory, parts, given):
     """config.json of any layout -> VLMConfig.
 
     parts: {part: {our name: tensor}}, whose shapes say what some layouts leave unsaid.
@@ -198,7 +195,7 @@ def read_config(directory, parts=None, given=()):
     c, processor = config_json(directory), processor_json(directory)
     with reading(config_file(directory), "get it and preprocessor_config.json again"):
         read = find_kind(layout_of(c), READERS, ". A language model alone goes to --llm, a tower to --vision")
-        cfg = read(c, processor, parts or {}, given)
+        cfg = read(c, processor, parts, given)
         for tower in filter(None, (cfg.vision, cfg.vision2)):
             check_tower(tower)
         return cfg
@@ -208,9 +205,9 @@ def check_tower(cfg):
     """What a ViT cannot be is an error before it is built."""
     colors = *cfg.mean, *cfg.std
     if len(colors) != 6 or 0 in cfg.std or not all(0 <= number <= 1 for number in colors):
-        colors = f"image_mean {cfg.mean} and image_std {cfg.std} of preprocessor_config.json"
-        raise UserError(f"{colors} must be three numbers of 0 to 1, std no 0")
-    if cfg.n_head < 1 or cfg.n_embd % cfg.n_head:
+        raise UserError(f"image_mean {cfg.mean} and image_std {cfg.std} of preprocessor_config.json must be "
+                        "three numbers of 0 to 1, std no 0")
+    if cfg.n_embd % cfg.n_head:
         raise UserError(f"a tower {cfg.n_embd} wide cannot be shared by {cfg.n_head} heads")
     if not cfg.grid or cfg.grid % cfg.merge:
         raise UserError(f"{cfg.grid} patches in {cfg.image_size} px cannot be merged by {cfg.merge}")
@@ -231,7 +228,7 @@ def llava_hf(c, processor, parts, given):
     """transformers' llava and llava_next."""
     only_values(c, projector_hidden_act="gelu", vision_feature_select_strategy="default")
     only_values(c["vision_config"], model_type="clip_vision_model")
-    tower = use_tower(vision_config(c["vision_config"], processor), c)
+    tower = vision_config(c["vision_config"], processor | c)
     found = read_fields(c, VLMConfig, MODEL_FIELDS)
     found.setdefault("pad_token", found.get("image_token", 32000) + 1)
     if c["model_type"] == "llava_next":  # transformers reads sizes in pixels as (height, width)
@@ -253,12 +250,12 @@ def original_llava(c, processor, parts, given):
     """
     only_values(c, mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False)
     towers = given or towers_inside(parts)
-    if parts and len(towers) != 1:
+    if len(towers) != 1:
         raise UserError(
             f"holds no vision tower (its config names {c.get('mm_vision_tower')}); give the directory of "
             "that one tower by --vision DIR"
         )
-    tower = use_tower(towers[0] if towers else VisionConfig(), c)
+    tower = replace(towers[0], **read_fields(c, VisionConfig, {"mm_vision_select_layer": "feature_layer"}))
     connector = c.get("mm_projector_type") or "linear"
     template = "llava_v1" if connector == "linear" else "vicuna_v1"
     if c.get("model_type") == "llava_mistral":
@@ -279,7 +276,7 @@ def original_llava(c, processor, parts, given):
 def internvl(c, processor, parts, given):
     """OpenGVLab/InternVL2.5-*. <IMG_CONTEXT> is the third of the nine tokens at the end of the table."""
     only_values(c, ps_version="v2", downsample_ratio=0.5, min_dynamic_patch=1)
-    tower = replace(use_tower(vision_config(c["vision_config"]), c), merge=2)
+    tower = replace(vision_config(c["vision_config"], c), merge=2)
     decoder = decoder_config(c["llm_config"], c)
     grids = grids_up_to(c.get("max_dynamic_patch") or 6)
     view = "last" if c.get("use_thumbnail") else "none"
@@ -315,7 +312,7 @@ def prismatic(c, processor, parts, given):
     return VLMConfig(
         vision=towers[0],
         vision2=towers[1] if is_fused else None,
-        decoder=decoder_by_shapes(parts.get("decoder")),
+        decoder=decoder_by_shapes(parts["decoder"]),
         connector=PRISMATIC_CONNECTORS[arch.split("+")[-1]],
         image_token=32001,
         pad_token=32000,
@@ -332,11 +329,6 @@ def prismatic_fields(c):
 def own_layout(c, processor, parts, given):
     """What VLM.save_pretrained writes where no public layout holds the model."""
     return VLMConfig(**read_fields(c, VLMConfig))
-
-
-def use_tower(tower, c):
-    """A tower as this model's config uses it."""
-    return replace(tower, **read_fields(c, VisionConfig, USE_FIELDS))
 
 
 def count_tiles(c, tower):
@@ -367,12 +359,13 @@ READERS = {
 # ---- a tower or a decoder ----------------------------------------------------------------------------------
 
 
-def vision_config(c, processor=None):
-    """config.json of a tower, alone or in a larger model's, and of its image processor -> VisionConfig."""
+def vision_config(c, beside=None):
+    """config.json of a tower, and what is said beside it, of the image processor and of a larger model
+    -> VisionConfig."""
     inner = c.get("vision_config") or c  # beside a text tower
     kind = inner.get("model_type") or c.get("model_type") or "clip"
     base = find_kind(kind, TOWERS)
-    found = read_fields((processor or {}) | inner, VisionConfig, TOWER_FIELDS)
+    found = read_fields((beside or {}) | inner, VisionConfig, TOWER_FIELDS)
     if found.get("activation") == "gelu_pytorch_tanh":
         found["activation"] = "gelu_tanh"
     if kind == "intern_vit_6b":          # 6B has RMS norms, 300M has not
@@ -408,7 +401,7 @@ def decoder_config(c, whole=None):
 
 
 def towers_inside(parts):
-    return [tower_by_shapes(parts[part]) for part in ("vision", "vision2") if parts.get(part)]
+    return [tower_by_shapes(parts[part]) for part in ("vision", "vision2") if parts[part]]
 
 
 def tower_by_shapes(tensors):
@@ -427,11 +420,11 @@ def tower_by_shapes(tensors):
     n_embd, _, _, patch_size = shape["patch.weight"]
     return replace(
         family,
-        image_size=patch_size * math.isqrt(shape["pos"][0] - family.class_token),
+        image_size=patch_size * math.isqrt(shape["pos"][0]),                # with the class row or without
         patch_size=patch_size,
         n_embd=n_embd,
         n_layer=sum(name.endswith(".mlp.fc1.weight") for name in shape),
-        n_head=16 if n_embd == 1152 else max(1, n_embd // 64),
+        n_head=16 if n_embd == 1152 else n_embd // 64,
         n_hidden=shape["blocks.0.mlp.fc1.weight"][0],
         n_register=shape.get("registers", [0])[0],
     )

@@ -43,7 +43,13 @@ def read_sentencepiece(path):
 
 
 def find_control_tokens(processor, folder):
-    """{string: id} of <s>, </s>, InternLM2's placeholder pieces, and what the files in the folder declare."""
+    """-> {string: id} of <s>, </s>, InternLM2's placeholder pieces, and what the files in the folder declare;
+    the ids of <image> and <pad>.
+
+    Where no file names these two they are the next free ones, 32000 and 32001 in Llama as in llava-hf.
+    InternLM2 pads with </s>. Prismatic has <PAD>, 32000, and no token for a picture: that is 32001 then, a
+    row that it never uses.
+    """
     n_text = processor.vocab_size()
     found = {"<s>": processor.bos_id(), "</s>": processor.eos_id()}
     placeholders = [processor.piece_to_id(f"[UNUSED_TOKEN_{i}]") for i in range(141, 147)]
@@ -62,19 +68,11 @@ def find_control_tokens(processor, folder):
                 found[token["content"]] = int(i)
         if min(found.values()) < 0 or max(found.values()) > n_text + 10_000:
             raise UserError(f"ids of tokens are to be 0 to {n_text + 10_000:,}; copy both again")
-    return found
 
-
-def image_and_pad(control, n_text, eos):
-    """The ids of <image> and <pad>. Where no file names them they are the next free ones, 32000 and 32001 in
-    Llama as in llava-hf. InternLM2 pads with </s>. Prismatic has <PAD>, 32000, and no token for a picture:
-    that is 32001 then, a row that it never uses.
-    """
-    free = max(n_text, max(control.values()) + 1)
-    image = control.get("<IMG_CONTEXT>", control.get("<image>", free))
-    free = max(free, image + 1)
-    pad = control.get("<pad>", control.get("<PAD>", free))
-    return image, eos if "<|im_end|>" in control else pad
+    free = max(n_text, max(found.values()) + 1)
+    image = found.get("<IMG_CONTEXT>", found.get("<image>", free))
+    pad = found.get("<pad>", found.get("<PAD>", max(free, image + 1)))
+    return found, image, found["</s>"] if "<|im_end|>" in found else pad
 
 
 def find_cuts(processor, without_space, control_ids):

@@ -21,31 +21,31 @@ from support.weights import CLIP_NAMES, rename, weight_files
 
 # ---- names: ours to public ---------------------------------------------------------------------------------
 
+FROM_OURS = {ours: public for public, ours in CLIP_NAMES.items()}
 LLAVA_NAMES = {
-    "vision.": "vision_tower.vision_model.",
-    "connector.row_end": "image_newline",
-    "connector.": "multi_modal_projector.",
-    "decoder.lm_head.": "language_model.lm_head.",
-    "decoder.": "language_model.model.",
-}
+    "^vision.": "vision_tower.vision_model.^",
+    "^connector.row_end": "image_newline",
+    "^connector.": "multi_modal_projector.",
+    "^decoder.lm_head.": "language_model.lm_head.",
+    "^decoder.": "language_model.model.",
+} | FROM_OURS
 PEFT_NAMES = {                       # over the model as transformers 5 names it inside
-    "vision.": "base_model.model.model.vision_tower.",
-    "connector.row_end": "base_model.model.model.image_newline",
-    "connector.": "base_model.model.model.multi_modal_projector.",
-    "decoder.lm_head.": "base_model.model.lm_head.",
-    "decoder.": "base_model.model.model.language_model.",
+    "^vision.": "base_model.model.model.vision_tower.^",
+    "^connector.row_end": "base_model.model.model.image_newline",
+    "^connector.": "base_model.model.model.multi_modal_projector.",
+    "^decoder.lm_head.": "base_model.model.lm_head.",
+    "^decoder.": "base_model.model.model.language_model.",
     ".lora_A": ".lora_A.weight",
     ".lora_B": ".lora_B.weight",
-}
+} | FROM_OURS
 
 
-def llava_name(name, table=LLAVA_NAMES):
-    part, _, inner = name.partition(".")
-    return rename(f"vision.{clip_name(inner)}" if part == "vision" else name, table)
+def llava_name(name):
+    return rename(name, LLAVA_NAMES)
 
 
 def clip_name(name):
-    return rename(name, {ours: public for public, ours in CLIP_NAMES.items()})
+    return rename(name, FROM_OURS)
 
 
 def llama_name(name):
@@ -137,7 +137,7 @@ def save_adapter(vlm, directory, base, state=None):
     beside = {"base_model_name_or_path": str(base), "modules_to_save": whole or None}
     write_json(directory / "adapter_config.json", vlm.lora | beside)
     if fits_llava(vlm.cfg):
-        state = {llava_name(name, PEFT_NAMES): tensor for name, tensor in state.items()}
+        state = {rename(name, PEFT_NAMES): tensor for name, tensor in state.items()}
     write_tensors(directory / "adapter_model.safetensors", state)
     found = {"base_fingerprint": fingerprint(weight_files(base))}
     write_json(directory / "plainvlm.json", public_layout(vlm)[1] | found)

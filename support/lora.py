@@ -17,7 +17,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 class LoRALinear(nn.Linear):
     """What a linear layer becomes, its weight as it was: layer.__class__ = LoRALinear, then begin_lora."""
 
-    is_on = True
+    is_on = True                         # of all layers at once: see lora_off
 
     def begin_lora(self, r, alpha, dropout):
         device = self.weight.device
@@ -73,16 +73,13 @@ def add_lora_of_flags(vlm, cfg):
 
 
 @contextmanager
-def lora_off(vlm):
-    """Inside, the model is its base: the reference of preference learning, without a copy of the weights."""
-    layers = [layer for layer in vlm.modules() if isinstance(layer, LoRALinear)]
-    for layer in layers:
-        layer.is_on = False
+def lora_off():
+    """Inside, a model is its base: the reference of preference learning, without a copy of the weights."""
+    LoRALinear.is_on = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.is_on = True
+        LoRALinear.is_on = True
 
 
 @torch.no_grad()

@@ -41,9 +41,8 @@ def open_image(path, to_check="the path"):
 def limit_size(image):
     """The middle of what is more than 64 times as long as wide; at most 10,000 pixels a side."""
     w, h = image.size
-    W, H = min(w, 64 * h), min(h, 64 * w)
-    left, top = (w - W) // 2, (h - H) // 2
-    image = image.crop((left, top, left + W, top + H))
+    left, top = max(0, w - 64 * h) // 2, max(0, h - 64 * w) // 2
+    image = image.crop((left, top, w - left, h - top))
     image.thumbnail((10_000, 10_000))
     return image
 

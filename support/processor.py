@@ -94,15 +94,12 @@ JINJA = """\
 def chat_template(form):
     """A conversation's Template in Jinja."""
     text = JINJA.replace("STRIP", "true" if form.tidy == "strip" else "false")
-    for place, frame in ("FIRST", form.first), ("HUMAN", form.human), ("ANSWER", form.answer):
-        pieces = [in_jinja(piece) for piece in re.split(r"(<image>|\{\}|[«»])", frame)]
-        text = text.replace(place, "".join(pieces))
-    return text
-
-
-def in_jinja(piece):
     known = {"<image>": "pictures(messages)", "{}": "words(message)", "«": '""', "»": '""'}
-    return "{{- %s -}}" % known.get(piece, json.dumps(piece))
+    for place, frame in ("FIRST", form.first), ("HUMAN", form.human), ("ANSWER", form.answer):
+        pieces = re.split(r"(<image>|\{\}|[«»])", frame)
+        in_jinja = ["{{- %s -}}" % known.get(piece, json.dumps(piece)) for piece in pieces]
+        text = text.replace(place, "".join(in_jinja))
+    return text
 
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------
@@ -148,27 +145,28 @@ def tokenizer_json(sp, cfg):
         "<image>": cfg.image_token,
         "<pad>": cfg.pad_token,
     }
-    first, second = ({"Sequence": {"id": name, "type_id": k}} for k, name in enumerate("AB"))
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     return {
         "version": "1.0",
         "added_tokens": [{"id": i, **added_token(name)} for name, i in special.items()],
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [replace_rule("Regex", r"\A(?!</?s>)", "▁"), replace_rule("String", " ", "▁")],
+            "normalizers": [
+                {"type": "Replace", "pattern": {"Regex": r"\A(?!</?s>)"}, "content": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
         },
         "post_processor": {
             "type": "TemplateProcessing",
             "special_tokens": {"<s>": {"id": "<s>", "ids": [cfg.bos_token], "tokens": ["<s>"]}},
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, first],
-            "pair": [first, second],
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, texts[0]],
+            "pair": texts,
         },
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                replace_rule("String", "▁", " "),
                 {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
             ],
         },
         "model": {
@@ -180,7 +178,3 @@ def tokenizer_json(sp, cfg):
             "merges": merges,
         },
     }
-
-
-def replace_rule(kind, old, new):
-    return {"type": "Replace", "pattern": {kind: old}, "content": new}

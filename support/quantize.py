@@ -15,13 +15,11 @@ from model import CausalAttention, SwiGLU, rotate
 
 
 class Int8Linear(nn.Module):
-    """In the place of a linear layer without a bias."""
+    """In the place of a linear layer without a bias. It is neither saved nor moved."""
 
     def __init__(self, weight):
         super().__init__()
-        Q, scale = to_int8(weight)
-        self.register_buffer("weight", Q)
-        self.register_buffer("scale", scale)
+        self.weight, self.scale = to_int8(weight)
 
     def forward(self, x):
         if x.device.type == "cpu" and is_step(x):
@@ -60,10 +58,9 @@ def to_int8(weight):
 
 def use_int8(module, device):
     """Every linear layer in a module becomes an Int8Linear, one after the other on its device."""
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child.weight.to(device)))
+    for name, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear:
+            module.set_submodule(name, Int8Linear(layer.weight.to(device)))
 
 
 def widen_products(vlm):

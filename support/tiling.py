@@ -35,7 +35,7 @@ class Tiling:
 
     mode: str
     grids: tuple                     # (columns, rows) of tiles; of equally good ones the first is taken
-    by_tile: bool = False
+    by_tile: bool = False            # else row by row, and a learned embedding ends each row
     margin: str = "mean"             # colour of the padding: the tower's mean, or black
     global_view: str = "first"       # where the tile of the whole picture stands: first, last or none
     global_mode: str = "pad"         # how the picture becomes square there: one of SQUARE_MODES
@@ -48,10 +48,6 @@ class Tiling:
         fits = [min(grid) > 0 and math.prod(grid) <= MAX_TILES for grid in self.grids]
         if not fits or not all(fits):
             raise UserError(f"grids of tiles are {self.grids}; each needs 1 to {MAX_TILES} tiles")
-
-    @property
-    def ends_rows(self):  # whether a learned embedding ends each row of patches
-        return not self.by_tile
 
 
 def grids_up_to(n):

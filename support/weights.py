@@ -6,7 +6,7 @@
     shapes     --fit_tower, fit_decoder-->  positions resized to the model's grid, InternLM2's wqkv in three
     a VLM      --load_strict-->   filled; a tensor missing, unused or of another shape is an error
 
-    vlm = load_model(DIR, vision="DIR,DIR", llm=DIR)     # what VLM.from_pretrained calls
+    vlm = VLM.from_pretrained(DIR, vision="DIR,DIR", llm=DIR)               # calls load_model
 
 Layouts: llava-hf and LLaVA-NeXT (transformers), the original LLaVA and its LoRA, Prismatic (native, and as
 OpenVLA wrote it), InternVL2.5, and plainvlm's own. Towers alone: CLIP, SigLIP, DINOv2, ViT and InternViT, in
@@ -43,26 +43,26 @@ from support.lora import merge_weight
 from support.quantize import use_int8
 
 # ---- names: public to ours ---------------------------------------------------------------------------------
-# Rows apply in order. One that begins with a dot stands for an inner part of a name, others for its start.
+# Rows apply in order, and wherever they fit. ^ is the beginning of a name, or where a row puts it.
 
 CLIP_NAMES = {                       # and SigLIP, in transformers
-    "embeddings.patch_embedding.": "patch.",
-    "embeddings.class_embedding": "class_token",
-    "embeddings.position_embedding.weight": "pos",
-    "pre_layrnorm.": "pre_norm.",    # misspelled in the original
-    "post_layernorm.": "norm.",
-    "encoder.layers.": "blocks.",
+    "^embeddings.patch_embedding.": "^patch.",
+    "^embeddings.class_embedding": "^class_token",
+    "^embeddings.position_embedding.weight": "^pos",
+    "^pre_layrnorm.": "^pre_norm.",  # misspelled in the original
+    "^post_layernorm.": "^norm.",
+    "^encoder.layers.": "^blocks.",
     ".self_attn.": ".attn.",
     ".layer_norm1.": ".norm1.",
     ".layer_norm2.": ".norm2.",
 }
 DINO_NAMES = {                       # DINOv2's, in transformers
-    "embeddings.patch_embeddings.projection.": "patch.",
-    "embeddings.cls_token": "class_token",
-    "embeddings.register_tokens": "registers",
-    "embeddings.position_embeddings": "pos",
-    "layernorm.": "norm.",
-    "encoder.layer.": "blocks.",
+    "^embeddings.patch_embeddings.projection.": "^patch.",
+    "^embeddings.cls_token": "^class_token",
+    "^embeddings.register_tokens": "^registers",
+    "^embeddings.position_embeddings": "^pos",
+    "^layernorm.": "^norm.",
+    "^encoder.layer.": "^blocks.",
     ".attention.attention.query.": ".attn.q_proj.",
     ".attention.attention.key.": ".attn.k_proj.",
     ".attention.attention.value.": ".attn.v_proj.",
@@ -70,72 +70,74 @@ DINO_NAMES = {                       # DINOv2's, in transformers
     ".layer_scale1.lambda1": ".scale1",
     ".layer_scale2.lambda1": ".scale2",
 }
-TOWER_NAMES = CLIP_NAMES | DINO_NAMES | {
+TOWER_NAMES = {                      # however deep it lies
+    "^vision_tower.": "^",
+    "^vision_model.": "^",
+    "^vit.": "^",
+} | CLIP_NAMES | DINO_NAMES | {
     # the ImageNet ViT, in transformers
     ".layernorm_before.": ".norm1.",
     ".layernorm_after.": ".norm2.",
     ".intermediate.dense.": ".mlp.fc1.",
     ".output.dense.": ".mlp.fc2.",
     # any tower as timm writes it, and so Prismatic
-    "patch_embed.proj.": "patch.",
-    "cls_token": "class_token",
-    "reg_token": "registers",
-    "pos_embed": "pos",
-    "norm_pre.": "pre_norm.",
+    "^patch_embed.proj.": "^patch.",
+    "^cls_token": "^class_token",
+    "^reg_token": "^registers",
+    "^pos_embed": "^pos",
+    "^norm_pre.": "^pre_norm.",
     ".attn.proj.": ".attn.out_proj.",
     ".ls1.gamma": ".scale1",
     ".ls2.gamma": ".scale2",
     ".ls1.scale_factor": ".scale1",  # OpenVLA's word for it
     ".ls2.scale_factor": ".scale2",
     # InternViT, where it is called neither as CLIP nor as timm calls it
-    "embeddings.position_embedding": "pos",
+    "^embeddings.position_embedding": "^pos",
     ".ls1": ".scale1",
     ".ls2": ".scale2",
 }
 QKV = ("q_proj", "k_proj", "v_proj")     # what some files have in one matrix
-# What towers' files hold beyond the tower as it is used here.
-TOWER_UNUSED = re.compile(
-    r"^(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b"
-    r"|^(head|attn_pool|pooler|classifier|fc_norm)\b|mask_token|position_ids"
+# What files hold beyond the model: of towers what is not used here; what is computed, not learned.
+UNUSED = re.compile(
+    r"(^|\.)(text_model|text_projection|visual_projection|logit_scale|logit_bias"
+    r"|head|attn_pool|pooler|classifier|fc_norm|mask_token|position_ids|inv_freq)\b"
 )
 # Where the parts of a whole model are, after a leading "model." and PEFT's "base_model.model." were dropped.
 PART_NAMES = {
     # llava-hf, in all the ways that transformers has named it
-    "vision_tower.": "vision.",
-    "multi_modal_projector.": "connector.",
-    "image_newline": "connector.row_end",
-    "language_model.": "decoder.",
-    # the original LLaVA: v1 has one linear layer, 1.5 has two
-    "mm_projector.0.": "connector.linear_1.",
-    "mm_projector.2.": "connector.linear_2.",
-    "mm_projector.": "connector.linear_1.",
+    "^vision_tower.": "vision.",
+    "^multi_modal_projector.": "connector.",
+    "^image_newline": "connector.row_end",
+    "^language_model.": "decoder.",
     # a Llama's or an InternLM2's own, which the original LLaVA leaves as they are
-    "embed_tokens.": "decoder.embed_tokens.",
-    "layers.": "decoder.layers.",
-    "norm.": "decoder.norm.",
-    "lm_head.": "decoder.lm_head.",
-    "tok_embeddings.": "decoder.tok_embeddings.",
-    "output.": "decoder.output.",
-    # Prismatic, native
-    "vision_backbone.featurizer.": "vision.",
-    "vision_backbone.dino_featurizer.": "vision.",
-    "vision_backbone.siglip_featurizer.": "vision2.",
-    "vision_backbone.clip_featurizer.": "vision2.",
-    "projector.projector.0.": "connector.linear_1.",
-    "projector.projector.2.": "connector.linear_2.",
-    "projector.projector.4.": "connector.linear_3.",
-    "projector.projector.": "connector.linear_1.",
-    "llm_backbone.llm.": "decoder.",
-    # Prismatic in the layout of Hugging Face, where it differs
-    "vision_backbone.fused_featurizer.": "vision2.",
-    "projector.fc1.": "connector.linear_1.",
-    "projector.fc2.": "connector.linear_2.",
-    "projector.fc3.": "connector.linear_3.",
+    "^embed_tokens.": "decoder.embed_tokens.",
+    "^layers.": "decoder.layers.",
+    "^norm.": "decoder.norm.",
+    "^lm_head.": "decoder.lm_head.",
+    "^tok_embeddings.": "decoder.tok_embeddings.",
+    "^output.": "decoder.output.",
+    # Prismatic: native, in the layout of Hugging Face, or both
+    "^vision_backbone.featurizer.": "vision.",
+    "^vision_backbone.dino_featurizer.": "vision.",
+    "^vision_backbone.siglip_featurizer.": "vision2.",
+    "^vision_backbone.clip_featurizer.": "vision2.",
+    "^vision_backbone.fused_featurizer.": "vision2.",
+    "^llm_backbone.llm.": "decoder.",
+    "^projector.projector.": "connector.",
+    "^projector.fc": "connector.linear_",
+    # the original LLaVA
+    "^mm_projector.": "connector.",
+    # Linear layers that are numbered, the GELUs between them counted; a single one is not.
+    "connector.0.": "connector.linear_1.",
+    "connector.2.": "connector.linear_2.",
+    "connector.4.": "connector.linear_3.",
+    "connector.weight": "connector.linear_1.weight",
+    "connector.bias": "connector.linear_1.bias",
     # InternVL, whose decoder is called as in llava-hf
-    "vision_model.": "vision.",
-    "mlp1.0.": "connector.norm.",
-    "mlp1.1.": "connector.linear_1.",
-    "mlp1.3.": "connector.linear_2.",
+    "^vision_model.": "vision.",
+    "^mlp1.0.": "connector.norm.",
+    "^mlp1.1.": "connector.linear_1.",
+    "^mlp1.3.": "connector.linear_2.",
     # PEFT
     ".lora_A.weight": ".lora_A",
     ".lora_B.weight": ".lora_B",
@@ -154,20 +156,16 @@ PART_NAMES = {
 
 
 def rename(name, table):
+    name = "^" + name
     for old, new in table.items():
-        if old.startswith("."):
-            name = name.replace(old, new)
-        elif name.startswith(old):
-            name = new + name.removeprefix(old)
-    return name
+        name = name.replace(old, new)
+    return name.replace("^", "")
 
 
 def our_parts(tensors):
     """{public name: tensor} of a whole model, or any part but a tower alone -> {part: {our name: tensor}}."""
     parts = defaultdict(dict)
     for public, tensor in tensors.items():
-        if public.endswith("inv_freq"):
-            continue                                                        # computed, not learned
         name = re.sub(r"^(base_model\.)?(model\.)*", "", public)
         part, _, inner = rename(name, PART_NAMES).partition(".")
         parts[part][inner] = tensor
@@ -179,15 +177,11 @@ def our_parts(tensors):
 def tower_tensors(tensors):
     """{public name: tensor} of a tower of any family -> {our name: tensor}.
 
-    timm and InternViT fuse q, k and v: here they are cut in three. A position table without a row for the
-    class token (timm folds that row into the token itself) gets a row of zeros.
+    timm and InternViT fuse q, k and v: here they are cut in three.
     """
     found = {}
     for public, tensor in tensors.items():
-        bare = re.sub(r"^((vision_tower|vision_model|vit)\.)*", "", public)      # however deep it lies
-        name = rename(bare, TOWER_NAMES)
-        if TOWER_UNUSED.search(name):
-            continue
+        name = rename(public, TOWER_NAMES)
         if ".attn.qkv." in name:
             for own, third in zip(QKV, tensor.chunk(3)):
                 found[name.replace("qkv", own)] = third
@@ -197,10 +191,6 @@ def tower_tensors(tensors):
             found[name] = tensor.flatten(0, -2)                             # (1, N, D) -> (N, D)
         else:
             found[name] = tensor
-
-    # A square number of rows beside a class token: its row is lacking.
-    if "class_token" in found and math.isqrt(len(found["pos"])) ** 2 == len(found["pos"]):
-        found["pos"] = F.pad(found["pos"], (0, 0, 1, 0))
     return found
 
 
@@ -208,19 +198,22 @@ def tower_tensors(tensors):
 
 
 def fit_tower(tensors, cfg, is_timm=False):
-    """Resize a tower's position table to the grid of its config: bicubic. The class token's row stays.
+    """Give a tower's position table the grid of its config: bicubic, in float32. The class token's row stays.
 
-    With antialiasing, as timm does for all; of transformers' towers DINOv2 without registers and InternViT
-    do without.
+    timm folds that row into the token itself: then it is zeros here. With antialiasing, as timm does for all;
+    of transformers' towers DINOv2 without registers and InternViT do without.
     """
-    pos, n_class = tensors["pos"], int(cfg.class_token)
-    side = math.isqrt(len(pos) - n_class)
-    if side == cfg.grid:
-        return
-    smooth = is_timm or not cfg.layer_scale or cfg.n_register > 0
-    table = pos[n_class:].float().T.unflatten(1, (side, side))              # (D, side, side)
-    table = F.interpolate(table[None], cfg.grid, mode="bicubic", antialias=smooth)
-    tensors["pos"] = torch.cat([pos[:n_class].float(), table[0].flatten(1).T])
+    pos = tensors["pos"]
+    n_class, side = int(cfg.class_token), math.isqrt(len(pos))
+    lacking = pos.new_zeros(n_class + side**2 - len(pos), pos.shape[1])
+    pos = torch.cat([lacking, pos])
+    if side != cfg.grid:
+        smooth = is_timm or not cfg.layer_scale or cfg.n_register > 0
+        pos = pos.float()
+        table = pos[n_class:].T.unflatten(1, (side, side))                  # (D, side, side)
+        table = F.interpolate(table[None], cfg.grid, mode="bicubic", antialias=smooth)
+        pos = torch.cat([pos[:n_class], table[0].flatten(1).T])
+    tensors["pos"] = pos
 
 
 def fit_decoder(tensors, cfg):
@@ -269,14 +262,14 @@ def weight_files(path):
 
 
 def read_tensors(path):
-    """All weights of a file or a directory: {public name: mapped tensor}."""
-    tensors = {}
+    """All weights of a file or a directory that are of use: {public name: mapped tensor}."""
     files = weight_files(path)
     if not files:
         raise UserError(f"{path}: holds none of {', '.join(FILES + ADAPTERS)}; copy the weights there")
+    tensors = {}
     for file in files:
         tensors |= open_weights(file)
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if not UNUSED.search(name)}
 
 
 def open_weights(file):
@@ -319,36 +312,37 @@ def newest_run(root="out"):
     return str(max(finished, key=lambda path: path.stat().st_mtime).parent)
 
 
-def load_model(directory, device="cpu", dtype=torch.float32, vision=None, llm=None, int8=False):
+def load_model(directory, device, dtype, vision, llm, int8):
     """A directory of any layout -> VLM.
 
     dtype None: as the words are stored, but bfloat16 for float16 on a CPU, which is slower at that.
     int8: the decoder's matrices in 8 bits (support/quantize.py).
     """
-    cfg, parts, lora = read_model(directory, vision, llm)
+    if int8 and is_lora(directory):
+        raise UserError(f"{directory}: merge the LoRA first: python -m tools.weights convert {directory} DIR")
+    cfg, parts = read_model(directory, vision, llm)
     if dtype is None:
         dtype = stored_dtype(parts)
         if dtype == torch.float16 and torch.device(device).type == "cpu":
             dtype = torch.bfloat16
-    if int8 and lora:
-        raise UserError(f"{directory}: merge the LoRA first: python -m tools.weights convert {directory} DIR")
-    return fill_model(cfg, parts, lora, directory, device, dtype, int8)
+    return fill_model(cfg, parts, directory, dtype, device, int8)
 
 
-def read_model(directory, vision=None, llm=None):
-    """A directory of any layout -> VLMConfig, mapped tensors (our_parts), a LoRA to be merged (read_lora).
+def read_model(directory, vision, llm):
+    """A directory of any layout -> VLMConfig, mapped tensors (our_parts), a LoRA's among them.
 
     vision: DIR or DIR,DIR, towers of a model that was published without; llm: what a LoRA was trained over.
     """
     paths = vision.split(",") if vision else []
     with reading(directory, "look at its files and config.json"):
-        config_json(directory)       # first: an error where it is lacking
-        if is_lora(directory):
-            parts, lora = read_lora(directory, llm)
+        config_json(directory)           # first: an error where it is lacking
+        parts = read_parts(directory)
+        if is_lora(directory):           # over its base, and so is what was trained whole beside it
+            trained, parts = parts, read_parts(base_of(directory, llm))
+            for part in trained:
+                parts[part] |= trained[part]
         elif llm:
             raise UserError("is a whole model; --llm is for presets, and for the base of a LoRA")
-        else:
-            parts, lora = read_parts(directory), {}
 
         if paths and parts["vision"]:
             raise UserError("has its own vision tower; --vision is for presets and models published without")
@@ -359,12 +353,12 @@ def read_model(directory, vision=None, llm=None):
             elif "pos" in parts[part]:
                 fit_tower(parts[part], tower)
         fit_decoder(parts["decoder"], cfg.decoder)
-    return cfg, parts, lora
+    return cfg, parts
 
 
 def stored_dtype(parts):
-    words = parts["decoder"].get("embed_tokens.weight")  # load_strict says that they are missing
-    return torch.float32 if words is None or words.dtype == torch.float64 else words.dtype
+    nothing = torch.empty(0)             # load_strict says that they are missing
+    return parts["decoder"].get("embed_tokens.weight", nothing).dtype
 
 
 class NothingDrawn(TorchFunctionMode):
@@ -378,15 +372,23 @@ class NothingDrawn(TorchFunctionMode):
 
 
 @torch.no_grad()
-def fill_model(cfg, parts, lora, source, device="cpu", dtype=torch.float32, int8=False):
+def fill_model(cfg, parts, source, dtype, device="cpu", int8=False):
     """What read_model found -> VLM, a LoRA merged into one matrix at a time."""
     with reading(source), torch.device("meta"), NothingDrawn():
         vlm = VLM(cfg)
-    load_strict(vlm, flatten(parts), source, device, dtype, int8)
-    for name, (A, B, scale) in lora.items():
-        with reading(source, f"its LoRA of {name} does not fit; give its base by --llm"):
-            weight = vlm.get_parameter(name)
-            weight.copy_(merge_weight(weight, A, B, scale))
+    found = flatten(parts)
+    lora = {name: found.pop(name) for name in list(found) if ".lora_" in name}
+    if is_lora(source) and not lora:
+        raise UserError(f"{source}: no LoRA lies beside adapter_config.json; copy {ADAPTERS[0]} there")
+    alpha = lora_alpha(source) if lora else 0
+    load_strict(vlm, found, source, device, dtype, int8)
+    for name, A in lora.items():
+        if name.endswith(".lora_B"):
+            continue
+        target = name.replace(".lora_A", ".weight")
+        with reading(source, f"its LoRA of {target} does not fit; give its base by --llm"):
+            weight, B = vlm.get_parameter(target), lora[name.replace(".lora_A", ".lora_B")]
+            weight.copy_(merge_weight(weight, A, B, alpha / len(A)))        # A has a row for each rank
     return vlm.eval()
 
 
@@ -529,28 +531,12 @@ def tokenizer_home(directory, llm=None):
     return base_of(directory, llm)
 
 
-def read_lora(directory, llm=None):
-    """-> the parts of the base and of what was trained whole, {our name: (A, B, scale)} to be merged."""
-    base = base_of(directory, llm)
+def lora_alpha(directory):
     file = Path(directory) / "adapter_config.json"
     with reading(file):
         c = read_json(file)
         only_values(c, bias="none", use_dora=False, use_rslora=False, fan_in_fan_out=False, alpha_pattern={})
-        alpha = float(c["lora_alpha"])
-
-    # Over the base: the LoRA, and what was trained whole beside it, such as PEFT's modules_to_save.
-    parts, lora = read_parts(base), {}
-    for part, trained in read_parts(directory).items():
-        for name, tensor in trained.items():
-            if ".lora_" not in name:
-                parts[part][name] = tensor
-            elif not name.endswith(".lora_B"):
-                target = name.removesuffix(".lora_A")
-                scale = alpha / len(tensor)  # its rank: with a rank_pattern c["r"] is that of others
-                lora[f"{part}.{target}.weight"] = tensor, trained.get(f"{target}.lora_B"), scale
-    if not lora:
-        raise UserError(f"{directory}: no LoRA lies beside adapter_config.json; copy {ADAPTERS[0]} there")
-    return parts, lora
+        return float(c["lora_alpha"])
 
 
 def load_adapter(vlm, directory):

@@ -406,7 +406,7 @@ INTERN = {"model_type": "internvl_chat", "vision_config": {"model_type": "vit"},
 )
 def test_a_config_names_its_template(tmp_path, config, template):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_config(tmp_path).template == template
+    assert read_config(tmp_path, {}, [VisionConfig()]).template == template
 
 
 @pytest.mark.parametrize(

@@ -898,7 +898,7 @@ def test_absent_fields_of_the_public_config_mean_vicuna_7b_and_clip(saved):
         },
     }
     (saved / "config.json").write_text(json.dumps(config))
-    assert read_config(saved) == PRESETS["llava-1.5-7b"]
+    assert read_config(saved, {}, []) == PRESETS["llava-1.5-7b"]
 
 
 # ---- writing --------

@@ -81,7 +81,7 @@ def test_a_lora_that_is_switched_off_is_its_base_bit_for_bit(tiny):
     base, vlm = VLM.from_pretrained(tiny), taught(with_lora(tiny))
     base.connector.load_state_dict(vlm.connector.state_dict())
     tokens, pixels, _ = a_batch(base.cfg)
-    with lora_off(vlm):
+    with lora_off():
         assert torch.equal(vlm(tokens, pixels), base(tokens, pixels))
     assert not torch.equal(vlm(tokens, pixels), base(tokens, pixels))
 

@@ -325,14 +325,14 @@ def test_the_original_llava_reads_its_pinpoints_width_first(tmp_path, tok):
         "image_grid_pinpoints": [[336, 672], [1008, 336]],
     }
     (tmp_path / "config.json").write_text(json.dumps(c))
-    assert find_tiling(read_config(tmp_path).vision, "anyres").grids == ((1, 2), (3, 1))
+    assert find_tiling(read_config(tmp_path, {}, [VisionConfig()]).vision, "anyres").grids == ((1, 2), (3, 1))
     for wrong, says in (
         (dict(image_grid_pinpoints=[[300, 336]]), "whole multiples"),
         (dict(mm_patch_merge_type="flat"), "only .spatial_unpad."),
     ):
         (tmp_path / "config.json").write_text(json.dumps(c | wrong))
         with pytest.raises(UserError, match=f"config.json: .*{says}"):
-            read_config(tmp_path)
+            read_config(tmp_path, {}, [VisionConfig()])
 
 
 def test_a_layout_names_the_tile_and_the_place_of_each_visual_token():

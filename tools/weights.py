@@ -11,18 +11,11 @@ from pathlib import Path
 
 import torch
 
-from model import PRESETS, VLM, Decoder, DecoderConfig, VLMConfig
+from model import PRESETS, VLM, Decoder
 from support.cli import REQUIRED, UserError, arg, parse, run_program
-from support.configs import (
-    DECODERS,
-    READERS,
-    config_file,
-    layout_of,
-    processor_json,
-    read_decoder,
-)
+from support.configs import DECODERS, READERS, config_file, layout_of, processor_json, read_decoder
 from support.export import fits_llava
-from support.io import read_json, reading
+from support.io import read_json
 from support.processor import save_processor
 from support.weights import (
     NothingDrawn,
@@ -34,7 +27,7 @@ from support.weights import (
     stored_dtype,
     tokenizer_home,
 )
-from vision import VisionConfig, ViT
+from vision import ViT
 
 
 @dataclass
@@ -62,12 +55,12 @@ def convert(cfg):
     src, out = Path(cfg.model), Path(cfg.out)
     if not cfg.out or out.resolve() == src.resolve():
         raise UserError(f"OUT {cfg.out!r}: give a directory to write, not that of the weights to be read")
-    plan, parts, lora = read_model(src, cfg.vision, cfg.llm if is_lora(src) else "")
+    plan, parts = read_model(src, cfg.vision, cfg.llm if is_lora(src) else "")
     n_row = max(plan.image_token, plan.pad_token) + 1
     if plan.decoder.vocab_size < n_row:              # llava-hf has rows for <image> and <pad>
         plan.decoder.vocab_size = -(-n_row // 64) * 64
         grow_words(parts["decoder"], plan.decoder.vocab_size)
-    vlm = fill_model(plan, parts, lora, src, dtype=stored_dtype(parts))
+    vlm = fill_model(plan, parts, src, stored_dtype(parts))
 
     tokenizer = tokenizer_home(src, cfg.llm) / "tokenizer.model"
     if tokenizer.exists():
@@ -83,9 +76,8 @@ def convert(cfg):
 
 
 def info(args):
-    cfg = find_config(Path(args.model), args.vision, args.llm)
-    with reading(args.model), torch.device("meta"), NothingDrawn():
-        module = MODULES[type(cfg)](cfg)
+    module = build_on_meta(Path(args.model), args.vision, args.llm)
+    cfg = module.cfg
     if isinstance(module, VLM):
         for part, child in module.named_children():
             print(f"{part:10} {count(child):>16,} parameters   {getattr(cfg, part)}")
@@ -99,23 +91,21 @@ def info(args):
     print(f"memory     {2 * size:.2f} GB in bfloat16; to train all {16 * size:.2f} GB, and activations")
 
 
-MODULES = {DecoderConfig: Decoder, VisionConfig: ViT, VLMConfig: VLM}
-
-
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def find_config(folder, vision, llm):
-    if str(folder) in PRESETS:
-        return PRESETS[str(folder)]
-    if not folder.is_dir():
-        raise UserError(f"{folder}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
-    c = read_json(folder / "config.json", {})
-    layout = layout_of(c)
+def build_on_meta(folder, vision, llm):
+    """A preset, or a model's, a decoder's or a tower's directory -> its module, without the numbers."""
+    layout = layout_of(read_json(folder / "config.json", {}))
     if is_lora(folder) or layout in READERS:
-        return read_model(folder, vision, llm)[0]
-    return read_decoder(folder) if layout in DECODERS else read_tower(folder)
+        return VLM.from_pretrained(folder, "meta", vision=vision, llm=llm)
+    with torch.device("meta"), NothingDrawn():
+        if str(folder) in PRESETS:
+            return VLM(PRESETS[str(folder)])
+        if not folder.is_dir():
+            raise UserError(f"{folder}: neither a directory nor a preset; presets are {', '.join(PRESETS)}")
+        return Decoder(read_decoder(folder)) if layout in DECODERS else ViT(read_tower(folder))
 
 
 def print_pictures(cfg, folder):
