@@ -120,18 +120,17 @@ def save_model(vlm, directory, state=None):
     write_model(directory, {public(name): tensor for name, tensor in state.items()}, config)
 
 
-def save_adapter(vlm, directory, base, state=None):
+def save_adapter(vlm, directory, base, state):
     """What trains, in PEFT's layout: the LoRA, and whole what trains beside it.
 
     base: the directory under it, absolute or as seen from the working directory, where PEFT looks for it.
     Ours looks beside the adapter first (support/weights.py: base_of), so a run may be moved with its base.
+    state: {our name: tensor} of what trains.
 
     The directory opens like any other model, with PEFT too where its base opens in transformers.
     `python -m tools.weights convert` makes a whole one of it.
     """
     directory = Path(directory)
-    if state is None:
-        state = {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad}
     parts = {llava_name(name).partition(".")[0] for name in state}
     whole = sorted(parts & {"multi_modal_projector", "vision_tower"})
     beside = {"base_model_name_or_path": str(base), "modules_to_save": whole or None}

@@ -106,9 +106,9 @@ def chat_template(form):
 
 
 def tokenizer_config(cfg):
-    added = {str(cfg.image_token): added_token("<image>")}
+    added = {cfg.image_token: {"content": "<image>", "special": True}}
     if cfg.pad_token != cfg.eos_token:
-        added[str(cfg.pad_token)] = added_token("<pad>")
+        added[cfg.pad_token] = {"content": "<pad>", "special": True}
     return {
         "tokenizer_class": "LlamaTokenizer",
         "pad_token": "<pad>",
@@ -117,12 +117,6 @@ def tokenizer_config(cfg):
         "model_max_length": cfg.decoder.block_size,
         "padding_side": "left",
     }
-
-
-def added_token(name):
-    """<s> and </s> are looked for after the spaces are set, so that none is put behind them."""
-    plain = {"lstrip": False, "rstrip": False, "single_word": False}
-    return {"content": name, "special": True, "normalized": name in ("<s>", "</s>"), **plain}
 
 
 def tokenizer_json(sp, cfg):
@@ -145,10 +139,14 @@ def tokenizer_json(sp, cfg):
         "<image>": cfg.image_token,
         "<pad>": cfg.pad_token,
     }
+    # <s> and </s> are looked for after the spaces are set (normalized), so that none is put behind them.
+    plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    added = [{"id": i, "content": name, "normalized": name in ("<s>", "</s>"), **plain}
+             for name, i in special.items()]
+
     texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, **added_token(name)} for name, i in special.items()],
+        "added_tokens": added,
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
@@ -164,10 +162,7 @@ def tokenizer_json(sp, cfg):
         },
         "decoder": {
             "type": "Sequence",
-            "decoders": [
-                {"type": "ByteFallback"},
-                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
-            ],
+            "decoders": [{"type": "ByteFallback"}, {"type": "Metaspace", "replacement": "▁"}],
         },
         "model": {
             "type": "BPE",

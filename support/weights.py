@@ -87,14 +87,12 @@ TOWER_NAMES = {                      # however deep it lies
     "^pos_embed": "^pos",
     "^norm_pre.": "^pre_norm.",
     ".attn.proj.": ".attn.out_proj.",
-    ".ls1.gamma": ".scale1",
-    ".ls2.gamma": ".scale2",
-    ".ls1.scale_factor": ".scale1",  # OpenVLA's word for it
-    ".ls2.scale_factor": ".scale2",
+    ".ls1": ".scale1",               # InternViT's alone, in timm .ls1.gamma, of OpenVLA .ls1.scale_factor
+    ".ls2": ".scale2",
+    ".gamma": "",
+    ".scale_factor": "",
     # InternViT, where it is called neither as CLIP nor as timm calls it
     "^embeddings.position_embedding": "^pos",
-    ".ls1": ".scale1",
-    ".ls2": ".scale2",
 }
 QKV = ("q_proj", "k_proj", "v_proj")     # what some files have in one matrix
 # What files hold beyond the model: of towers what is not used here; what is computed, not learned.
@@ -109,13 +107,6 @@ PART_NAMES = {
     "^multi_modal_projector.": "connector.",
     "^image_newline": "connector.row_end",
     "^language_model.": "decoder.",
-    # a Llama's or an InternLM2's own, which the original LLaVA leaves as they are
-    "^embed_tokens.": "decoder.embed_tokens.",
-    "^layers.": "decoder.layers.",
-    "^norm.": "decoder.norm.",
-    "^lm_head.": "decoder.lm_head.",
-    "^tok_embeddings.": "decoder.tok_embeddings.",
-    "^output.": "decoder.output.",
     # Prismatic: native, in the layout of Hugging Face, or both
     "^vision_backbone.featurizer.": "vision.",
     "^vision_backbone.dino_featurizer.": "vision.",
@@ -138,6 +129,12 @@ PART_NAMES = {
     "^mlp1.0.": "connector.norm.",
     "^mlp1.1.": "connector.linear_1.",
     "^mlp1.3.": "connector.linear_2.",
+    # our own layout
+    "^vision": "vision",
+    "^connector.": "connector.",
+    "^decoder.": "decoder.",
+    # What is left is a decoder's own, alone or in the original LLaVA.
+    "^": "decoder.",
     # PEFT
     ".lora_A.weight": ".lora_A",
     ".lora_B.weight": ".lora_B",
@@ -182,13 +179,13 @@ def tower_tensors(tensors):
     found = {}
     for public, tensor in tensors.items():
         name = rename(public, TOWER_NAMES)
+        if name == "class_token":
+            tensor = tensor.flatten()                                       # (1, 1, D) -> (D,)
+        if name in ("registers", "pos"):
+            tensor = tensor.flatten(0, -2)                                  # (1, N, D) -> (N, D)
         if ".attn.qkv." in name:
             for own, third in zip(QKV, tensor.chunk(3)):
                 found[name.replace("qkv", own)] = third
-        elif name == "class_token":
-            found[name] = tensor.flatten()                                  # (1, 1, D) -> (D,)
-        elif name in ("registers", "pos"):
-            found[name] = tensor.flatten(0, -2)                             # (1, N, D) -> (N, D)
         else:
             found[name] = tensor
     return found
@@ -431,8 +428,7 @@ def check_fit(own, found, source):
 
 def read_tower(path):
     """A tower's directory or file -> VisionConfig: by config.json, or by its shapes where it is timm's."""
-    path = Path(path)
-    c = {} if path.is_file() else config_json(path)
+    c = {} if Path(path).is_file() else config_json(path)
     with reading(path):
         if "model_type" in c or "vision_config" in c:
             cfg = vision_config(c, processor_json(path))
@@ -507,7 +503,7 @@ def base_of(directory, llm=None):
         return Path(llm)
     directory = Path(directory)
     named = read_json(directory / "adapter_config.json").get("base_model_name_or_path") or "a model unnamed"
-    wanted = read_json(directory / "plainvlm.json", missing={}).get("base_fingerprint")
+    wanted = read_json(directory / "plainvlm.json", {}).get("base_fingerprint")
     base = Path(named)
     for place in directory / base.name, directory.parent / base.name, base:
         files = weight_files(place)

@@ -37,6 +37,11 @@ def save(vlm, tok, directory):
     return directory
 
 
+def trained_tensors(vlm):
+    """{name: tensor} of what trains"""
+    return {name: p.detach() for name, p in vlm.named_parameters() if p.requires_grad}
+
+
 def call(program, *flags):
     """-> exit code of a program's main with these flags, of any type."""
     return run_program(lambda: program([str(flag) for flag in flags]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import trained_tensors
 from layouts import (
     LLAMA,
     PIXELS,
@@ -369,7 +370,7 @@ def test_others_open_our_adapter_over_our_base_and_compute_the_same(tmp_path, tr
     for p in vlm.parameters():
         if p.requires_grad:
             p.add_(0.1 * torch.randn(p.shape))
-    save_adapter(vlm, tmp_path / "lora", tmp_path / "base")
+    save_adapter(vlm, tmp_path / "lora", tmp_path / "base", trained_tensors(vlm))
     if by == "peft":
         base = tr.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
         theirs = peft.PeftModel.from_pretrained(base, tmp_path / "lora")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import QUICK, ROOT, call, fork, losses, tiny_config, weights
+from common import QUICK, ROOT, call, fork, losses, tiny_config, trained_tensors, weights
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -89,7 +89,7 @@ def test_a_lora_that_is_switched_off_is_its_base_bit_for_bit(tiny):
 def test_a_merged_lora_equals_the_unmerged_one(tiny, tmp_path):
     vlm = taught(with_lora(tiny))
     vlm.save_pretrained(tmp_path / "merged")
-    save_adapter(vlm, tmp_path / "adapter", tiny)
+    save_adapter(vlm, tmp_path / "adapter", tiny, trained_tensors(vlm))
     tokens, pixels, _ = a_batch(vlm.cfg)
     for directory in "merged", "adapter":  # an adapter's directory opens like any other
         assert_close(
@@ -107,7 +107,7 @@ def test_a_merged_lora_equals_the_unmerged_one(tiny, tmp_path):
 
 def test_a_saved_adapter_loads_back_exactly_and_only_into_what_it_was_trained_as(tiny, tmp_path):
     vlm = taught(with_lora(tiny))
-    save_adapter(vlm, tmp_path / "adapter", tiny)
+    save_adapter(vlm, tmp_path / "adapter", tiny, trained_tensors(vlm))
     again = with_lora(tiny, seed=2)
     load_adapter(again, tmp_path / "adapter")
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in vlm.state_dict().items())
@@ -121,7 +121,7 @@ def test_a_model_in_our_own_layout_has_adapters_too(tok, tmp_path):
     torch.manual_seed(0)
     VLM(tiny_config(tok, connector="norm_gelu")).save_pretrained(tmp_path / "base")
     vlm = taught(with_lora(tmp_path / "base"))
-    save_adapter(vlm, tmp_path / "adapter", tmp_path / "base")
+    save_adapter(vlm, tmp_path / "adapter", tmp_path / "base", trained_tensors(vlm))
     tokens, pixels, _ = a_batch(vlm.cfg)
     assert_close(
         VLM.from_pretrained(tmp_path / "adapter")(tokens, pixels), vlm(tokens, pixels), rtol=1e-5, atol=1e-5
@@ -131,7 +131,7 @@ def test_a_model_in_our_own_layout_has_adapters_too(tok, tmp_path):
 def test_the_peft_library_opens_the_adapter_over_transformers_model(tiny, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     vlm = taught(with_lora(tiny))
-    save_adapter(vlm, tmp_path / "adapter", tiny)
+    save_adapter(vlm, tmp_path / "adapter", tiny, trained_tensors(vlm))
     theirs = peft.PeftModel.from_pretrained(
         transformers.LlavaForConditionalGeneration.from_pretrained(tiny), tmp_path / "adapter"
     ).eval()
