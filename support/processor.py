@@ -162,7 +162,12 @@ def tokenizer_json(sp, cfg):
         },
         "decoder": {
             "type": "Sequence",
-            "decoders": [{"type": "ByteFallback"}, {"type": "Metaspace", "replacement": "▁"}],
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
         },
         "model": {
             "type": "BPE",

@@ -110,6 +110,6 @@ def join_weights(*layers):
     """(out, in) each -> all as one matrix (out of all, in) by columns, of which they become parts."""
     joint = torch.cat([layer.weight.data.T for layer in layers], dim=1).T
     parts = joint.split([layer.out_features for layer in layers])
-    for layer, part in zip(layers, parts, strict=True):
+    for layer, part in zip(layers, parts):
         layer.weight.data = part
     return joint

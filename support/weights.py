@@ -354,8 +354,8 @@ def read_model(directory, vision, llm):
 
 
 def stored_dtype(parts):
-    nothing = torch.empty(0)             # load_strict says that they are missing
-    return parts["decoder"].get("embed_tokens.weight", nothing).dtype
+    # Without words load_strict says that they are missing.
+    return parts["decoder"].get("embed_tokens.weight", torch.empty(0)).dtype
 
 
 class NothingDrawn(TorchFunctionMode):

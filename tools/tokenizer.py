@@ -4,7 +4,6 @@
     python train.py --model photo --tokenizer DIR --data FILE ...
 """
 
-import io
 import re
 import sys
 from collections import Counter
@@ -55,19 +54,18 @@ def train_tokenizer(path, lines, vocab_size, required=""):
     It has fewer than `vocab_size` tokens where the lines have no more parts of words.
     `required`: characters that become pieces however rare they are. The same lines give the same file.
     """
-    model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line.strip() for line in lines), model_writer=model, vocab_size=vocab_size,
-            model_type="bpe", byte_fallback=True, character_coverage=1.0, required_chars=required,
-            normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
-            hard_vocab_limit=False, split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-            num_threads=1, minloglevel=2)
+        with open(path, "wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line.strip() for line in lines), model_writer=model, vocab_size=vocab_size,
+                model_type="bpe", byte_fallback=True, character_coverage=1.0, required_chars=required,
+                normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False,
+                hard_vocab_limit=False, split_digits=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+                num_threads=1, minloglevel=2)
     except (RuntimeError, TypeError, ValueError) as error:  # also where a text holds half a surrogate pair
         why = str(error).rpartition("] ")[2].split(" or decrease character_coverage")[0]
         why = why or "they hold no words"
         raise UserError(f"no tokenizer of {vocab_size} tokens can be made of these texts: {why}") from None
-    Path(path).write_bytes(model.getvalue())
 
 
 if __name__ == "__main__":
