@@ -45,7 +45,7 @@ from lab.common import (
     share_right,
 )
 from model import PRESETS, Decoder
-from support.export import clip_json, clip_name, write_model
+from support.export import TO_CLIP, clip_json, write_model
 from support.start import init_weights
 from vision import ViT
 
@@ -71,8 +71,9 @@ def make_clip(out, tok, cfg):
 
     def look():
         weights = clip.vision.state_dict()
-        tensors = {f"vision_model.{clip_name(name)}": p.half() for name, p in weights.items()}
-        write_model(out, tensors, clip_json(clip.vision.cfg))
+        tensors = {name: p.half() for name, p in weights.items()}
+        names = {"^": "vision_model.^"} | TO_CLIP
+        write_model(out, tensors, names, clip_json(clip.vision.cfg))
         return words_found(clip)
 
     fit_part(out, cfg, clip, lr_at, loss_at, look)

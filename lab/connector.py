@@ -64,9 +64,8 @@ def make_connector(out, tok, cfg):
 
     @torch.no_grad()
     def look():
-        public_name, config = public_layout(vlm)
-        connector = {public_name(f"connector.{name}"): p for name, p in vlm.connector.state_dict().items()}
-        write_model(out, connector, config)
+        connector = {f"connector.{name}": p for name, p in vlm.connector.state_dict().items()}
+        write_model(out, connector, *public_layout(vlm))
         scenes = held_out_scenes(128)
         visual = vlm.connector(vlm.vision(draw_pixels(scenes))).view(128, 64, -1)
         return {"kinds that patches tell": kinds_told(vlm, tok, scenes, visual)}

@@ -34,7 +34,7 @@ from lab.common import (
 from support.configs import CLIP_FIELDS, DINOV2
 from support.export import public_fields, write_model
 from support.start import init_weights
-from support.weights import DINO_NAMES, rename
+from support.weights import DINO_NAMES
 from vision import ViT
 
 TOWER = replace(DINOV2, image_size=96, patch_size=12, n_embd=128, n_layer=5, n_head=4, n_hidden=512)
@@ -137,10 +137,10 @@ def save_tower(sorter, directory):
     state["class_token"] = state["class_token"].view(1, 1, -1)
     state["pos"] = state["pos"][None]
     state["embeddings.mask_token"] = sorter.mask_token.detach()[None]
-    public_names = {ours: public for public, ours in DINO_NAMES.items()}
-    tensors = {rename(name, public_names): tensor.half() for name, tensor in state.items()}
+    tensors = {name: tensor.half() for name, tensor in state.items()}
+    names = {ours: public for public, ours in DINO_NAMES.items()}
     config = {"model_type": "dinov2", "mlp_ratio": 4, **public_fields(TOWER, CLIP_FIELDS)}
-    write_model(directory, tensors, config)
+    write_model(directory, tensors, names, config)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from conversation import encode_conversation
 from data import pad_rows
 from lab.common import bfloat16, fit_part, spell, sum_of_words
 from model import IGNORE, PRESETS, Decoder
-from support.export import llama_json, llama_name, write_model
+from support.export import TO_LLAMA, llama_json, write_model
 from support.start import init_weights
 from support.templates import SYSTEM_VICUNA
 
@@ -83,9 +83,9 @@ def fit_decoder(out, tok, cfg, make_lesson, ask):
         return loss
 
     def look():
-        tensors = {llama_name(name): p.half() for name, p in decoder.state_dict().items()}
+        tensors = {name: p.half() for name, p in decoder.state_dict().items()}
         config = llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]}
-        write_model(out, tensors, config)
+        write_model(out, tensors, TO_LLAMA, config)
         return answers_found(decoder, tok, ask)
 
     fit_part(out, cfg, decoder, lr_at, loss_at, look)

@@ -21,15 +21,15 @@ from support.weights import CLIP_NAMES, rename, weight_files
 
 # ---- names: ours to public ---------------------------------------------------------------------------------
 
-FROM_OURS = {ours: public for public, ours in CLIP_NAMES.items()}
-LLAVA_NAMES = {
+TO_CLIP = {ours: public for public, ours in CLIP_NAMES.items()}
+TO_LLAVA = {
     "^vision.": "vision_tower.vision_model.^",
     "^connector.row_end": "image_newline",
     "^connector.": "multi_modal_projector.",
     "^decoder.lm_head.": "language_model.lm_head.",
     "^decoder.": "language_model.model.",
-} | FROM_OURS
-PEFT_NAMES = {                       # over the model as transformers 5 names it inside
+} | TO_CLIP
+TO_PEFT = {                       # over the model as transformers 5 names it inside
     "^vision.": "base_model.model.model.vision_tower.^",
     "^connector.row_end": "base_model.model.model.image_newline",
     "^connector.": "base_model.model.model.multi_modal_projector.",
@@ -37,30 +37,19 @@ PEFT_NAMES = {                       # over the model as transformers 5 names it
     "^decoder.": "base_model.model.model.language_model.",
     ".lora_A": ".lora_A.weight",
     ".lora_B": ".lora_B.weight",
-} | FROM_OURS
-
-
-def llava_name(name):
-    return rename(name, LLAVA_NAMES)
-
-
-def clip_name(name):
-    return rename(name, FROM_OURS)
-
-
-def llama_name(name):
-    return name if name.startswith("lm_head.") else "model." + name
+} | TO_CLIP
+TO_LLAMA = {"^": "model.", "model.lm_head.": "lm_head."}
 
 
 # ---- config.json -------------------------------------------------------------------------------------------
 
 
 def public_layout(vlm):
-    """-> the function from our names to those of the layout it is saved in, and that layout's config.json."""
+    """-> the table from our names to those of the layout it is saved in, and that layout's config.json."""
     dtype = str(vlm.decoder.lm_head.weight.dtype).removeprefix("torch.")
     if fits_llava(vlm.cfg):
-        return llava_name, llava_config(vlm.cfg, dtype)
-    return str, {"model_type": "plainvlm", "dtype": dtype, **asdict(vlm.cfg)}
+        return TO_LLAVA, llava_config(vlm.cfg, dtype)
+    return {}, {"model_type": "plainvlm", "dtype": dtype, **asdict(vlm.cfg)}
 
 
 def fits_llava(cfg):
@@ -115,9 +104,8 @@ def grid_pinpoints(cfg):
 
 def save_model(vlm, directory, state=None):
     """A whole model, a LoRA merged. state: {our name: tensor}, if not the weights in vlm."""
-    public, config = public_layout(vlm)
     state = merged_state(vlm) if state is None else state
-    write_model(directory, {public(name): tensor for name, tensor in state.items()}, config)
+    write_model(directory, state, *public_layout(vlm))
 
 
 def save_adapter(vlm, directory, base, state):
@@ -131,23 +119,21 @@ def save_adapter(vlm, directory, base, state):
     `python -m tools.weights convert` makes a whole one of it.
     """
     directory = Path(directory)
-    parts = {llava_name(name).partition(".")[0] for name in state}
+    parts = {rename(name, TO_LLAVA).partition(".")[0] for name in state}
     whole = sorted(parts & {"multi_modal_projector", "vision_tower"})
     beside = {"base_model_name_or_path": str(base), "modules_to_save": whole or None}
     write_json(directory / "adapter_config.json", vlm.lora | beside)
-    if fits_llava(vlm.cfg):
-        state = {rename(name, PEFT_NAMES): tensor for name, tensor in state.items()}
-    write_tensors(directory / "adapter_model.safetensors", state)
+    write_tensors(directory / "adapter_model.safetensors", state, TO_PEFT if fits_llava(vlm.cfg) else {})
     found = {"base_fingerprint": fingerprint(weight_files(base))}
     write_json(directory / "plainvlm.json", public_layout(vlm)[1] | found)
 
 
-def write_model(directory, tensors, config):
-    """The weights, then config.json: a directory with a config is a whole model."""
-    write_tensors(Path(directory) / "model.safetensors", tensors)
+def write_model(directory, tensors, names, config):
+    """The weights under these public names, then config.json: a directory with a config is a whole model."""
+    write_tensors(Path(directory) / "model.safetensors", tensors, names)
     write_json(Path(directory) / "config.json", config)
 
 
-def write_tensors(file, tensors):
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+def write_tensors(file, tensors, names):
+    tensors = {rename(name, names): tensor.contiguous().cpu() for name, tensor in tensors.items()}
     write_whole(file, lambda tmp: save_file(tensors, tmp, metadata={"format": "pt"}))

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from model import VLM, DecoderConfig, VLMConfig
-from support.export import clip_json, clip_name, llama_json
+from support.export import TO_CLIP, clip_json, llama_json
+from support.weights import rename
 from vision import VisionConfig
 
 tr = pytest.importorskip("transformers")
@@ -103,7 +104,7 @@ def features_of(theirs, pixels=PIXELS):
 
 def clip_folder(folder, vlm):
     """The tower of a VLM as a CLIP in transformers' words."""
-    tensors = {"vision_model." + clip_name(name): t for name, t in parts(vlm, "vision").items()}
+    tensors = {"vision_model." + rename(name, TO_CLIP): t for name, t in parts(vlm, "vision").items()}
     return write(folder, clip_json(vlm.cfg.vision), tensors)
 
 
@@ -204,7 +205,7 @@ def original(folder, vlm, tower=False, **config):
     names |= projector(vlm) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     if tower:
         start = "model.vision_tower.vision_tower.vision_model."
-        names |= {start + clip_name(n): t for n, t in parts(vlm, "vision").items()}
+        names |= {start + rename(n, TO_CLIP): t for n, t in parts(vlm, "vision").items()}
     fields = {
         "model_type": "llava",
         "mm_hidden_size": 64,

@@ -49,10 +49,18 @@ from conversation import Tokenizer
 from model import VLM, Connector, Decoder, DecoderConfig
 from support.cli import UserError, run_program
 from support.configs import IMAGENET_MEAN, IMAGENET_STD, decoder_config, read_config
-from support.export import clip_json, llama_json, llava_config, llava_name
+from support.export import TO_LLAVA, clip_json, llama_json, llava_config
 from support.io import read_json
 from support.processor import save_processor
-from support.weights import check_tokenizer, fit_tower, load_connector, load_decoder, load_vision, read_tower
+from support.weights import (
+    check_tokenizer,
+    fit_tower,
+    load_connector,
+    load_decoder,
+    load_vision,
+    read_tower,
+    rename,
+)
 from tools.weights import main
 from vision import VisionConfig, ViT
 
@@ -473,7 +481,7 @@ def test_opening_a_model_holds_it_once_and_does_not_import_the_compiler(tmp_path
         pytest.skip("memory is read from Linux's /proc")
     decoder = DecoderConfig(32064, n_layer=1, n_head=8, n_kv_head=1, n_embd=1024, head_dim=32, n_hidden=64)
     vlm = VLM(replace(TINY, decoder=decoder))
-    tensors = {llava_name(name): t.half() for name, t in vlm.state_dict().items()}
+    tensors = {rename(name, TO_LLAVA): t.half() for name, t in vlm.state_dict().items()}
     write(tmp_path, llava_config(vlm.cfg, "float16"), tensors, "pytorch_model.bin")
     command = [sys.executable, "-c", OPEN_AND_MEASURE, tmp_path]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -38,12 +38,12 @@ from support.cache import KVHistory
 from support.cli import UserError, run_program
 from support.configs import decoder_config, read_config, vision_config
 from support.distributed import add_blank_tile
-from support.export import clip_json, llama_json, llama_name, llava_config, llava_name
+from support.export import TO_LLAMA, TO_LLAVA, clip_json, llama_json, llava_config
 from support.io import read_json, write_whole
 from support.log_probs import TokenLogProbs, token_log_probs
 from support.processor import save_processor
 from support.start import init_weights
-from support.weights import load_decoder, load_vision
+from support.weights import load_decoder, load_vision, rename
 from vision import VisionConfig, ViT, cut_tiles
 
 transformers = pytest.importorskip("transformers")
@@ -105,7 +105,7 @@ def test_the_decoder_equals_llama_with_few_or_many_key_value_heads(n_kv_head, he
     cfg = replace(TINY.decoder, n_kv_head=n_kv_head, head_dim=head_dim)
     ours, tokens = lively(Decoder(cfg)), torch.tensor([prompt(20), prompt(21)[:21]])
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_json(cfg))).eval()
-    theirs.load_state_dict({llama_name(name): p for name, p in ours.state_dict().items()}, strict=True)
+    theirs.load_state_dict({rename(name, TO_LLAMA): p for name, p in ours.state_dict().items()}, strict=True)
     assert theirs.config.rope_parameters["rope_theta"] == 500
     assert_close(ours.lm_head(ours(ours.embed_tokens(tokens))), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
@@ -180,7 +180,7 @@ def llava(vlm):
             transformers.LlavaConfig(**llava_config(TINY, "float32"))
         ).eval()
     theirs.load_state_dict(
-        {family(llava_name(name), "D"): p for name, p in vlm.state_dict().items()}, strict=True
+        {family(rename(name, TO_LLAVA), "D"): p for name, p in vlm.state_dict().items()}, strict=True
     )
     return theirs
 

@@ -35,11 +35,11 @@ from model import PRESETS, VLM, Connector, Decoder, DecoderConfig, VLMConfig
 from sample import open_asked
 from support.cli import UserError, run_program
 from support.configs import decoder_config, vision_config
-from support.export import llava_config, llava_name, save_adapter
+from support.export import TO_LLAVA, llava_config, save_adapter
 from support.flags import ModelConfig
 from support.lora import add_lora
 from support.processor import save_processor
-from support.weights import flatten, our_parts
+from support.weights import flatten, our_parts, rename
 from tools.weights import main
 from vision import VisionConfig, ViT
 
@@ -169,7 +169,7 @@ def test_every_tensor_of_llava_at_its_true_size_finds_its_place(name, dims, n):
     found = flatten(our_parts(theirs))
     assert len(found) == n
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in ours.items()}
-    public = {llava_name(name): t for name, t in ours.items()}
+    public = {rename(name, TO_LLAVA): t for name, t in ours.items()}
     assert flatten(our_parts(public)).keys() == ours.keys()
 
 

@@ -622,7 +622,7 @@ def save_without_tower(directory, out):
     """As liuhaotian's are: a config that names its tower, and everything else."""
     kept = {name: t for name, t in weights(directory).items() if "vision" not in name}
     config = json.loads((directory / "config.json").read_text())
-    write_model(out, kept, config)
+    write_model(out, kept, {}, config)
     shutil.copy(directory / "tokenizer.model", out)
 
 

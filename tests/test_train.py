@@ -266,8 +266,8 @@ def test_a_preset_reads_its_ingredients_and_from_scratch_does_not(
     def part(prefix):
         return {k.removeprefix(prefix): t for k, t in weights(tiny).items() if k.startswith(prefix)}
 
-    write_model(tmp_path / "clip", part("vision_tower."), clip_json(tiny_config(tok).vision))
-    write_model(tmp_path / "vicuna", part("language_model."), llama_json(tiny_config(tok).decoder))
+    write_model(tmp_path / "clip", part("vision_tower."), {}, clip_json(tiny_config(tok).vision))
+    write_model(tmp_path / "vicuna", part("language_model."), {}, llama_json(tiny_config(tok).decoder))
     shutil.copy(tok.path, tmp_path / "vicuna")
     monkeypatch.setitem(PRESETS, "tiny", tiny_config(tok))
     monkeypatch.setitem(train.RECIPES, ("tiny", "pretrain"), dict(vision="clip", llm="vicuna", lr=0.5))
