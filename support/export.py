@@ -29,7 +29,7 @@ TO_LLAVA = {
     "^decoder.lm_head.": "language_model.lm_head.",
     "^decoder.": "language_model.model.",
 } | TO_CLIP
-TO_PEFT = {                       # over the model as transformers 5 names it inside
+TO_PEFT = {                          # over the model as transformers 5 names it inside
     "^vision.": "base_model.model.model.vision_tower.^",
     "^connector.row_end": "base_model.model.model.image_newline",
     "^connector.": "base_model.model.model.multi_modal_projector.",

@@ -58,15 +58,11 @@ def grids_up_to(n):
     return tuple(sorted((pair for pair in pairs if math.prod(pair) <= n), key=math.prod))
 
 
+# LLaVA-NeXT's image_grid_pinpoints, which its code reads as (width, height); there is none of one tile.
+NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 TILINGS = {
     "hd": Tiling("hd", grids_up_to(6)),
-    "anyres": Tiling(
-        "anyres",
-        ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),  # image_grid_pinpoints as its code reads them; none of one
-        margin="black",
-        global_mode="resize",
-        least=0,
-    ),
+    "anyres": Tiling("anyres", NEXT_GRIDS, margin="black", global_mode="resize", least=0),
     "internvl": Tiling("internvl", grids_up_to(12), by_tile=True, global_view="last", global_mode="resize"),
 }
 
