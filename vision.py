@@ -66,7 +66,7 @@ class VisionConfig:
     feature_layer: int = -2          # hidden state to read: 0 = before block 1, -1 = after the last block
     mean: tuple = CLIP_MEAN
     std: tuple = CLIP_STD
-    tiling: Tiling | None = None     # None: TILINGS[image_mode]; set by --max-tiles or --global-view
+    tiling: Tiling | None = None     # None: TILINGS[image_mode]; a trained or a public model has its own
 
     @property
     def grid(self):  # patches a side; a remainder (SigLIP: 384 = 27 * 14 + 6) stays unseen

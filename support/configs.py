@@ -234,7 +234,7 @@ def llava_hf(c, processor, parts, given):
     if c["model_type"] == "llava_next":  # transformers reads sizes in pixels as (height, width)
         found["image_mode"] = "anyres"
         grids = [(columns, rows) for rows, columns in count_tiles(c, tower)]
-        tower.tiling = unusual_tiling("anyres", grids=grids)
+        tower.tiling = replace(TILINGS["anyres"], grids=grids)
         if c["text_config"].get("model_type") == "mistral":
             found.setdefault("template", "mistral_instruct")
     elif processor.get("do_center_crop") and not processor.get("do_pad"):
@@ -263,7 +263,7 @@ def original_llava(c, processor, parts, given):
     mode = (c.get("image_aspect_ratio") or "square").replace("square", "crop")
     if mode == "anyres":                 # as LLaVA-NeXT, whose own code reads sizes as (width, height)
         only_values({"mm_patch_merge_type": "flat", **c}, mm_patch_merge_type="spatial_unpad")
-        tower.tiling = unusual_tiling("anyres", grids=count_tiles(c, tower))
+        tower.tiling = replace(TILINGS["anyres"], grids=count_tiles(c, tower))
     return VLMConfig(
         tower,
         decoder_config(c | {"model_type": "llama"}),
@@ -280,7 +280,7 @@ def internvl(c, processor, parts, given):
     decoder = decoder_config(c["llm_config"], c)
     grids = grids_up_to(c.get("max_dynamic_patch") or 6)
     view = "last" if c.get("use_thumbnail") else "none"
-    tower.tiling = unusual_tiling("internvl", grids=grids, global_view=view)
+    tower.tiling = replace(TILINGS["internvl"], grids=grids, global_view=view)
     return VLMConfig(
         tower,
         decoder,
@@ -338,12 +338,6 @@ def count_tiles(c, tower):
     if any(a % S or b % S for a, b in sizes):
         raise UserError(f"image_grid_pinpoints are {sizes}; must be whole multiples of the tower's {S} px")
     return [(a // S, b // S) for a, b in sizes]
-
-
-def unusual_tiling(mode, **choices):
-    """A mode's Tiling with these choices; None where they are its usual ones."""
-    tiling = replace(TILINGS[mode], **choices)
-    return None if tiling == TILINGS[mode] else tiling
 
 
 READERS = {

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conversation import Tokenizer
 from model import PRESETS, VLM
 from support.cli import UserError, one_of
-from support.configs import check_tower, read_decoder, unusual_tiling
+from support.configs import check_tower, read_decoder
 from support.tiling import TILINGS, grids_up_to
 from support.weights import (
     NothingDrawn,
@@ -158,7 +158,7 @@ def set_image_mode(vlm, mode, grids=(), global_view=""):
         raise UserError("--max-tiles is for modes hd and internvl; anyres has its five grids")
     if tiling:
         view = global_view or tiling.global_view
-        tiling = unusual_tiling(mode, grids=grids or tiling.grids, global_view=view)
+        tiling = replace(tiling, grids=grids or tiling.grids, global_view=view)
     elif grids or global_view:
         raise UserError(f"image mode {mode} cuts no tiles, so --max-tiles and --global-view change nothing")
     vlm.cfg = replace(vlm.cfg, image_mode=mode, vision=replace(vlm.cfg.vision, tiling=tiling))
