@@ -5,7 +5,6 @@ the next batch is prepared while this one is answered.
     answer    {"id", "answer": text, "cut_off": whether the limit came before its end}
 """
 
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -49,15 +48,15 @@ def ask(vlm, tok, questions, batch_size, progress=None):
 
 
 def cut_batches(questions, size):
-    """One, or several of answers of one kind each, with the questions about a picture side by side."""
-    if len(questions) <= size:
-        return [questions]
-    kinds = defaultdict(list)  # a batch runs until its longest answer has ended
-    for item in sorted(questions, key=lambda item: str(item["pictures"])):
+    """Answers of one kind side by side, and among them the questions about a picture."""
+
+    def kind(item):  # a batch runs until its longest answer has ended
         _, text = item["turns"][-1]
         wants_a_word = SHORT in text or LETTER in text
-        kinds[COT in text, wants_a_word].append(item)
-    return [alike[i : i + size] for alike in kinds.values() for i in range(0, len(alike), size)]
+        return COT in text, wants_a_word, str(item["pictures"])
+
+    alike = sorted(questions, key=kind)
+    return [alike[i : i + size] for i in range(0, len(alike), size)]
 
 
 def encode_questions(vlm, tok, questions):
