@@ -318,9 +318,10 @@ def first_words(vlm, tok, text, ratio):
 
 def report(groups, out):
     """-> all pairs. Print what was dropped and why; the same as JSON beside the pairs."""
-    pairs, skipped, no_format = (
-        [one for group in groups for one in group[name]] for name in ("pairs", "skipped", "no_format")
-    )
+    of_all = lambda name: [one for group in groups for one in group[name]]
+    pairs = of_all("pairs")
+    skipped = of_all("skipped")
+    no_format = of_all("no_format")
     for reason in skipped[:5]:
         print(f"skipped: {reason}")
     counts = Counter(pairs=len(pairs), skipped=len(skipped))
