@@ -53,7 +53,7 @@ from support.io import reading, write_whole
 from support.log_probs import token_log_probs
 from support.lora import lora_off
 from support.weights import newest_run
-from train import Answering, TrainConfig, teach, to_device
+from train import TrainConfig, make_examples, teach, to_device
 
 # ---- the losses ----
 
@@ -168,8 +168,7 @@ class Preferring:
 
     def __init__(self, cfg, records, vlm, tok):
         self.cfg = cfg
-        as_answers = Answering(cfg, records, vlm, tok).examples
-        self.examples = PairExamples(**vars(as_answers))  # of the same template, tiles and length
+        self.examples = make_examples(PairExamples, cfg, records, vlm, tok)
         self.delta, self.n_delta = 0.0, 0  # the running mean of all rewards; of how many pairs
 
     def loss(self, vlm, batch):

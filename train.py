@@ -352,16 +352,7 @@ class Answering:
     collate = staticmethod(collate)
 
     def __init__(self, cfg, records, vlm, tok):
-        template = cfg.template or vlm.cfg.template
-        if cfg.stage == "pretrain" and not cfg.template:
-            template = find_template(template).captions
-        if cfg.augment and vlm.cfg.tiling:
-            raise UserError(f"--augment is for one tile a picture; mode {vlm.cfg.image_mode} cuts several")
-        longest = vlm.cfg.decoder.block_size
-        if cfg.max_length > longest:  # what is learned beyond it could never be asked
-            raise UserError(f"--max-length {cfg.max_length}: the decoder takes {longest} tokens, and no more")
-        max_length = cfg.max_length or longest
-        self.examples = Examples(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, max_length)
+        self.examples = make_examples(Examples, cfg, records, vlm, tok)
 
     @staticmethod
     def count(batch):
@@ -385,6 +376,19 @@ class Answering:
 
     def load_state_dict(self, state):
         pass
+
+
+def make_examples(Kind, cfg, records, vlm, tok):
+    """Records -> a Kind of data.Examples, with the flags' template, tiles and length."""
+    template = cfg.template or vlm.cfg.template
+    if cfg.stage == "pretrain" and not cfg.template:
+        template = find_template(template).captions
+    if cfg.augment and vlm.cfg.tiling:
+        raise UserError(f"--augment is for one tile a picture; mode {vlm.cfg.image_mode} cuts several")
+    longest = vlm.cfg.decoder.block_size
+    if cfg.max_length > longest:  # what is learned beyond it could never be asked
+        raise UserError(f"--max-length {cfg.max_length}: the decoder takes {longest} tokens, and no more")
+    return Kind(records, tok, template, vlm.cfg.vision, vlm.cfg.image_mode, cfg.max_length or longest)
 
 
 def to_device(batch, device):

@@ -26,7 +26,7 @@ from support.distributed import in_loader_process
 from support.io import write_whole
 from support.start import build
 from tools import tokenizer
-from train import Answering, TrainConfig, draw_toy_world, parse_flags
+from train import TrainConfig, draw_toy_world, make_examples, parse_flags
 
 
 @dataclass
@@ -54,7 +54,7 @@ def open_examples(cfg):
     if cfg.split_questions:
         records.split_questions()
     vlm, tok = build(cfg, device="meta")
-    return Shown(**vars(Answering(cfg, records, vlm, tok).examples))
+    return make_examples(Shown, cfg, records, vlm, tok)
 
 
 class Shown(PairExamples):
