@@ -117,7 +117,7 @@ def evaluate_benchmark(name, cfg, vlm, tok, out):
     files = write_results(bench, result, items, out)
     if cfg.show:
         files.append(draw_wrong(result["records"], cfg, out / "wrong.png"))
-    print(f"{report(result)}\n  {', '.join(map(str, files))}", flush=True)
+    print(f"{report(result)}\n  {', '.join(map(str, files))}")
     return result
 
 

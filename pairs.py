@@ -105,7 +105,7 @@ def ask_all(vlm, tok, records, cfg):
 
     progress = Progress(cfg.out + ".part", resume_flags(cfg, records.paths))
     n_done = len(progress.rows) * size
-    print(f"{n:,} questions, {min(n, n_done):,} of them asked before", flush=True)
+    print(f"{n:,} questions, {min(n, n_done):,} of them asked before")
     for first in Bar(range(n_done, n, size), cfg.method, unit="group"):
         seed = cfg.seed * 2**32 + first * 2**12  # of the group's place alone
         progress.add([ask_group(vlm, tok, records, rows[first : first + size], cfg, seed)])

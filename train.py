@@ -173,7 +173,7 @@ def teach(cfg, Task):
         torch.set_num_threads(cfg.threads)
     with processes(cfg) as device:
         cfg.compile = compiles(cfg, device)
-        print({name: value for name, value in asdict(cfg).items() if value not in ("", False)}, flush=True)
+        print({name: value for name, value in asdict(cfg).items() if value not in ("", False)})
 
         # The records, and how many steps they make.
         records = Records(cfg.data, cfg.image_root, cfg.data_weights, cfg.data_fraction, cfg.seed)
@@ -255,7 +255,7 @@ def fit(cfg, task, run, held_out=None):
     if cfg.minutes and not run.checkpoint:  # some steps are tried, to count how many there will be
         trial = (backward(models, task, batches, autocast) for batches in load_steps(cfg, task, run))
         run.n_step = count_steps(cfg.minutes, task, vlm, trial)
-    print(f"{run.n_step:,} steps of {cfg.batch_size}, from {len(task.examples):,} records", flush=True)
+    print(f"{run.n_step:,} steps of {cfg.batch_size}, from {len(task.examples):,} records")
 
     with run:
         for step, batches in enumerate(load_steps(cfg, task, run), run.first_step):

@@ -46,7 +46,7 @@ def make_connector(out, tok, cfg):
     placeless = take_out([*toyworld.SIZES, *" ".join(toyworld.PLACES).split()])
 
     # Features and targets of all the pictures, in lots of 50.
-    print("toy-connector: looks at the pictures first", flush=True)
+    print("toy-connector: looks at the pictures first")
     n_lot = math.ceil(min(8000, cfg.steps * 32) / 50)
     lots = [see_patches(vlm, tok, rng, cfg.parts) for _ in range(n_lot)]
     features, targets, nameless, cut = (torch.cat(parts) for parts in zip(*lots))

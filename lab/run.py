@@ -73,7 +73,7 @@ def main(argv=None):
             for column in columns:
                 share = measure(column, records)
                 results[f"{row}, {column}"].append(share)
-                print(f"seed {seed}, {row}, {column}: {share:.1%}", flush=True)
+                print(f"seed {seed}, {row}, {column}: {share:.1%}")
 
     # Of its page the words stay; rows, claims and what was needed for them become those of this run.
     seconds = sum(read_json(out.with_suffix(".json"))["seconds"] for out in made)

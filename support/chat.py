@@ -168,6 +168,6 @@ def print_answer(chat, question):
         if chat.cfg.prompt or not on_terminal():
             raise
         remark = str(error) or "stopped"
-    print(chat.answer.text if chat.trace else "", flush=True)
+    print(chat.answer.text if chat.trace else "")
     if remark:
         print(f"[{remark}]", file=sys.stderr)

@@ -134,6 +134,8 @@ def preset_plan(cfg):
         changes["merge"] = 2
         parts["connector"] = "norm_gelu"
     towers = [check_tower(replace(tower, **changes)) for tower in towers]
+    if len(towers) > 2:
+        raise UserError(f"--vision {cfg.vision}: names {len(towers)} towers; give one, or two")
     if len(towers) == 2:
         parts = {"vision2": towers[1], "connector": "fused_gelu"}
     if cfg.connector:

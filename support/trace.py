@@ -58,5 +58,5 @@ class Trace:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
-        print(f"{what:>10} {1000 * (now - self.told):8.1f} ms  {text}", file=sys.stderr, flush=True)
+        print(f"{what:>10} {1000 * (now - self.told):8.1f} ms  {text}", file=sys.stderr)
         self.told = now

@@ -598,6 +598,9 @@ def test_what_does_not_fit_together_is_said_before_any_weight_is_read(go, tiny, 
     without_content(tmp_path / "p.safetensors", {"model.mm_projector.weight": (32, 8)})
     assert "p.safetensors: " in refused("--projector", tmp_path / "p.safetensors")
 
+    clip = str(ROOT / "assets" / "toy-clip")
+    assert "names 3 towers" in refused("--model", "toy", "--vision", ",".join([clip] * 3))
+
     for flag in "--model", "--vision", "--llm":
         preset = [] if flag == "--model" else ["--model", "llava-1.5-7b"]
         assert "hf download some/model-7b --local-dir DIR" in refused(*preset, flag, "some/model-7b")

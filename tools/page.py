@@ -140,7 +140,7 @@ def main(argv=None):
         page = Page(Chat(vlm, tok, cfg), cfg.port)
     except OSError as error:
         raise UserError(f"--port {cfg.port}: {error.strerror}; give another, or 0 for any") from None
-    print(f"http://{page.host}  (Ctrl-C ends it)", flush=True)
+    print(f"http://{page.host}  (Ctrl-C ends it)")
     page.serve_forever()
 
 
