@@ -48,7 +48,7 @@ from conversation import encode_conversation
 from data import Examples, collate
 from model import IGNORE, PRESETS
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
-from support.distributed import load_steps, precision
+from support.distributed import load_steps, precision, world_size
 from support.io import reading, write_whole
 from support.log_probs import token_log_probs
 from support.lora import lora_off
@@ -348,7 +348,7 @@ DEFAULTS = dict(out="out/mpo", lr=1e-4, weight_decay=0.05, bad_records="skip")
 
 def main(argv=None, Config=MPOConfig, Task=Preferring, description=__doc__):
     cfg = parse(Config, argv, description, DEFAULTS)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         raise UserError("mpo.py runs in one process: start it without torchrun")
     if cfg.model in PRESETS:
         raise UserError(
