@@ -13,8 +13,8 @@ tokens (Tokenizer.image) as the picture has visual tokens. An "<image>" that a u
 
 Where this departs from the code of LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) and InternVL
 (arXiv:2411.10442):
-  - Where a LLaVA question ends in its only picture, "question\\n<image>", the <image> is moved to the front.
-    The original does so wherever it stands, and makes one of several; here they stay as they were written.
+  - LLaVA moves every <image> to the front of its question, and makes one of several. Here only a question
+    with a single <image>, at its end ("question\\n<image>"), is changed so; others stay as they were written.
   - "</s>", "<|im_end|>" or "<IMG_CONTEXT>" typed by a user stays text. The originals turn it into the
     control token.
   - After </s> comes "USER" without a leading space, one id in Llama's vocabulary, which is what
@@ -124,7 +124,7 @@ def encode_turns(tok, turns, template_name, n_visual):
     return tokens, labels
 
 
-def arrange_turns(turns, template_name, n_image):
+def arrange_turns(turns, template_name, n_picture):
     """Check the turns, and bring every <image> to its place."""
     template = find_template(template_name)
     if turns and turns[0][0] == "gpt":
@@ -136,42 +136,42 @@ def arrange_turns(turns, template_name, n_image):
             raise UserError(f"turn {k + 1} is from {role!r}; turns must go human, gpt, human, gpt")
         if role == "gpt" and not text.strip():
             raise UserError(f"the answer in turn {k + 1} is empty; write it or drop the record")
-        if role == "gpt" and "<image>" in text and n_image:
+        if role == "gpt" and "<image>" in text and n_picture:
             raise UserError(f"the answer in turn {k + 1} holds <image>; pictures stand in questions")
     if len(turns) > 2 and template.human is None:
         raise UserError(f"template {template_name} takes one question and one answer, not {len(turns)} turns")
-    if not template.keep_question and not n_image:
+    if not template.keep_question and not n_picture:
         raise UserError(f"template {template_name} needs a picture; use another --template for text alone")
 
     # One <image> for each picture. A single picture may come without.
-    if n_image == 1:
+    if n_picture == 1:
         turns = put_in_front(turns, 1)
     n_marker = sum(text.count("<image>") for _, text in turns)
-    if n_image and n_marker != n_image:
-        raise UserError(f"{n_marker} <image> for {n_image} pictures; write one for each in the questions")
-    return [(role, tidy_text(text, role, template, n_image)) for role, text in turns]
+    if n_picture and n_marker != n_picture:
+        raise UserError(f"{n_marker} <image> for {n_picture} pictures; write one for each in the questions")
+    return [(role, tidy_text(text, role, template, n_picture)) for role, text in turns]
 
 
-def tidy_text(text, role, template, n_image):
+def tidy_text(text, role, template, n_picture):
     """A turn's text as the original model's data code leaves it."""
     stripped = text.strip()
     if role == "human" and not template.keep_question:  # stage 1
         return "<image>" * text.count("<image>")
     if template.tidy == "image first":  # LLaVA: a lone picture at either end of a question comes to the front
         at_an_end = stripped.startswith("<image>") or stripped.endswith("\n<image>")
-        if n_image and text.count("<image>") == 1 and at_an_end:
+        if n_picture and text.count("<image>") == 1 and at_an_end:
             return ("<image>\n" + stripped.replace("<image>", "").strip()).strip()
     if "<image>" in template.first:  # Prismatic: all pictures stand right after <s>
         stripped = text.replace("<image>", "").strip()
     return stripped if template.tidy == "strip" else text
 
 
-def put_in_front(turns, n_image):
+def put_in_front(turns, n_picture):
     """Begin the first question with an <image> for each picture, if no turn says where they stand."""
-    if not n_image or any("<image>" in text for _, text in turns):
+    if not n_picture or any("<image>" in text for _, text in turns):
         return turns
     role, text = turns[0]
-    return [(role, "<image>" * n_image + "\n" + text), *turns[1:]]
+    return [(role, "<image>" * n_picture + "\n" + text), *turns[1:]]
 
 
 def as_text(text):
@@ -185,7 +185,7 @@ class Piece(NamedTuple):
     supervised: bool
 
 
-def split_turns(turns, template, n_image):
+def split_turns(turns, template, n_picture):
     """Cut a conversation into texts and the special tokens between them. -> [Piece]"""
     pieces = []
     supervised = False
@@ -195,12 +195,12 @@ def split_turns(turns, template, n_image):
         elif k > 0:
             frame = template.human
         else:
-            frame = template.first.replace("<image>", "<image>" * n_image)
+            frame = template.first.replace("<image>", "<image>" * n_picture)
         before, after = frame.split("{}")
 
         # Control tokens come from the template alone. What a user types may hold pictures, nothing else;
         # where there are none, "<image>" is a word.
-        typed = "(<image>)" if n_image else NOWHERE
+        typed = "(<image>)" if n_picture else NOWHERE
         for part, specials in (before, CONTROL), (text, typed), (after, CONTROL):
             for j, stretch in enumerate(re.split(specials, part)):  # text, special, text, ..., special, text
                 is_special = j % 2 == 1

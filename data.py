@@ -100,7 +100,7 @@ class Examples(Dataset):
             self.last_pictures = to_show, pictures, n_visual
         return pictures, n_visual
 
-    # The next two are other ones for preference pairs (mpo.py).
+    # mpo.py has other forms of the next two, for preference pairs.
 
     def open_picture(self, path, record):
         return open_image(path, "the path and --image-root")

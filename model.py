@@ -220,11 +220,11 @@ class VLM(nn.Module):
         visual = x.new_empty(0, x.shape[-1])                                # (M, D)
         if features is not None:
             visual = self.connector(features, layout)
-        n_image = int(is_image.sum())
-        if n_image != len(visual):
+        n_image_token = int(is_image.sum())
+        if n_image_token != len(visual):
             raise ValueError(
-                f"{n_image} image tokens in the batch, {len(visual)} visual tokens from the pictures: each "
-                "picture needs as many image tokens as its layout has entries (conversation.py makes them)"
+                f"{n_image_token} image tokens in the batch, {len(visual)} visual tokens from the pictures: "
+                "each picture needs an image token for each entry of its layout (conversation.py makes them)"
             )
         return x.masked_scatter(is_image[:, :, None], visual.to(x.dtype))
 
@@ -252,13 +252,15 @@ class VLM(nn.Module):
         generator = None
         if sampling.seed is not None:
             generator = torch.Generator(device).manual_seed(sampling.seed)
-        room = self.cfg.decoder.block_size - T
-        if not 1 <= max_new_tokens <= room:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; after a prompt of {T} it is 1 to {room}")
+        n_free = self.cfg.decoder.block_size - T
+        if not 1 <= max_new_tokens <= n_free:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; after a prompt of {T} it is 1 to {n_free}")
         lengths = torch.as_tensor([T] * B if lengths is None else lengths, device=device)
         stop = torch.tensor(stop or [self.cfg.eos_token], device=device)
 
-        # Prefill. In the cache a row's answer begins at place T, and no token of it sees the padding before.
+        # Prefill. In the cache every row's answer begins at place T, and sees no padding; of two rows, with A
+        # and a their answers and . padding:    x x x x x A A A
+        #                                       y y y . . a a a
         cache = self.decoder.new_cache(B, T + max_new_tokens)
         features = history.features(self, pixels) if history else self.features(pixels)
         x = self.embed(tokens, features, layout)                            # (B, T, D)
@@ -407,7 +409,10 @@ class Decoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """RMSNorm(x) = x / rms(x) * weight     arXiv:1910.07467, Eq. 4; the statistics in float32, as in Llama"""
+    """h = x + Attention(RMSNorm(x)), out = h + SwiGLU(RMSNorm(h))
+
+    RMSNorm(x) = x / rms(x) * weight: arXiv:1910.07467, Eq. 4; its statistics in float32, as in Llama
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -529,6 +534,6 @@ def pick_token(logits, sampling, generator=None):
 
     # A token goes when those above it already hold top_p. The likeliest has none above it, and stays.
     above = p.cumsum(-1) - p
-    p[:, 1:][above[:, 1:] >= sampling.top_p] = 0
+    p[above >= sampling.top_p] = 0
     drawn = torch.multinomial(p, 1, generator=generator)                    # (B, 1)
     return ids.gather(-1, drawn)[:, 0]

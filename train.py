@@ -210,12 +210,10 @@ def make_trainable(vlm, cfg):
     if cfg.train:
         chosen = cfg.train.split(",")
     else:
-        is_preset = cfg.model in PRESETS  # of which a part without a file starts from random weights
-        chosen = ["connector"]
-        if cfg.stage == "finetune" or is_preset and not cfg.llm:
-            chosen.append("llm")
-        if is_preset and not cfg.vision:
-            chosen.append("vision")
+        chosen = {"pretrain": ["connector"], "finetune": ["connector", "llm"]}[cfg.stage]
+        for part, file in ("llm", cfg.llm), ("vision", cfg.vision):
+            if cfg.model in PRESETS and not file:  # it starts from random weights
+                chosen.append(part)
     for name, p in vlm.named_parameters():
         p.requires_grad = part_of(name) in chosen
     for tower in vlm.towers:  # what comes behind the features
@@ -224,7 +222,7 @@ def make_trainable(vlm, cfg):
 
     if cfg.weights == "bfloat16":
         vlm.bfloat16()
-    add_lora_of_flags(vlm, cfg)  # after that: it stays in float32
+    add_lora_of_flags(vlm, cfg)  # after the cast, so that the adapter keeps float32
     vlm.decoder.recompute = cfg.recompute
 
 
@@ -284,9 +282,10 @@ def fit(cfg, task, run, held_out=None):
 
             # Now and then: ask held-out questions, then save, so that a resumed run knows of all looks before
             # its checkpoint. The last step is saved even at save_every 0.
-            if held_out and is_due(step, cfg.eval_every, run.n_step):
+            is_last = step == run.n_step
+            if held_out and cfg.eval_every and (is_last or step % cfg.eval_every == 0):
                 held_out.measure(run, step)
-            if is_due(step, cfg.save_every, run.n_step) or run.interrupted or step == run.n_step:
+            if is_last or run.interrupted or cfg.save_every and step % cfg.save_every == 0:
                 run.save()
             if run.interrupted:
                 run.say(f"interrupted: step {step} is saved; go on with the same command and --resume")
@@ -311,7 +310,7 @@ def backward(models, task, batches, autocast=None):
     def add_part(vlm, batch, count):
         with autocast or nullcontext():
             mean, more = task.loss(vlm, batch)
-        share = count / n * world_size()  # gradients are averaged over the processes (1 here)
+        share = count / n * world_size()  # of which average_gradients takes the mean; 1 without torchrun
         part = mean * share
         if part.requires_grad:  # texts alone teach a connector nothing
             part.backward()
@@ -334,10 +333,6 @@ def lr_at(step, n_step, peak, warmup):
     if n_done < n_warmup:
         return peak * n_done / n_warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (n_done - n_warmup) / (n_step - n_warmup)))
-
-
-def is_due(step, every, n_step):
-    return every > 0 and (step % every == 0 or step == n_step)
 
 
 # ---- the task of answering ----

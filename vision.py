@@ -4,8 +4,9 @@
     tiles --ViT--> features (n, N, D_f), taken after an inner block of the ViT
 
 A layout lists the visual tokens in the order in which the decoder reads them: the number of its tile, and its
-place among the N of that tile. LLaVA-1.5 makes one tile of a picture and reads all of it:
-    [[0, 0], [0, 1], ..., [0, N - 1]]
+place among the N of that tile. LLaVA-1.5 makes one tile of a picture, 336 px a side. These are
+(336 / 14)^2 = 576 patches, of each a feature of 1,024 channels, and it reads them all:
+    [[0, 0], [0, 1], ..., [0, 575]]
 Of several tiles the order may run across them, tokens of padding may be left out, and [-1, 0] stands for the
 learned embedding that ends a row (support/tiling.py). The model picks its features by one indexing, however
 the tiles were cut, and M is counted nowhere else.
@@ -55,6 +56,12 @@ class VisionConfig:
     n_hidden: int = 4096             # width of the MLP
     activation: str = "quick_gelu"   # one of ACTIVATIONS
     norm_eps: float = 1e-5
+    feature_layer: int = -2          # hidden state to read: 0 = before block 1, -1 = after the last block
+    mean: tuple = CLIP_MEAN
+    std: tuple = CLIP_STD
+    tiling: Tiling | None = None     # None: TILINGS[image_mode]; a trained or a public model has its own
+
+    # What other towers have otherwise. Leave it for later.
     class_token: bool = True
     n_register: int = 0              # DINOv2's, between class token and patches; they carry no position
     pre_norm: bool = True            # a LayerNorm between the position table and the first block (CLIP)
@@ -63,10 +70,6 @@ class VisionConfig:
     final_norm: bool = True          # kept so that every tensor of the file has a place; never run
     rms_norm: bool = False           # InternViT-6B: RMSNorm, of queries and keys, too; q, k, v without bias
     merge: int = 1                   # InternVL: merge x merge patches become one token, merge^2 as wide
-    feature_layer: int = -2          # hidden state to read: 0 = before block 1, -1 = after the last block
-    mean: tuple = CLIP_MEAN
-    std: tuple = CLIP_STD
-    tiling: Tiling | None = None     # None: TILINGS[image_mode]; a trained or a public model has its own
 
     @property
     def grid(self):  # patches a side; a remainder (SigLIP: 384 = 27 * 14 + 6) stays unseen
@@ -253,11 +256,11 @@ def make_square(image, cfg, mode):
         if mode == "letterbox":
             canvas_size = w + (side - w) // 2 * 2, h + (side - h) // 2 * 2
         image = center_on_canvas(image, canvas_size, mean_color(cfg))
-    return center_crop(scale_short(image, S), S, S)
+    return center_crop(scale_short(image, S), S, S)  # of a square there is nothing to crop
 
 
 def mean_color(cfg):
-    """The mean colour, which is near 0 for the tower."""
+    """The mean colour, which normalize_pixels makes nearly 0."""
     return tuple(int(255 * m) for m in cfg.mean)
 
 
