@@ -534,6 +534,6 @@ def pick_token(logits, sampling, generator=None):
 
     # A token goes when those above it already hold top_p. The likeliest has none above it, and stays.
     above = p.cumsum(-1) - p
-    p[above >= sampling.top_p] = 0
+    p[:, 1:][above[:, 1:] >= sampling.top_p] = 0
     drawn = torch.multinomial(p, 1, generator=generator)                    # (B, 1)
     return ids.gather(-1, drawn)[:, 0]
