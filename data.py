@@ -72,7 +72,7 @@ class Examples(Dataset):
     def __getitem__(self, i):
         try:
             return self.make_example(self.records[i])
-        except UserError as error:  # whether to stop is for all processes to decide: Run.note_bad_records
+        except UserError as error:  # all processes decide whether to stop: Run in support/checkpoint.py
             return {"skipped": str(error), "number": i}
 
     def make_example(self, record):
