@@ -28,13 +28,14 @@ from vision import join_tiles
 def mean_weights(decoder, x, rows):
     """Embeddings (1, T, D); the positions (K,) of those that look -> (K, T)."""
     rope = rotary_angles(torch.arange(x.shape[1], device=x.device)[None], decoder.cfg)
+    n_early = len(decoder.layers) // 2
     found = []
-    for layer in decoder.layers:
-        weights = attention_weights(layer.self_attn, layer.input_layernorm(x), rope, rows)
-        found.append(weights.mean(0))
+    for i, layer in enumerate(decoder.layers):
+        if i >= n_early:
+            weights = attention_weights(layer.self_attn, layer.input_layernorm(x), rope, rows)
+            found.append(weights.mean(0))
         x = layer(x, rope)
-    later = found[len(found) // 2 :]
-    return sum(later) / len(later)
+    return sum(found) / len(found)
 
 
 def attention_weights(attn, x, rope, rows):
