@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from common import ROOT, errors
 from PIL import Image
 
@@ -866,22 +867,32 @@ def test_two_runs_and_one_killed_and_resumed_write_the_same_results(toy, tmp_pat
     whole = (tmp_path / "a/results.json").read_bytes()
     assert (tmp_path / "b/results.json").read_bytes() == whole
 
-    calls, answer = [], sample.answer
+    answered, answer = [], sample.answer
 
-    def dies(*args):
-        calls.append(None)
-        if len(calls) == 3:
+    def counts(*args):
+        if killed and len(answered) == 2:
             raise KeyboardInterrupt
-        return answer(*args)
+        found = answer(*args)
+        answered.append(None)
+        return found
 
-    monkeypatch.setattr(sample, "answer", dies)
+    monkeypatch.setattr(sample, "answer", counts)
+    killed = True
     assert toy(out="c") == 130 and not (tmp_path / "c/results.json").exists()
     with open(tmp_path / "c/progress.jsonl", "a") as log:
         log.write('{"column": "direct", "id"')  # a line torn by the kill
+    killed = False
     assert toy("--resume", out="c") == 0
     assert (tmp_path / "c/results.json").read_bytes() == whole
     n_batches = 2 * len(json.loads(whole)["records"]) / 2  # two columns, batches of two
-    assert len(calls) == n_batches + 1  # only the one that died came again
+    assert len(answered) == n_batches  # none that was answered came again
+
+
+def test_two_threads_with_a_batch_each_write_what_one_writes(toy, tmp_path, monkeypatch):
+    assert toy(out="one") == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert toy(out="two") == 0
+    assert (tmp_path / "two/results.json").read_bytes() == (tmp_path / "one/results.json").read_bytes()
 
 
 def test_show_draws_wrong_answers_under_their_pictures(toy, tmp_path):
