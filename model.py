@@ -317,15 +317,15 @@ class Connector(nn.Module):
         super().__init__()
         kind = CONNECTORS[cfg.connector]
         n_in, D = cfg.feature_width, cfg.decoder.n_embd
-        self.D = D
-        self.n_linear = kind.n_linear
         self.norm = nn.LayerNorm(n_in) if kind.norm else nn.Identity()
         widths = [D] * kind.n_linear
         if kind.widening:
             widths[0] = kind.widening * n_in
-        for i, width in enumerate(widths, 1):
-            self.add_module(f"linear_{i}", nn.Linear(n_in, width))  # fresh weights are PyTorch's own
+        layers = []
+        for width in widths:
+            layers += [nn.Linear(n_in, width), nn.GELU()]                   # fresh weights are PyTorch's own
             n_in = width
+        self.layers = nn.Sequential(*layers[:-1])                           # no GELU after the last
         self.row_end = None
         self.set_row_end(cfg.ends_rows)
 
@@ -333,8 +333,8 @@ class Connector(nn.Module):
         if not ends_rows:
             self.row_end = None
         elif self.row_end is None:
-            self.row_end = nn.Parameter(self.linear_1.bias.new_empty(self.D))
-            nn.init.normal_(self.row_end, std=self.D**-0.5)
+            self.row_end = nn.Parameter(torch.empty_like(self.layers[-1].bias))
+            nn.init.normal_(self.row_end, std=len(self.row_end) ** -0.5)
 
     def forward(self, features, layout=None):
         """Features of all tiles (n, N, D_f) -> visual tokens (M, D) in the order of the layout.
@@ -346,21 +346,15 @@ class Connector(nn.Module):
         if layout is None:
             if self.row_end is not None:
                 raise ValueError("this model's pictures come with a layout (vision.cut_tiles); give it, too")
-            return self.translate(x)
+            return self.layers(self.norm(x))
 
         index = layout[:, 0] * N + layout[:, 1]                             # (M,), negative for a row end
-        x = self.translate(x.index_select(0, index.clamp(min=0)))           # (M, D)
+        x = x.index_select(0, index.clamp(min=0))                           # (M, D_f)
+        x = self.layers(self.norm(x))                                       # (M, D)
         if self.row_end is not None:
             return torch.where(index[:, None] < 0, self.row_end.to(x.dtype), x)
         if (index < 0).any():
             raise ValueError("the pictures have row ends and the model none: cut them in its own mode")
-        return x
-
-    def translate(self, x):
-        """(M, D_f) -> (M, D)"""
-        x = self.linear_1(self.norm(x))
-        for i in range(2, self.n_linear + 1):
-            x = self.get_submodule(f"linear_{i}")(F.gelu(x))
         return x
 
 

@@ -25,14 +25,16 @@ TO_CLIP = {ours: public for public, ours in CLIP_NAMES.items()}
 TO_LLAVA = {
     "^vision.": "vision_tower.vision_model.^",
     "^connector.row_end": "image_newline",
-    "^connector.": "multi_modal_projector.",
+    "^connector.layers.0.": "multi_modal_projector.linear_1.",
+    "^connector.layers.2.": "multi_modal_projector.linear_2.",
     "^decoder.lm_head.": "language_model.lm_head.",
     "^decoder.": "language_model.model.",
 } | TO_CLIP
 TO_PEFT = {                          # over the model as transformers 5 names it inside
     "^vision.": "base_model.model.model.vision_tower.^",
     "^connector.row_end": "base_model.model.model.image_newline",
-    "^connector.": "base_model.model.model.multi_modal_projector.",
+    "^connector.layers.0.": "base_model.model.model.multi_modal_projector.linear_1.",
+    "^connector.layers.2.": "base_model.model.model.multi_modal_projector.linear_2.",
     "^decoder.lm_head.": "base_model.model.lm_head.",
     "^decoder.": "base_model.model.model.language_model.",
     ".lora_A": ".lora_A.weight",

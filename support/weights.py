@@ -114,21 +114,21 @@ PART_NAMES = {
     "^vision_backbone.clip_featurizer.": "vision2.",
     "^vision_backbone.fused_featurizer.": "vision2.",
     "^llm_backbone.llm.": "decoder.",
-    "^projector.projector.": "connector.",
+    "^projector.projector.": "connector.layers.",
     "^projector.fc": "connector.linear_",
-    # the original LLaVA
-    "^mm_projector.": "connector.",
-    # Linear layers that are numbered, the GELUs between them counted; a single one is not.
-    "connector.0.": "connector.linear_1.",
-    "connector.2.": "connector.linear_2.",
-    "connector.4.": "connector.linear_3.",
-    "connector.weight": "connector.linear_1.weight",
-    "connector.bias": "connector.linear_1.bias",
+    # the original LLaVA, in which a single layer has no number
+    "^mm_projector.weight": "connector.layers.0.weight",
+    "^mm_projector.bias": "connector.layers.0.bias",
+    "^mm_projector.": "connector.layers.",
     # InternVL, whose decoder is called as in llava-hf
     "^vision_model.": "vision.",
     "^mlp1.0.": "connector.norm.",
-    "^mlp1.1.": "connector.linear_1.",
-    "^mlp1.3.": "connector.linear_2.",
+    "^mlp1.1.": "connector.layers.0.",
+    "^mlp1.3.": "connector.layers.2.",
+    # Of linear layers we count the GELUs between them, too, as LLaVA does.
+    "connector.linear_1.": "connector.layers.0.",
+    "connector.linear_2.": "connector.layers.2.",
+    "connector.linear_3.": "connector.layers.4.",
     # our own layout
     "^vision": "vision",
     "^connector.": "connector.",

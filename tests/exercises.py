@@ -24,8 +24,8 @@ def test_connector(tok):
     """model.py: give CONNECTORS a third size, "mlp3x_gelu": three linear layers, a GELU between each two."""
     connector = model.VLM(tiny_config(tok, connector="mlp3x_gelu")).connector
     features = torch.randn(1, 16, 32)
-    x = F.gelu(connector.linear_2(F.gelu(connector.linear_1(features[0]))))
-    assert_close(connector(features), connector.linear_3(x))
+    x = F.gelu(connector.layers[2](F.gelu(connector.layers[0](features[0]))))
+    assert_close(connector(features), connector.layers[4](x))
 
 
 def test_resize():

@@ -193,10 +193,10 @@ def narrow(connector="mlp2x_gelu"):
 
 def projector(vlm, prefix="model.mm_projector."):
     """One layer has no number; of several the GELUs between them are counted, too."""
-    numbers = {"linear_1.": "0.", "linear_2.": "2.", "linear_3.": "4."}
+    names = {name: name.removeprefix("layers.") for name in parts(vlm, "connector")}
     if vlm.cfg.connector == "linear":
-        numbers = {"linear_1.": ""}
-    return {prefix + numbers[name[:9]] + name[9:]: t for name, t in parts(vlm, "connector").items()}
+        names = {name: name.removeprefix("layers.0.") for name in names}
+    return {prefix + names[name]: t for name, t in parts(vlm, "connector").items()}
 
 
 def original(folder, vlm, tower=False, **config):

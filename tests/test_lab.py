@@ -550,4 +550,4 @@ def test_a_run_that_does_not_finish_ends_the_experiment(tmp_path, monkeypatch):
 
 def test_a_linear_connector_is_one_flag(tmp_path):
     vlm, _ = build(train.parse_flags(["--connector", "linear"]), device="meta")
-    assert vlm.connector.n_linear == 1
+    assert len(vlm.connector.layers) == 1

@@ -247,7 +247,7 @@ def test_a_lora_is_merged_over_its_base(tmp_path, file):
     base, tuned = narrow(), narrow()
     clip = str(clip_folder(tmp_path / "clip", base))
     under = str(original(tmp_path / "base", base))
-    nn.init.normal_(tuned.connector.linear_2.bias)
+    nn.init.normal_(tuned.connector.layers[2].bias)
     lora, A, B = original_lora(tmp_path / "lora", tmp_path / "base", tuned, file, 1, "q_proj")
     tuned.decoder.layers[1].self_attn.q_proj.weight += 4 / 2 * B @ A
 

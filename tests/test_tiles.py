@@ -347,7 +347,7 @@ def test_a_row_end_stands_where_the_layout_says_and_a_patch_everywhere_else():
     connector = lively(Connector(VLMConfig(TOWERS["hd"], DecoderConfig(n_embd=32), image_mode="hd")))
     tiles, layout = cut_tiles(noise(60, 28), TOWERS["hd"], "hd")
     features = torch.randn(len(tiles), 16, 32)
-    translated = connector.linear_2(F.gelu(connector.linear_1(features)))
+    translated = connector.layers[2](F.gelu(connector.layers[0](features)))
     for row, (tile, patch) in zip(connector(features, layout), layout.tolist(), strict=True):
         assert_close(row, connector.row_end if tile < 0 else translated[tile, patch])
 
@@ -540,7 +540,7 @@ def test_hd_starts_from_a_connector_that_never_saw_a_tile(go, capsys):
     assert go("hd", "--projector", "stage1", "--lr", "1e-9", "--max-steps", 1, out="stage2") == 0
     one, two = VLM.from_pretrained("stage1"), VLM.from_pretrained("stage2")
     assert_close(
-        one.connector.linear_1.weight, two.connector.linear_1.weight
+        one.connector.layers[0].weight, two.connector.layers[0].weight
     ) and two.connector.row_end is not None
 
 

@@ -302,7 +302,7 @@ def test_stage_2_starts_from_the_connector_of_stage_1(go, tiny, world):
     assert not torch.equal(learned, weights(tiny)[name])
     for projector in "one", "one/model.safetensors":
         vlm, _ = support_start.build(train.TrainConfig(model=str(tiny), projector=projector))
-        assert torch.equal(vlm.connector.linear_1.weight, learned)
+        assert torch.equal(vlm.connector.layers[0].weight, learned)
 
 
 # ---- the same run again ----
