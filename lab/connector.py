@@ -40,7 +40,7 @@ def make_connector(out, tok, cfg):
     def take_out(words):
         """What takes out of a row all that the embeddings of these words span (D, D)."""
         spanned = vlm.decoder.embed_tokens.weight.detach()[[tok.encode(word)[-1] for word in words]]
-        return torch.eye(vlm.connector.D) - torch.linalg.pinv(spanned) @ spanned
+        return torch.eye(vlm.cfg.decoder.n_embd) - torch.linalg.pinv(spanned) @ spanned
 
     colorless = take_out(toyworld.COLORS)
     placeless = take_out([*toyworld.SIZES, *" ".join(toyworld.PLACES).split()])
