@@ -10,8 +10,8 @@ The way of a record:
                              picture is a run of image-token ids, one a visual token, by conversation.py
           --collate-->       a batch: tokens (B, T), labels (B, T), padded on the right;
                              pixels and layout of all its pictures
-draw_steps says which records a step shows, and micro_batches cuts their examples into batches that fit in
-memory. Worker processes do all this ahead of the training: load_steps in support/distributed.py.
+draw_steps says which records a step shows, micro_batches cuts their examples into batches that fit in
+memory, and load_steps does all this in worker processes, ahead of the training.
 
 FILE is a JSON list, or has one record per line (JSON lines). A record is one of these:
     {"id", "image", "conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
@@ -31,13 +31,15 @@ Where this departs from LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) a
     python -m tools.show check FILE --image-root DIR     # missing and broken pictures, lengths, labels
 """
 
+import multiprocessing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import vision
 from conversation import Tokenizer, encode_conversation, find_template
@@ -45,6 +47,7 @@ from model import IGNORE
 from support.cli import UserError
 from support.data_files import Records, picture_paths
 from support.picture_files import open_image
+from support.processes import in_loader_process, rank, share_by_rank, world_size
 
 # ---- examples and batches ----
 
@@ -216,3 +219,38 @@ def draw_steps(group_sizes, size, n_step, seed):
     order = endless_epochs()
     for _ in range(n_step):
         yield list(islice(order, size))
+
+
+# ---- the loader ----
+
+
+def load_steps(cfg, task, run):
+    """Yield (step, its micro-batches), from the first step that is still to do.
+
+    Worker processes prepare them ahead. With several GPUs each gets its share of every step's records.
+    """
+    records = task.examples.records
+    n_token = run.vlm.cfg.vision.n_token
+    order = draw_steps(records.group_sizes, cfg.batch_size, run.n_step, cfg.seed)
+    of_this_process = (
+        share_by_rank(numbers, records, n_token, rank(), world_size())
+        for numbers in islice(order, run.first_step - 1, None))
+    to_micro_batches = partial(
+        micro_batches, size=cfg.micro_batch_size, pad=run.tok.pad, budget=cfg.token_budget,
+        collate=task.collate)
+
+    # What the loader takes for one batch is a step: a list of micro-batches.
+    loaded = iter(DataLoader(
+        task.examples, batch_sampler=of_this_process, num_workers=cfg.workers, collate_fn=to_micro_batches,
+        pin_memory=run.vlm.device.type == "cuda", worker_init_fn=in_loader_process))
+    workers = multiprocessing.active_children()
+    for step, batches in enumerate(loaded, run.first_step):
+        run.note_bad_records(batches)
+        torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run draws the same
+        if cfg.augment:
+            for batch in batches:
+                augment(batch["pixels"])
+        yield step, batches
+        # PyTorch tells of a killed loader only once, amid whatever runs then, which may swallow the error.
+        if any(process.exitcode for process in workers):
+            raise RuntimeError("DataLoader worker was killed")

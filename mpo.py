@@ -45,13 +45,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conversation import encode_conversation
-from data import Examples, collate
+from data import Examples, collate, load_steps
 from model import IGNORE, PRESETS
 from support.cli import REQUIRED, Bar, UserError, arg, parse, run_program
-from support.distributed import load_steps, precision, world_size
+from support.distributed import precision
 from support.io import reading, write_whole
 from support.log_probs import token_log_probs
 from support.lora import lora_off
+from support.processes import world_size
 from support.weights import newest_run
 from train import TrainConfig, make_examples, teach, to_device
 
@@ -228,7 +229,7 @@ class Preferring:
         vlm = run.vlm
         vlm.eval()  # no dropout in a reference
         with precision(self.cfg, vlm.device):
-            for batches in Bar(steps, "reference", n_step, unit="step"):
+            for _, batches in Bar(steps, "reference", n_step, unit="step"):
                 for batch in batches:
                     if self.count(batch):
                         s, _ = pair_log_probs(vlm, to_device(batch, vlm.device))

@@ -39,7 +39,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is loaded
 import torch
 
 from conversation import find_template
-from data import Examples, augment, collate
+from data import Examples, collate, load_steps
 from model import IGNORE, PRESETS
 from support.checkpoint import FREE_TO_CHANGE, Run
 from support.cli import UserError, arg, run_program
@@ -48,20 +48,16 @@ from support.distributed import (
     average_gradients,
     compiles,
     full_tensor,
-    gather,
-    load_steps,
     parallelize,
     precision,
-    processes,
-    rank,
     with_fillers,
-    world_size,
 )
 from support.flags import MoreFlags, parse_with_recipe
 from support.heldout import HeldOut
 from support.lora import add_lora_of_flags
 from support.optim import PARTS, make_optimizer, part_of
 from support.plan import count_steps, dry_run, print_parameters
+from support.processes import gather, processes, world_size
 from support.start import ASSETS, TOY, build
 from support.threads import add_gradients, make_twins
 from support.weights import load_adapter
@@ -251,34 +247,25 @@ def fit(cfg, task, run, held_out=None):
     run.restore(optimizer)
     models = [vlm, *make_twins(vlm, task, cfg)]
     if cfg.minutes and not run.checkpoint:  # some steps are tried, to count how many there will be
-        trial = (backward(models, task, batches, autocast) for batches in load_steps(cfg, task, run))
+        trial = (backward(models, task, batches, autocast) for _, batches in load_steps(cfg, task, run))
         run.n_step = count_steps(cfg.minutes, task, vlm, trial)
     print(f"{run.n_step:,} steps of {cfg.batch_size}, from {len(task.examples):,} records")
 
     with run:
-        for step, batches in enumerate(load_steps(cfg, task, run), run.first_step):
+        for step, batches in load_steps(cfg, task, run):
             lr = lr_at(step, run.n_step, cfg.lr, cfg.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * (group["peak_lr"] / cfg.lr)
-            torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run draws the same
-            if cfg.augment:
-                for batch in batches:
-                    augment(batch["pixels"])
 
             # One step: the gradient of all its micro-batches, clipped, then AdamW.
             loss, metrics = backward(models, task, batches, autocast)
             grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, cfg.clip)).item()
-            if not math.isfinite((loss or 0.0) + grad_norm):
-                ids = ", ".join(record_id for batch in batches for record_id in batch["record_ids"])
-                raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
-                                f"lower --lr, or look at the records {ids}")
+            check_finite(step, loss, grad_norm, batches)
             run.half_done = True  # until log_step: an error on the way must not save this step
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            metrics |= {"lr": lr, "grad_norm": grad_norm}
-            metrics |= task.state_dict()  # what a task carries from step to step, as mpo.py its delta
-            run.log_step(step, batches, loss, metrics)
+            run.log_step(step, batches, loss, metrics | {"lr": lr, "grad_norm": grad_norm})
 
             # Now and then: ask held-out questions, then save, so that a resumed run knows of all looks before
             # its checkpoint. The last step is saved even at save_every 0.
@@ -322,6 +309,13 @@ def backward(models, task, batches, autocast=None):
         metrics.update(more)
     average_gradients(models[0], batches)
     return sum(gather(loss)) / world_size(), dict(metrics)
+
+
+def check_finite(step, loss, grad_norm, batches):
+    if not math.isfinite((loss or 0.0) + grad_norm):
+        ids = ", ".join(record_id for batch in batches for record_id in batch["record_ids"])
+        raise UserError(f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}; "
+                        f"lower --lr, or look at the records {ids}")
 
 
 def lr_at(step, n_step, peak, warmup):

@@ -25,10 +25,11 @@ import torch
 from tqdm import tqdm
 
 from support.cli import UserError, flag_of
-from support.distributed import END_SIGNALS, gather, gather_on_first, placed_like, rank, world_size
+from support.distributed import gather_on_first, placed_like
 from support.export import fits_llava, save_adapter
 from support.io import check_flags, fingerprint, json_lines, lock, reading, write_json_lines, write_whole
 from support.plots import plot
+from support.processes import END_SIGNALS, gather, rank, world_size
 from support.processor import save_processor
 from support.start import saves_base
 
@@ -166,7 +167,8 @@ class Run:
         """Log a step, and print it now and then. Afterwards `interrupted` is the same in every process."""
         self.step = step
         self.half_done = False
-        self.task_state = self.task.state_dict()
+        self.task_state = self.task.state_dict()  # as mpo.py's delta
+        metrics = metrics | self.task_state
         for reason in self.reasons[: max(0, 5 - self.skipped)]:  # later ones stand in the log alone
             self.say(f"skipped: {reason}")
         if self.reasons:

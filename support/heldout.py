@@ -11,8 +11,8 @@ from data import Examples, micro_batches
 from eval import EvalConfig, columns_of, draw_some, evaluate, other_pictures, read_items, table
 from support.asking import encode_questions
 from support.data_files import Records
-from support.distributed import gather, rank
 from support.io import write_json
+from support.processes import gather, rank
 
 
 class HeldOut:

@@ -8,8 +8,9 @@ from itertools import islice
 import torch
 
 from support.cli import UserError
-from support.distributed import gather, uses_autocast, world_size
+from support.distributed import uses_autocast
 from support.optim import lr_of, part_of
+from support.processes import gather, world_size
 
 
 def dry_run(cfg, examples, n_step, vlm, device):

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
+
+from support.processes import world_size
 
 SMALL = 20_000_000  # parameters; a larger model keeps its cores busy, and its activations fill the memory
 
@@ -39,7 +40,7 @@ def make_twins(vlm, task, cfg):
     own. None where the order of the micro-batches matters: for dropout's random numbers, for mpo.py's delta.
     """
     in_order = cfg.lora_dropout or task.state_dict()
-    if in_order or cfg.compile or dist.is_initialized():
+    if in_order or cfg.compile or world_size() > 1:
         return []
     twins = []
     for _ in range(1, count_workers(vlm)):

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [                            # files of one row may know each other
     {"support.io", "support.cli", "support.cache", "support.log_probs", "support.tiling",
-     "support.templates", "support.picture_files", "support.threads"},
+     "support.templates", "support.picture_files", "support.threads",
+     "support.processes"},
     {"vision"},
     {"model"},
     {"support.lora", "support.quantize"},

@@ -30,9 +30,9 @@ from conversation import Tokenizer
 from model import IGNORE, VLM
 from support.cli import Bar, UserError
 from support.data_files import Records, picture_paths
-from support.distributed import share_by_rank
 from support.export import save_adapter, write_model
 from support.lora import add_lora, lora_off, merged_state
+from support.processes import share_by_rank
 from support.weights import load_adapter, model_files
 
 

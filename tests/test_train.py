@@ -30,7 +30,6 @@ from PIL import Image
 import data
 import eval
 import pairs
-import support.distributed as support_distributed
 import support.plots as support_plots
 import support.start as support_start
 import support.threads as support_threads
@@ -444,7 +443,7 @@ def test_a_signal_to_all_processes_lets_the_loader_finish_the_step_which_is_save
     records = Records(world / "train.json", world)
     steps = list(data.draw_steps(records.group_sizes, 4, 8, seed=0))
     later = {rows[0] for rows in steps[2:]}
-    monkeypatch.setattr(support_distributed, "micro_batches", slow)
+    monkeypatch.setattr(data, "micro_batches", slow)
 
     def alone():
         os.setpgrp()
@@ -758,7 +757,7 @@ def test_a_loader_process_that_is_killed_is_one_line(go, monkeypatch, capfd):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **flags)
 
-    monkeypatch.setattr(support_distributed, "micro_batches", micro_batches)
+    monkeypatch.setattr(data, "micro_batches", micro_batches)
     assert go("--workers", 1) == 1
     error = errors(capfd)[-1]
     assert error.startswith("error: DataLoader worker") and "--workers 0" in error
@@ -861,7 +860,7 @@ def test_a_loader_needs_no_shared_memory(go, beside, monkeypatch):
 
     def train_with_a_loader():
         child.pid = os.getpid()
-        monkeypatch.setattr(support_distributed, "micro_batches", with_little)
+        monkeypatch.setattr(data, "micro_batches", with_little)
         os._exit(go("--workers", 1, "--batch-size", 24, "--max-steps", 3))
 
     child = SimpleNamespace(pid=me)

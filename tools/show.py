@@ -22,8 +22,8 @@ from model import IGNORE
 from mpo import PairExamples
 from support.cli import Bar, UserError, arg, run_program
 from support.data_files import Records
-from support.distributed import in_loader_process
 from support.io import write_whole
+from support.processes import in_loader_process
 from support.start import build
 from tools import tokenizer
 from train import TrainConfig, draw_toy_world, make_examples, parse_flags
