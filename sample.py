@@ -15,7 +15,10 @@ an <image> or </s> in what is typed is text.
 
 A *prompt* is what a model continues: (token ids, [(tiles, layout) of each picture, in their order]).
 encode_question makes one; answer() completes any number of them, and every program that asks a model many
-questions does so through it.
+questions does so through it. In Python:
+
+    vlm, tok = open_asked(ModelConfig())              # or ModelConfig(model=DIR)
+    print(answer_one(vlm, tok, "Where is the ball?", ["cat.jpg"]))
 """
 
 import sys
@@ -88,7 +91,17 @@ def open_asked(cfg: ModelConfig):
     return vlm, tok
 
 
-# ---- one question: support/chat.py calls these three in turn ----
+# ---- one question ----
+
+
+def answer_one(vlm, tok, question, files=(), max_new_tokens=256):
+    """A question about picture files -> the text of the answer. A chat (support/chat.py) goes the same way,
+    turn by turn, but for the last step: stream_answer shows the answer while it is written."""
+    images = [open_image(file) for file in files]
+    pictures = [cut_picture(vlm, image, len(images)) for image in images]
+    prompt = encode_question(vlm, tok, question, pictures)
+    [found] = answer(vlm, tok, [prompt], max_new_tokens)
+    return found.text
 
 
 def cut_picture(vlm, image, n_picture=1):

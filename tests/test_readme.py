@@ -65,6 +65,12 @@ def test_the_command_runs(command, copy, capfd):
     assert code == 0, f"{command}\n{capfd.readouterr()}"
 
 
+def test_the_lines_of_python_run_after_the_commands(copy):
+    [lines] = re.findall(r"```python\n(.*?)```", README, re.S)
+    done = subprocess.run([sys.executable, "-c", lines], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
 def test_the_two_formats_are_those_that_are_read(tmp_path):
     record, question = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", README, re.S)]
     for line in record, question:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, call, errors
+from common import ROOT, add_one_then_die, call, errors
 
 import model
 import sample
@@ -24,6 +24,7 @@ from conversation import encode_prompt
 from model import VLM
 from support.cli import UserError, run_program
 from support.data_files import Records, picture_paths
+from support.io import Progress
 from support.picture_files import open_image
 from support.weights import newest_run
 from vision import cut_tiles
@@ -95,6 +96,12 @@ def test_one_question_gets_the_greedy_answer_of_the_newest_run(ask, tiny, tok, c
         capfd.readouterr().out
         == expected(tiny, tok, [("human", "<image>\nWhat color?")], ["a.png"], 20) + "\n"
     )
+
+
+def test_in_python_it_gets_the_same(ask, tiny, tok):
+    vlm, own_tok = sample.open_asked(sample.ModelConfig())  # ask: in a folder with this run
+    said = sample.answer_one(vlm, own_tok, "What differs?", ["a.png", "b.png"], 20)
+    assert said == expected(tiny, tok, [("human", "<image><image>\nWhat differs?")], ["a.png", "b.png"], 20)
 
 
 def test_several_pictures_are_given_in_their_order(ask, tiny, tok, capfd):
@@ -423,19 +430,14 @@ def test_a_file_of_questions_becomes_one_of_answers_in_its_order(ask, questions,
 def test_a_file_of_answers_that_was_interrupted_ends_the_same(ask, questions, monkeypatch, flags, capfd):
     flags = ["--file", "q.jsonl", "--max-new-tokens", 8, *flags]
     assert ask(*flags, "--out", "whole.jsonl") == 0
-    original, n_batch = VLM.generate, []
-
-    def generate(self, *args, **options):
-        n_batch.append(1)
-        if len(n_batch) == 2:
-            raise KeyboardInterrupt
-        return original(self, *args, **options)
-
-    monkeypatch.setattr(VLM, "generate", generate)
-    assert ask(*flags, "--out", "half.jsonl") == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "add", add_one_then_die(Progress.add))
+        assert ask(*flags, "--out", "half.jsonl") == 130
     assert not Path("half.jsonl").exists()
+    original, n_batch = VLM.generate, []
+    monkeypatch.setattr(VLM, "generate", lambda *args, **more: n_batch.append(1) or original(*args, **more))
     assert ask(*flags, "--out", "half.jsonl", "--resume") == 0
-    assert len(n_batch) == 2 + 2  # of three batches the first was kept
+    assert len(n_batch) == 2  # of three batches the first was kept
     assert Path("half.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert sorted(path.name for path in Path().glob("half*")) == ["half.jsonl"]
 
