@@ -5,8 +5,7 @@
     tokens     --embed--> embeddings, of which visual tokens replace those at the image-token positions
     embeddings --decoder--> hidden states --lm_head--> logits of the next token
 
-    h   = x + Attention(RMSNorm(x))         the decoder is Llama's (arXiv:2302.13971):
-    out = h + SwiGLU(RMSNorm(h))            pre-norm, rotary positions, no biases
+The decoder is Llama's (arXiv:2302.13971): norms before each branch, rotary positions, no biases.
 
     vlm    = VLM.from_pretrained(DIR)       # LLaVA in both its layouts and as a LoRA, Prismatic, InternVL2.5
     logits = vlm(tokens, pixels)            # (B, T) int64, (n, 3, S, S) -> (B, T, V)
@@ -138,8 +137,7 @@ TOY_TOWER = VisionConfig(image_size=96, patch_size=12, n_embd=128, n_layer=5, n_
 TOY_DECODER = DecoderConfig(
     vocab_size=960, n_layer=4, n_head=4, n_kv_head=4, n_embd=128, head_dim=32, n_hidden=352, block_size=1024
 )
-# photo: from random weights, for a run on your own pictures (README). A picture of 64 px becomes four visual
-# tokens, one for each photo where tools.photos --four has put four into it.
+# photo: from random weights, for your own pictures (README). Four visual tokens, one each for --four photos.
 PHOTO_TOWER = replace(TOY_TOWER, image_size=64, patch_size=16, n_layer=4, feature_layer=-1, merge=2)
 TOWER_224 = VisionConfig(image_size=224)
 VICUNA_7B = DecoderConfig(vocab_size=32064)
