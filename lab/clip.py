@@ -43,9 +43,10 @@ from lab.common import (
     repaint_some,
     scene_facts,
     share_right,
+    write_half,
 )
 from model import PRESETS, Decoder
-from support.export import TO_CLIP, clip_json, write_model
+from support.export import TO_CLIP, clip_json
 from support.start import init_weights
 from vision import ViT
 
@@ -70,10 +71,8 @@ def make_clip(out, tok, cfg):
                 + contrastive_loss(s_patch.flatten(0, 1)[patches], holding))
 
     def look():
-        weights = clip.vision.state_dict()
-        tensors = {name: p.half() for name, p in weights.items()}
         names = {"^": "vision_model.^"} | TO_CLIP
-        write_model(out, tensors, names, clip_json(clip.vision.cfg))
+        write_half(out, clip.vision.state_dict(), names, clip_json(clip.vision.cfg))
         return words_found(clip)
 
     fit_part(out, cfg, clip, lr_at, loss_at, look)
@@ -93,11 +92,11 @@ class CLIP(nn.Module):
     def forward(self, pixels):
         """-> (B, D) of the class tokens and (B, N, D) of the patches, of unit length."""
         x = self.vision.embed(pixels)                    # (B, 1 + N, D_vision)
-        for block in self.vision.blocks:
-            before_last = x                              # a VLM reads what goes into the last block
+        *blocks, last_block = self.vision.blocks
+        for block in blocks:
             x = block(x)
-        whole = self.class_proj(self.vision.norm(x[:, 0]))                  # (B, D)
-        parts = self.patch_proj(self.vision.norm(before_last[:, 1:]))       # (B, N, D)
+        parts = self.patch_proj(self.vision.norm(x[:, 1:]))                 # (B, N, D), what a VLM reads
+        whole = self.class_proj(self.vision.norm(last_block(x)[:, 0]))      # (B, D)
         return F.normalize(whole, dim=-1), F.normalize(parts, dim=-1)
 
     def compare(self, seen, texts):
@@ -136,7 +135,7 @@ def contrastive_batch(rng, size, parts):
     scenes = [scene if scene.sign or rng.random() < 0.5 else toyworld.random_scene(rng) for scene in scenes]
     scenes = [repaint_some(scene, rng, 0.4) for scene in scenes]
     windows = [random_window(rng, parts) for _ in scenes]
-    seen = [look_through(scene, window) for scene, window in zip(scenes, windows)]
+    seen = list(map(look_through, scenes, windows))
     phrases = random_phrases(seen, rng) + [EMPTY]
 
     patches, holding = [], []
@@ -171,8 +170,9 @@ def random_phrases(scenes, rng):
     return [phrase for phrase in dict.fromkeys(phrases) if (phrase.kind, phrase.color) not in toyworld.UNSEEN]
 
 
-def leave_out_words(fact, rng, keep=(0.4, 0.5, 0.95, 0.5, 0.8)):
+def leave_out_words(fact, rng):
     """Say only some attributes, each with its probability, so that every one must be learned for itself."""
+    keep = Fact(size=0.4, color=0.5, kind=0.95, place=0.5, word=0.8)
     known = Fact(*[None if value == UNKNOWN else value for value in fact])
     said = [value if value == "sign" or rng.random() < p else None for value, p in zip(known, keep)]
     return Fact(*said) if set(said) - {None, "sign"} else known
@@ -212,9 +212,9 @@ def phrase_text(phrase):
 
 
 @torch.no_grad()
-def words_found(clip, n=128):
+def words_found(clip):
     """{attribute: share of held-out things' patches where the right word is nearer than all others}"""
-    scenes = held_out_scenes(n)
+    scenes = held_out_scenes(128)
     _, patches = clip(draw_pixels(scenes))
     found = {}
     for name, values in VALUES.items():

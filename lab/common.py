@@ -15,6 +15,7 @@ from PIL import ImageColor
 import toyworld
 from model import PRESETS
 from support.cli import Bar
+from support.export import write_model
 from vision import cut_tiles
 
 NOTHING = -1                     # a patch shows none of the parts
@@ -204,6 +205,11 @@ def half_cosine(step, n_steps):
 def bfloat16():
     """Where the processor has it: there it is 1.6 times as fast, elsewhere far slower."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def write_half(out, state, names, config):
+    """As support.export.write_model, in float16."""
+    write_model(out, {name: tensor.half() for name, tensor in state.items()}, names, config)
 
 
 def fit_part(out, cfg, module, lr_at, loss_at, look):

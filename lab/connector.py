@@ -82,7 +82,7 @@ def see_patches(vlm, tok, rng, parts):
     scenes = [repaint_some(toyworld.random_scene(rng), rng, 0.3) for _ in range(50)]
     windows = [random_window(rng, parts) for _ in scenes]
     features = vlm.vision(draw_pixels(scenes, rng, windows))
-    scenes = [look_through(scene, window) for scene, window in zip(scenes, windows)]
+    scenes = list(map(look_through, scenes, windows))
 
     spelled = torch.tensor([spell(scene, tok) for scene in scenes])
     targets = sum_of_words(spelled, vlm.decoder.embed_tokens.weight)

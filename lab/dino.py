@@ -30,9 +30,10 @@ from lab.common import (
     random_window,
     repaint_some,
     share_right,
+    write_half,
 )
 from support.configs import CLIP_FIELDS, DINOV2
-from support.export import public_fields, write_model
+from support.export import public_fields
 from support.start import init_weights
 from support.weights import DINO_NAMES
 from vision import ViT
@@ -137,21 +138,20 @@ def save_tower(sorter, directory):
     state["class_token"] = state["class_token"].view(1, 1, -1)
     state["pos"] = state["pos"][None]
     state["embeddings.mask_token"] = sorter.mask_token.detach()[None]
-    tensors = {name: tensor.half() for name, tensor in state.items()}
     names = {ours: public for public, ours in DINO_NAMES.items()}
     config = {"model_type": "dinov2", "mlp_ratio": 4, **public_fields(TOWER, CLIP_FIELDS)}
-    write_model(directory, tensors, names, config)
+    write_half(directory, state, names, config)
 
 
 @torch.no_grad()
-def probe(vit, n=400):
+def probe(vit):
     """{attribute: how often a linear map of its features tells it of a held-out thing's patch}
 
-    The map is fitted by least squares to n training pictures.
+    The map is fitted by least squares to 400 training pictures.
     """
     rng = random.Random(1)
-    train = [toyworld.random_scene(rng) for _ in range(n)]
-    held_out = [toyworld.random_scene(rng, held_out=True) for _ in range(n // 2)]
+    train = [toyworld.random_scene(rng) for _ in range(400)]
+    held_out = [toyworld.random_scene(rng, held_out=True) for _ in range(200)]
     seen, unseen = (F.pad(vit(draw_pixels(scenes)), (0, 1), value=1.0) for scenes in (train, held_out))
     shares = {}
     for name in "kind", "color", "place":

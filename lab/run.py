@@ -12,7 +12,6 @@ share is one run. Remove out/lab to begin anew.
 """
 
 import contextlib
-import json
 import os
 import re
 import statistics
@@ -31,6 +30,7 @@ import mpo
 import pairs
 import toyworld
 import train
+from benchmarks.common import load_records
 from lab import losses
 from lab.experiments import EXPERIMENTS, FILES, measure, widen_pictures
 from support.cli import UserError, arg, parse, run_program
@@ -143,11 +143,8 @@ def make_file(lab, name, quick):
     toyworld.write_world(folder, n_train, n_val, world.size, 0, world.words)
     if world.wide:
         widen_pictures(folder)
-    if name.endswith("val"):
-        records = map(json.loads, (folder / "val.jsonl").read_text().splitlines())
-    else:
-        records = json.loads((folder / "train.json").read_text())
-    write_json_lines(path, [new for record in records for new in rewrite(record)])
+    records = load_records(folder / ("val.jsonl" if name.endswith("val") else "train.json"))
+    write_json_lines(path, [new for _, _, record in records for new in rewrite(record)])
     return path
 
 

@@ -24,9 +24,9 @@ import toyworld
 from benchmarks.own import is_right
 from conversation import encode_conversation
 from data import pad_rows
-from lab.common import bfloat16, fit_part, spell, sum_of_words
+from lab.common import bfloat16, fit_part, spell, sum_of_words, write_half
 from model import IGNORE, PRESETS, Decoder
-from support.export import TO_LLAMA, llama_json, write_model
+from support.export import TO_LLAMA, llama_json
 from support.start import init_weights
 from support.templates import SYSTEM_VICUNA
 
@@ -83,9 +83,8 @@ def fit_decoder(out, tok, cfg, make_lesson, ask):
         return loss
 
     def look():
-        tensors = {name: p.half() for name, p in decoder.state_dict().items()}
         config = llama_json(decoder.cfg) | {"architectures": ["LlamaForCausalLM"]}
-        write_model(out, tensors, TO_LLAMA, config)
+        write_half(out, decoder.state_dict(), TO_LLAMA, config)
         return answers_found(decoder, tok, ask)
 
     fit_part(out, cfg, decoder, lr_at, loss_at, look)
@@ -112,13 +111,13 @@ def text_loss(decoder, tok, lessons, noise=0.0):
 
 
 @torch.no_grad()
-def answers_found(decoder, tok, ask, n=64):
+def answers_found(decoder, tok, ask):
     """{category: share of right answers} about held-out pictures in words; ask() as in fit_decoder.
 
     A token is guessed after the true ones before it.
     """
     asked = defaultdict(list)
-    for i in range(n):
+    for i in range(64):
         rng = random.Random(f"told {i}")
         scene = toyworld.random_scene(rng, held_out=True)
         for category, *lesson_and_answer in ask(tok, scene, rng):
