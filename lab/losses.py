@@ -35,8 +35,9 @@ def loss_terms(rewards, s, n_token, delta, cfg):
     s_c, s_r = s.unbind(1)
     n_c, n_r = n_token.unbind(1)
     d_c, d_r = (rewards / beta).unbind(1)
-    right = F.logsigmoid(r_c - r_r)
-    wrong = F.logsigmoid(r_r - r_c)
+    margin = r_c - r_r
+    right = F.logsigmoid(margin)
+    wrong = F.logsigmoid(-margin)
     gap = s_c - s_r
     ahead = gap.sort().values - (gap - (d_c - d_r)).sort().values
     losses = {
@@ -45,7 +46,7 @@ def loss_terms(rewards, s, n_token, delta, cfg):
         # (-(1 - e) log sigma(r_c - r_r) + e log sigma(r_r - r_c)) / (1 - 2e)       arXiv:2403.00409, Eq. 12
         "robust-dpo": (e * wrong - (1 - e) * right) / (1 - 2 * e),
         # max(0, 1 - (r_c - r_r))                                               RSO, arXiv:2309.06657, Eq. 8
-        "hinge": F.relu(1 - (r_c - r_r)),
+        "hinge": F.relu(1 - margin),
         # (d_c / |y_c| - d_r / |y_r| - 1 / 2 beta)^2             arXiv:2310.12036, Eq. 17; means over tokens
         "ipo": (d_c / n_c - d_r / n_r - 1 / (2 * beta)).square(),
         # (d_c - 1 / 2 beta)^2 + (d_r + 1 / 2 beta)^2      arXiv:2405.00675, Eq. 4.7, the winner surely wins

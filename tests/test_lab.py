@@ -50,7 +50,7 @@ from lab.vicuna import make_lesson, plain_lesson, terse_pairs
 from model import IGNORE, PRESETS
 from support.cli import UserError, parse
 from support.io import write_text
-from support.start import ASSETS, TOY, build
+from support.start import ASSETS, build
 from support.weights import load_vision, read_tower
 from toyworld import COLORS, KINDS, UNSEEN, Scene, Sign, Thing
 from vision import ViT, cut_tiles, join_tiles
@@ -338,11 +338,10 @@ def test_only_a_picture_that_shows_all_of_its_scene_has_a_caption():
     assert 0 < len(captions) == len(whole) < 12
 
 
-def test_one_part_can_be_made_over_the_others(tmp_path, monkeypatch, capsys):
+def test_one_part_can_be_made_over_the_others(tok, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab.clip, "words_found", lambda *_: {"kind": 0.5})
     (tmp_path / "toy-vicuna").mkdir()
-    tokenizer = tmp_path / "toy-vicuna/tokenizer.model"
-    tokenizer.write_bytes(open(f"{TOY['llm']}/tokenizer.model", "rb").read())
+    (tmp_path / "toy-vicuna/tokenizer.model").write_bytes(tok.path.read_bytes())
     make_parts(["--only", "clip", "--steps", "1", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"toy-vicuna", "toy-clip"}
     assert "toy-clip, step 1: loss" in capsys.readouterr().out
