@@ -28,9 +28,9 @@ FEWER = {                            # what takes minutes takes a step or two he
 }
 SMALLER = {                          # what the first command draws, and how much the lab looks at
     "toyworld.py": ("n_train=6000, n_val=240", "n_train=300, n_val=24"),
-    "lab/clip.py": ("def words_found(clip, n=128)", "def words_found(clip, n=8)"),
-    "lab/dino.py": ("def probe(vit, n=400)", "def probe(vit, n=40)"),
-    "lab/vicuna.py": ("def answers_found(decoder, tok, ask, n=64)", "def answers_found(decoder, tok, ask, n=4)"),
+    "lab/clip.py": ("held_out_scenes(128)", "held_out_scenes(8)"),
+    "lab/dino.py": ("range(400)", "range(40)"),
+    "lab/vicuna.py": ("in range(64)", "in range(4)"),
 }
 
 
