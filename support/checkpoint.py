@@ -116,9 +116,10 @@ class Run:
             self.task.load_state_dict(self.task_state)
             file = self.checkpoint / "optimizer.pt"
             moments = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
-        for name, p in self.vlm.named_parameters():
-            if name in moments:
-                optimizer.state[p] = {key: placed_like(p, t) for key, t in moments[name].items()}
+            params = dict(self.vlm.named_parameters())
+            for name, state in moments.items():
+                p = params[name]
+                optimizer.state[p] = {key: placed_like(p, t) for key, t in state.items()}
 
     # ---- while it goes ----
 

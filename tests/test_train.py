@@ -869,12 +869,17 @@ def test_a_loader_needs_no_shared_memory(go, beside, monkeypatch):
     assert process.exitcode == 0
 
 
-def test_resuming_with_other_flags_names_the_flag(go, capfd):
+def test_resuming_with_other_flags_or_from_another_version_is_refused(go, capfd):
     assert go("--max-steps", 2) == 0
     assert go("--max-steps", 2, "--eval-every", 1, "--resume") == 1  # best/ may be of a look that was undone
     assert "written with --eval-every 0, now it is 1" in errors(capfd)[-1]
     assert go("--max-steps", 2, "--lr", "0.5", "--resume") == 1
     assert "--lr 0.003, now it is 0.5" in errors(capfd)[-1]
+    moments = torch.load("run/checkpoint-000002/optimizer.pt")
+    moments["of_another_version"] = moments.popitem()[1]
+    torch.save(moments, "run/checkpoint-000002/optimizer.pt")
+    assert go("--max-steps", 2, "--resume") == 1
+    assert "checkpoint-000002: damaged or of another kind" in errors(capfd)[-1]
     file = Path("run/checkpoint-000002/trainer.pt")
     torch.save({}, "empty.pt")
     for damaged in Path("empty.pt").read_bytes(), b"", b"PK\x03\x04 cut":
