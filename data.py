@@ -5,9 +5,10 @@ The way of a record:
                              by support/data_files.py; "number", its place among all records; "group",
                              the number of the first question of the same record; "file", a DataFile that
                              knows the folder of the pictures; "where", its file and line, for errors
-          --Examples-->      its tensors: pixels (n, 3, S, S) uint8 of its n tiles, and layout (M, 2) of the M
-                             visual tokens they become, by vision.py; tokens (T,) and labels (T,), where a
-                             picture is a run of image-token ids, one a visual token, by conversation.py
+          --Examples-->      its tensors: pixels (n, 3, S, S) uint8 of its n tiles; layout (M, 2), of each
+                             of the M visual tokens they become its tile and its place there, by vision.py;
+                             tokens (T,) and labels (T,), where a picture is a run of image-token ids, one
+                             a visual token, by conversation.py
           --collate-->       a batch: tokens (B, T), labels (B, T), padded on the right;
                              pixels and layout of all its pictures
 draw_steps says which records a step shows, micro_batches cuts their examples into batches that fit in
@@ -24,8 +25,8 @@ Where this departs from LLaVA (arXiv:2310.03744), Prismatic (arXiv:2402.07865) a
 (arXiv:2411.10442):
   - a conversation that is too long is an error or a counted skip. They cut it, or set all its labels to
     IGNORE.
-  - each step is drawn from all records. For speed LLaVA's stage 2 draws it from records of about one length,
-    all with a picture or all without; here only the micro-batches are of about one length (--token-budget).
+  - each step is drawn from all records. For speed LLaVA's stage 2 draws each from records of about one
+    length, all with a picture or all without; here only micro-batches are of one length (--token-budget).
 
     python -m tools.show FILE --image-root DIR           # one record as the model meets it
     python -m tools.show check FILE --image-root DIR     # missing and broken pictures, lengths, labels
@@ -93,17 +94,17 @@ class Examples(Dataset):
         Those of the last record are kept: the next question of the same record (--split-questions) gets the
         same tensors, and these go through the tower once (vision.join_tiles).
         """
-        shown, pictures, n_visual = self.last_pictures
-        to_show = record["group"], record["images"]
-        if shown != to_show:
+        key = record["group"], record["images"]
+        kept_key, pictures, n_visual = self.last_pictures
+        if kept_key != key:
             images = [self.open_picture(path, record) for path in picture_paths(record)]
             cut = [vision.cut_tiles(image, self.vision_cfg, self.image_mode, len(images)) for image in images]
             pictures = vision.join_tiles(cut, self.vision_cfg.image_size)
             n_visual = [len(layout) for _, layout in cut]
-            self.last_pictures = to_show, pictures, n_visual
+            self.last_pictures = key, pictures, n_visual
         return pictures, n_visual
 
-    # mpo.py has other forms of the next two, for preference pairs.
+    # mpo.py has other forms of open_picture and encode, for preference pairs.
 
     def open_picture(self, path, record):
         return open_image(path, "the path and --image-root")
@@ -246,7 +247,7 @@ def load_steps(cfg, task, run):
     workers = multiprocessing.active_children()
     for step, batches in enumerate(loaded, run.first_step):
         run.note_bad_records(batches)
-        torch.manual_seed(hash((cfg.seed, step, rank())))  # so that a resumed run draws the same
+        torch.manual_seed(hash((cfg.seed, step, rank())))  # for augment and dropout, in a resumed run, too
         if cfg.augment:
             for batch in batches:
                 augment(batch["pixels"])

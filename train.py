@@ -4,8 +4,8 @@
     --stage finetune    connector and decoder learn to follow instructions about pictures; the tower is frozen
     (and in either all that starts from random weights, as a preset's tower without --vision)
 
-    L = - sum_t log p(token_t | picture, tokens before t) / n                         arXiv:2304.08485, Eq. 3
-    over the n supervised tokens of the whole step
+    L = - sum_t log p(token_t | picture, tokens before t) / n
+    over the n supervised tokens of the whole step: -log of arXiv:2304.08485, Eq. 3, a token
 
 A micro-batch counts by its share of these n tokens. (The original averages the micro-batches' means, so that
 short answers weigh more; its curves differ a little.)
@@ -202,7 +202,8 @@ def teach(cfg, Task):
 
 
 def make_trainable(vlm, cfg):
-    """Gradients for the parts of --train; without it for those of the stage and all from random weights."""
+    """Choose what learns: the parts of --train, or those of the stage and all that start from random weights.
+    All else is frozen. Then what changes the parameters themselves: bfloat16, a LoRA."""
     if cfg.train:
         chosen = cfg.train.split(",")
     else:
@@ -212,7 +213,7 @@ def make_trainable(vlm, cfg):
                 chosen.append(part)
     for name, p in vlm.named_parameters():
         p.requires_grad = part_of(name) in chosen
-    for tower in vlm.towers:  # what comes behind the features
+    for tower in vlm.towers:  # its features are taken before its last blocks, which never run
         tower.blocks[tower.cfg.depth :].requires_grad_(False)
         tower.norm.requires_grad_(False)
 
@@ -321,7 +322,8 @@ def check_finite(step, loss, grad_norm, batches):
 def lr_at(step, n_step, peak, warmup):
     """From 0 in a line to the peak, over a share of the steps; then half a cosine, to 0 after the last step.
 
-    `step` counts from 1. As LLaVA's and InternVL's code has it; Prismatic's rounds the warmup down.
+    `step` counts from 1, and the first moves nothing. As LLaVA's and InternVL's code has it; Prismatic's
+    rounds the warmup down.
     """
     n_done, n_warmup = step - 1, math.ceil(warmup * n_step)
     if n_done < n_warmup:
