@@ -288,7 +288,12 @@ def fit(cfg, task, run, held_out=None):
 
 def backward(models, task, batches, autocast=None):
     """Add the gradient of a step's L to models[0] -> L, or None where no record could be used; what else to
-    log. Further models are its twins, for further threads (support/threads.py)."""
+    log. With one process and one thread it is, of n supervised tokens in all,
+
+        for each batch:  (task.loss(vlm, batch)[0] * task.count(batch) / n).backward()
+
+    Further models are its twins, for further threads (support/threads.py).
+    """
     batches = [batch for batch in batches if task.count(batch)]  # of the others all records were skipped
     counts = [task.count(batch) for batch in batches]
     n = sum(gather(sum(counts)))
