@@ -1,15 +1,15 @@
 """Many questions to a model, in batches: each picture is opened once for all of its questions in a batch, and
-the next batch is prepared while others are answered.
+the next batch is prepared while this one is answered.
 
     question  {"id", "turns": [("human", text)], "pictures": [path or bytes, ...], "limit": tokens, ...}
     answer    {"id", "answer": text, "cut_off": whether the limit came before its end}
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from threading import Semaphore
 
 import sample
 from benchmarks.common import COT, LETTER, SHORT
@@ -17,7 +17,6 @@ from support.cli import Bar, UserError
 from support.data_files import Records, picture_paths
 from support.io import Progress, fingerprint, lock, write_json_lines
 from support.picture_files import open_image
-from support.threads import count_workers, share_threads
 from support.weights import model_files
 
 
@@ -34,20 +33,17 @@ def ask(vlm, tok, questions, batch_size, progress=None):
     todo = [batch for batch in batches if any(item["id"] not in done for item in batch)]
     n_done = len(questions) - sum(map(len, todo))
     bar = Bar(total=len(questions), initial=n_done, unit="question", desc=column)
-    n_worker = count_workers(vlm)
-    model_is_free = Semaphore(n_worker)
-
-    def work(batch):
-        prompts = encode_questions(vlm, tok, batch)
-        with model_is_free:
-            return write_answers(vlm, tok, batch, prompts)
-
-    with bar, share_threads(n_worker, n_more=1) as pool:
-        for rows in pool.map(work, todo):
+    with bar, ThreadPoolExecutor(1) as pool:
+        prepare = partial(pool.submit, encode_questions, vlm, tok)
+        coming = prepare(todo[0] if todo else [])
+        for batch, following in zip(todo, [*todo[1:], []]):
+            prompts = coming.result()
+            coming = prepare(following)
+            rows = write_answers(vlm, tok, batch, prompts)
             done |= {row["id"]: row for row in rows}
             if progress:
                 progress.add(rows)
-            bar.update(len(rows))
+            bar.update(len(batch))
     return done
 
 

@@ -91,16 +91,3 @@ def weights(out):
 def errors(capfd):
     """The lines on stderr that tell of something wrong."""
     return [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("loaded")]
-
-
-def add_one_then_die(add):
-    """Progress.add, which is killed after the first answers it has written down."""
-    added = []
-
-    def add_or_die(self, rows):
-        if added:
-            raise KeyboardInterrupt
-        added.append(rows)
-        add(self, rows)
-
-    return add_or_die

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [                            # files of one row may know each other
     {"support.io", "support.cli", "support.cache", "support.log_probs", "support.tiling",
-     "support.templates", "support.picture_files", "support.threads",
+     "support.templates", "support.picture_files",
      "support.processes"},
     {"vision"},
     {"model"},
@@ -27,7 +27,7 @@ ORDER = [                            # files of one row may know each other
     {"support.asking", "support.attention", "support.trace", "support.chat"},
     {"eval"},
     {"support.plots", "support.distributed", "support.optim", "support.start"},
-    {"support.heldout", "support.checkpoint", "support.plan"},
+    {"support.heldout", "support.checkpoint", "support.plan", "support.threads"},
     {"train"},
     {"mpo"},
     {"pairs"},

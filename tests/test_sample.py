@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, add_one_then_die, call, errors
+from common import ROOT, call, errors
 
 import model
 import sample
@@ -24,7 +24,6 @@ from conversation import encode_prompt
 from model import VLM
 from support.cli import UserError, run_program
 from support.data_files import Records, picture_paths
-from support.io import Progress
 from support.picture_files import open_image
 from support.weights import newest_run
 from vision import cut_tiles
@@ -430,14 +429,19 @@ def test_a_file_of_questions_becomes_one_of_answers_in_its_order(ask, questions,
 def test_a_file_of_answers_that_was_interrupted_ends_the_same(ask, questions, monkeypatch, flags, capfd):
     flags = ["--file", "q.jsonl", "--max-new-tokens", 8, *flags]
     assert ask(*flags, "--out", "whole.jsonl") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "add", add_one_then_die(Progress.add))
-        assert ask(*flags, "--out", "half.jsonl") == 130
-    assert not Path("half.jsonl").exists()
     original, n_batch = VLM.generate, []
-    monkeypatch.setattr(VLM, "generate", lambda *args, **more: n_batch.append(1) or original(*args, **more))
+
+    def generate(self, *args, **options):
+        n_batch.append(1)
+        if len(n_batch) == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(VLM, "generate", generate)
+    assert ask(*flags, "--out", "half.jsonl") == 130
+    assert not Path("half.jsonl").exists()
     assert ask(*flags, "--out", "half.jsonl", "--resume") == 0
-    assert len(n_batch) == 2  # of three batches the first was kept
+    assert len(n_batch) == 2 + 2  # of three batches the first was kept
     assert Path("half.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert sorted(path.name for path in Path().glob("half*")) == ["half.jsonl"]
 
